@@ -1,0 +1,182 @@
+"""The KV cache: one pytree for a batch of sequences, each at its own position.
+
+Per layer: a ring of the last `window` rows; layers of ratio R also hold one compressed row per R tokens, and the
+projections of the tokens of the window that is still open. Layers of one kind are stacked along axis 0; axis 1 is the
+sequence.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax import lax
+
+from ds4jax import numerics as num
+from ds4jax.config import CSA_RATIO, HCA_RATIO, ModelConfig
+from ds4jax.errors import ConfigError
+
+Array = jax.Array
+
+# Snapshots hold a multiple of this many rows, so that few shapes are ever compiled.
+SNAPSHOT_ROWS = 64
+
+
+@struct.dataclass
+class Compressed:
+    """What one compressor keeps, for all layers that have one.
+
+    rows: planes (L, B, N, ·), row i made from tokens i·R … i·R + R − 1 (and, overlapping, the R before them).
+    z, g: float32 (L, B, R, c·D), values and gates of the open window's tokens; token t lies at t mod R.
+    prev_z, prev_g: float32 (L, B, R, D), the a-halves of the last closed window (empty unless overlapping).
+    """
+
+    rows: num.Rows
+    z: Array
+    g: Array
+    prev_z: Array
+    prev_g: Array
+
+
+@struct.dataclass
+class Cache:
+    """length: int32 (B,), tokens seen by each sequence. window: planes (L, B, W, ·), position p at p mod W.
+
+    csa, index: layers of ratio 4 (`index` holds the indexer's keys). hca: layers of ratio 128.
+    """
+
+    length: Array
+    window: num.Rows
+    csa: Compressed
+    index: Compressed
+    hca: Compressed
+
+    @property
+    def batch(self) -> int:
+        return self.length.shape[0]
+
+
+def abstract(cfg: ModelConfig, numerics: num.Numerics, dtype, batch: int, ctx: int) -> Cache:
+    """Shapes and dtypes of a cache for `batch` sequences of up to `ctx` tokens, as `jax.ShapeDtypeStruct`s."""
+    if batch < 1 or ctx < 1:
+        raise ConfigError(f"cache: batch {batch} and ctx {ctx} must both be at least 1")
+    kv, key = num.kv_row(cfg, numerics, dtype), num.index_row(cfg, numerics, dtype)
+    # Open windows are float32 whatever the compute dtype, unless that is wider.
+    wide = jnp.promote_types(dtype, jnp.float32)
+
+    def rows(fmt: num.RowFormat, layers: int, n: int) -> num.Rows:
+        return {k: jax.ShapeDtypeStruct((layers, batch, n, w), dt) for k, (w, dt) in fmt.planes().items()}
+
+    def compressed(fmt: num.RowFormat, ratio: int) -> Compressed:
+        layers, overlap = len(cfg.layers_of_ratio(ratio)), ratio == CSA_RATIO
+        state = jax.ShapeDtypeStruct((layers, batch, ratio, (1 + overlap) * fmt.dim), wide)
+        prev = jax.ShapeDtypeStruct((layers, batch, ratio if overlap else 0, fmt.dim), wide)
+        return Compressed(rows(fmt, layers, max(1, ctx // ratio)), z=state, g=state, prev_z=prev, prev_g=prev)
+
+    return Cache(
+        length=jax.ShapeDtypeStruct((batch,), jnp.int32),
+        window=rows(kv, cfg.n_layers, cfg.window),
+        csa=compressed(kv, CSA_RATIO),
+        index=compressed(key, CSA_RATIO),
+        hca=compressed(kv, HCA_RATIO),
+    )
+
+
+def nbytes(tree: Cache) -> int:
+    """Bytes of a cache or of its abstract form."""
+    return sum(math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))
+
+
+def empty(cfg: ModelConfig, numerics: num.Numerics, dtype, batch: int, ctx: int, sharding=None) -> Cache:
+    """A cache of sequences of length 0. sharding: for all leaves, e.g. `sharding.replicated(mesh)`."""
+    tree = abstract(cfg, numerics, dtype, batch, ctx)
+
+    def make() -> Cache:
+        cache = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), tree)
+        return reset(cache, jnp.ones((batch,), bool))
+
+    return jax.jit(make, out_shardings=sharding)()
+
+
+def reset(cache: Cache, which: Array) -> Cache:
+    """Set the sequences marked in `which` (bool (B,)) to length 0; their old rows become unreachable."""
+
+    def no_window_before(c: Compressed) -> Compressed:
+        # A gate of -inf gives the window before the first one no weight.
+        return c.replace(prev_g=jnp.where(which[:, None, None], -jnp.inf, c.prev_g))
+
+    return cache.replace(
+        length=jnp.where(which, 0, cache.length),
+        csa=no_window_before(cache.csa),
+        index=no_window_before(cache.index),
+    )
+
+
+def capacity(cache: Cache) -> int | None:
+    """The longest sequence that the compressed rows have room for, or None without layers that compress."""
+    per_kind = []
+    for kind, ratio in ((cache.csa, CSA_RATIO), (cache.hca, HCA_RATIO)):
+        plane = next(iter(kind.rows.values()))
+        if plane.shape[0]:
+            per_kind.append((plane.shape[2] + 1) * ratio - 1)
+    return min(per_kind, default=None)
+
+
+# ---- snapshots: one sequence's state, exact and no larger than its length needs ---------------------------------------
+def _map_sequence(fn, fn_rows, *caches: Cache) -> Cache:
+    """Apply fn(*leaves) to leaves of axes (L, B, ...), fn_rows(*leaves, ratio) to compressed rows."""
+
+    def compressed(ratio, *cs: Compressed) -> Compressed:
+        rows = jax.tree.map(lambda *r: fn_rows(*r, ratio), *(c.rows for c in cs))
+        rest = {k: fn(*(getattr(c, k) for c in cs)) for k in ("z", "g", "prev_z", "prev_g")}
+        return Compressed(rows=rows, **rest)
+
+    return Cache(
+        length=fn(*(c.length[None] for c in caches))[0],
+        window=jax.tree.map(fn, *(c.window for c in caches)),
+        csa=compressed(CSA_RATIO, *(c.csa for c in caches)),
+        index=compressed(CSA_RATIO, *(c.index for c in caches)),
+        hca=compressed(HCA_RATIO, *(c.hca for c in caches)),
+    )
+
+
+def snapshot(cache: Cache, slot: int) -> Cache:
+    """The state of sequence `slot` as a cache of batch 1 with only the rows in use (rounded up)."""
+    return _snapshot(cache, jnp.int32(slot), _rows_in_use(int(cache.length[slot])))
+
+
+def _rows_in_use(length: int) -> tuple[tuple[int, int], ...]:
+    return tuple((r, -(-(length // r) // SNAPSHOT_ROWS) * SNAPSHOT_ROWS) for r in (CSA_RATIO, HCA_RATIO))
+
+
+@functools.partial(jax.jit, static_argnames="rows")
+def _snapshot(cache: Cache, slot: Array, rows) -> Cache:
+    def take(x):
+        return lax.dynamic_slice_in_dim(x, slot, 1, axis=1)
+
+    return _map_sequence(take, lambda x, ratio: take(x[:, :, : dict(rows)[ratio]]), cache)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def restore(cache: Cache, slot: int | Array, saved: Cache) -> Cache:
+    """`cache` (donated) with sequence `slot` set to a snapshot. The cache must have room for the snapshot's rows."""
+
+    def put(x, s):
+        return lax.dynamic_update_slice_in_dim(x, s, slot, axis=1)
+
+    def put_rows(x, s, ratio):
+        n = min(x.shape[2], s.shape[2])  # a snapshot's rows are rounded up, a cache's capacity is not
+        start = (0, slot, 0, 0)
+        return lax.dynamic_update_slice(x, s[:, :, :n], start)
+
+    return _map_sequence(put, put_rows, cache, saved)
+
+
+def fork(cache: Cache, source: int, target: int) -> Cache:
+    """`cache` (donated) with sequence `target` an exact copy of sequence `source`."""
+    return restore(cache, target, snapshot(cache, source))
+

@@ -1,0 +1,92 @@
+"""Compressors: pool every window of R tokens into one row, by a softmax over the tokens, per channel.
+
+R = 128: the 128 tokens of the window. R = 4 overlaps: a token has two halves, a and b; row i pools the a-halves of
+window i - 1 and the b-halves of window i. The indexer has a compressor of its own, of the same kind.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from ds4jax.cache import Compressed
+from ds4jax.config import CSA_RATIO, ModelConfig
+from ds4jax.model import rope
+from ds4jax.model.norm import rms_norm
+from ds4jax.numerics import RowFormat
+from ds4jax.quant import linear
+from ds4jax.weights import Compressor
+
+Array = jax.Array
+
+
+def _at(x: Array, start: Array, n: int) -> Array:
+    """x (B, S, ·)[b, start[b] : start[b] + n]."""
+    return jax.vmap(lambda row, s: lax.dynamic_slice_in_dim(row, s, n))(x, start)
+
+
+def pool(z: Array, g: Array) -> Array:
+    """Σ over slots of softmax(g) ⊙ z: (..., slots, D) → (..., D)."""
+    return jnp.sum(z * jax.nn.softmax(g, axis=-2), axis=-2)
+
+
+def compress(
+    h: Array,  # (B, T, E) new tokens, normed
+    length: Array,  # (B,) tokens seen before
+    n: Array,  # (B,) how many of the T are real
+    w: Compressor,
+    kept: Compressed,
+    layer: int,  # index among the layers of this kind
+    ratio: int,
+    fmt: RowFormat,
+    freq: np.ndarray,
+    cfg: ModelConfig,
+    finish=lambda row: row,  # applied to rows after RoPE, before they are stored
+) -> Compressed:
+    """Append T tokens: store the rows of the windows that they close, and keep the window left open."""
+    B, T, _ = h.shape
+    R, wide = ratio, kept.z.dtype
+    z, g = linear(h, w.kv, wide), linear(h, w.gate, wide)
+    position = length[:, None] + jnp.arange(T)
+    g = g + w.ape.dequantize(wide)[position % R]
+
+    # Lay the open window and the new tokens out from the window's start: slot j is the token at position first·R + j.
+    first, filled = length // R, length % R
+    windows = -(-T // R)  # at most this many can close
+
+    def lay_out(state: Array, new: Array) -> Array:
+        slots = jnp.pad(state[layer], ((0, 0), (0, windows * R), (0, 0)))
+        return jax.vmap(lambda s, x, at: lax.dynamic_update_slice_in_dim(s, x, at, axis=0))(slots, new, filled)
+
+    z, g = lay_out(kept.z, z), lay_out(kept.g, g)
+    closed = (filled + n) // R  # windows that these tokens close, per sequence
+    update = {
+        "z": kept.z.at[layer].set(_at(z, closed * R, R)),
+        "g": kept.g.at[layer].set(_at(g, closed * R, R)),
+    }
+
+    def split(x: Array) -> Array:
+        return x[:, : windows * R].reshape(B, windows, R, -1)
+
+    if ratio == CSA_RATIO:
+        D = fmt.dim
+        prev_z = jnp.concatenate([kept.prev_z[layer], z[..., :D]], axis=1)
+        prev_g = jnp.concatenate([kept.prev_g[layer], g[..., :D]], axis=1)
+        update["prev_z"] = kept.prev_z.at[layer].set(_at(prev_z, closed * R, R))
+        update["prev_g"] = kept.prev_g.at[layer].set(_at(prev_g, closed * R, R))
+        slots_z = jnp.concatenate([split(prev_z), split(z[..., D:])], axis=2)
+        slots_g = jnp.concatenate([split(prev_g), split(g[..., D:])], axis=2)
+    else:
+        slots_z, slots_g = split(z), split(g)
+
+    row = rms_norm(pool(slots_z, slots_g), cfg.norm_eps, w.norm)
+    index = first[:, None] + jnp.arange(windows)
+    row = rope.rotate(row[:, :, None], index * R, freq)[:, :, 0]
+
+    capacity = next(iter(kept.rows.values())).shape[2]
+    target = jnp.where(jnp.arange(windows) < closed[:, None], index, capacity)  # out of range: dropped
+    batch = jnp.arange(B)[:, None]
+    rows = jax.tree.map(
+        lambda kept, new: kept.at[layer, batch, target].set(new, mode="drop"), kept.rows, fmt.encode(finish(row))
+    )
+    return kept.replace(rows=rows, **update)

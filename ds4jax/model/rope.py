@@ -1,0 +1,43 @@
+"""Rotary position embedding on the last `rope_dim` dims of a head; adjacent dims form a pair."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ds4jax.config import ModelConfig
+
+
+def frequencies(cfg: ModelConfig, ratio: int) -> np.ndarray:
+    """Radians per position of each pair, float32 (rope_dim / 2), for a layer of the given compression ratio.
+
+    Layers without compression use `rope_base` as it is. All others use `compress_rope_base` with YaRN
+    (arXiv:2309.00071), for queries, window keys, compressed rows and the indexer alike: pairs that turn more than
+    `beta_fast` times over the original context keep their frequency, those that turn less than `beta_slow` times are
+    slowed by `yarn_factor`, with a linear ramp between. YaRN's magnitude factor is not applied.
+    """
+    pairs = cfg.rope_dim // 2
+    base = cfg.compress_rope_base if ratio else cfg.rope_base
+    freq = 1.0 / base ** (np.arange(pairs, dtype=np.float64) * 2 / cfg.rope_dim)
+    if not ratio:
+        return freq.astype(np.float32)
+
+    def pair_that_turns(times: float) -> float:
+        return cfg.rope_dim * math.log(cfg.yarn_original_ctx / (times * 2 * math.pi)) / (2 * math.log(base))
+
+    low = max(math.floor(pair_that_turns(cfg.yarn_beta_fast)), 0)
+    high = min(math.ceil(pair_that_turns(cfg.yarn_beta_slow)), cfg.rope_dim - 1)
+    slowed = np.clip((np.arange(pairs) - low) / max(high - low, 1e-3), 0, 1)
+    return (freq * (1 - slowed) + freq / cfg.yarn_factor * slowed).astype(np.float32)
+
+
+def rotate(x: jax.Array, positions: jax.Array, freq: np.ndarray, *, inverse: bool = False) -> jax.Array:
+    """Rotate the last dims of x (..., heads, n) by the angles of positions (...), int32; `inverse` turns back."""
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    angle = positions[..., None, None].astype(wide) * jnp.asarray(freq, wide)
+    cos, sin = jnp.cos(angle), jnp.sin(-angle if inverse else angle)
+    nope, rope = jnp.split(x, [x.shape[-1] - 2 * freq.shape[0]], axis=-1)
+    even, odd = rope[..., 0::2].astype(wide), rope[..., 1::2].astype(wide)
+    turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1).reshape(rope.shape)
+    return jnp.concatenate([nope, turned.astype(x.dtype)], axis=-1)

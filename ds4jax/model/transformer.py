@@ -1,0 +1,101 @@
+"""The forward pass: embedding, blocks of attention and experts between hyper-connections, head."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from ds4jax.cache import Cache
+from ds4jax.config import ModelConfig
+from ds4jax.model import hyper
+from ds4jax.model.attention import attention
+from ds4jax.model.moe import moe
+from ds4jax.model.norm import rms_norm
+from ds4jax.numerics import Numerics
+from ds4jax.quant import linear
+from ds4jax.weights import Weights
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Compute:
+    """How to compute, as opposed to what: a static argument of every jitted step.
+
+    numerics: see `ds4jax.numerics`. dtype: of activations. mesh: where the weights lie, None for one device.
+    """
+
+    numerics: Numerics = "official"
+    dtype: str = "float32"
+    mesh: Mesh | None = None
+
+
+def forward(
+    w: Weights, cache: Cache, tokens: Array, n: Array, cfg: ModelConfig, compute: Compute
+) -> tuple[Array, Cache]:
+    """Append tokens to every sequence of the batch.
+
+    tokens: int32 (B, T), of which the first n[b] are real (n: int32 (B,), 0 … T); the rest leaves no trace.
+    Returns the residual streams (B, T, N, E) before the head, and the cache with lengths advanced by n.
+    """
+    x = w.embed[tokens].dequantize(jnp.dtype(compute.dtype))
+    X = jnp.broadcast_to(x[:, :, None], (*tokens.shape, cfg.n_streams, cfg.embed_dim))
+    for layer in range(cfg.n_layers):
+        hc, norm = w.attn.hc.at(layer), w.attn.norm[layer]
+        pre, post, C = hyper.mixes(X, hc, cfg)
+        h = rms_norm(hyper.collapse(X, pre), cfg.norm_eps, norm)
+        y, cache = attention(h, n, w, cache, layer, cfg, compute.numerics)
+        X = hyper.expand(X, y, post, C)
+
+        hc, norm = w.ffn.hc.at(layer), w.ffn.norm[layer]
+        pre, post, C = hyper.mixes(X, hc, cfg)
+        h = rms_norm(hyper.collapse(X, pre), cfg.norm_eps, norm)
+        X = hyper.expand(X, moe(h, tokens, w, layer, cfg, compute.mesh), post, C)
+    return X, cache.replace(length=cache.length + n)
+
+
+def logits(w: Weights, X: Array, cfg: ModelConfig) -> Array:
+    """Streams (..., N, E) → logits (..., vocab), float32 at least."""
+    x = rms_norm(hyper.head_collapse(X, w.head.hc, cfg), cfg.norm_eps, w.head.norm)
+    return linear(x, w.head.out, jnp.promote_types(x.dtype, jnp.float32))
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "compute", "all_positions"), donate_argnames="cache")
+def prefill(
+    w: Weights,
+    cache: Cache,
+    tokens: Array,
+    n: Array,
+    *,
+    cfg: ModelConfig,
+    compute: Compute,
+    all_positions: bool = False,
+) -> tuple[Array, Cache]:
+    """`forward` and the head, jitted, the cache donated. Compiled once per shape of `tokens`: pad to a bucket.
+
+    Returns the logits at each sequence's last real token (B, vocab), or at all T positions (B, T, vocab). Where n is
+    0 the logits mean nothing.
+    """
+    X, cache = forward(w, cache, tokens, n, cfg, compute)
+    if not all_positions:
+        X = jnp.take_along_axis(X, jnp.maximum(n - 1, 0)[:, None, None, None], axis=1)[:, 0]
+    return logits(w, X, cfg), cache
+
+
+def decode_step(
+    w: Weights, cache: Cache, tokens: Array, active: Array, *, cfg: ModelConfig, compute: Compute
+) -> tuple[Array, Cache]:
+    """One token per sequence: tokens int32 (B,), active bool (B,) → logits (B, vocab) and the cache (donated)."""
+    return prefill(w, cache, tokens[:, None], active.astype(jnp.int32), cfg=cfg, compute=compute)
+
+
+def bucket(n: int, largest: int) -> int:
+    """The chunk length that n tokens are padded to: a power of two up to 128, then doubling, `largest` at most."""
+    size = 1
+    while size < min(n, largest):
+        size *= 2
+    return min(size, largest)

@@ -1,0 +1,397 @@
+"""Quantized weights as pytrees: one class per GGUF format, `dequantize`, and `linear`, the only matrix product.
+
+A format splits each block of the file into planes, one array per kind of content, so that a kernel reads every plane
+with wide aligned loads; bytes keep the file's order and count (nothing is repacked larger). Every plane has the rank of
+the logical array, and only the last axis is packed: a plane is sharded and indexed like the matrix itself.
+
+Bit layouts: ggml (``ggml-common.h``); `gguf.quants` is the reference that the tests compare with, bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar, Self
+
+import gguf
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from flax import struct
+from gguf import GGMLQuantizationType as GGMLType
+from jax import lax
+
+Array = jax.Array
+
+
+class Quantized:
+    """Base of all formats. A value has logical `shape` (..., out, in) and logical dtype float32.
+
+    ggml_type: the file's type. block: weights per block. block_bytes: bytes per block in the file.
+    planes: name → (dtype, bytes per block); the order is the order of the pytree leaves.
+    """
+
+    ggml_type: ClassVar[GGMLType]
+    block: ClassVar[int]
+    block_bytes: ClassVar[int]
+    planes: ClassVar[dict[str, tuple[np.dtype, int]]]
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if "planes" in cls.__dict__:
+            cls.block, cls.block_bytes = gguf.GGML_QUANT_SIZES[cls.ggml_type]
+            cls.planes = {name: (np.dtype(dtype), nbytes) for name, (dtype, nbytes) in cls.planes.items()}
+
+    # ---- structure -------------------------------------------------------------------------------------------------
+    @classmethod
+    def plane_shapes(cls, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """Plane name → array shape, for a logical shape whose last dimension is a multiple of `block`."""
+        if shape[-1] % cls.block:
+            raise ValueError(f"{cls.ggml_type.name}: row length {shape[-1]} is not a multiple of {cls.block}")
+        blocks = shape[-1] // cls.block
+        return {name: (*shape[:-1], blocks * n // dt.itemsize) for name, (dt, n) in cls.planes.items()}
+
+    @classmethod
+    def struct(cls, shape: tuple[int, ...]) -> Self:
+        """The pytree with a `jax.ShapeDtypeStruct` for every plane."""
+        shapes = cls.plane_shapes(shape)
+        return cls(**{name: jax.ShapeDtypeStruct(shapes[name], dt) for name, (dt, _) in cls.planes.items()})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Logical shape (..., out, in)."""
+        name, (dtype, nbytes) = next(iter(self.planes.items()))
+        plane = getattr(self, name)
+        return (*plane.shape[:-1], plane.shape[-1] * dtype.itemsize // nbytes * self.block)
+
+    def __getitem__(self, index) -> Self:
+        """Index the leading axes (layer, expert, row); the packed last axis stays whole."""
+        return jax.tree.map(lambda p: p[index], self)
+
+    # ---- file bytes ------------------------------------------------------------------------------------------------
+    @classmethod
+    def _block_fields(cls) -> list[tuple[str, int, int]]:
+        """(plane, offset, bytes) of each run of bytes in one block of the file, in file order."""
+        offset, out = 0, []
+        for name, (_, nbytes) in cls.planes.items():
+            out.append((name, offset, nbytes))
+            offset += nbytes
+        return out
+
+    @classmethod
+    def from_bytes(cls, raw: np.ndarray) -> dict[str, np.ndarray]:
+        """Split file bytes, uint8 (..., row_bytes), into freshly allocated host planes."""
+        blocks = raw.reshape(*raw.shape[:-1], -1, cls.block_bytes)
+        out = {}
+        for name, (dtype, nbytes) in cls.planes.items():
+            runs = [blocks[..., o : o + n] for p, o, n in cls._block_fields() if p == name]
+            plane = runs[0].copy() if len(runs) == 1 else np.concatenate(runs, axis=-1)
+            out[name] = plane.reshape(*raw.shape[:-1], blocks.shape[-2] * nbytes).view(dtype)
+        return out
+
+    def to_bytes(self) -> np.ndarray:
+        """The inverse of `from_bytes`: uint8 (..., row_bytes) on the host, as the file holds it."""
+        rows, blocks = self.shape[:-1], self.shape[-1] // self.block
+        out = np.empty((*rows, blocks, self.block_bytes), np.uint8)
+        used = dict.fromkeys(self.planes, 0)
+        for name, offset, n in self._block_fields():
+            plane = np.ascontiguousarray(np.asarray(getattr(self, name)))
+            plane = plane.view(np.uint8).reshape(*rows, blocks, self.planes[name][1])
+            out[..., offset : offset + n] = plane[..., used[name] : used[name] + n]
+            used[name] += n
+        return out.reshape(*rows, blocks * self.block_bytes)
+
+    # ---- values ----------------------------------------------------------------------------------------------------
+    def dequantize(self, dtype=jnp.float32) -> Array:
+        """The weights as an array of logical `shape`; exact in float32, rounded once for a narrower dtype."""
+        return self._values().reshape(self.shape).astype(dtype)
+
+    def _values(self) -> Array:
+        """float32 of any shape that reshapes to `self.shape`."""
+        raise NotImplementedError
+
+    @classmethod
+    def random(cls, key: Array, shape: tuple[int, ...], std: float) -> Self:
+        """Random codes with scales such that the weights have about mean 0 and standard deviation `std`."""
+        raise NotImplementedError
+
+
+def _bits(words: Array, width: int) -> Array:
+    """Split uint32 words into fields of `width` bits, lowest first: (..., n) → (..., n, 32 // width) uint32."""
+    shifts = jnp.arange(0, 32, width, dtype=jnp.uint32)
+    return (words[..., None] >> shifts) & jnp.uint32((1 << width) - 1)
+
+
+def _bytes(words: Array) -> Array:
+    """uint32 (..., n) → its bytes in file order, uint32 (..., 4 n)."""
+    return _bits(words, 8).reshape(*words.shape[:-1], -1)
+
+
+def _random_bits(key: Array, shape: tuple[int, ...], dtype) -> Array:
+    dtype = np.dtype(dtype)
+    bits = jax.random.bits(key, shape, f"uint{dtype.itemsize * 8}")
+    return bits if dtype.kind == "u" else lax.bitcast_convert_type(bits, dtype)
+
+
+class _Dense(Quantized):
+    """Unquantized formats: one plane of plain values."""
+
+    def _values(self):
+        return self.values.astype(jnp.float32)
+
+    @classmethod
+    def random(cls, key, shape, std):
+        return cls(values=(jax.random.normal(key, shape, jnp.float32) * std).astype(cls.planes["values"][0]))
+
+
+@struct.dataclass
+class F32(_Dense):
+    """values: float32 (..., out, in)."""
+
+    ggml_type = GGMLType.F32
+    planes = {"values": (np.float32, 4)}
+    values: Array
+
+
+@struct.dataclass
+class F16(_Dense):
+    """values: float16 (..., out, in)."""
+
+    ggml_type = GGMLType.F16
+    planes = {"values": (np.float16, 2)}
+    values: Array
+
+
+@struct.dataclass
+class BF16(_Dense):
+    """values: bfloat16 (..., out, in)."""
+
+    ggml_type = GGMLType.BF16
+    planes = {"values": (ml_dtypes.bfloat16, 2)}
+    values: Array
+
+
+@struct.dataclass
+class Q8_0(Quantized):
+    """w = d·q. d: float16 per 32 weights. q: int8."""
+
+    ggml_type = GGMLType.Q8_0
+    planes = {"d": (np.float16, 2), "q": (np.int8, 32)}
+    d: Array
+    q: Array
+
+    def _values(self):
+        q = self.q.reshape(*self.d.shape, 32).astype(jnp.float32)
+        return q * self.d[..., None].astype(jnp.float32)
+
+    @classmethod
+    def random(cls, key, shape, std):
+        shapes = cls.plane_shapes(shape)
+        q = _random_bits(key, shapes["q"], np.int8)
+        return cls(d=jnp.full(shapes["d"], std / _uniform_std(256), jnp.float16), q=q)
+
+
+@struct.dataclass
+class Q4_K(Quantized):
+    """w = (d·sc)·q − (dmin·m), in super-blocks of 256 with 8 groups of 32.
+
+    dm: float16, d and dmin of each super-block. scales: uint32, three words (12 bytes) of 6-bit sc and m.
+    q: uint32, eight 4-bit codes per word.
+    """
+
+    ggml_type = GGMLType.Q4_K
+    planes = {"dm": (np.float16, 4), "scales": (np.uint32, 12), "q": (np.uint32, 128)}
+    dm: Array
+    scales: Array
+    q: Array
+
+    def _values(self):
+        lead = (*self.dm.shape[:-1], self.dm.shape[-1] // 2)
+        d, dmin = (self.dm.reshape(*lead, 2)[..., i, None].astype(jnp.float32) for i in (0, 1))
+        # Bytes 0-3 hold the low 6 bits of sc[0:4] and the high bits of sc[4:8]; bytes 4-7 the same for m; bytes 8-11
+        # the low nibbles of sc[4:8] and m[4:8].
+        lo_sc, lo_m, hi = (_bits(self.scales.reshape(*lead, 3)[..., i], 8) for i in range(3))
+        sc = jnp.concatenate([lo_sc & 63, (hi & 15) | (lo_sc >> 2 & 48)], axis=-1).astype(jnp.float32)
+        m = jnp.concatenate([lo_m & 63, (hi >> 4) | (lo_m >> 2 & 48)], axis=-1).astype(jnp.float32)
+        # A run of 32 bytes holds two groups: the low nibbles, then the high ones.
+        bytes_ = _bytes(self.q).reshape(*lead, 4, 1, 32)
+        q = (bytes_ >> jnp.array([0, 4], jnp.uint32)[:, None]) & 15
+        q = q.reshape(*lead, 8, 32).astype(jnp.float32)
+        return (d * sc)[..., None] * q - (dmin * m)[..., None]
+
+    @classmethod
+    def random(cls, key, shape, std):
+        shapes = cls.plane_shapes(shape)
+        # Every sc and m equal to 32: bytes 0-7 carry their high bits (2), the low nibbles are zero.
+        word = jnp.uint32(0xA0A0A0A0)
+        scales = jnp.stack([word, word, jnp.uint32(0)])
+        d = std / _uniform_std(16) / 32
+        return cls(
+            dm=jnp.tile(jnp.array([d, 7.5 * d], jnp.float16), (*shapes["dm"][:-1], shapes["dm"][-1] // 2)),
+            scales=jnp.tile(scales, (*shapes["scales"][:-1], shapes["scales"][-1] // 3)),
+            q=_random_bits(key, shapes["q"], np.uint32),
+        )
+
+
+@struct.dataclass
+class Q2_K(Quantized):
+    """w = (d·sc)·q − (dmin·m), in super-blocks of 256 with 16 groups of 16.
+
+    scales: uint32, four groups per word, each a byte sc | m << 4. q: uint32, sixteen 2-bit codes per word.
+    dm: float16, d and dmin of each super-block.
+    """
+
+    ggml_type = GGMLType.Q2_K
+    planes = {"scales": (np.uint32, 16), "q": (np.uint32, 64), "dm": (np.float16, 4)}
+    scales: Array
+    q: Array
+    dm: Array
+
+    def _values(self):
+        lead = (*self.dm.shape[:-1], self.dm.shape[-1] // 2)
+        d, dmin = (self.dm.reshape(*lead, 2)[..., i, None].astype(jnp.float32) for i in (0, 1))
+        scales = _bytes(self.scales).reshape(*lead, 16)
+        # A run of 32 bytes holds eight groups: bits 0-1 of the bytes, then bits 2-3, 4-5, 6-7.
+        bytes_ = _bytes(self.q).reshape(*lead, 2, 1, 32)
+        q = (bytes_ >> jnp.array([0, 2, 4, 6], jnp.uint32)[:, None]) & 3
+        q = q.reshape(*lead, 16, 16).astype(jnp.float32)
+        sc, m = (scales & 15).astype(jnp.float32), (scales >> 4).astype(jnp.float32)
+        return (d * sc)[..., None] * q - (dmin * m)[..., None]
+
+    @classmethod
+    def random(cls, key, shape, std):
+        shapes = cls.plane_shapes(shape)
+        d = std / _uniform_std(4) / 8
+        return cls(
+            scales=jnp.full(shapes["scales"], 0x88888888, jnp.uint32),
+            q=_random_bits(key, shapes["q"], np.uint32),
+            dm=jnp.tile(jnp.array([d, 1.5 * d], jnp.float16), (*shapes["dm"][:-1], shapes["dm"][-1] // 2)),
+        )
+
+
+def _iq2_xxs_tables() -> tuple[np.ndarray, np.ndarray]:
+    """The 256 × 8 grid of magnitudes {8, 25, 43} and the 128 sign bytes (7 bits and their parity), as ggml has them."""
+    reference = gguf.quants.IQ2_XXS
+    reference.init_grid()
+    return reference.grid.reshape(256, 8).astype(np.float32), np.frombuffer(reference.ksigns, np.uint8)
+
+
+IQ2_XXS_GRID, IQ2_XXS_SIGNS = _iq2_xxs_tables()
+
+
+@struct.dataclass
+class IQ2_XXS(Quantized):
+    """w = d·(½ + s)/4 · grid[g] · sign, groups of 32 with a 4-bit scale s, in super-blocks of 256.
+
+    d: float16 per super-block. grid: uint32 per 32 weights, four indices of 8 weights each.
+    signs: uint32 per 32 weights, four 7-bit sign sets and s in the top 4 bits.
+    """
+
+    ggml_type = GGMLType.IQ2_XXS
+    planes = {"d": (np.float16, 2), "grid": (np.uint32, 32), "signs": (np.uint32, 32)}
+    d: Array
+    grid: Array
+    signs: Array
+
+    @classmethod
+    def _block_fields(cls):
+        # In the file, grid and sign words alternate.
+        return [("d", 0, 2)] + [(p, 2 + 8 * i + o, 4) for i in range(8) for p, o in (("grid", 0), ("signs", 4))]
+
+    def _values(self):
+        lead = (*self.d.shape, 8)
+        signs = self.signs.reshape(lead)
+        scale = 0.5 + (signs >> 28).astype(jnp.float32)
+        scale = self.d[..., None].astype(jnp.float32) * scale * 0.25
+        sets = (signs[..., None] >> jnp.array([0, 7, 14, 21], jnp.uint32)) & 127
+        negative = (jnp.asarray(IQ2_XXS_SIGNS)[sets][..., None] >> jnp.arange(8, dtype=jnp.uint8)) & 1
+        magnitude = jnp.asarray(IQ2_XXS_GRID)[_bits(self.grid.reshape(lead), 8)]
+        # The reference multiplies by ±1; a zero scale must give its signed zeros too.
+        return scale[..., None, None] * magnitude * jnp.where(negative == 0, jnp.float32(1), jnp.float32(-1))
+
+    @classmethod
+    def random(cls, key, shape, std):
+        shapes = cls.plane_shapes(shape)
+        k1, k2 = jax.random.split(key)
+        signs = _random_bits(k2, shapes["signs"], np.uint32) & jnp.uint32((1 << 28) - 1) | jnp.uint32(7 << 28)
+        d = std / (7.5 / 4 * math.sqrt(np.mean(IQ2_XXS_GRID**2)))
+        return cls(d=jnp.full(shapes["d"], d, jnp.float16), grid=_random_bits(k1, shapes["grid"], np.uint32), signs=signs)
+
+
+@struct.dataclass
+class MXFP4(Quantized):
+    """E2M1 values with a shared power of two. e: uint8 per 32 weights, biased by 127. q: uint32, eight codes per word.
+
+    Codes of a block: bytes 0-15 hold weights 0-15 in their low and 16-31 in their high nibbles.
+    """
+
+    ggml_type = GGMLType.MXFP4
+    planes = {"e": (np.uint8, 1), "q": (np.uint32, 16)}
+    e: Array
+    q: Array
+
+    def _values(self):
+        bytes_ = _bytes(self.q).reshape(*self.e.shape, 1, 16)
+        code = (bytes_ >> jnp.array([0, 4], jnp.uint32)[:, None]) & 15
+        return _e2m1_bits(code.reshape(*self.e.shape, 32), self.e.astype(jnp.int32)[..., None])
+
+    @classmethod
+    def random(cls, key, shape, std):
+        shapes = cls.plane_shapes(shape)
+        rms = math.sqrt(np.mean(np.square([0, 0.5, 1, 1.5, 2, 3, 4, 6])))
+        e = jnp.full(shapes["e"], 127 + round(math.log2(std / rms)), jnp.uint8)
+        return cls(e=e, q=_random_bits(key, shapes["q"], np.uint32))
+
+
+def _e2m1_bits(code: Array, biased_exponent: Array) -> Array:
+    """E2M1 codes (uint32) times 2^(biased_exponent − 127) as float32, put together from bits.
+
+    Integer arithmetic, because a backend may flush the subnormal results of a product to zero; overflow gives ±inf as
+    the product would.
+    """
+    exponent, mantissa = (code >> 1 & 3).astype(jnp.int32), code & 1
+    # Code 0 is zero and code 1 is 0.5, the one subnormal: 1.0 · 2^-1. Otherwise (1 + mantissa/2) · 2^(exponent - 1).
+    half = code & 7 == 1
+    field = biased_exponent + jnp.where(half, -1, exponent - 1)
+    significand = jnp.where(mantissa.astype(bool) & ~half, jnp.uint32(0xC00000), jnp.uint32(0x800000))
+    normal = (jnp.clip(field, 1, 254).astype(jnp.uint32) << 23) | (significand & jnp.uint32(0x7FFFFF))
+    subnormal = significand >> jnp.clip(1 - field, 0, 24).astype(jnp.uint32)
+    bits = jnp.where(field >= 255, jnp.uint32(0x7F800000), jnp.where(field >= 1, normal, subnormal))
+    bits = jnp.where(code & 7 == 0, jnp.uint32(0), bits)
+    # The reference's zero is positive whatever the code's sign says.
+    sign = jnp.where(code & 7 == 0, jnp.uint32(0), (code >> 3) << 31)
+    return lax.bitcast_convert_type(bits | sign, jnp.float32)
+
+
+def _uniform_std(levels: int) -> float:
+    """Standard deviation of `levels` equally likely consecutive integers."""
+    return math.sqrt((levels**2 - 1) / 12)
+
+
+FORMATS: dict[GGMLType, type[Quantized]] = {
+    f.ggml_type: f for f in (F32, F16, BF16, Q8_0, Q4_K, Q2_K, IQ2_XXS, MXFP4)
+}
+
+
+def linear(x: Array, w: Quantized, dtype=None) -> Array:
+    """x (..., in) times w (out, in) transposed: (..., out) in `dtype` (x's unless given), accumulated in float32.
+
+    Every matrix product with a weight goes through here (or `grouped_linear`).
+    """
+    return matmul("...i,oi->...o", x, w.dequantize(x.dtype), dtype=dtype)
+
+
+def grouped_linear(x: Array, w: Quantized, groups: int) -> Array:
+    """Block-diagonal product: group g of x (..., groups, in) meets rows [g·out, (g+1)·out) of w (groups·out, in)."""
+    w = w.dequantize(x.dtype)
+    return matmul("...gi,goi->...go", x, w.reshape(groups, -1, w.shape[-1]))
+
+
+def matmul(equation: str, *operands: Array, dtype=None) -> Array:
+    """einsum with at least float32 accumulation, and float32 computed as float32 (no TF32).
+
+    The result has `dtype`, or the operands' common one.
+    """
+    accumulate = jnp.promote_types(operands[0].dtype, jnp.float32)
+    out = jnp.einsum(equation, *operands, precision=lax.Precision.HIGHEST, preferred_element_type=accumulate)
+    return out.astype(dtype or operands[0].dtype)

@@ -1,0 +1,109 @@
+"""The table of tensors: what a DeepSeek-V4 file holds, for a given ModelConfig. No JAX here.
+
+Everything that must know a tensor's name, shape or sharding derives from `tensor_table`: the check of a file,
+the weight tree, random initialisation, the memory plan, the loader and the writer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from ds4jax.config import CSA_RATIO, ModelConfig
+
+Kind = Literal["matrix", "vector", "ids"]
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorSpec:
+    """One tensor of the file.
+
+    family: attribute path of the weight in `weights.Weights`, e.g. ``attn.q_b``; layers share a family.
+    layer: index of the block it belongs to, or None.
+    name: GGUF tensor name.
+    shape: row-major shape, i.e. GGUF dims reversed: a matrix is (out, in), experts are (expert, out, in).
+    axes: one logical axis name per dimension; None is never sharded.
+    kind: ``matrix`` may be stored in any supported format; ``vector`` is F32 (F16 and BF16 are read too);
+        ``ids`` is I32.
+    """
+
+    family: str
+    layer: int | None
+    name: str
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    kind: Kind = "matrix"
+
+
+def _block(cfg: ModelConfig, prefix: str, layer: int | None, ratio: int, hashed: bool) -> list[TensorSpec]:
+    """Tensors of one transformer block (see `tensor_table`); `prefix` is ``blk.3`` or ``mtp.0``."""
+    E, N, D = cfg.embed_dim, cfg.n_streams, cfg.head_dim
+    heads, groups = cfg.n_heads * D, cfg.o_groups * cfg.o_lora_rank
+    mix = 2 * N + N * N
+    shared = cfg.n_shared_experts * cfg.expert_dim
+    out: list[TensorSpec] = []
+
+    def add(family, name, shape, axes=None, kind="matrix"):
+        out.append(TensorSpec(family, layer, f"{prefix}.{name}", shape, axes or (None,) * len(shape), kind))
+
+    for sub in ("attn", "ffn"):
+        add(f"{sub}.hc.fn", f"hc_{sub}_fn.weight", (mix, N * E))
+        add(f"{sub}.hc.base", f"hc_{sub}_base.weight", (mix,), kind="vector")
+        add(f"{sub}.hc.scale", f"hc_{sub}_scale.weight", (3,), kind="vector")
+        add(f"{sub}.norm", f"{sub}_norm.weight", (E,), kind="vector")
+
+    add("attn.q_a", "attn_q_a.weight", (cfg.q_lora_rank, E))
+    add("attn.q_a_norm", "attn_q_a_norm.weight", (cfg.q_lora_rank,), kind="vector")
+    add("attn.q_b", "attn_q_b.weight", (heads, cfg.q_lora_rank), ("heads", None))
+    add("attn.kv", "attn_kv.weight", (D, E))
+    add("attn.kv_norm", "attn_kv_a_norm.weight", (D,), kind="vector")
+    add("attn.sinks", "attn_sinks.weight", (cfg.n_heads,), ("heads",), kind="vector")
+    add("attn.o_a", "attn_output_a.weight", (groups, heads // cfg.o_groups), ("groups", None))
+    add("attn.o_b", "attn_output_b.weight", (E, groups), (None, "groups"))
+
+    def compressor(family, name, dim):
+        width = (2 if ratio == CSA_RATIO else 1) * dim
+        add(f"{family}.kv", f"{name}_kv.weight", (width, E))
+        add(f"{family}.gate", f"{name}_gate.weight", (width, E))
+        add(f"{family}.ape", f"{name}_ape.weight", (ratio, width))
+        add(f"{family}.norm", f"{name}_norm.weight", (dim,), kind="vector")
+
+    if ratio:
+        kind = "csa" if ratio == CSA_RATIO else "hca"
+        compressor(f"{kind}.compressor", "attn_compressor", D)
+    if ratio == CSA_RATIO:
+        add("csa.indexer.q_b", "indexer.attn_q_b.weight", (cfg.index_heads * cfg.index_head_dim, cfg.q_lora_rank))
+        add("csa.indexer.proj", "indexer.proj.weight", (cfg.index_heads, E))
+        compressor("csa.indexer.compressor", "indexer_compressor", cfg.index_head_dim)
+
+    add("ffn.router", "ffn_gate_inp.weight", (cfg.n_experts, E))
+    if hashed:
+        add("hash.tid2eid", "ffn_gate_tid2eid.weight", (cfg.vocab_size, cfg.n_experts_used), kind="ids")
+    else:
+        add("route.bias", "exp_probs_b.bias", (cfg.n_experts,), kind="vector")
+    for fam, suffix, n, axes in (
+        ("experts", "exps", cfg.expert_dim, ("experts",)),
+        ("shared", "shexp", shared, ()),
+    ):
+        lead = (cfg.n_experts,) if axes else ()
+        width = None if axes else "ffn"
+        add(f"ffn.{fam}.gate", f"ffn_gate_{suffix}.weight", (*lead, n, E), (*axes, width, None))
+        add(f"ffn.{fam}.up", f"ffn_up_{suffix}.weight", (*lead, n, E), (*axes, width, None))
+        add(f"ffn.{fam}.down", f"ffn_down_{suffix}.weight", (*lead, E, n), (*axes, None, width))
+    return out
+
+
+def tensor_table(cfg: ModelConfig) -> list[TensorSpec]:
+    """Every tensor of the main model, in file order (names and dims: ds4 and llama.cpp, arch ``deepseek4``)."""
+    E, N = cfg.embed_dim, cfg.n_streams
+    out = [TensorSpec("embed", None, "token_embd.weight", (cfg.vocab_size, E), ("vocab", None))]
+    for i, ratio in enumerate(cfg.compress_ratios):
+        out += _block(cfg, f"blk.{i}", i, ratio, hashed=i < cfg.n_hash_layers)
+    return [
+        *out,
+        TensorSpec("head.hc.fn", None, "output_hc_fn.weight", (N, N * E), (None, None)),
+        TensorSpec("head.hc.base", None, "output_hc_base.weight", (N,), (None,), "vector"),
+        TensorSpec("head.hc.scale", None, "output_hc_scale.weight", (1,), (None,), "vector"),
+        TensorSpec("head.norm", None, "output_norm.weight", (E,), (None,), "vector"),
+        TensorSpec("head.out", None, "output.weight", (cfg.vocab_size, E), ("vocab", None)),
+    ]

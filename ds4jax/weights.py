@@ -1,0 +1,300 @@
+"""The weight tree. `abstract(cfg, types)` describes every leaf; everything else about weights derives from it.
+
+Weights of one family (say, every layer's ``attn.q_b``) are stacked over layers into few arrays: a `Stack`. The
+attribute path of a family is `TensorSpec.family`, so this file and `tensors.py` mirror each other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from gguf import GGMLQuantizationType as GGMLType
+from jax.sharding import Mesh, NamedSharding
+
+from ds4jax import sharding
+from ds4jax.config import ModelConfig
+from ds4jax.quant import FORMATS, Quantized
+from ds4jax.tensors import TensorSpec, tensor_table
+
+Leaf = Any  # Stack of Quantized or Array; after `.at(layer)`, Quantized or Array; in `abstract`, WeightSpec
+
+# A stack stays below 2^31 bytes, so that 32-bit element offsets reach all of it; larger layers stand alone.
+MAX_STACK_BYTES = 2**31 - 1
+
+
+@struct.dataclass
+class Stack:
+    """One weight family over layers, as few arrays: each group holds the layers of one format along axis 0.
+
+    groups: Quantized (layers, ..., out, in) or Array (layers, ...).
+    layers: the model's layer numbers in each group.
+    """
+
+    groups: tuple[Any, ...]
+    layers: tuple[tuple[int, ...], ...] = struct.field(pytree_node=False)
+
+    def __getitem__(self, layer: int) -> Quantized | jax.Array:
+        for group, layers in zip(self.groups, self.layers, strict=True):
+            if layer in layers:
+                return group[layers.index(layer)]
+        raise KeyError(f"no weight for layer {layer}; this family has layers {self.layers}")
+
+
+class Family:
+    """Base of the dataclasses below."""
+
+    def at(self, layer: int):
+        """The same tree for one layer."""
+        return jax.tree.map(lambda s: s[layer], self, is_leaf=lambda x: isinstance(x, Stack))
+
+
+@struct.dataclass
+class HyperConnection(Family):
+    """Manifold-constrained hyper-connection: fn (2N + N², N·E), base (2N + N²), scale (3). In the head: N, N, 1."""
+
+    fn: Leaf
+    base: Leaf
+    scale: Leaf
+
+
+@struct.dataclass
+class Attention(Family):
+    """hc; norm (E); q_a (Rq, E), q_a_norm (Rq), q_b (H·D, Rq); kv (D, E), kv_norm (D); sinks (H);
+    o_a (G·Ro, H·D/G), o_b (E, G·Ro)."""
+
+    hc: HyperConnection
+    norm: Leaf
+    q_a: Leaf
+    q_a_norm: Leaf
+    q_b: Leaf
+    kv: Leaf
+    kv_norm: Leaf
+    sinks: Leaf
+    o_a: Leaf
+    o_b: Leaf
+
+
+@struct.dataclass
+class Compressor(Family):
+    """kv, gate (c·D, E); ape (R, c·D); norm (D). c = 2 for overlapping windows (ratio 4), else 1."""
+
+    kv: Leaf
+    gate: Leaf
+    ape: Leaf
+    norm: Leaf
+
+
+@struct.dataclass
+class Indexer(Family):
+    """q_b (Hi·Di, Rq); proj (Hi, E); compressor of width Di."""
+
+    q_b: Leaf
+    proj: Leaf
+    compressor: Compressor
+
+
+@struct.dataclass
+class CSA(Family):
+    """What layers of ratio 4 have besides `Attention`."""
+
+    compressor: Compressor
+    indexer: Indexer
+
+
+@struct.dataclass
+class HCA(Family):
+    """What layers of ratio 128 have besides `Attention`."""
+
+    compressor: Compressor
+
+
+@struct.dataclass
+class SwiGLU(Family):
+    """gate, up (..., F, E); down (..., E, F). Routed experts have a leading expert axis."""
+
+    gate: Leaf
+    up: Leaf
+    down: Leaf
+
+
+@struct.dataclass
+class FFN(Family):
+    """hc; norm (E); router (n_experts, E); routed experts; the shared expert."""
+
+    hc: HyperConnection
+    norm: Leaf
+    router: Leaf
+    experts: SwiGLU
+    shared: SwiGLU
+
+
+@struct.dataclass
+class Hash(Family):
+    """The first layers route by token id. tid2eid: int32 (vocab, n_experts_used)."""
+
+    tid2eid: Leaf
+
+
+@struct.dataclass
+class Route(Family):
+    """The other layers choose the experts of largest score + bias. bias (n_experts)."""
+
+    bias: Leaf
+
+
+@struct.dataclass
+class Head(Family):
+    """hc: fn (N, N·E), base (N), scale (1); norm (E); out (vocab, E)."""
+
+    hc: HyperConnection
+    norm: Leaf
+    out: Leaf
+
+
+@struct.dataclass
+class Weights:
+    """The whole main model. embed (vocab, E); families over layers; head."""
+
+    embed: Leaf
+    attn: Attention
+    csa: CSA
+    hca: HCA
+    ffn: FFN
+    hash: Hash
+    route: Route
+    head: Head
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightSpec:
+    """One leaf of `abstract`: a stacked group of a layered family, or a single weight.
+
+    format: Quantized subclass, or a numpy dtype for plain arrays (vectors and ids).
+    shape, axes: logical shape and axis names; a layered family has a leading "layers" axis.
+    tensors: the file's tensors, in the order of that axis.
+    """
+
+    format: type[Quantized] | np.dtype
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    tensors: tuple[TensorSpec, ...]
+
+    @property
+    def layered(self) -> bool:
+        return self.tensors[0].layer is not None
+
+    def struct(self) -> Any:
+        """Shapes and dtypes: a Quantized of `jax.ShapeDtypeStruct`, or one `jax.ShapeDtypeStruct`."""
+        if isinstance(self.format, np.dtype):
+            return jax.ShapeDtypeStruct(self.shape, self.format)
+        return self.format.struct(self.shape)
+
+    def shardings(self, mesh: Mesh) -> Any:
+        """The same structure with a NamedSharding per plane (planes have the logical rank, so one spec serves all)."""
+        name = self.tensors[0].name
+
+        def plane_sharding(plane: jax.ShapeDtypeStruct) -> NamedSharding:
+            return sharding.named_sharding(mesh, self.axes, plane.shape, f"{name} as {_format_name(self.format)}")
+
+        return jax.tree.map(plane_sharding, self.struct())
+
+    @property
+    def nbytes(self) -> int:
+        return sum(math.prod(s.shape) * s.dtype.itemsize for s in jax.tree.leaves(self.struct()))
+
+    def random(self, key: jax.Array, cfg: ModelConfig) -> Any:
+        """A well-scaled random value: a forward pass neither vanishes nor explodes, and every part of it matters."""
+        spec = self.tensors[0]
+        leaf = spec.family.rsplit(".", 1)[-1]
+        if spec.kind == "ids":
+            # Distinct experts per token: a random start and an odd stride would collide, so rank random numbers.
+            noise = jax.random.uniform(key, (*self.shape[:-1], cfg.n_experts))
+            return jnp.argsort(noise, axis=-1)[..., : self.shape[-1]].astype(jnp.int32)
+        if spec.kind == "vector":
+            noise = jax.random.normal(key, self.shape, jnp.float32)
+            mean, std = {"norm": (1, 0.1), "scale": (1, 0.1), "bias": (0, 0.01)}.get(leaf.split("_")[-1], (0, 0.5))
+            return mean + std * noise
+        return self.format.random(key, self.shape, 1.0 if leaf == "embed" else self.shape[-1] ** -0.5)
+
+
+def _format_name(fmt: type[Quantized] | np.dtype) -> str:
+    return fmt.name if isinstance(fmt, np.dtype) else fmt.ggml_type.name
+
+
+Types = Mapping[str, GGMLType] | Callable[[TensorSpec], GGMLType]
+
+
+def abstract(cfg: ModelConfig, types: Types) -> Weights:
+    """The weight tree with a `WeightSpec` in place of every array.
+
+    types: the type of every matrix, by tensor name (a file's) or as a function (a recipe). Vectors are float32 and
+    routing ids int32 whatever the file holds.
+    """
+    families: dict[str, list[TensorSpec]] = {}
+    for spec in tensor_table(cfg):
+        families.setdefault(spec.family, []).append(spec)
+
+    def fmt(spec: TensorSpec) -> type[Quantized] | np.dtype:
+        if spec.kind != "matrix":
+            return np.dtype(np.float32 if spec.kind == "vector" else np.int32)
+        return FORMATS[types(spec) if callable(types) else types[spec.name]]
+
+    def group(specs: list[TensorSpec]) -> WeightSpec:
+        first = specs[0]
+        return WeightSpec(fmt(first), (len(specs), *first.shape), ("layers", *first.axes), tuple(specs))
+
+    def leaf(family: str) -> WeightSpec | Stack:
+        specs = families.get(family, [])
+        if specs and specs[0].layer is None:
+            (spec,) = specs
+            return WeightSpec(fmt(spec), spec.shape, spec.axes, (spec,))
+        groups = []
+        for _, same in itertools.groupby(sorted(specs, key=lambda s: _format_name(fmt(s))), fmt):
+            same = list(same)
+            per_stack = max(1, MAX_STACK_BYTES // group(same[:1]).nbytes)
+            groups += [group(list(chunk)) for chunk in itertools.batched(same, per_stack)]
+        return Stack(tuple(groups), tuple(tuple(s.layer for s in g.tensors) for g in groups))
+
+    def build(cls: type, prefix: str):
+        def child(field: dataclasses.Field):
+            path = f"{prefix}{field.name}"
+            family = globals().get(field.type)
+            return build(family, f"{path}.") if dataclasses.is_dataclass(family) else leaf(path)
+
+        return cls(**{f.name: child(f) for f in dataclasses.fields(cls)})
+
+    return build(Weights, "")
+
+
+def structs(tree: Weights) -> Weights:
+    """`abstract` → the same tree of `jax.ShapeDtypeStruct`s."""
+    return jax.tree.map(lambda s: s.struct(), tree)
+
+
+def shardings(tree: Weights, mesh: Mesh) -> Weights:
+    """`abstract` → the same tree of `NamedSharding`s."""
+    return jax.tree.map(lambda s: s.shardings(mesh), tree)
+
+
+def nbytes(tree: Weights) -> int:
+    """Bytes of all weights of `abstract`, over all devices, counted once."""
+    return sum(s.nbytes for s in jax.tree.leaves(tree))
+
+
+def init_random(tree: Weights, cfg: ModelConfig, seed: int = 0, mesh: Mesh | None = None) -> Weights:
+    """Random weights made on the devices, one leaf at a time; the same values for any mesh."""
+    specs, treedef = jax.tree.flatten(tree)
+    key = jax.random.key(seed)
+    out = []
+    for i, spec in enumerate(specs):
+        make = jax.jit(lambda k, spec=spec: spec.random(k, cfg), out_shardings=mesh and spec.shardings(mesh))
+        out.append(make(jax.random.fold_in(key, i)))
+    return jax.tree.unflatten(treedef, out)
