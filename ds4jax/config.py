@@ -3,6 +3,109 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Collection, Mapping
+from typing import Any, Self
+
+import numpy as np
+
+from ds4jax.errors import GGUFError
+from ds4jax.gguf import show
+
+ARCHITECTURE = "deepseek4"
+PREFIX = "deepseek4."
+SQRT_SOFTPLUS = 4  # the value of expert_gating_func, llama.cpp's numbering
+
+# Field → (GGUF key, smallest, largest value). The upper bounds are far from any real model; they keep a damaged file
+# from asking for absurd work before its tensors are looked at.
+_INTS = {
+    "n_layers": ("block_count", 1, 1024),
+    "embed_dim": ("embedding_length", 1, 2**20),
+    "vocab_size": ("vocab_size", 1, 2**24),
+    "n_heads": ("attention.head_count", 1, 2**16),
+    "head_dim": ("attention.key_length", 1, 2**16),
+    "rope_dim": ("rope.dimension_count", 2, 2**16),
+    "q_lora_rank": ("attention.q_lora_rank", 1, 2**20),
+    "o_lora_rank": ("attention.output_lora_rank", 1, 2**20),
+    "o_groups": ("attention.output_group_count", 1, 2**16),
+    "window": ("attention.sliding_window", 1, 2**20),
+    "index_heads": ("attention.indexer.head_count", 1, 2**16),
+    "index_head_dim": ("attention.indexer.key_length", 1, 2**16),
+    "index_top_k": ("attention.indexer.top_k", 1, 2**24),
+    "yarn_original_ctx": ("rope.scaling.original_context_length", 1, 2**31 - 1),
+    "n_experts": ("expert_count", 1, 2**16),
+    "n_experts_used": ("expert_used_count", 1, 2**16),
+    "n_shared_experts": ("expert_shared_count", 1, 2**10),
+    "expert_dim": ("expert_feed_forward_length", 1, 2**20),
+    "n_hash_layers": ("hash_layer_count", 0, 1024),
+    "n_streams": ("hyper_connection.count", 1, 64),
+    "sinkhorn_iters": ("hyper_connection.sinkhorn_iterations", 1, 1000),
+}
+
+# Field → (GGUF key, what it must exceed).
+_FLOATS = {
+    "rope_base": ("rope.freq_base", 1.0),
+    "compress_rope_base": ("attention.compress_rope_freq_base", 1.0),
+    "yarn_factor": ("rope.scaling.factor", 0.0),
+    "yarn_beta_fast": ("rope.scaling.yarn_beta_fast", 0.0),
+    "yarn_beta_slow": ("rope.scaling.yarn_beta_slow", 0.0),
+    "route_scale": ("expert_weights_scale", 0.0),
+    "hc_eps": ("hyper_connection.epsilon", 0.0),
+    "norm_eps": ("attention.layer_norm_rms_epsilon", 0.0),
+}
+
+# Keys that select variants of the architecture, where a file has them → the variant that the forward pass implements,
+# and other values to the same effect.
+_VARIANTS = {
+    "expert_gating_func": (SQRT_SOFTPLUS,),
+    "expert_group_count": (0, 1),
+    "expert_group_used_count": (0, 1),
+    "rope.scaling.type": ("yarn",),
+}
+
+
+class _Keys:
+    """Reads ``deepseek4.*`` keys; each failure names the key, what was found and what was expected."""
+
+    def __init__(self, metadata: Mapping[str, Any]):
+        self.metadata = metadata
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return self.metadata.get(PREFIX + key, default)
+
+    def error(self, key: str, expected: str) -> GGUFError:
+        found = show(self.get(key)) if PREFIX + key in self.metadata else "nothing"
+        return GGUFError(f"key '{PREFIX}{key}': found {found}, expected {expected}")
+
+    def integer(self, key: str, low: int, high: int, default: int | None = None) -> int:
+        value = self.get(key, default)
+        if type(value) is not int or not low <= value <= high:
+            raise self.error(key, f"an integer from {low} to {high}" if low < high else str(low))
+        return value
+
+    def number(self, key: str, above: float) -> float:
+        value = self.get(key)
+        if type(value) not in (int, float) or not above < value < math.inf:
+            raise self.error(key, f"a finite number above {above:g}")
+        return float(value)
+
+    def per_layer(self, key: str, types: tuple[type, ...], lengths: tuple[int, int]) -> list:
+        """An array of one value per layer. The values of MTP layers, which may follow, are cut."""
+        value = self.get(key)
+        values = value.tolist() if isinstance(value, np.ndarray) else value
+        if not isinstance(values, list | tuple) or not all(type(v) in types for v in values):
+            raise self.error(key, f"an array of {' or '.join(t.__name__ for t in types)}")
+        if len(values) not in lengths:
+            raise GGUFError(f"key '{PREFIX}{key}': found {len(values)} values, expected {lengths[0]}, one per layer")
+        return list(values[: lengths[0]])
+
+    def clamps(self, key: str, lengths: tuple[int, int]) -> tuple[float, ...]:
+        value = self.get(key)  # one for all layers, or an array
+        is_scalar = type(value) in (int, float)
+        values = [value] * lengths[0] if is_scalar else self.per_layer(key, (int, float), lengths)
+        if not all(0 < v < math.inf for v in values):
+            raise self.error(key, "finite numbers above 0")
+        return tuple(map(float, values))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +148,87 @@ class ModelConfig:
     hc_eps: float  # hyper_connection.epsilon: 1e-6
     norm_eps: float  # attention.layer_norm_rms_epsilon: 1e-6
     n_mtp: int = 0  # multi-token-prediction heads found in the file: 0 or 1
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, Any], tensors: Collection[str] = ()) -> Self:
+        """The config a GGUF file declares; GGUFError for a key that is missing, malformed or contradicts another.
+
+        tensors: the file's tensor names. They tell whether an MTP head is present, and whether ``block_count`` counts
+            it (llama.cpp's layout): ``nextn_predict_layers`` alone does not, files without the head carry it too.
+        """
+        architecture = metadata.get("general.architecture")
+        if type(architecture) is not str or architecture != ARCHITECTURE:
+            raise GGUFError(f"key 'general.architecture': found {show(architecture)}, expected {ARCHITECTURE!r}")
+        keys = _Keys(metadata)
+        # The tokens imply the vocabulary's size. Nothing else may be missing.
+        tokens = metadata.get("tokenizer.ggml.tokens")
+        n_tokens = len(tokens) if isinstance(tokens, list) else None
+        ints = {
+            field: keys.integer(key, low, high, n_tokens if field == "vocab_size" else None)
+            for field, (key, low, high) in _INTS.items()
+        }
+        floats = {field: keys.number(key, above) for field, (key, above) in _FLOATS.items()}
+        route_norm = keys.get("expert_weights_norm")
+        if type(route_norm) is not bool:
+            raise keys.error("expert_weights_norm", "a boolean")
+        keys.integer("attention.head_count_kv", 1, 1)
+        keys.integer("attention.value_length", ints["head_dim"], ints["head_dim"])
+        for key, allowed in _VARIANTS.items():
+            value = keys.get(key, allowed[0])
+            if type(value) is not type(allowed[0]) or value not in allowed:
+                raise keys.error(key, repr(allowed[0]))
+
+        n_mtp = int(any(name.startswith("mtp.") for name in tensors))
+        nextn = keys.integer("nextn_predict_layers", 0, 1024, 0)
+        if nextn and f"blk.{ints['n_layers'] - nextn}.nextn.eh_proj.weight" in tensors:
+            if nextn > 1 or n_mtp or ints["n_layers"] == 1:
+                raise keys.error("nextn_predict_layers", "one MTP head in the file, after the main layers")
+            ints["n_layers"] -= 1
+            n_mtp = 1
+        lengths = (ints["n_layers"], ints["n_layers"] + max(1, nextn))
+        ratios = keys.per_layer("attention.compress_ratios", (int,), lengths)
+        if not set(ratios) <= {0, CSA_RATIO, HCA_RATIO}:
+            raise keys.error("attention.compress_ratios", f"values of 0, {CSA_RATIO} and {HCA_RATIO}")
+        clamps = keys.clamps("swiglu_clamp_exp", lengths)
+        if PREFIX + "swiglu_clamp_shexp" in metadata and keys.clamps("swiglu_clamp_shexp", lengths) != clamps:
+            raise keys.error("swiglu_clamp_shexp", "the values of swiglu_clamp_exp")
+
+        arrays = {"compress_ratios": tuple(ratios), "swiglu_clamp": clamps}
+        cfg = cls(**ints, **floats, **arrays, route_norm=route_norm, n_mtp=n_mtp)
+        for ok, key, expected in (
+            (n_tokens in (None, cfg.vocab_size), "vocab_size", f"{n_tokens}, one per token"),
+            (cfg.rope_dim % 2 == 0, "rope.dimension_count", "an even number"),
+            (
+                cfg.rope_dim <= min(cfg.head_dim, cfg.index_head_dim),
+                "rope.dimension_count",
+                "at most either key_length",
+            ),
+            (cfg.n_heads % cfg.o_groups == 0, "attention.output_group_count", f"a divisor of {cfg.n_heads} heads"),
+            (cfg.n_experts_used <= cfg.n_experts, "expert_used_count", f"at most expert_count, {cfg.n_experts}"),
+            (cfg.n_hash_layers <= cfg.n_layers, "hash_layer_count", f"at most {cfg.n_layers} layers"),
+        ):
+            if not ok:
+                raise keys.error(key, expected)
+        return cfg
+
+    def to_metadata(self) -> dict[str, Any]:
+        """The GGUF keys `from_metadata` reads back, as values for `gguf.write_gguf`.
+
+        ``block_count`` counts the main layers only: an MTP head, if written, goes under ``mtp.0.``.
+        """
+        own = {key: getattr(self, field) for field, (key, _, _) in _INTS.items()}
+        own |= {key: float(getattr(self, field)) for field, (key, _) in _FLOATS.items()}
+        own |= {key: allowed[0] for key, allowed in _VARIANTS.items()}
+        own |= {
+            "context_length": int(self.yarn_factor * self.yarn_original_ctx),
+            "attention.head_count_kv": 1,
+            "attention.value_length": self.head_dim,
+            "attention.compress_ratios": list(self.compress_ratios),
+            "expert_weights_norm": self.route_norm,
+            "swiglu_clamp_exp": list(self.swiglu_clamp),
+            "swiglu_clamp_shexp": list(self.swiglu_clamp),
+        }
+        return {"general.architecture": ARCHITECTURE} | {PREFIX + key: value for key, value in own.items()}
 
     @property
     def nope_dim(self) -> int:

@@ -12,6 +12,9 @@ from typing import Literal
 from ds4jax.config import CSA_RATIO, ModelConfig
 
 Kind = Literal["matrix", "vector", "ids"]
+# Where a multi-token-prediction head is stored: ``mtp.0.*``, usually a file of its own, or, as llama.cpp's converter
+# writes it, one more block after the main layers, with ``nextn.*`` beside the block's own tensors.
+MtpLayout = Literal["mtp", "nextn"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +28,7 @@ class TensorSpec:
     axes: one logical axis name per dimension; None is never sharded.
     kind: ``matrix`` may be stored in any supported format; ``vector`` is F32 (F16 and BF16 are read too);
         ``ids`` is I32.
+    optional: the file may lack it; then the main model's weight of the same family, less ``mtp.``, takes its place.
     """
 
     family: str
@@ -33,6 +37,7 @@ class TensorSpec:
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
     kind: Kind = "matrix"
+    optional: bool = False
 
 
 def _block(cfg: ModelConfig, prefix: str, layer: int | None, ratio: int, hashed: bool) -> list[TensorSpec]:
@@ -107,3 +112,34 @@ def tensor_table(cfg: ModelConfig) -> list[TensorSpec]:
         TensorSpec("head.norm", None, "output_norm.weight", (E,), (None,), "vector"),
         TensorSpec("head.out", None, "output.weight", (cfg.vocab_size, E), ("vocab", None)),
     ]
+
+
+def mtp_table(cfg: ModelConfig, layout: MtpLayout) -> list[TensorSpec]:
+    """Every tensor of the multi-token-prediction head; families are those of a block and its own head under ``mtp.``.
+
+    A ratio-0 block routed by score, the norms and projections that join a token's embedding (e) with the main model's
+    streams (h), and a head that shares the main ``output.weight``. In layout ``nextn``, ``mtp.eh_proj`` is
+    [e_proj, h_proj] side by side on the input axis, and the head's own norm and hyper-connection may be missing
+    (llama.cpp then takes the main model's).
+    """
+    E, N = cfg.embed_dim, cfg.n_streams
+    nextn = layout == "nextn"
+    prefix = f"blk.{cfg.n_layers}" if nextn else "mtp.0"
+    out = _block(cfg, prefix, None, ratio=0, hashed=False)
+
+    def add(family, name, shape, kind="matrix", optional=False):
+        name = f"{prefix}.nextn.{name}.weight" if nextn else f"{prefix}.{name}.weight"
+        out.append(TensorSpec(family, None, name, shape, (None,) * len(shape), kind, optional))
+
+    if nextn:
+        add("eh_proj", "eh_proj", (E, 2 * E))
+    else:
+        add("e_proj", "e_proj", (E, E))
+        add("h_proj", "h_proj", (E, E))
+    add("enorm", "enorm", (E,), "vector")
+    add("hnorm", "hnorm", (E,), "vector")
+    add("head.norm", "shared_head_norm" if nextn else "norm", (E,), "vector", nextn)
+    add("head.hc.fn", "hc_head_fn", (N, N * E), "matrix", nextn)
+    add("head.hc.base", "hc_head_base", (N,), "vector", nextn)
+    add("head.hc.scale", "hc_head_scale", (1,), "vector", nextn)
+    return [dataclasses.replace(spec, family=f"mtp.{spec.family}") for spec in out]

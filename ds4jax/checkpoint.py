@@ -1,0 +1,125 @@
+"""A model file, opened and checked: its config, and every tensor of the table present with the shape it must have."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+
+from gguf.constants import GGMLQuantizationType
+
+from ds4jax.config import ARCHITECTURE, ModelConfig
+from ds4jax.errors import GGUFError
+from ds4jax.gguf import TYPES, GGUFFile, show
+from ds4jax.tensors import Kind, MtpLayout, TensorSpec, mtp_table, tensor_table
+
+MTP_ARCHITECTURE = "deepseek4_mtp_support"  # general.architecture of a published MTP file
+
+_T = GGMLQuantizationType
+ALLOWED: dict[Kind, tuple[GGMLQuantizationType, ...]] = {
+    "matrix": tuple(t for t in TYPES if t != _T.I32),
+    "vector": (_T.F32, _T.F16, _T.BF16),
+    "ids": (_T.I32,),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """An open file whose tensors are known to be those of `cfg`.
+
+    types: tensor name → storage type, for every tensor in the file.
+    mtp: the layout of the MTP head in this file, or None.
+    """
+
+    file: GGUFFile
+    cfg: ModelConfig
+    types: dict[str, GGMLQuantizationType]
+    mtp: MtpLayout | None
+
+
+def check_tensors(file: GGUFFile, table: Sequence[TensorSpec]) -> None:
+    """Raises GGUFError unless `file` holds the tensors of `table`, in shapes and types that fit, and no others."""
+    for spec in table:
+        if spec.name not in file.tensors:
+            if spec.optional:
+                continue
+            raise GGUFError(f"{file.path}: tensor '{spec.name}': not found, expected shape {spec.shape}")
+        found, allowed = file.tensors[spec.name], ALLOWED[spec.kind]
+        if found.shape != spec.shape:
+            raise GGUFError(f"{file.path}: tensor '{spec.name}': found shape {found.shape}, expected {spec.shape}")
+        if found.type not in allowed:
+            raise GGUFError(
+                f"{file.path}: tensor '{spec.name}': found type {found.type.name}, "
+                f"expected one of {', '.join(t.name for t in allowed)}"
+            )
+    unknown = [show(name) for name in file.tensors.keys() - {spec.name for spec in table}]
+    if unknown:
+        some = ", ".join(sorted(unknown)[:3]) + (", ..." if len(unknown) > 3 else "")
+        raise GGUFError(f"{file.path}: {len(unknown)} tensors that belong to no known part of the model: {some}")
+
+
+def check_expert_ids(file: GGUFFile, cfg: ModelConfig) -> None:
+    """Raises GGUFError unless every expert that the hash-routed layers choose by token id exists."""
+    for spec in tensor_table(cfg):
+        if spec.kind == "ids":
+            ids = file.array(spec.name)
+            low, high = ids.min(), ids.max()
+            if low < 0 or high >= cfg.n_experts:
+                wrong = low if low < 0 else high
+                raise GGUFError(
+                    f"{file.path}: tensor '{spec.name}': found expert {wrong}, expected 0 to {cfg.n_experts - 1}"
+                )
+
+
+def _checkpoint(file: GGUFFile, cfg: ModelConfig, table: Sequence[TensorSpec], mtp: MtpLayout | None) -> Checkpoint:
+    check_tensors(file, table)
+    return Checkpoint(file, cfg, {name: t.type for name, t in file.tensors.items()}, mtp)
+
+
+def _config(file: GGUFFile) -> ModelConfig:
+    try:
+        return ModelConfig.from_metadata(file.metadata, file.tensors)
+    except GGUFError as error:
+        raise GGUFError(f"{file.path}: {error}") from None
+
+
+def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
+    """Opens a main model, with or without an MTP head in the same file, and checks all of it except the weights' values.
+
+    Raises GGUFError naming the key or tensor, what was found and what was expected.
+    """
+    file = GGUFFile.open(path)
+    try:
+        in_mtp = [name.startswith("mtp.") for name in file.tensors]
+        if in_mtp and all(in_mtp):
+            raise GGUFError(f"{path}: found only an MTP head (mtp.*), which must accompany a main model, expected that")
+        cfg = _config(file)
+        layout: MtpLayout | None = ("mtp" if any(in_mtp) else "nextn") if cfg.n_mtp else None
+        table = tensor_table(cfg) + (mtp_table(cfg, layout) if layout else [])
+        checkpoint = _checkpoint(file, cfg, table, layout)
+        check_expert_ids(file, cfg)
+        return checkpoint
+    except GGUFError:
+        file.close()
+        raise
+
+
+def open_mtp(path: str | os.PathLike, cfg: ModelConfig) -> Checkpoint:
+    """Opens a file that holds only the MTP head (``mtp.0.*``) of the main model `cfg`, and checks it likewise.
+
+    The result's config is `cfg` with n_mtp = 1.
+    """
+    file = GGUFFile.open(path)
+    try:
+        found = file.metadata.get("general.architecture")
+        if type(found) is not str or found not in (MTP_ARCHITECTURE, ARCHITECTURE):
+            raise GGUFError(
+                f"{path}: key 'general.architecture': found {show(found)}, "
+                f"expected {MTP_ARCHITECTURE!r} or {ARCHITECTURE!r}"
+            )
+        if not any(name.startswith("mtp.") for name in file.tensors):
+            raise GGUFError(f"{path}: found no tensor mtp.0.*, expected the MTP head of a DeepSeek-V4 model")
+        return _checkpoint(file, dataclasses.replace(cfg, n_mtp=1), mtp_table(cfg, "mtp"), "mtp")
+    except GGUFError:
+        file.close()
+        raise
