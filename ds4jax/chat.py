@@ -1,0 +1,383 @@
+"""Chat messages to prompt: DeepSeek-V4's format, as segments of trusted control tokens and plain text.
+
+The layout follows the reference encoder; where that and the published Jinja templates differ, or do something unwise,
+a comment says what is done here. Only text written in this file becomes control tokens. Whatever comes from a client
+(messages, tool schemas, tool names and arguments, results) stays plain text, also where it spells a control token.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ds4jax.errors import Ds4Error
+from ds4jax.tokenizer import Special, Tokenizer
+
+Segment = str | Special
+"""One piece of a prompt: plain text, or a trusted control token."""
+
+# The tool-call markup ("DSML"); its tag names are ordinary text around one control token.
+CALLS_OPEN, CALLS_CLOSE = "<｜DSML｜tool_calls>", "</｜DSML｜tool_calls>"
+INVOKE_OPEN, INVOKE_CLOSE = '<｜DSML｜invoke name="', "</｜DSML｜invoke>"
+PARAMETER_OPEN, PARAMETER_CLOSE = '<｜DSML｜parameter name="', "</｜DSML｜parameter>"
+RESULT_OPEN, RESULT_CLOSE = "<tool_result>", "</tool_result>"
+RAW_PARAMETER = "arguments"  # the one parameter of a call whose arguments are not a JSON object
+
+_TOOLS_HEAD = """\
+## Tools
+
+You have access to a set of tools to help answer the user's question. You can invoke tools by writing a "<｜DSML｜tool_calls>" block like the following:
+
+<｜DSML｜tool_calls>
+<｜DSML｜invoke name="$TOOL_NAME">
+<｜DSML｜parameter name="$PARAMETER_NAME" string="true|false">$PARAMETER_VALUE</｜DSML｜parameter>
+...
+</｜DSML｜invoke>
+<｜DSML｜invoke name="$TOOL_NAME2">
+...
+</｜DSML｜invoke>
+</｜DSML｜tool_calls>
+
+String parameters should be specified as is and set `string="true"`. For all other types (numbers, booleans, arrays, objects), pass the value in JSON format and set `string="false"`.
+
+If thinking_mode is enabled (triggered by <think>), you MUST output your complete reasoning inside <think>...</think> BEFORE any tool calls or final response.
+
+Otherwise, output directly after </think> with tool calls or final response.
+
+### Available Tool Schemas
+
+"""  # noqa: E501
+_TOOLS_TAIL = "\nYou MUST strictly follow the above defined tool name and parameter schemas to invoke tool calls.\n"
+_RESPONSE_FORMAT = "\n\n## Response Format:\n\nYou MUST strictly adhere to the following schema to reply:\n"
+
+_EFFORT_1 = """\
+Reasoning Effort: Absolute maximum with no shortcuts permitted.
+You MUST be very thorough in your thinking and comprehensively decompose the problem to resolve the root cause, rigorously stress-testing your logic against all potential paths, edge cases, and adversarial scenarios.
+Explicitly write out your entire deliberation process, documenting every intermediate step, considered alternative, and rejected hypothesis to ensure absolutely no assumption is left unchecked.
+
+"""  # noqa: E501
+_EFFORT_2_OPENING = "Reasoning Effort: Beyond maximum"
+_EFFORT_2 = f"""\
+{_EFFORT_2_OPENING} — exhaustive, relentless, and uncompromising.
+You MUST reason with the utmost depth and rigor, leaving absolutely nothing to chance: exhaustively decompose the problem into its most fundamental components, trace every causal chain to its root, and resolve the underlying cause rather than any surface symptom.
+Do not stop reasoning until you have independently verified the solution from multiple angles and are certain that no assumption remains unchecked and no error remains undiscovered.
+
+"""  # noqa: E501
+
+THINK_MODES = ("off", "on", "high", "max")
+"""Off, and three levels of effort; `on` is the reference encoder's default, called low there."""
+
+_EFFORT_PREFIXES = {"original": {"max": _EFFORT_1}, "0731": {"high": _EFFORT_1, "max": _EFFORT_2}}
+_MAX_EFFORT_CTX = 393216  # 384 K tokens: the context below which the original model's max is not to be used
+
+
+def effort_profile(template: str | None) -> str:
+    """Which effort prefixes a checkpoint was trained with: ``"0731"`` if its chat template has them, or ``"original"``.
+
+    template: the file's tokenizer.chat_template, or None (the first release shipped none).
+    Raises Ds4Error for the template of V4.1, a different format (`<｜DSML｜ calls>`, effort as a number).
+    """
+    if template is None:
+        return "original"
+    if " calls>" in template or "range 1-100" in template:  # templates assemble the tag: '<' + dsml_token + ' calls>'
+        raise Ds4Error("tokenizer.chat_template: found DeepSeek-V4.1's format, expected DeepSeek-V4's")
+    return "0731" if _EFFORT_2_OPENING in template else "original"
+
+
+def effort_prefix(think: str, profile: str = "original", ctx: int | None = None) -> str:
+    """The instruction that sets the reasoning effort, or "".
+
+    The original model wants `max` only with a context of 384 K tokens or more: with a smaller `ctx` (in tokens) it
+    gets none. 0731 has no such condition.
+    """
+    if think not in THINK_MODES:
+        raise Ds4Error(f"think: found {think!r}, expected one of {', '.join(THINK_MODES)}")
+    if profile == "original" and ctx is not None and ctx < _MAX_EFFORT_CTX:
+        return ""
+    return _EFFORT_PREFIXES[profile].get(think, "")
+
+
+def render_ids(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
+    """The ids of a chat prompt: `render` with the effort profile of the tokenizer's chat template, then BPE.
+
+    options: those of `render`, except `profile`.
+    Raises Ds4Error as `render` does, and if the vocabulary lacks a control token or the template is V4.1's.
+    """
+    segments = render(messages, profile=effort_profile(tokenizer.chat_template), **options)
+    return tokenizer.encode_segments(s if isinstance(s, str) else tokenizer.special(s) for s in segments)
+
+
+def to_text(segments: Sequence[Segment]) -> str:
+    """A rendered prompt as one string, control tokens spelled out: to look at, not to tokenize."""
+    return "".join(s if isinstance(s, str) else s.value for s in segments)
+
+
+def render(
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    think: str = "on",
+    profile: str = "original",
+    ctx: int | None = None,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    response_format: Any = None,
+    add_generation_header: bool = True,
+) -> list[Segment]:
+    """The prompt for a conversation.
+
+    messages: OpenAI-style dicts. Roles: system, developer, user, assistant (with reasoning_content and tool_calls),
+        tool (with tool_call_id) and latest_reminder. Content is a string or a list of parts, of which text is used.
+    think: one of `THINK_MODES`.  profile, ctx: see `effort_prefix`.
+    tools: function tools as the Chat Completions, Responses or Messages API has them; see `normalise_tools`.
+    response_format: a JSON value, put into the prompt as the schema that the reply must follow.
+    add_generation_header: whether to end with the opening of the assistant's next turn.
+    Raises Ds4Error naming the message or tool, what was found and what was expected.
+    """
+    prefix = effort_prefix(think, profile, ctx)
+    system, turns = _turns(messages)
+    thinking = think != "off"
+
+    out: list[Segment] = [Special.BOS, prefix, system]
+    if tools:
+        schemas = "".join(_json(tool) + "\n" for tool in normalise_tools(tools))
+        out += ["\n\n", *_markup(_TOOLS_HEAD), schemas, _TOOLS_TAIL]  # the blank line stays without system text too
+    if response_format is not None:
+        out += [_RESPONSE_FORMAT, _json(response_format)]
+
+    # Reasoning is dropped before the last user turn, unless tools are in play (the templates' rule, which also counts
+    # results in the history; the reference looks at declared tools only).
+    last_user = max((i for i, turn in enumerate(turns) if isinstance(turn, _User)), default=-1)
+    results = any(isinstance(block, _Result) for turn in turns if isinstance(turn, _User) for block in turn.blocks)
+    call_order: dict[str, int] = {}
+    for i, turn in enumerate(turns):
+        match turn:
+            case _User():
+                out += [Special.USER, "\n\n".join(_in_call_order(turn.blocks, call_order))]
+            case _Reminder():
+                out += [Special.LATEST_REMINDER, turn.text]
+            case _Assistant():
+                out.append(Special.ASSISTANT)
+                if thinking and (tools or results or i > last_user):
+                    out += [Special.THINK_OPEN, turn.reasoning]
+                out += [Special.THINK_CLOSE, turn.content, *_render_calls(turn.calls), Special.EOS]
+                if turn.calls:
+                    call_order = {call.id: n for n, call in enumerate(turn.calls) if call.id is not None}
+    if add_generation_header:
+        out += [Special.ASSISTANT, Special.THINK_OPEN if thinking else Special.THINK_CLOSE]
+    return [segment for segment in out if segment != ""]
+
+
+def normalise_tools(tools: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """What the prompt shows of each tool, as JSON, its keys in this order.
+
+    Chat Completions (``{"type": "function", "function": {...}}``): the `function` object as it is. Responses (the same
+    keys without the nesting) and Messages (`input_schema`): name, description and parameters, as far as given.
+    Raises Ds4Error for anything else, such as hosted tools.
+    """
+    _check("tools", tools, list | tuple, "a list")
+    out = []
+    for i, tool in enumerate(tools):
+        where = f"tools[{i}]"
+        _check(where, tool, Mapping, "an object")
+        if "function" in tool:
+            where += ".function"
+            function = tool["function"]
+            _check(where, function, Mapping, "an object")
+        else:
+            schema = "input_schema" if "input_schema" in tool else "parameters"
+            types = ("function", "custom") if schema == "input_schema" else ("function",)
+            if tool.get("type", "function") not in types:
+                raise Ds4Error(f"{where}.type: found {tool['type']!r}, expected 'function'")
+            keys = {"name": "name", "description": "description", "parameters": schema}
+            function = {key: tool[source] for key, source in keys.items() if source in tool}
+        _check(f"{where}.name", function.get("name"), str, "a string")
+        out.append(function)
+    return out
+
+
+# Messages, checked and grouped into the turns of the prompt.
+
+
+@dataclasses.dataclass
+class _Result:
+    call_id: str
+    text: str
+
+
+@dataclasses.dataclass
+class _User:
+    blocks: list[str | _Result]
+
+
+@dataclasses.dataclass
+class _Reminder:
+    text: str
+
+
+@dataclasses.dataclass
+class _Call:
+    id: str | None
+    name: str
+    parameters: dict[str, Any]
+
+
+@dataclasses.dataclass
+class _Assistant:
+    reasoning: str
+    content: str
+    calls: list[_Call]
+
+
+def _turns(messages: Sequence[Mapping[str, Any]]) -> tuple[str, list[_User | _Assistant | _Reminder]]:
+    """The leading system text, and the turns after it.
+
+    Only the leading run of system messages is system text: to hoist later ones, as the templates do, would change the
+    prompt's beginning in mid-conversation and make every cached prefix useless. They become text of a user turn.
+    `developer` is treated as system.
+    """
+    _check("messages", messages, list | tuple, "a list")
+    if not messages:
+        raise Ds4Error("messages: found none, expected at least one")
+    system: list[str] = []
+    turns: list[_User | _Assistant | _Reminder] = []
+    for i, message in enumerate(messages):
+        where = f"messages[{i}]"
+        _check(where, message, Mapping, "an object")
+        role = message.get("role")
+        in_user = bool(turns) and isinstance(turns[-1], _User)
+        if turns and isinstance(turns[-1], _Reminder) and role not in ("user", "tool", "system", "developer"):
+            raise Ds4Error(f"{where}.role: found {role!r} after latest_reminder, expected a user turn")
+        match role:
+            case "system" | "developer" if not turns:
+                system.append(_text(message, where))
+            case "system" | "developer" | "user" | "tool":
+                block: str | _Result = _text(message, where)
+                if role == "tool":
+                    _check(f"{where}.tool_call_id", message.get("tool_call_id"), str, "a string")
+                    block = _Result(message["tool_call_id"], block)
+                if in_user:
+                    turns[-1].blocks.append(block)
+                else:
+                    turns.append(_User([block]))
+            case "assistant":
+                reasoning = message.get("reasoning_content")
+                _check(f"{where}.reasoning_content", reasoning, str | None, "a string")
+                turns.append(_Assistant(reasoning or "", _text(message, where, optional=True), _calls(message, where)))
+            case "latest_reminder":
+                # Only before a user turn: after one, the reference would put the assistant's header in front of it.
+                if in_user or i + 1 == len(messages):
+                    raise Ds4Error(f"{where}.role: found latest_reminder, expected it only just before a user turn")
+                turns.append(_Reminder(_text(message, where)))
+            case _:
+                expected = "system, developer, user, assistant, tool or latest_reminder"
+                raise Ds4Error(f"{where}.role: found {role!r}, expected {expected}")
+    return "\n\n".join(system), turns
+
+
+def _text(message: Mapping[str, Any], where: str, optional: bool = False) -> str:
+    """A message's content: a string, or the text of its parts, joined by blank lines."""
+    where, content = f"{where}.content", message.get("content")
+    if content is None and optional:
+        return ""
+    if not isinstance(content, list | tuple):
+        _check(where, content, str, "a string or a list of parts")
+        return content
+    texts = []
+    for i, part in enumerate(content):
+        _check(f"{where}[{i}]", part, Mapping, "an object")
+        _check(f"{where}[{i}].type", part.get("type"), str, "a string")
+        if part["type"] == "text":
+            _check(f"{where}[{i}].text", part.get("text"), str, "a string")
+        texts.append(part["text"] if part["type"] == "text" else f"[Unsupported {part['type']}]")
+    return "\n\n".join(texts)
+
+
+def _calls(message: Mapping[str, Any], where: str) -> list[_Call]:
+    """An assistant message's tool calls, their arguments parsed."""
+    calls = message.get("tool_calls") or []
+    _check(f"{where}.tool_calls", calls, list | tuple, "a list")
+    out = []
+    for i, call in enumerate(calls):
+        here = f"{where}.tool_calls[{i}]"
+        _check(here, call, Mapping, "an object")
+        _check(f"{here}.id", call.get("id"), str | None, "a string")
+        function = call.get("function")
+        _check(f"{here}.function", function, Mapping, "an object")
+        _check(f"{here}.function.name", function.get("name"), str, "a string")
+        arguments = function.get("arguments")
+        _check(f"{here}.function.arguments", arguments, str | Mapping, "a JSON string or an object")
+        out.append(_Call(call.get("id"), function["name"], _parameters(arguments)))
+    return out
+
+
+def _parameters(arguments: str | Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters of a call; arguments that are not a JSON object become one string parameter."""
+    if isinstance(arguments, str):
+        try:
+            # Clients send "" for a call without parameters.
+            parsed = json.loads(arguments) if arguments.strip() else {}
+        except (ValueError, RecursionError):
+            parsed = None
+        arguments = parsed if isinstance(parsed, dict) else {RAW_PARAMETER: arguments}
+    return dict(arguments)
+
+
+def _check(where: str, value: object, kind: Any, expected: str) -> None:
+    if not isinstance(value, kind):
+        raise Ds4Error(f"{where}: found {'nothing' if value is None else type(value).__name__}, expected {expected}")
+
+
+# Rendering of the parts.
+
+
+@functools.cache
+def _markup(text: str) -> tuple[Segment, ...]:
+    """This file's own text, with the control tokens spelled in it made trusted ones."""
+    parts = re.split("(" + "|".join(re.escape(special.value) for special in Special) + ")", text)
+    return tuple(Special(part) if i % 2 else part for i, part in enumerate(parts))
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _escape(text: str, closing_tag: str, escaped: str = "&lt;") -> str:
+    """Text that goes before `closing_tag`, with the `<` of any such tag inside it escaped."""
+    return text.replace(closing_tag, escaped + closing_tag[1:])
+
+
+def _render_calls(calls: Sequence[_Call]) -> list[Segment]:
+    if not calls:
+        return []
+    out: list[Segment] = ["\n\n", *_markup(CALLS_OPEN + "\n")]
+    for call in calls:
+        out += [*_markup(INVOKE_OPEN), call.name, '">\n']
+        for key, value in call.parameters.items():
+            if isinstance(value, str):
+                is_string, text = "true", _escape(value, PARAMETER_CLOSE)
+            else:
+                is_string, text = "false", _escape(_json(value), PARAMETER_CLOSE, "\\u003c")
+            head = f'{key}" string="{is_string}">'
+            out += [*_markup(PARAMETER_OPEN), head, text, *_markup(PARAMETER_CLOSE + "\n")]
+        if not call.parameters:
+            out.append("\n")
+        out += _markup(INVOKE_CLOSE + "\n")
+    return [*out, *_markup(CALLS_CLOSE)]
+
+
+def _in_call_order(blocks: Sequence[str | _Result], call_order: Mapping[str, int]) -> list[str]:
+    """The texts of a user turn: results in the order of their calls, in the places results have among the blocks.
+
+    Results of unknown calls count as results of the first one.
+    """
+    results = sorted(
+        (block for block in blocks if isinstance(block, _Result)), key=lambda result: call_order.get(result.call_id, 0)
+    )
+    ordered = iter(results)
+    return [
+        block if isinstance(block, str) else RESULT_OPEN + _escape(next(ordered).text, RESULT_CLOSE) + RESULT_CLOSE
+        for block in blocks
+    ]
