@@ -84,7 +84,7 @@ def _config(file: GGUFFile) -> ModelConfig:
 
 
 def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
-    """Opens a main model, with or without an MTP head in the same file, and checks all of it except the weights' values.
+    """Opens a main model, with or without an MTP head in the same file, and checks all but the weights' values.
 
     Raises GGUFError naming the key or tensor, what was found and what was expected.
     """
@@ -92,7 +92,7 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
     try:
         in_mtp = [name.startswith("mtp.") for name in file.tensors]
         if in_mtp and all(in_mtp):
-            raise GGUFError(f"{path}: found only an MTP head (mtp.*), which must accompany a main model, expected that")
+            raise GGUFError(f"{path}: found only an MTP head (mtp.*), expected the main model that it must accompany")
         cfg = _config(file)
         layout: MtpLayout | None = ("mtp" if any(in_mtp) else "nextn") if cfg.n_mtp else None
         table = tensor_table(cfg) + (mtp_table(cfg, layout) if layout else [])

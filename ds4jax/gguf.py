@@ -266,8 +266,8 @@ class GGUFFile:
     def open(cls, path: str | os.PathLike) -> Self:
         """Maps and checks the file at `path`.
 
-        Raises GGUFError, naming the key or tensor, for a file that cannot be read or is not a sound GGUF container;
-        memory stays proportional to the metadata present, whatever lengths it claims.
+        Raises GGUFError, naming the key or tensor, for a file that cannot be read or is not a sound GGUF container (all
+        text must be UTF-8); memory stays proportional to the metadata present, whatever lengths it claims.
         """
         path = Path(path)
         try:
@@ -331,22 +331,6 @@ class GGUFFile:
         self.close()
 
 
-def _infer(key: str, values: list, integers: tuple[GGUFValueType, ...]) -> GGUFValueType:
-    """The type for Python scalars of one kind: BOOL, STRING, FLOAT32, or the first of `integers` that holds them."""
-    if all(isinstance(v, bool) for v in values):
-        return _V.BOOL
-    if all(isinstance(v, str) for v in values):
-        return _V.STRING
-    if all(type(v) is int for v in values):
-        for candidate in integers:
-            limits = np.iinfo(_NUMBERS[candidate])
-            if limits.min <= min(values) and max(values) <= limits.max:
-                return candidate
-    elif all(type(v) in (int, float) for v in values):
-        return _V.FLOAT32
-    raise GGUFError(f"key {show(key)}: found {show(values)}, expected bool, int, float or str, all of one kind")
-
-
 def _utf8(text: str) -> bytes:
     try:
         data = text.encode()
@@ -355,42 +339,43 @@ def _utf8(text: str) -> bytes:
     return _U64.pack(len(data)) + data
 
 
-def _pack(key: str, values: list | np.ndarray, value_type: GGUFValueType) -> bytes:
-    """The values of one key as bytes; GGUFError for one that its type does not hold."""
-    problem = GGUFError(f"key {show(key)}: found {show(values)}, expected values of {value_type.name}")
+def _holds(value_type: GGUFValueType, values: list) -> bool:
+    """Whether Python values fit `value_type` without loss, but for the precision of floats."""
     if value_type == _V.STRING:
-        if not all(isinstance(v, str) for v in values):
-            raise problem
-        return b"".join(map(_utf8, values))
-    if value_type not in _NUMBERS:
-        raise problem
-    given, dtype = np.asarray(values), _NUMBERS[value_type]
-    kinds = {"b": "b", "f": "fiu"}.get(dtype.kind, "iu")
-    if given.ndim != 1 or (given.size and given.dtype.kind not in kinds):
-        raise problem
-    with np.errstate(over="ignore"):
-        out = given.astype(dtype)
-    same = np.isfinite(out) == np.isfinite(given) if dtype.kind == "f" else out == given
-    if not same.all():
-        raise problem
-    return out.tobytes()
+        return all(isinstance(v, str) for v in values)
+    dtype = _NUMBERS.get(value_type)
+    if dtype is None:
+        return False
+    if dtype.kind == "b":
+        return all(isinstance(v, bool) for v in values)
+    if dtype.kind == "f":
+        largest = float(np.finfo(dtype).max)
+        return all(type(v) in (int, float) and not largest < abs(v) < math.inf for v in values)
+    limits = np.iinfo(dtype)
+    return all(type(v) is int and limits.min <= v <= limits.max for v in values)
 
 
 def _encode(key: str, value: Any) -> bytes:
     """One metadata record; `write_gguf` says how types are chosen."""
     value, value_type = value if isinstance(value, Typed) else (value, None)
-    is_array = isinstance(value, list | tuple | np.ndarray)
-    values = value if is_array else [value]
-    if value_type is None and isinstance(value, np.ndarray | np.generic):
-        value_type = {dtype: t for t, dtype in _NUMBERS.items()}.get(value.dtype)
+    if isinstance(value, np.ndarray | np.generic):
+        value_type = value_type or {dtype: t for t, dtype in _NUMBERS.items()}.get(value.dtype)
+        value = value.tolist()
+    is_array = isinstance(value, list | tuple)
+    values = list(value) if is_array else [value]
+    # Readers expect arrays of integers, such as compress_ratios and token_type, as INT32.
+    integers = (_V.INT32, _V.UINT32) if is_array else (_V.UINT32, _V.INT32)
+    floats = (_V.FLOAT32,) if float in map(type, values) else ()
+    inferred = (_V.BOOL, *integers, _V.UINT64, _V.INT64, *floats, _V.STRING) if values else ()
+    candidates = inferred if value_type is None else (value_type,)
+    value_type = next((t for t in candidates if _holds(t, values)), None)
     if value_type is None:
-        if len(values) == 0:
-            raise GGUFError(f"key {show(key)}: found an empty array, expected Typed(value, element type)")
-        # Readers expect arrays such as compress_ratios and token_type as INT32.
-        integers = (_V.INT32, _V.UINT32) if is_array else (_V.UINT32, _V.INT32)
-        value_type = _infer(key, list(values), (*integers, _V.UINT64, _V.INT64))
+        names = ", ".join(t.name for t in candidates) or "Typed(value, element type), as it is empty"
+        raise GGUFError(f"key {show(key)}: found {show(value)}, expected {names}")
     head = struct.pack("<IIQ", _V.ARRAY, value_type, len(values)) if is_array else _U32.pack(value_type)
-    return _utf8(key) + head + _pack(key, values, value_type)
+    is_text = value_type == _V.STRING
+    data = b"".join(map(_utf8, values)) if is_text else np.array(values, _NUMBERS[value_type]).tobytes()
+    return _utf8(key) + head + data
 
 
 def _pieces(name: str, tensor: TensorData) -> Iterable[memoryview]:
