@@ -19,6 +19,7 @@ from jax import lax
 from ds4jax import numerics as num
 from ds4jax.config import CSA_RATIO, HCA_RATIO, ModelConfig
 from ds4jax.errors import ConfigError
+from ds4jax.quant import wide
 
 Array = jax.Array
 
@@ -66,15 +67,15 @@ def abstract(cfg: ModelConfig, numerics: num.Numerics, dtype, batch: int, ctx: i
         raise ConfigError(f"cache: batch {batch} and ctx {ctx} must both be at least 1")
     kv, key = num.kv_row(cfg, numerics, dtype), num.index_row(cfg, numerics, dtype)
     # Open windows are float32 whatever the compute dtype, unless that is wider.
-    wide = jnp.promote_types(dtype, jnp.float32)
+    state_dtype = wide(jnp.dtype(dtype))
 
     def rows(fmt: num.RowFormat, layers: int, n: int) -> num.Rows:
         return {k: jax.ShapeDtypeStruct((layers, batch, n, w), dt) for k, (w, dt) in fmt.planes().items()}
 
     def compressed(fmt: num.RowFormat, ratio: int) -> Compressed:
         layers, overlap = len(cfg.layers_of_ratio(ratio)), ratio == CSA_RATIO
-        state = jax.ShapeDtypeStruct((layers, batch, ratio, (1 + overlap) * fmt.dim), wide)
-        prev = jax.ShapeDtypeStruct((layers, batch, ratio if overlap else 0, fmt.dim), wide)
+        state = jax.ShapeDtypeStruct((layers, batch, ratio, (1 + overlap) * fmt.dim), state_dtype)
+        prev = jax.ShapeDtypeStruct((layers, batch, ratio if overlap else 0, fmt.dim), state_dtype)
         return Compressed(rows(fmt, layers, max(1, ctx // ratio)), z=state, g=state, prev_z=prev, prev_g=prev)
 
     return Cache(

@@ -373,6 +373,11 @@ FORMATS: dict[GGMLType, type[Quantized]] = {
 }
 
 
+def wide(dtype) -> np.dtype:
+    """The dtype to accumulate in and to compute norms, gates and routing in: float32, or float64 for float64."""
+    return np.dtype(np.float64 if dtype == jnp.float64 else np.float32)
+
+
 def linear(x: Array, w: Quantized, dtype=None) -> Array:
     """x (..., in) times w (out, in) transposed: (..., out) in `dtype` (x's unless given), accumulated in float32.
 
@@ -392,6 +397,6 @@ def matmul(equation: str, *operands: Array, dtype=None) -> Array:
 
     The result has `dtype`, or the operands' common one.
     """
-    accumulate = jnp.promote_types(operands[0].dtype, jnp.float32)
-    out = jnp.einsum(equation, *operands, precision=lax.Precision.HIGHEST, preferred_element_type=accumulate)
+    precision, accumulate = lax.Precision.HIGHEST, wide(operands[0].dtype)
+    out = jnp.einsum(equation, *operands, precision=precision, preferred_element_type=accumulate)
     return out.astype(dtype or operands[0].dtype)

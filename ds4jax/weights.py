@@ -188,12 +188,17 @@ class WeightSpec:
     tensors: tuple[TensorSpec, ...]
 
     @property
+    def quantized(self) -> bool:
+        """Whether `format` is a Quantized class, as opposed to a plain dtype."""
+        return not isinstance(self.format, np.dtype)
+
+    @property
     def layered(self) -> bool:
         return self.tensors[0].layer is not None
 
     def struct(self) -> Any:
         """Shapes and dtypes: a Quantized of `jax.ShapeDtypeStruct`, or one `jax.ShapeDtypeStruct`."""
-        if isinstance(self.format, np.dtype):
+        if not self.quantized:
             return jax.ShapeDtypeStruct(self.shape, self.format)
         return self.format.struct(self.shape)
 

@@ -60,7 +60,7 @@ def attention(
     W, D, dtype = cfg.window, cfg.head_dim, h.dtype
     ratio, length = cfg.compress_ratios[layer], cache.length
     a, freq, fmt = w.attn.at(layer), rope.frequencies(cfg, ratio), num.kv_row(cfg, numerics, dtype)
-    position = length[:, None] + jnp.arange(T)
+    position = length[:, None] + jnp.arange(T, dtype=jnp.int32)
 
     r = rms_norm(linear(h, a.q_a), cfg.norm_eps, a.q_a_norm)
     q = linear(r, a.q_b).reshape(B, T, cfg.n_heads, D)
@@ -99,22 +99,22 @@ def attention(
             return lax.dynamic_slice_in_dim(x, start, size + extra, axis=1)
 
         qs, ps, near = take(q), take(position), take(window, W)
-        row_position = ps[:, :1] - W + jnp.arange(size + W)
+        row_position = ps[:, :1] - W + jnp.arange(size + W, dtype=jnp.int32)
         age = ps[:, :, None] - row_position[:, None]
         sources = [(near, (age >= 0) & (age < W) & (row_position >= 0)[:, None])]
         if ratio == HCA_RATIO or (ratio == CSA_RATIO and capacity <= cfg.index_top_k):
-            seen = indexer.visible(ps[:, :, None], jnp.arange(capacity), ratio)
+            seen = indexer.visible(ps[:, :, None], jnp.arange(capacity, dtype=jnp.int32), ratio)
             sources.append((fmt.decode(rows, dtype), seen))
         elif ratio == CSA_RATIO:
             chosen, seen = indexer.select(indexer.scores(take(iq), take(iw), keys), ps, cfg.index_top_k)
-            picked = jax.tree.map(lambda x: x[jnp.arange(B)[:, None, None], chosen], rows)
+            picked = jax.tree.map(lambda x: x[jnp.arange(B, dtype=jnp.int32)[:, None, None], chosen], rows)
             sources.append((fmt.decode(picked, dtype), seen))
         return attend(qs, sources, a.sinks)
 
     if T <= QUERY_BLOCK:
         o = block(0, T)
     else:
-        starts = jnp.arange(0, T, QUERY_BLOCK)
+        starts = jnp.arange(0, T, QUERY_BLOCK, dtype=jnp.int32)
         o = lax.map(lambda s: block(s, QUERY_BLOCK), starts)  # T is a multiple: see transformer.BUCKETS
         o = jnp.moveaxis(o, 0, 1).reshape(B, T, cfg.n_heads, D)
 
@@ -127,9 +127,9 @@ def _slide(cache: Cache, layer: int, new: num.Rows, n: Array, W: int) -> tuple[C
     """Store the last W of the n real new rows in the ring; → cache, and the rows before and after, (B, W + T, ·)."""
     length = cache.length
     B, T = next(iter(new.values())).shape[:2]
-    batch = jnp.arange(B)[:, None]
-    in_order = (length[:, None] + jnp.arange(W)) % W  # slots of positions length - W … length - 1
-    t = jnp.arange(T)
+    batch = jnp.arange(B, dtype=jnp.int32)[:, None]
+    in_order = (length[:, None] + jnp.arange(W, dtype=jnp.int32)) % W  # slots of positions length - W … length - 1
+    t = jnp.arange(T, dtype=jnp.int32)
     kept = (t < n[:, None]) & (t >= n[:, None] - W)
     slot = jnp.where(kept, (length[:, None] + t) % W, W)  # out of range: dropped
     both = jax.tree.map(lambda ring, x: jnp.concatenate([ring[layer][batch, in_order], x], axis=1), cache.window, new)

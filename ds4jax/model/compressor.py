@@ -45,10 +45,10 @@ def compress(
 ) -> Compressed:
     """Append T tokens: store the rows of the windows that they close, and keep the window left open."""
     B, T, _ = h.shape
-    R, wide = ratio, kept.z.dtype
-    z, g = linear(h, w.kv, wide), linear(h, w.gate, wide)
-    position = length[:, None] + jnp.arange(T)
-    g = g + w.ape.dequantize(wide)[position % R]
+    R, dtype = ratio, kept.z.dtype
+    z, g = linear(h, w.kv, dtype), linear(h, w.gate, dtype)
+    position = length[:, None] + jnp.arange(T, dtype=jnp.int32)
+    g = g + w.ape.dequantize(dtype)[position % R]
 
     # Lay the open window and the new tokens out from the window's start: slot j is the token at position first·R + j.
     first, filled = length // R, length % R
@@ -80,12 +80,12 @@ def compress(
         slots_z, slots_g = split(z), split(g)
 
     row = rms_norm(pool(slots_z, slots_g), cfg.norm_eps, w.norm)
-    index = first[:, None] + jnp.arange(windows)
+    index = first[:, None] + jnp.arange(windows, dtype=jnp.int32)
     row = rope.rotate(row[:, :, None], index * R, freq)[:, :, 0]
 
     capacity = next(iter(kept.rows.values())).shape[2]
-    target = jnp.where(jnp.arange(windows) < closed[:, None], index, capacity)  # out of range: dropped
-    batch = jnp.arange(B)[:, None]
+    target = jnp.where(jnp.arange(windows, dtype=jnp.int32) < closed[:, None], index, capacity)  # out of range: dropped
+    batch = jnp.arange(B, dtype=jnp.int32)[:, None]
     rows = jax.tree.map(
         lambda kept, new: kept.at[layer, batch, target].set(new, mode="drop"), kept.rows, fmt.encode(finish(row))
     )

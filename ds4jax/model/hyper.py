@@ -2,10 +2,11 @@
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from ds4jax.config import ModelConfig
 from ds4jax.model.norm import rms_norm
-from ds4jax.quant import linear, matmul
+from ds4jax.quant import linear, matmul, wide
 from ds4jax.weights import HyperConnection
 
 Array = jax.Array
@@ -13,18 +14,19 @@ Array = jax.Array
 
 def _project(X: Array, hc: HyperConnection, cfg: ModelConfig) -> Array:
     """hc.fn · rms(flatten(X)): X (..., N, E) → (..., out), float32 at least."""
-    wide = jnp.promote_types(X.dtype, jnp.float32)
-    flat = X.reshape(*X.shape[:-2], -1).astype(wide)
+    flat = X.reshape(*X.shape[:-2], -1).astype(wide(X.dtype))
     return linear(rms_norm(flat, cfg.norm_eps), hc.fn)
 
 
 def sinkhorn(C: Array, iterations: int, eps: float) -> Array:
     """Scale C (..., N, N) towards a doubly stochastic matrix: columns first, then rows and columns in turn."""
-    C = C / (C.sum(-2, keepdims=True) + eps)
-    for _ in range(iterations - 1):
+
+    def rows_then_columns(_, C: Array) -> Array:
         C = C / (C.sum(-1, keepdims=True) + eps)
-        C = C / (C.sum(-2, keepdims=True) + eps)
-    return C
+        return C / (C.sum(-2, keepdims=True) + eps)
+
+    C = C / (C.sum(-2, keepdims=True) + eps)
+    return lax.fori_loop(0, iterations - 1, rows_then_columns, C)
 
 
 def mixes(X: Array, hc: HyperConnection, cfg: ModelConfig) -> tuple[Array, Array, Array]:

@@ -40,7 +40,7 @@ def visible(position: Array, rows: Array, ratio: int) -> Array:
 
 def select(score: Array, position: Array, k: int) -> tuple[Array, Array]:
     """The k highest visible rows: score (B, T, N), position (B, T) → indices (B, T, k) and which of them are visible."""
-    rows = jnp.arange(score.shape[-1])
+    rows = jnp.arange(score.shape[-1], dtype=jnp.int32)
     score = jnp.where(visible(position[..., None], rows, CSA_RATIO), score, -jnp.inf)
     _, index = lax.top_k(score, k)
     return index, visible(position[..., None], index, CSA_RATIO)

@@ -8,7 +8,7 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from ds4jax.config import ModelConfig
-from ds4jax.quant import linear, matmul
+from ds4jax.quant import linear, matmul, wide
 from ds4jax.sharding import RULES, partition_spec
 from ds4jax.weights import FFN, SwiGLU, Weights
 
@@ -20,12 +20,11 @@ def route(h: Array, tokens: Array, w: Weights, layer: int, cfg: ModelConfig) -> 
 
     The bias decides who is chosen, not how much a choice counts.
     """
-    wide = jnp.promote_types(h.dtype, jnp.float32)
-    s = jnp.sqrt(jax.nn.softplus(linear(h.astype(wide), w.ffn.router[layer])))
+    s = jnp.sqrt(jax.nn.softplus(linear(h.astype(wide(h.dtype)), w.ffn.router[layer])))
     if layer < cfg.n_hash_layers:
         ids = w.hash.tid2eid[layer][tokens]
     else:
-        _, ids = lax.top_k(s + w.route.bias[layer].astype(wide), cfg.n_experts_used)
+        _, ids = lax.top_k(s + w.route.bias[layer].astype(s.dtype), cfg.n_experts_used)
     weight = jnp.take_along_axis(s, ids, axis=-1)
     if cfg.route_norm:
         weight = weight / weight.sum(-1, keepdims=True)
@@ -62,7 +61,7 @@ def experts(x: Array, ids: Array, weight: Array, w: SwiGLU, clamp: float, first:
         share = jnp.where(ids == i, weight, 0).sum(-1, keepdims=True)
         return total + swiglu(x, e, clamp) * share, None
 
-    total, _ = lax.scan(one, jnp.zeros_like(x), (w, jnp.arange(held)))
+    total, _ = lax.scan(one, jnp.zeros_like(x), (w, jnp.arange(held, dtype=jnp.int32)))
     return total
 
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ds4jax.config import ModelConfig
+from ds4jax.quant import wide
 
 
 def frequencies(cfg: ModelConfig, ratio: int) -> np.ndarray:
@@ -34,10 +35,9 @@ def frequencies(cfg: ModelConfig, ratio: int) -> np.ndarray:
 
 def rotate(x: jax.Array, positions: jax.Array, freq: np.ndarray, *, inverse: bool = False) -> jax.Array:
     """Rotate the last dims of x (..., heads, n) by the angles of positions (...), int32; `inverse` turns back."""
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    angle = positions[..., None, None].astype(wide) * jnp.asarray(freq, wide)
+    angle = positions[..., None, None].astype(wide(x.dtype)) * jnp.asarray(freq, wide(x.dtype))
     cos, sin = jnp.cos(angle), jnp.sin(-angle if inverse else angle)
     nope, rope = jnp.split(x, [x.shape[-1] - 2 * freq.shape[0]], axis=-1)
-    even, odd = rope[..., 0::2].astype(wide), rope[..., 1::2].astype(wide)
+    even, odd = (rope[..., i::2].astype(angle.dtype) for i in (0, 1))
     turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1).reshape(rope.shape)
     return jnp.concatenate([nope, turned.astype(x.dtype)], axis=-1)

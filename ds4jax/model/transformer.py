@@ -16,7 +16,7 @@ from ds4jax.model.attention import attention
 from ds4jax.model.moe import moe
 from ds4jax.model.norm import rms_norm
 from ds4jax.numerics import Numerics
-from ds4jax.quant import linear
+from ds4jax.quant import linear, wide
 from ds4jax.weights import Weights
 
 Array = jax.Array
@@ -61,7 +61,7 @@ def forward(
 def logits(w: Weights, X: Array, cfg: ModelConfig) -> Array:
     """Streams (..., N, E) → logits (..., vocab), float32 at least."""
     x = rms_norm(hyper.head_collapse(X, w.head.hc, cfg), cfg.norm_eps, w.head.norm)
-    return linear(x, w.head.out, jnp.promote_types(x.dtype, jnp.float32))
+    return linear(x, w.head.out, wide(x.dtype))
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "compute", "all_positions"), donate_argnames="cache")

@@ -1,0 +1,130 @@
+"""Loading: every tensor of a file with all formats mixed arrives where the tree says, on one device and on a mesh."""
+
+import subprocess
+import sys
+
+import gguf
+import jax
+import numpy as np
+import pytest
+
+from ds4jax import load as loader
+from ds4jax import sharding, synthetic, weights
+from ds4jax.checkpoint import open_checkpoint
+from ds4jax.errors import ConfigError
+from ds4jax.quant import Quantized
+
+CFG = synthetic.synthetic_config("base")
+
+
+def written(tmp_path_factory, recipe):
+    path = tmp_path_factory.mktemp("model") / f"{recipe}.gguf"
+    synthetic.write_synthetic(path, CFG, 7, synthetic.RECIPES[recipe])
+    return path
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    return written(tmp_path_factory, "mixed")
+
+
+@pytest.fixture(scope="module")
+def q2(tmp_path_factory):
+    return written(tmp_path_factory, "q2")
+
+
+def dequantized(tree, values):
+    """{tensor name: float32 or int32 array} of a loaded tree."""
+    out = {}
+    specs, treedef = jax.tree.flatten(tree)
+    for spec, value in zip(specs, treedef.flatten_up_to(values), strict=True):
+        array = np.asarray(value.dequantize() if isinstance(value, Quantized) else value)
+        for i, tensor in enumerate(spec.tensors):
+            out[tensor.name] = array[i] if spec.layered else array
+    return out
+
+
+def reference(path):
+    with open_checkpoint(path).file as file:
+        return {
+            name: np.array(file.array(name))
+            if t.type.name == "I32"
+            else gguf.quants.dequantize(np.array(file.raw(name)), t.type)
+            for name, t in file.tensors.items()
+        }
+
+
+@pytest.mark.parametrize("chunk", [2**28, 100_000], ids=["whole", "slabs"])
+@pytest.mark.parametrize("mesh_shape, fixture", [(None, "mixed"), ((1, 4), "mixed"), ((2, 2), "q2")])
+def test_every_tensor_arrives(mesh_shape, fixture, chunk, monkeypatch, request):
+    path = request.getfixturevalue(fixture)
+    monkeypatch.setattr(loader, "CHUNK_BYTES", chunk)
+    mesh = sharding.make_mesh(*mesh_shape) if mesh_shape else None
+    values, checkpoint = loader.load(path, mesh)
+    tree = weights.abstract(CFG, checkpoint.types)
+    jax.tree.map(lambda s, v: (s.shape, s.dtype) == (v.shape, v.dtype) or pytest.fail(f"{s} {v}"), weights.structs(tree), values)
+    if mesh:
+        jax.tree.map(lambda s, v: v.sharding == s or pytest.fail(f"{s} {v}"), weights.shardings(tree, mesh), values)
+    found, expected = dequantized(tree, values), reference(path)
+    assert found.keys() == expected.keys()
+    for name in expected:
+        np.testing.assert_array_equal(found[name], expected[name], err_msg=name)
+
+
+def test_memory_per_weight_is_the_files(mixed):
+    file = open_checkpoint(mixed).file
+    tree = weights.abstract(CFG, {name: t.type for name, t in file.tensors.items()})
+    assert weights.nbytes(tree) == sum(t.nbytes for t in file.tensors.values())
+
+
+def test_mesh_that_does_not_divide_is_refused(mixed):
+    with pytest.raises(ConfigError, match=r"attn_output_a.*2 along 'groups'|along 'groups'"):
+        loader.load(mixed, sharding.make_mesh(4, 1))
+
+
+def test_stacks_stay_below_32_bit_offsets(monkeypatch):
+    monkeypatch.setattr(weights, "MAX_STACK_BYTES", 100_000)
+    tree = weights.abstract(CFG, synthetic.RECIPES["q8"])
+    q_b = tree.attn.q_b  # 192 · 8 × 256 in Q8_0: 417,792 bytes per layer
+    assert q_b.layers == ((0,), (1,), (2,), (3,), (4,))
+    assert tree.attn.kv.layers == ((0,), (1,), (2,), (3,), (4,)) or len(tree.attn.kv.layers) < 5
+    for spec in jax.tree.leaves(tree):
+        assert spec.nbytes <= 100_000 or spec.shape[0] == 1 or not spec.layered
+
+
+MEMORY_PROBE = """
+import sys, threading, time, re, jax
+from ds4jax import load, weights
+
+def status(key):
+    return int(re.search(key + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
+
+jax.numpy.zeros(1).block_until_ready()
+base, peak, done = status("VmRSS"), 0, threading.Event()
+def watch():
+    global peak
+    while not done.is_set():
+        peak = max(peak, status("VmRSS"))
+        time.sleep(0.005)
+thread = threading.Thread(target=watch); thread.start()
+values, checkpoint = load.load(sys.argv[1])
+jax.block_until_ready(values)
+done.set(); thread.join()
+size = sum(x.nbytes for x in jax.tree.leaves(values))
+print(size, peak - base)
+"""
+
+
+def peak_over_weights(path):
+    run = subprocess.run([sys.executable, "-c", MEMORY_PROBE, str(path)], capture_output=True, text=True, check=True)
+    return map(int, run.stdout.split())
+
+
+@pytest.mark.slow
+def test_host_memory_while_loading(tmp_path):
+    """On a CPU the weights themselves are host memory: what loading adds to them stays far below 2 GiB."""
+    cfg = synthetic.synthetic_config({"n_experts": 1024, "expert_dim": 1024, "embed_dim": 1024})
+    synthetic.write_synthetic(tmp_path / "big.gguf", cfg, 0, synthetic.RECIPES["q8"])
+    size, peak = peak_over_weights(tmp_path / "big.gguf")
+    assert size > 3 * 2**30
+    assert peak < size + 2**30
