@@ -14,6 +14,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.typing import DTypeLike
 
 from ds4jax.config import ModelConfig
@@ -29,9 +30,15 @@ E2M1_VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
 
 
 def _scale_exponent(amax: Array, floor: float, largest: float) -> Array:
-    """ceil(log2(max(amax, floor) / largest)) as int32, exact (a float log2 may round across an integer)."""
-    fraction, exponent = jnp.frexp(jnp.maximum(amax, floor) / largest)
-    return jnp.where(fraction == 0.5, exponent - 1, exponent)
+    """ceil(log2(max(amax, floor) / largest)) as int32, read off the bits (a float log2 may round across an integer)."""
+    ratio = jnp.maximum(amax.astype(jnp.float32), floor) / largest
+    bits = lax.bitcast_convert_type(ratio, jnp.int32)
+    return (bits >> 23) - 127 + (bits & 0x7FFFFF != 0).astype(jnp.int32)
+
+
+def _power_of_two(exponent: Array, dtype: DTypeLike) -> Array:
+    """2^exponent, exact for float32's normal exponents, -126 … 127."""
+    return lax.bitcast_convert_type((exponent + 127) << 23, jnp.float32).astype(dtype)
 
 
 def _blocks(x: Array, block: int) -> Array:
@@ -45,13 +52,13 @@ def _encode_scaled(x: Array, block: int, floor: float, largest: float) -> tuple[
     """x (..., n) → x divided by its block's power of two, in [-largest, largest], and uint8 exponents biased by 127."""
     blocks = _blocks(x, block)
     exponent = _scale_exponent(jnp.abs(blocks).max(-1), floor, largest)
-    scaled = jnp.ldexp(blocks, -exponent[..., None])
+    scaled = blocks * _power_of_two(-exponent, x.dtype)[..., None]
     return scaled.reshape(*x.shape[:-1], -1)[..., : x.shape[-1]], (exponent + 127).astype(jnp.uint8)
 
 
 def _decode_scaled(scaled: Array, exponents: Array, block: int) -> Array:
     blocks = _blocks(scaled, block)
-    x = jnp.ldexp(blocks, exponents.astype(jnp.int32)[..., None] - 127)
+    x = blocks * _power_of_two(exponents.astype(jnp.int32) - 127, scaled.dtype)[..., None]
     return x.reshape(*scaled.shape[:-1], -1)[..., : scaled.shape[-1]]
 
 

@@ -264,7 +264,7 @@ def abstract(cfg: ModelConfig, types: Types) -> Weights:
         groups = []
         for _, same in itertools.groupby(sorted(specs, key=lambda s: _format_name(fmt(s))), fmt):
             same = list(same)
-            per_stack = max(1, MAX_STACK_BYTES // group(same[:1]).nbytes)
+            per_stack = min(max(1, MAX_STACK_BYTES // group(same[:1]).nbytes), len(same))
             groups += [group(list(chunk)) for chunk in itertools.batched(same, per_stack)]
         return Stack(tuple(groups), tuple(tuple(s.layer for s in g.tensors) for g in groups))
 

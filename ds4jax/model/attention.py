@@ -57,6 +57,8 @@ def attention(
     `cache.length` is still the length before these tokens: the caller advances it after the last layer.
     """
     B, T, _ = h.shape
+    if T > QUERY_BLOCK and T % QUERY_BLOCK:
+        raise ValueError(f"{T} tokens: more than {QUERY_BLOCK} must be padded to a multiple of it")
     W, D, dtype = cfg.window, cfg.head_dim, h.dtype
     ratio, length = cfg.compress_ratios[layer], cache.length
     a, freq, fmt = w.attn.at(layer), rope.frequencies(cfg, ratio), num.kv_row(cfg, numerics, dtype)
@@ -128,10 +130,10 @@ def _slide(cache: Cache, layer: int, new: num.Rows, n: Array, W: int) -> tuple[C
     length = cache.length
     B, T = next(iter(new.values())).shape[:2]
     batch = jnp.arange(B, dtype=jnp.int32)[:, None]
-    in_order = (length[:, None] + jnp.arange(W, dtype=jnp.int32)) % W  # slots of positions length - W … length - 1
+    in_order = lax.rem(length[:, None] + jnp.arange(W, dtype=jnp.int32), np.int32(W))  # slots of positions length - W … length - 1
     t = jnp.arange(T, dtype=jnp.int32)
     kept = (t < n[:, None]) & (t >= n[:, None] - W)
-    slot = jnp.where(kept, (length[:, None] + t) % W, W)  # out of range: dropped
+    slot = jnp.where(kept, lax.rem(length[:, None] + t, np.int32(W)), W)  # out of range: dropped
     both = jax.tree.map(lambda ring, x: jnp.concatenate([ring[layer][batch, in_order], x], axis=1), cache.window, new)
     ring = jax.tree.map(lambda ring, x: ring.at[layer, batch, slot].set(x, mode="drop"), cache.window, new)
     return cache.replace(window=ring), both

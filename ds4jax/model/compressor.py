@@ -48,10 +48,10 @@ def compress(
     R, dtype = ratio, kept.z.dtype
     z, g = linear(h, w.kv, dtype), linear(h, w.gate, dtype)
     position = length[:, None] + jnp.arange(T, dtype=jnp.int32)
-    g = g + w.ape.dequantize(dtype)[position % R]
+    g = g + w.ape.dequantize(dtype)[lax.rem(position, np.int32(R))]
 
     # Lay the open window and the new tokens out from the window's start: slot j is the token at position first·R + j.
-    first, filled = length // R, length % R
+    first, filled = lax.div(length, np.int32(R)), lax.rem(length, np.int32(R))
     windows = -(-T // R)  # at most this many can close
 
     def lay_out(state: Array, new: Array) -> Array:
@@ -59,11 +59,8 @@ def compress(
         return jax.vmap(lambda s, x, at: lax.dynamic_update_slice_in_dim(s, x, at, axis=0))(slots, new, filled)
 
     z, g = lay_out(kept.z, z), lay_out(kept.g, g)
-    closed = (filled + n) // R  # windows that these tokens close, per sequence
-    update = {
-        "z": kept.z.at[layer].set(_at(z, closed * R, R)),
-        "g": kept.g.at[layer].set(_at(g, closed * R, R)),
-    }
+    closed = lax.div(filled + n, np.int32(R))  # windows that these tokens close, per sequence
+    open_window = {"z": z, "g": g}
 
     def split(x: Array) -> Array:
         return x[:, : windows * R].reshape(B, windows, R, -1)
@@ -72,8 +69,7 @@ def compress(
         D = fmt.dim
         prev_z = jnp.concatenate([kept.prev_z[layer], z[..., :D]], axis=1)
         prev_g = jnp.concatenate([kept.prev_g[layer], g[..., :D]], axis=1)
-        update["prev_z"] = kept.prev_z.at[layer].set(_at(prev_z, closed * R, R))
-        update["prev_g"] = kept.prev_g.at[layer].set(_at(prev_g, closed * R, R))
+        open_window |= {"prev_z": prev_z, "prev_g": prev_g}
         slots_z = jnp.concatenate([split(prev_z), split(z[..., D:])], axis=2)
         slots_g = jnp.concatenate([split(prev_g), split(g[..., D:])], axis=2)
     else:
@@ -89,4 +85,9 @@ def compress(
     rows = jax.tree.map(
         lambda kept, new: kept.at[layer, batch, target].set(new, mode="drop"), kept.rows, fmt.encode(finish(row))
     )
+    # Whatever comes next starts in the window after the last closed one.
+    update = {
+        name: lax.dynamic_update_index_in_dim(getattr(kept, name), _at(x, closed * R, R), layer, axis=0)
+        for name, x in open_window.items()
+    }
     return kept.replace(rows=rows, **update)

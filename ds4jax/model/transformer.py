@@ -34,27 +34,34 @@ class Compute:
     mesh: Mesh | None = None
 
 
+def block(
+    X: Array, tokens: Array, n: Array, w: Weights, cache: Cache, layer: int, cfg: ModelConfig, compute: Compute
+) -> tuple[Array, Cache]:
+    """One layer: attention, then experts, each between its hyper-connections. X (B, T, N, E) → the same."""
+    pre, post, C = hyper.mixes(X, w.attn.hc.at(layer), cfg)
+    h = rms_norm(hyper.collapse(X, pre), cfg.norm_eps, w.attn.norm[layer])
+    y, cache = attention(h, n, w, cache, layer, cfg, compute.numerics)
+    X = hyper.expand(X, y, post, C)
+
+    pre, post, C = hyper.mixes(X, w.ffn.hc.at(layer), cfg)
+    h = rms_norm(hyper.collapse(X, pre), cfg.norm_eps, w.ffn.norm[layer])
+    y = moe(h, tokens, w, layer, cfg, compute.mesh)
+    return hyper.expand(X, y, post, C), cache
+
+
 def forward(
     w: Weights, cache: Cache, tokens: Array, n: Array, cfg: ModelConfig, compute: Compute
 ) -> tuple[Array, Cache]:
     """Append tokens to every sequence of the batch.
 
-    tokens: int32 (B, T), of which the first n[b] are real (n: int32 (B,), 0 … T); the rest leaves no trace.
+    tokens: int32 (B, T), of which the first n[b] are real (n: int32 (B,), 0 … T); the rest leaves no trace. T is at
+    most 128 or a multiple of it.
     Returns the residual streams (B, T, N, E) before the head, and the cache with lengths advanced by n.
     """
     x = w.embed[tokens].dequantize(jnp.dtype(compute.dtype))
     X = jnp.broadcast_to(x[:, :, None], (*tokens.shape, cfg.n_streams, cfg.embed_dim))
     for layer in range(cfg.n_layers):
-        hc, norm = w.attn.hc.at(layer), w.attn.norm[layer]
-        pre, post, C = hyper.mixes(X, hc, cfg)
-        h = rms_norm(hyper.collapse(X, pre), cfg.norm_eps, norm)
-        y, cache = attention(h, n, w, cache, layer, cfg, compute.numerics)
-        X = hyper.expand(X, y, post, C)
-
-        hc, norm = w.ffn.hc.at(layer), w.ffn.norm[layer]
-        pre, post, C = hyper.mixes(X, hc, cfg)
-        h = rms_norm(hyper.collapse(X, pre), cfg.norm_eps, norm)
-        X = hyper.expand(X, moe(h, tokens, w, layer, cfg, compute.mesh), post, C)
+        X, cache = block(X, tokens, n, w, cache, layer, cfg, compute)
     return X, cache.replace(length=cache.length + n)
 
 

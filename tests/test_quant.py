@@ -1,0 +1,96 @@
+"""Formats: bit for bit what `gguf.quants` says, with no byte added, and one product that uses them."""
+
+import gguf
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ds4jax.quant import FORMATS, Q2_K, Q8_0, grouped_linear, linear
+
+formats = pytest.mark.parametrize("fmt", FORMATS.values(), ids=lambda f: f.ggml_type.name)
+
+
+def random_bytes(fmt, rows, n, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (*rows, n // fmt.block * fmt.block_bytes), dtype=np.uint8)
+
+
+def on_device(fmt, raw):
+    return jax.tree.map(jnp.asarray, fmt(**fmt.from_bytes(raw)))
+
+
+def assert_same_bits(found, expected):
+    """Equal bits, signed zeros and infinities included; any NaN equals any NaN."""
+    found = np.asarray(found)
+    same = (found.view(np.uint32) == expected.view(np.uint32)) | (np.isnan(found) & np.isnan(expected))
+    assert same.all(), f"{(~same).sum()} differ: {found[~same][:4]} {expected[~same][:4]}"
+
+
+@formats
+@pytest.mark.parametrize("jit", [False, True])
+def test_dequantize_is_the_references_bit_for_bit(fmt, jit):
+    # Uniform bytes make every scale there is: subnormal, huge, negative, infinite, NaN.
+    raw = random_bytes(fmt, (3, 40), 512)
+    with np.errstate(all="ignore"):
+        expected = gguf.quants.dequantize(raw, fmt.ggml_type)
+    run = jax.jit(lambda q: q.dequantize()) if jit else lambda q: q.dequantize()
+    assert_same_bits(run(on_device(fmt, raw)), expected)
+
+
+def test_every_mxfp4_scale_and_code():
+    fmt = FORMATS[gguf.GGMLQuantizationType.MXFP4]
+    codes = np.arange(16, dtype=np.uint8) * 17  # every code in both nibbles
+    raw = np.concatenate([np.arange(256, dtype=np.uint8)[:, None], np.tile(codes, (256, 1))], axis=1)
+    with np.errstate(all="ignore"):
+        expected = gguf.quants.dequantize(raw, fmt.ggml_type)
+    assert_same_bits(on_device(fmt, raw).dequantize(), expected)
+
+
+@formats
+def test_bytes_survive(fmt):
+    raw = random_bytes(fmt, (2, 3), 768)
+    q = on_device(fmt, raw)
+    assert q.shape == (2, 3, 768)
+    np.testing.assert_array_equal(q.to_bytes(), raw)
+    np.testing.assert_array_equal(q[1].to_bytes(), raw[1])
+
+
+@formats
+def test_no_format_grows(fmt):
+    planes = jax.tree.leaves(fmt.struct((4, 1024)))
+    assert sum(np.prod(p.shape) * p.dtype.itemsize for p in planes) == 4 * 1024 // fmt.block * fmt.block_bytes
+    assert all(len(p.shape) == 2 for p in planes)
+
+
+@formats
+def test_random_weights_have_the_wanted_deviation(fmt):
+    q = fmt.random(jax.random.key(1), (64, 1024), 0.02)
+    assert jax.tree.map(lambda p: (p.shape, p.dtype), q) == jax.tree.map(
+        lambda p: (p.shape, p.dtype), fmt.struct((64, 1024))
+    )
+    w = q.dequantize()
+    assert abs(float(w.mean())) < 1e-3
+    assert 0.017 < float(w.std()) < 0.024  # MXFP4 has only powers of two to choose from
+
+
+def test_rows_must_be_whole_blocks():
+    with pytest.raises(ValueError, match="Q2_K: row length 300 is not a multiple of 256"):
+        Q2_K.struct((2, 300))
+
+
+def test_linear_accumulates_wider_than_its_input():
+    w = Q8_0.random(jax.random.key(0), (8, 4096), 1.0)
+    x = jnp.ones((3, 4096), jnp.bfloat16)
+    expected = np.asarray(w.dequantize(jnp.bfloat16), np.float64).sum(-1)
+    found = linear(x, w, jnp.float32)
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, np.tile(expected, (3, 1)), rtol=1e-5, atol=1e-3)
+    assert linear(x, w).dtype == jnp.bfloat16
+
+
+def test_grouped_linear_is_block_diagonal():
+    w = Q8_0.random(jax.random.key(0), (6, 32), 1.0)
+    x = jax.random.normal(jax.random.key(1), (5, 3, 32))
+    dense = np.asarray(w.dequantize())
+    expected = np.stack([np.asarray(x)[:, g] @ dense[2 * g : 2 * g + 2].T for g in range(3)], axis=1)
+    np.testing.assert_allclose(grouped_linear(x, w, 3), expected, rtol=1e-5, atol=1e-5)
