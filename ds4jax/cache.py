@@ -129,7 +129,7 @@ def capacity(cache: Cache) -> int | None:
     return min(per_kind, default=None)
 
 
-# ---- snapshots: one sequence's state, exact and no larger than its length needs ---------------------------------------
+# ---- snapshots: one sequence's state, exact and no larger than its length needs --------------------------------------
 def _map_sequence(fn, fn_rows, *caches: Cache) -> Cache:
     """Apply fn(*leaves) to leaves of axes (L, B, ...), fn_rows(*leaves, ratio) to compressed rows."""
 
@@ -182,4 +182,3 @@ def restore(cache: Cache, slot: int | Array, saved: Cache) -> Cache:
 def fork(cache: Cache, source: int, target: int) -> Cache:
     """`cache` (donated) with sequence `target` an exact copy of sequence `source`."""
     return restore(cache, target, snapshot(cache, source))
-

@@ -46,8 +46,7 @@ def load(
         shardings = [jax.tree.leaves(spec.shardings(mesh)) for spec in specs]
     with tqdm(total=weights.nbytes(tree), unit="B", unit_scale=True, desc="loading", disable=not progress) as bar:
         leaves = [
-            _load_leaf(checkpoint.file, spec, planes, bar.update)
-            for spec, planes in zip(specs, shardings, strict=True)
+            _load_leaf(checkpoint.file, spec, planes, bar.update) for spec, planes in zip(specs, shardings, strict=True)
         ]
     return jax.tree.unflatten(treedef, leaves), checkpoint
 
@@ -132,7 +131,9 @@ def _read(file: GGUFFile, spec: WeightSpec, rows: tuple[tuple[int, int], ...]) -
     if not spec.layered:
         return _read_tensor(file, spec, 0, rows)
     layers = [_read_tensor(file, spec, layer, rows[1:]) for layer in range(*rows[0])]
-    return [np.stack(planes) for planes in zip(*layers, strict=True)] if len(layers) > 1 else [p[None] for p in layers[0]]
+    if len(layers) == 1:  # large layers come alone, and stacking would copy them
+        return [plane[None] for plane in layers[0]]
+    return [np.stack(planes) for planes in zip(*layers, strict=True)]
 
 
 def _read_tensor(file: GGUFFile, spec: WeightSpec, nth: int, rows: tuple[tuple[int, int], ...]) -> list[np.ndarray]:

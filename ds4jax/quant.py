@@ -315,7 +315,8 @@ class IQ2_XXS(Quantized):
         k1, k2 = jax.random.split(key)
         signs = _random_bits(k2, shapes["signs"], np.uint32) & jnp.uint32((1 << 28) - 1) | jnp.uint32(7 << 28)
         d = std / (7.5 / 4 * math.sqrt(np.mean(IQ2_XXS_GRID**2)))
-        return cls(d=jnp.full(shapes["d"], d, jnp.float16), grid=_random_bits(k1, shapes["grid"], np.uint32), signs=signs)
+        grid = _random_bits(k1, shapes["grid"], np.uint32)
+        return cls(d=jnp.full(shapes["d"], d, jnp.float16), grid=grid, signs=signs)
 
 
 @struct.dataclass
@@ -368,9 +369,7 @@ def _uniform_std(levels: int) -> float:
     return math.sqrt((levels**2 - 1) / 12)
 
 
-FORMATS: dict[GGMLType, type[Quantized]] = {
-    f.ggml_type: f for f in (F32, F16, BF16, Q8_0, Q4_K, Q2_K, IQ2_XXS, MXFP4)
-}
+FORMATS: dict[GGMLType, type[Quantized]] = {f.ggml_type: f for f in (F32, F16, BF16, Q8_0, Q4_K, Q2_K, IQ2_XXS, MXFP4)}
 
 
 def wide(dtype) -> np.dtype:

@@ -104,6 +104,25 @@ def test_ragged_sequences_equal_each_alone(model, compute):
         assert worst(np.concatenate(found[b]), alone) < 1e-5
 
 
+SHAPES = {
+    "window only": {"compress_ratios": (0,), "n_layers": 1, "n_hash_layers": 1, "window": 7},
+    "no ratio 4": {"compress_ratios": (128, 0), "n_layers": 2, "n_hash_layers": 0, "n_streams": 1},
+    "no ratio 128": {"compress_ratios": (4, 4), "n_layers": 2, "n_hash_layers": 2, "route_norm": False},
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_other_shapes(shape):
+    """A kind of layer that is missing, one stream, an odd window: whole and in parts, the same."""
+    layers = SHAPES[shape]["n_layers"]
+    cfg = dataclasses.replace(ODD, swiglu_clamp=(2.0,) * layers, **SHAPES[shape])
+    model = weights.init_random(weights.abstract(cfg, synthetic.RECIPES["f16"]), cfg, seed=1)
+    ids = tokens(1, 140, seed=6, cfg=cfg)
+    expected = run(model, Compute("plain"), ids, 140, cfg)
+    assert np.isfinite(expected).all()
+    assert worst(run(model, Compute("plain"), ids, 3, cfg), expected) < 1e-5
+
+
 def test_last_position_only(model):
     compute, ids = Compute("plain"), tokens(2, 64, seed=2)
     n = jnp.array([64, 11], jnp.int32)
@@ -115,7 +134,7 @@ def test_last_position_only(model):
     assert worst(np.asarray(last), expected) < 1e-5
 
 
-# ---- compiled programs -------------------------------------------------------------------------------------------------
+# ---- compiled programs -----------------------------------------------------------------------------------------------
 def test_one_program_per_bucket_and_the_cache_is_donated(model):
     compute = Compute("plain")
     prefill.clear_cache()
@@ -137,7 +156,7 @@ def test_buckets(n, expected):
     assert bucket(n, 512) == expected
 
 
-# ---- meshes ------------------------------------------------------------------------------------------------------------
+# ---- meshes ----------------------------------------------------------------------------------------------------------
 WIDE = synthetic.synthetic_config({"o_groups": 4, "compress_ratios": (0, 4, 128), "n_layers": 3, "n_hash_layers": 1})
 
 
@@ -172,9 +191,10 @@ def test_no_weight_crosses_the_mesh(wide):
     cache = kv.empty(WIDE, "plain", "float32", 1, 512, sharding.replicated(mesh))
     args = (sharded, cache, jnp.zeros((1, 1), jnp.int32), jnp.ones((1,), jnp.int32))
     text = prefill.lower(*args, cfg=WIDE, compute=compute).compile().as_text()
-    collectives = re.findall(r"= \(?(\w+)\[([\d,]*)\][^=]* (all-gather|all-reduce|all-to-all|collective-permute)\(", text)
-    assert any(kind == "all-reduce" for *_, kind in collectives)
-    largest = max(int(np.prod([int(d) for d in dims.split(",") if d])) for _, dims, _ in collectives)
+    kinds = "all-gather|all-reduce|all-to-all|collective-permute"
+    collectives = re.findall(rf"= \(?\w+\[([\d,]*)\][^=]* ({kinds})\(", text)
+    assert any(kind == "all-reduce" for _, kind in collectives)
+    largest = max(int(np.prod([int(d) for d in dims.split(",") if d])) for dims, _ in collectives)
     assert largest <= WIDE.n_heads * WIDE.head_dim  # one token's queries; the smallest sharded matrix has 8 times that
 
 

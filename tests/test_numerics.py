@@ -1,4 +1,4 @@
-"""Round trips against independent arithmetic: ml_dtypes for E4M3, a search over all codes for E2M1, the dense Hadamard matrix."""
+"""Round trips against independent arithmetic: ml_dtypes for E4M3, a search for E2M1, the dense Hadamard matrix."""
 
 import jax.numpy as jnp
 import ml_dtypes

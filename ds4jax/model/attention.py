@@ -130,7 +130,8 @@ def _slide(cache: Cache, layer: int, new: num.Rows, n: Array, W: int) -> tuple[C
     length = cache.length
     B, T = next(iter(new.values())).shape[:2]
     batch = jnp.arange(B, dtype=jnp.int32)[:, None]
-    in_order = lax.rem(length[:, None] + jnp.arange(W, dtype=jnp.int32), np.int32(W))  # slots of positions length - W … length - 1
+    # The slots of positions length - W … length - 1; before position 0 they hold nothing, and the mask says so.
+    in_order = lax.rem(length[:, None] + jnp.arange(W, dtype=jnp.int32), np.int32(W))
     t = jnp.arange(T, dtype=jnp.int32)
     kept = (t < n[:, None]) & (t >= n[:, None] - W)
     slot = jnp.where(kept, lax.rem(length[:, None] + t, np.int32(W)), W)  # out of range: dropped

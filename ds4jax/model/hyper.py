@@ -1,7 +1,6 @@
 """Manifold-constrained hyper-connections (mHC): N residual streams around every sub-layer."""
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 
 from ds4jax.config import ModelConfig

@@ -39,7 +39,7 @@ def visible(position: Array, rows: Array, ratio: int) -> Array:
 
 
 def select(score: Array, position: Array, k: int) -> tuple[Array, Array]:
-    """The k highest visible rows: score (B, T, N), position (B, T) → indices (B, T, k) and which of them are visible."""
+    """The k highest visible rows: score (B, T, N), position (B, T) → indices (B, T, k) and whether each is visible."""
     rows = jnp.arange(score.shape[-1], dtype=jnp.int32)
     score = jnp.where(visible(position[..., None], rows, CSA_RATIO), score, -jnp.inf)
     _, index = lax.top_k(score, k)

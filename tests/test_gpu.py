@@ -1,0 +1,59 @@
+"""What must hold on an NVIDIA GPU; run there with ``python -m pytest -m gpu``."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from test_goldens import our_logits
+from test_numerics import samples
+from test_quant import assert_same_bits, on_device, random_bytes
+
+from ds4jax import numerics as num
+from ds4jax.quant import FORMATS
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(scope="session", autouse=True)
+def gpu():
+    assert jax.devices()[0].platform == "gpu", f"found {jax.devices()}, expected an NVIDIA GPU"
+
+
+@pytest.mark.parametrize("fmt", FORMATS.values(), ids=lambda f: f.ggml_type.name)
+def test_dequantize_bit_for_bit(fmt):
+    raw = random_bytes(fmt, (64, 40), 512)
+    cpu = jax.devices("cpu")[0]
+    with jax.default_device(cpu):
+        expected = np.asarray(jax.jit(lambda q: q.dequantize())(on_device(fmt, raw)))
+    assert_same_bits(jax.jit(lambda q: q.dequantize())(on_device(fmt, raw)), expected)
+
+
+@pytest.mark.parametrize("fmt", [num.Fp8Row(512, 64), num.Fp4Row(128)], ids=["E4M3", "E2M1"])
+def test_stored_rows_bit_for_bit(fmt):
+    x = samples(4096, fmt.dim, seed=1)
+    x[:, -64:] = np.clip(x[:, -64:], -1000, 1000)
+    encode = jax.jit(fmt.encode)
+    with jax.default_device(jax.devices("cpu")[0]):
+        expected = encode(jnp.asarray(x))
+    found = encode(jnp.asarray(x))
+    for plane in expected:
+        assert np.asarray(found[plane]).tobytes() == np.asarray(expected[plane]).tobytes(), plane
+
+
+@pytest.mark.parametrize("case", oracle.CASES, ids=lambda case: case.name)
+def test_goldens(case, tmp_path):
+    """The same bounds as on a CPU: float32 products are computed in float32 (no TF32)."""
+    golden, path = oracle.Golden.load(case), tmp_path / "model.gguf"
+    case.build(path)
+    for length in oracle.LENGTHS:
+        logits = our_logits(path, golden.arrays[f"{length}/tokens"], case.numerics)
+        assert golden.failures(length, logits) == []
+
+
+def test_the_same_prompt_gives_the_same_bits(tmp_path):
+    case = next(c for c in oracle.CASES if c.numerics == "official")
+    golden, path = oracle.Golden.load(case), tmp_path / "model.gguf"
+    case.build(path)
+    first, second = (our_logits(path, golden.arrays["640/tokens"], case.numerics) for _ in range(2))
+    np.testing.assert_array_equal(first, second)
