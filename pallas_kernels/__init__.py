@@ -1,0 +1,1 @@
+"""Pallas kernels, one file per op: config, XLA reference, kernel, supported shapes. They take arrays only."""
