@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Self
 
 import numpy as np
 
-from ds4jax.errors import GGUFError
+from ds4jax.errors import Ds4Error, GGUFError
 from ds4jax.gguf import show
 
 ARCHITECTURE = "deepseek4"
@@ -64,18 +64,82 @@ _VARIANTS = {
 }
 
 
-class _Keys:
-    """Reads ``deepseek4.*`` keys; each failure names the key, what was found and what was expected."""
+# GGUF key → where a Hugging Face config.json has the same value: as transformers writes it, as DeepSeek does (or one
+# for both). Dots lead into nested objects.
+_HF_KEYS = {
+    "block_count": ("num_hidden_layers",),
+    "embedding_length": ("hidden_size",),
+    "vocab_size": ("vocab_size",),
+    "attention.head_count": ("num_attention_heads",),
+    "attention.head_count_kv": ("num_key_value_heads",),
+    "attention.key_length": ("head_dim",),
+    "attention.value_length": ("head_dim",),
+    "attention.q_lora_rank": ("q_lora_rank",),
+    "attention.output_lora_rank": ("o_lora_rank",),
+    "attention.output_group_count": ("o_groups",),
+    "attention.sliding_window": ("sliding_window",),
+    "attention.indexer.head_count": ("index_n_heads",),
+    "attention.indexer.key_length": ("index_head_dim",),
+    "attention.indexer.top_k": ("index_topk",),
+    "attention.compress_ratios": ("compress_ratios",),
+    "attention.layer_norm_rms_epsilon": ("rms_norm_eps",),
+    "rope.dimension_count": ("qk_rope_head_dim",),
+    "rope.freq_base": ("rope_parameters.main.rope_theta", "rope_theta"),
+    "attention.compress_rope_freq_base": ("rope_parameters.compress.rope_theta", "compress_rope_theta"),
+    "rope.scaling.type": ("rope_parameters.compress.rope_type", "rope_scaling.type"),
+    "rope.scaling.factor": ("rope_parameters.compress.factor", "rope_scaling.factor"),
+    "rope.scaling.original_context_length": (
+        "rope_parameters.compress.original_max_position_embeddings",
+        "rope_scaling.original_max_position_embeddings",
+    ),
+    "rope.scaling.yarn_beta_fast": ("rope_parameters.compress.beta_fast", "rope_scaling.beta_fast"),
+    "rope.scaling.yarn_beta_slow": ("rope_parameters.compress.beta_slow", "rope_scaling.beta_slow"),
+    "expert_count": ("n_routed_experts",),
+    "expert_used_count": ("num_experts_per_tok",),
+    "expert_shared_count": ("n_shared_experts",),
+    "expert_feed_forward_length": ("moe_intermediate_size",),
+    "expert_weights_scale": ("routed_scaling_factor",),
+    "expert_weights_norm": ("norm_topk_prob",),
+    "hash_layer_count": ("num_hash_layers",),
+    "swiglu_clamp_exp": ("swiglu_limit",),
+    "hyper_connection.count": ("hc_mult",),
+    "hyper_connection.sinkhorn_iterations": ("hc_sinkhorn_iters",),
+    "hyper_connection.epsilon": ("hc_eps",),
+}
 
-    def __init__(self, metadata: Mapping[str, Any]):
-        self.metadata = metadata
+# transformers' names of the kinds of layers.
+_RATIOS = {"sliding_attention": 0, "compressed_sparse_attention": 4, "heavily_compressed_attention": 128}
+
+# What else selects a variant in a config.json → the one that the forward pass implements. Only the first must be there.
+_HF_VARIANTS = {
+    "model_type": "deepseek_v4",
+    "scoring_func": "sqrtsoftplus",
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "tie_word_embeddings": False,
+    "compress_rates.compressed_sparse_attention": 4,
+    "compress_rates.heavily_compressed_attention": 128,
+    "rope_parameters.main.rope_type": "default",
+    "rope_parameters.compress.attention_factor": 1.0,
+}
+
+
+class _Keys:
+    """Reads values by GGUF key, less the prefix; each failure names the key, what was found and what was expected.
+
+    spelling: the key as the file at hand has it. failure: the exception to raise.
+    """
+
+    def __init__(self, values: Mapping[str, Any], spelling: Callable[[str], str], failure: type[Ds4Error]):
+        self.values, self.spelling, self.failure = values, spelling, failure
 
     def get(self, key: str, default: Any = None) -> Any:
-        return self.metadata.get(PREFIX + key, default)
+        return self.values.get(key, default)
 
-    def error(self, key: str, expected: str) -> GGUFError:
-        found = show(self.get(key)) if PREFIX + key in self.metadata else "nothing"
-        return GGUFError(f"key '{PREFIX}{key}': found {found}, expected {expected}")
+    def error(self, key: str, expected: str, found: str | None = None) -> Ds4Error:
+        found = found or (show(self.values[key]) if key in self.values else "nothing")
+        return self.failure(f"key '{self.spelling(key)}': found {found}, expected {expected}")
 
     def integer(self, key: str, low: int, high: int, default: int | None = None) -> int:
         value = self.get(key, default)
@@ -96,7 +160,7 @@ class _Keys:
         if not isinstance(values, list | tuple) or not all(type(v) in types for v in values):
             raise self.error(key, f"an array of {' or '.join(t.__name__ for t in types)}")
         if len(values) not in lengths:
-            raise GGUFError(f"key '{PREFIX}{key}': found {len(values)} values, expected {lengths[0]}, one per layer")
+            raise self.error(key, f"{lengths[0]}, one per layer", f"{len(values)} values")
         return list(values[: lengths[0]])
 
     def clamps(self, key: str, lengths: tuple[int, int]) -> tuple[float, ...]:
@@ -106,6 +170,13 @@ class _Keys:
         if not all(0 < v < math.inf for v in values):
             raise self.error(key, "finite numbers above 0")
         return tuple(map(float, values))
+
+
+def _lookup(config: Mapping[str, Any], path: str) -> Any:
+    """The value at a dotted path of nested objects, or None."""
+    for part in path.split("."):
+        config = config.get(part) if isinstance(config, Mapping) else None
+    return config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,10 +230,46 @@ class ModelConfig:
         architecture = metadata.get("general.architecture")
         if type(architecture) is not str or architecture != ARCHITECTURE:
             raise GGUFError(f"key 'general.architecture': found {show(architecture)}, expected {ARCHITECTURE!r}")
-        keys = _Keys(metadata)
+        values = {key.removeprefix(PREFIX): value for key, value in metadata.items() if key.startswith(PREFIX)}
+        keys = _Keys(values, lambda key: PREFIX + key, GGUFError)
         # The tokens imply the vocabulary's size. Nothing else may be missing.
         tokens = metadata.get("tokenizer.ggml.tokens")
-        n_tokens = len(tokens) if isinstance(tokens, list) else None
+        return cls._from_keys(keys, len(tokens) if isinstance(tokens, list) else None, tensors)
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> Self:
+        """The config that a Hugging Face ``config.json`` of DeepSeek-V4 declares, DeepSeek's own or transformers'.
+
+        Held to the same rules as a GGUF file's; Ds4Error names the key as config.json has it. The result has n_mtp = 0:
+        whether a head is there, the tensors tell.
+        """
+        for key, expected in _HF_VARIANTS.items():
+            found = _lookup(config, key)
+            if found != expected and not (found is None and key != "model_type"):
+                raise Ds4Error(f"key '{key}': found {show(found)}, expected {expected!r}")
+        names = {
+            key: next((p for p in paths if _lookup(config, p) is not None), paths[-1])
+            for key, paths in _HF_KEYS.items()
+        }
+        values = {key: value for key, path in names.items() if (value := _lookup(config, path)) is not None}
+        keys = _Keys(values, lambda key: names.get(key, key), Ds4Error)
+        # transformers names the kinds of layers instead of numbers. Both lists may go on with the layers of MTP heads.
+        n_layers = keys.integer(*_INTS["n_layers"])
+        layer_types, mlp_types = config.get("layer_types"), config.get("mlp_layer_types")
+        if "attention.compress_ratios" not in values and isinstance(layer_types, list):
+            names["attention.compress_ratios"] = "layer_types"
+            values["attention.compress_ratios"] = [_RATIOS.get(str(kind), kind) for kind in layer_types]
+        if "hash_layer_count" not in values and isinstance(mlp_types, list):
+            names["hash_layer_count"] = "mlp_layer_types"
+            values["hash_layer_count"] = n_hash = mlp_types.count("hash_moe")
+            if mlp_types != ["hash_moe"] * n_hash + ["moe"] * (len(mlp_types) - n_hash):
+                raise keys.error("hash_layer_count", "layers 'hash_moe', then layers 'moe'", show(mlp_types))
+        if isinstance(ratios := values.get("attention.compress_ratios"), list):
+            values["attention.compress_ratios"] = ratios[:n_layers]
+        return cls._from_keys(keys, None, ())
+
+    @classmethod
+    def _from_keys(cls, keys: _Keys, n_tokens: int | None, tensors: Collection[str]) -> Self:
         ints = {
             field: keys.integer(key, low, high, n_tokens if field == "vocab_size" else None)
             for field, (key, low, high) in _INTS.items()
@@ -190,7 +297,7 @@ class ModelConfig:
         if not set(ratios) <= {0, CSA_RATIO, HCA_RATIO}:
             raise keys.error("attention.compress_ratios", f"values of 0, {CSA_RATIO} and {HCA_RATIO}")
         clamps = keys.clamps("swiglu_clamp_exp", lengths)
-        if PREFIX + "swiglu_clamp_shexp" in metadata and keys.clamps("swiglu_clamp_shexp", lengths) != clamps:
+        if "swiglu_clamp_shexp" in keys.values and keys.clamps("swiglu_clamp_shexp", lengths) != clamps:
             raise keys.error("swiglu_clamp_shexp", "the values of swiglu_clamp_exp")
 
         arrays = {"compress_ratios": tuple(ratios), "swiglu_clamp": clamps}

@@ -378,8 +378,8 @@ def _encode(key: str, value: Any) -> bytes:
     return _utf8(key) + head + data
 
 
-def _pieces(name: str, tensor: TensorData) -> Iterable[memoryview]:
-    """The bytes of a tensor, piece by piece, checked for dtype and total."""
+def pieces(name: str, tensor: TensorData) -> Iterable[memoryview]:
+    """The bytes of a tensor as a file holds them, piece by piece; GGUFError for a wrong dtype or a wrong total."""
     data, total = tensor.data(), 0
     expected = _nbytes(name, tensor.shape, tensor.type)
     for piece in (data,) if isinstance(data, np.ndarray) else data:
@@ -389,6 +389,44 @@ def _pieces(name: str, tensor: TensorData) -> Iterable[memoryview]:
         yield np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data
     if total != expected:
         raise GGUFError(f"tensor {show(name)}: found {total} bytes of data, expected {expected}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Where the bytes of a file go. Between tensors, and up to `size` at the end, there are zeros.
+
+    header: everything before the tensor data. tensors: name → TensorInfo, in file order. size: of the whole file.
+    """
+
+    header: bytes
+    tensors: dict[str, TensorInfo]
+    size: int
+
+
+def layout(metadata: Mapping[str, Any], tensors: Iterable[tuple[str, tuple[int, ...], GGMLQuantizationType]]) -> Layout:
+    """The layout of a file of (name, row-major shape, type) in this order; for metadata and errors see `write_gguf`."""
+    tensors = list(tensors)
+    alignment = _alignment(metadata.get("general.alignment", GGUF_DEFAULT_ALIGNMENT))
+
+    def padded(n: int) -> int:
+        return -(-n // alignment) * alignment
+
+    header = [MAGIC, struct.pack("<IQQ", GGUF_VERSION, len(tensors), len(metadata))]
+    header += [_encode(key, value) for key, value in metadata.items()]
+    offset, infos = 0, {}
+    for name, shape, qtype in tensors:
+        if name in infos:
+            raise GGUFError(f"tensor {show(name)}: given twice")
+        if not 1 <= len(shape) <= MAX_DIMS or min(shape) < 1 or qtype not in TYPES:
+            raise GGUFError(f"tensor {show(name)}: shape {shape} in {qtype!r} cannot be stored")
+        dims = struct.pack(f"<I{len(shape)}Q", len(shape), *shape[::-1])
+        header.append(_utf8(name) + dims + struct.pack("<IQ", qtype, offset))
+        infos[name] = TensorInfo(name, shape, qtype, offset, _nbytes(name, shape, qtype))
+        offset += padded(infos[name].nbytes)
+    joined = b"".join(header)
+    start = padded(len(joined))
+    infos = {name: dataclasses.replace(t, offset=start + t.offset) for name, t in infos.items()}
+    return Layout(joined, infos, start + offset)
 
 
 def write_gguf(path: str | os.PathLike, metadata: Mapping[str, Any], tensors: Iterable[tuple[str, TensorData]]) -> None:
@@ -403,33 +441,16 @@ def write_gguf(path: str | os.PathLike, metadata: Mapping[str, Any], tensors: It
     any failure removes. Raises GGUFError for values, shapes or data that do not fit their types, or a failed write.
     """
     path, tensors = Path(path), list(tensors)
-    alignment = _alignment(metadata.get("general.alignment", GGUF_DEFAULT_ALIGNMENT))
-
-    def padded(n: int) -> int:
-        return -(-n // alignment) * alignment
-
-    header = [MAGIC, struct.pack("<IQQ", GGUF_VERSION, len(tensors), len(metadata))]
-    header += [_encode(key, value) for key, value in metadata.items()]
-    offset, names = 0, set()
-    for name, t in tensors:
-        if name in names:
-            raise GGUFError(f"tensor {show(name)}: given twice")
-        if not 1 <= len(t.shape) <= MAX_DIMS or min(t.shape) < 1 or t.type not in TYPES:
-            raise GGUFError(f"tensor {show(name)}: shape {t.shape} in {t.type!r} cannot be stored")
-        dims = struct.pack(f"<I{len(t.shape)}Q", len(t.shape), *t.shape[::-1])
-        header.append(_utf8(name) + dims + struct.pack("<IQ", t.type, offset))
-        offset += padded(_nbytes(name, t.shape, t.type))
-        names.add(name)
-
+    plan = layout(metadata, [(name, t.shape, t.type) for name, t in tensors])
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         try:
             with open(temporary, "xb") as file:
-                file.write(b"".join(header))
+                file.write(plan.header)
                 for name, t in tensors:
-                    file.write(bytes(padded(file.tell()) - file.tell()))
-                    file.writelines(_pieces(name, t))
-                file.write(bytes(padded(file.tell()) - file.tell()))
+                    file.write(bytes(plan.tensors[name].offset - file.tell()))
+                    file.writelines(pieces(name, t))
+                file.write(bytes(plan.size - file.tell()))
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
