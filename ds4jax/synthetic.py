@@ -12,20 +12,19 @@ import functools
 import hashlib
 import math
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.constants import GGML_QUANT_SIZES
 from gguf.quants import quantize
 
+from ds4jax import recipes
 from ds4jax.config import ModelConfig
 from ds4jax.errors import ConfigError
 from ds4jax.gguf import TensorData, write_gguf
+from ds4jax.recipes import MATRIX_TYPES, Recipe, Type, fits
 from ds4jax.tensors import TensorSpec, tensor_table
-
-Type = GGMLQuantizationType
-Recipe = Callable[[TensorSpec], Type]
 
 # Two shapes that have every kind of layer: `base` keeps the published constants and has rows of 256, so that every
 # format fits; `odd` changes every number that a careless implementation might have fixed.
@@ -109,42 +108,13 @@ def synthetic_config(shape: str | Mapping = "base") -> ModelConfig:
     return SHAPES[shape]
 
 
-MATRIX_TYPES = (Type.F32, Type.F16, Type.BF16, Type.Q8_0, Type.Q4_K, Type.Q2_K, Type.IQ2_XXS, Type.MXFP4)
-
-
-def _fits(spec: TensorSpec, qtype: Type) -> bool:
-    return spec.shape[-1] % GGML_QUANT_SIZES[qtype][0] == 0
-
-
-def _published(gate_up: Type, down: Type) -> Recipe:
-    """The types of the published files, which differ only in the routed experts."""
-
-    def types(spec: TensorSpec) -> Type:
-        if spec.family.startswith("ffn.experts."):
-            return down if spec.family.endswith("down") else gate_up
-        if spec.family == "head.out" or spec.family.startswith("ffn.shared."):
-            return Type.Q8_0
-        if spec.family.startswith("attn.") and not spec.family.startswith("attn.hc."):
-            return Type.Q8_0
-        return Type.F16
-
-    return types
-
-
 def _mixed(spec: TensorSpec) -> Type:
     """Every format that fits, in turn: each family starts elsewhere, each layer moves one on."""
-    fitting = [t for t in MATRIX_TYPES if _fits(spec, t)]
+    fitting = [t for t in MATRIX_TYPES if fits(spec, t)]
     return fitting[(zlib.crc32(spec.family.encode()) + (spec.layer or 0)) % len(fitting)]
 
 
-RECIPES: dict[str, Recipe] = {
-    "f32": lambda spec: Type.F32,
-    "f16": lambda spec: Type.F16,
-    "q8": lambda spec: Type.Q8_0,
-    "q2": _published(Type.IQ2_XXS, Type.Q2_K),
-    "q4": _published(Type.Q4_K, Type.Q4_K),
-    "mixed": _mixed,
-}
+RECIPES: dict[str, Recipe] = {**recipes.RECIPES, "mixed": _mixed}
 
 
 def storage_type(spec: TensorSpec, types: Recipe) -> Type:
@@ -152,7 +122,7 @@ def storage_type(spec: TensorSpec, types: Recipe) -> Type:
     if spec.kind != "matrix":
         return Type.F32 if spec.kind == "vector" else Type.I32
     qtype = types(spec)
-    return qtype if _fits(spec, qtype) else Type.F16
+    return qtype if fits(spec, qtype) else Type.F16
 
 
 def _raw(seed: int, name: str, n_bytes: int) -> np.ndarray:

@@ -1,0 +1,92 @@
+"""Recipes: which GGUF type each matrix of a file is stored in. No JAX here.
+
+A recipe is a function of a `TensorSpec`, asked about matrices only: vectors are always F32 and routing ids I32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+from ds4jax.errors import ConfigError
+from ds4jax.tensors import TensorSpec
+
+Type = GGMLQuantizationType
+Recipe = Callable[[TensorSpec], Type]
+
+MATRIX_TYPES = (Type.F32, Type.F16, Type.BF16, Type.Q8_0, Type.Q4_K, Type.Q2_K, Type.IQ2_XXS, Type.MXFP4)
+
+
+def fits(spec: TensorSpec, qtype: Type) -> bool:
+    """Whether the rows of a tensor are whole blocks of a type."""
+    return spec.shape[-1] % GGML_QUANT_SIZES[qtype][0] == 0
+
+
+def _published(gate_up: Type, down: Type) -> Recipe:
+    """The types of the published files, which differ only in the routed experts; those of the MTP head are Q4_K."""
+
+    def types(spec: TensorSpec) -> Type:
+        family = spec.family.removeprefix("mtp.")
+        if family.startswith("ffn.experts."):
+            if family != spec.family:
+                return Type.Q4_K
+            return down if family.endswith("down") else gate_up
+        if family in ("head.out", "e_proj", "h_proj", "eh_proj") or family.startswith("ffn.shared."):
+            return Type.Q8_0
+        if family.startswith("attn.") and not family.startswith("attn.hc."):
+            return Type.Q8_0
+        return Type.F16
+
+    return types
+
+
+RECIPES: dict[str, Recipe] = {
+    "f32": lambda spec: Type.F32,
+    "f16": lambda spec: Type.F16,
+    "q8": lambda spec: Type.Q8_0,
+    "q2": _published(Type.IQ2_XXS, Type.Q2_K),
+    "q4": _published(Type.Q4_K, Type.Q4_K),
+}
+
+
+def parse_types(pairs: Iterable[str]) -> dict[str, Type]:
+    """``["ffn.experts=MXFP4", "embed=Q8_0"]`` → {family: type}. Raises ConfigError for what is not of this form."""
+    names = {qtype.name: qtype for qtype in MATRIX_TYPES}
+    out = {}
+    for pair in pairs:
+        family, equals, name = pair.strip().partition("=")
+        if not equals or name.upper() not in names:
+            raise ConfigError(f"types: found {pair!r}, expected FAMILY=TYPE with a type of {', '.join(names)}")
+        if family in out:
+            raise ConfigError(f"types: found {family!r} twice, expected once")
+        out[family] = names[name.upper()]
+    return out
+
+
+def choose(table: Sequence[TensorSpec], recipe: Recipe, overrides: Mapping[str, Type]) -> dict[str, Type]:
+    """Tensor name → type for every tensor of a table.
+
+    overrides: by family, or by the start of one up to a dot (``ffn.experts`` is all three of them, ``mtp`` the whole
+        head); the longest wins.
+    Raises ConfigError if an override is about no matrix, or where rows are not whole blocks of their type.
+    """
+    out, used = {}, set()
+    for spec in table:
+        if spec.kind != "matrix":
+            out[spec.name] = Type.F32 if spec.kind == "vector" else Type.I32
+            continue
+        parts = spec.family.split(".")
+        ways = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
+        override = next((way for way in ways if way in overrides), None)
+        used.add(override)
+        out[spec.name] = qtype = recipe(spec) if override is None else overrides[override]
+        if not fits(spec, qtype):
+            raise ConfigError(
+                f"tensor '{spec.name}': found rows of {spec.shape[-1]} values, expected a multiple of "
+                f"{GGML_QUANT_SIZES[qtype][0]} for {qtype.name}; choose a type with --types {spec.family}=TYPE"
+            )
+    if unknown := sorted(overrides.keys() - used):
+        families = sorted({spec.family for spec in table if spec.kind == "matrix"})
+        raise ConfigError(f"types: found family {unknown[0]!r}, expected one of {', '.join(families)}, or its start")
+    return out
