@@ -1,0 +1,47 @@
+"""What the command-line tools share: parsing their flags, and an orderly end whatever happens."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+from absl import flags
+
+from ds4jax.errors import ConfigError, Ds4Error
+
+
+def run(
+    tool: Callable[[], int | None], flag_values: flags.FlagValues, usage: str, argv: list[str] | None = None
+) -> int:
+    """Parse the flags, call `tool` and return the exit status: its result, or 1 for an error, or 130 for Ctrl-C.
+
+    flag_values: the tool's own set of flags, so that several tools can be imported into one process.
+    usage: what --help prints before the flags. argv: arguments without the program's name, by default the process's.
+    A Ds4Error becomes one line on stderr; a reader of stdout that has gone away (``| head``) ends the tool silently.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    sys.stdout.reconfigure(encoding="utf-8")  # whatever the locale: models write any script
+    flag_values.unparse_flags()
+    try:
+        if {"--help", "-h", "-help"} & set(argv):
+            print(usage.strip(), flag_values.get_help(), sep="\n")
+            return 0
+        try:
+            _, *rest = flag_values(["ds4jax", *argv])
+        except flags.Error as error:
+            raise ConfigError(f"{error} (--help lists the flags)") from None
+        if rest:
+            raise ConfigError(f"found the argument {rest[0]!r}, expected only flags (--help lists them)")
+        status = tool() or 0
+        sys.stdout.flush()
+        return status
+    except Ds4Error as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter's last flush fails again
+        return 1

@@ -1,0 +1,1 @@
+"""The engine: a model on its devices, and sequences that share it."""

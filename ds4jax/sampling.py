@@ -1,0 +1,113 @@
+"""From logits to the next token: greedy, temperature, top-k, top-p, min-p. Pure functions, run on the device.
+
+The logits are divided by the temperature; of the resulting distribution, top-k keeps the k likeliest tokens, top-p the
+shortest run of those, renormalised, that reaches probability p, and min-p those at least min_p times as likely as the
+likeliest. One token is drawn from what is left. (vLLM too has the temperature first; llama.cpp's default has it last.)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax import lax
+
+from ds4jax.errors import ConfigError
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How one sequence chooses its tokens.
+
+    temperature: 0 takes the likeliest token, and nothing else matters then. top_k: 0 is off. top_p: 1 is off.
+    min_p: 0 is off. seed: 0 to 2³² - 1. The same logits, seed and position draw the same token, in any batch.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.05
+    seed: int = 0
+
+    def __post_init__(self):
+        for key, ok, expected in (
+            ("temperature", 0 <= self.temperature < math.inf, "a number of at least 0"),
+            ("top_k", 0 <= self.top_k < 2**31, "0 (off) or a positive integer"),
+            ("top_p", 0 < self.top_p <= 1, "a number above 0, at most 1 (off)"),
+            ("min_p", 0 <= self.min_p <= 1, "a number from 0 (off) to 1"),
+            ("seed", 0 <= self.seed < 2**32, f"0 to {2**32 - 1}"),
+        ):
+            if not ok:
+                raise ConfigError(f"{key}: found {getattr(self, key)}, expected {expected}")
+
+
+@struct.dataclass
+class Batch:
+    """The `Sampling` of every sequence of a batch: temperature, top_p, min_p float32 (B,), top_k int32, seed uint32."""
+
+    temperature: Array
+    top_k: Array
+    top_p: Array
+    min_p: Array
+    seed: Array
+
+
+def batch(params: Sequence[Sampling]) -> Batch:
+    """One `Batch` (numpy, ready to be passed to a jitted function) from the parameters of its sequences."""
+    dtypes = {"top_k": np.int32, "seed": np.uint32}
+    names = [field.name for field in dataclasses.fields(Sampling)]
+    return Batch(**{n: np.array([getattr(p, n) for p in params], dtypes.get(n, np.float32)) for n in names})
+
+
+def sample(logits: Array, params: Batch, position: Array) -> Array:
+    """The next token of every sequence: logits (B, V), position int32 (B,) of that token → ids int32 (B,).
+
+    Draws by the Gumbel-max trick. The noise depends on seed, position and token id only, so a filter that leaves the
+    drawn token in changes nothing. Of equal logits the lowest id is the likeliest.
+    """
+    logits = logits.astype(jnp.float32)
+    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+    def draw() -> Array:
+        keys = jax.vmap(lambda seed, p: jax.random.fold_in(jax.random.key(seed), p))(params.seed, position)
+        noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[-1:], jnp.float32))(keys)
+        x = tempered(logits, params)
+        ids = jnp.argmax(jnp.where(allowed(x, params), x + noise, -jnp.inf), axis=-1)
+        return jnp.where(params.temperature == 0, greedy, ids.astype(jnp.int32))
+
+    return lax.cond((params.temperature > 0).any(), draw, lambda: greedy)
+
+
+def tempered(logits: Array, params: Batch) -> Array:
+    """Logits (B, V) over the temperature, shifted so that the largest is 0: no temperature overflows."""
+    smallest = jnp.finfo(jnp.float32).tiny
+    return (logits - logits.max(-1, keepdims=True)) / jnp.maximum(params.temperature, smallest)[:, None]
+
+
+def allowed(x: Array, params: Batch) -> Array:
+    """Which tokens the filters leave, never none: x (B, V) from `tempered` → bool (B, V).
+
+    min-p compares likelihoods, which renormalising does not change: it needs no sort. The others do.
+    """
+    ranked = (params.top_k > 0) | (params.top_p < 1)
+    everything = jnp.ones(x.shape, bool)
+    return (x >= jnp.log(params.min_p)[:, None]) & lax.cond(ranked.any(), lambda: _top(x, params), lambda: everything)
+
+
+def _top(x: Array, params: Batch) -> Array:
+    order = jnp.argsort(x, axis=-1, descending=True, stable=True)
+    ranked = jnp.take_along_axis(x, order, axis=-1)
+    rank = jnp.arange(x.shape[-1], dtype=jnp.int32)
+    top_k, top_p = params.top_k[:, None], params.top_p[:, None]
+    kept = (top_k == 0) | (rank < top_k)
+    p = jax.nn.softmax(jnp.where(kept, ranked, -jnp.inf), axis=-1)
+    before = jnp.cumsum(p, axis=-1) - p
+    kept &= (top_p == 1) | (before < top_p)  # off must mean off: the sum may round to 1 before the last token
+    return jnp.zeros(x.shape, bool).at[jnp.arange(len(x), dtype=jnp.int32)[:, None], order].set(kept)

@@ -1,0 +1,134 @@
+"""Settings: how to run a model, as opposed to what it is. Read from ``configs/NAME.toml`` or any TOML file. No JAX."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tomllib
+from pathlib import Path
+from typing import Any, Self
+
+from ds4jax.errors import ConfigError
+
+# In a checkout the configs lie beside the package; in an installed wheel, inside it.
+_HERE = Path(__file__).parent
+CONFIG_DIR = _HERE / "configs" if (_HERE / "configs").is_dir() else _HERE.parent / "configs"
+
+_CHOICES = {"numerics": ("official", "plain"), "dtype": ("float32", "bfloat16")}
+# Smallest and largest value. Nothing near the upper bounds works; they keep a slip of the keyboard from asking for it.
+_RANGES = {
+    "ctx": (2, 2**24),
+    "batch": (1, 1024),
+    "tp": (1, 1024),
+    "ep": (1, 1024),
+    "prefill_chunk": (1, 2**20),
+    "max_tokens": (1, 2**24),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How to run a model. All keys of a config file; only `model` must be given.
+
+    model: ``tiny`` (embedded), ``hf:OWNER/REPO/FILE`` (see `ds4jax.download`) or the path of a GGUF file
+        (from the current directory).
+    ctx: tokens that one sequence can hold, prompt and answer together.
+    batch: sequences that a batch job decodes together; each has its own cache of `ctx` tokens.
+    max_tokens: the longest answer, unless a request says otherwise.
+    numerics: ``official``, the low-precision round trips that the model was trained with, or ``plain``, none.
+    dtype: of the activations, ``float32`` or ``bfloat16``. Weights stay as the file has them.
+    tp, ep: the device mesh: tensor-parallel times expert-parallel devices.
+    prefill_chunk: tokens per prefill call. More are faster and need more memory for activations.
+    memory_fraction: the part of each GPU's memory that JAX may take (XLA_CLIENT_MEM_FRACTION).
+    preallocate: whether to take it all at the start (XLA_PYTHON_CLIENT_PREALLOCATE).
+    """
+
+    model: str
+    ctx: int = 4096
+    batch: int = 1
+    max_tokens: int = 1024
+    numerics: str = "official"
+    dtype: str = "float32"
+    tp: int = 1
+    ep: int = 1
+    prefill_chunk: int = 128
+    memory_fraction: float = 0.75
+    preallocate: bool = True
+
+    def __post_init__(self):
+        if problem := self._problem():
+            key, found, expected = problem
+            raise ConfigError(f"{key}: found {found!r}, expected {expected}")
+
+    def _problem(self) -> tuple[str, Any, str] | None:
+        """The first value that cannot be: (key, found, expected)."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type == "float" and type(value) is int:
+                continue
+            if type(value).__name__ != field.type:
+                return field.name, value, f"a value of type {field.type}"
+        for key, choices in _CHOICES.items():
+            if getattr(self, key) not in choices:
+                return key, getattr(self, key), " or ".join(map(repr, choices))
+        for key, (low, high) in _RANGES.items():
+            if not low <= getattr(self, key) <= high:
+                return key, getattr(self, key), f"{low} to {high}"
+        if not 0 < self.memory_fraction <= 1:
+            return "memory_fraction", self.memory_fraction, "a number above 0, at most 1"
+        if not self.model:
+            return "model", self.model, "tiny, hf:OWNER/REPO/FILE or a path"
+        if self.model.startswith("hf:") and self.hf_file is None:
+            return "model", self.model, "hf:OWNER/REPO/FILE"
+        return None
+
+    @classmethod
+    def load(cls, name: str | Path, **overrides: Any) -> Self:
+        """The settings of a config: the name of a file in `CONFIG_DIR`, or the path of a TOML file.
+
+        overrides: values that replace the file's, e.g. from flags; None leaves the file's.
+        Raises ConfigError naming the file, the key, what was found and what was expected.
+        """
+        path = Path(name)
+        if path.suffix != ".toml" and path.name == str(name):
+            path = CONFIG_DIR / f"{name}.toml"
+            if not path.is_file():
+                raise ConfigError(
+                    f"config: found {name!r}, expected one of {', '.join(names())} or the path of a .toml file"
+                )
+        try:
+            values = tomllib.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path}: not a TOML file: {error}") from None
+        keys = [field.name for field in dataclasses.fields(cls)]
+        if unknown := values.keys() - set(keys):
+            raise ConfigError(f"{path}: found unknown key {min(unknown)!r}, expected one of {', '.join(keys)}")
+        if "model" not in values:
+            raise ConfigError(f"{path}: model: found nothing, expected tiny, hf:OWNER/REPO/FILE or a path")
+        try:
+            settings = cls(**values)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None
+        return dataclasses.replace(settings, **{k: v for k, v in overrides.items() if v is not None})
+
+    @property
+    def hf_file(self) -> tuple[str, str] | None:
+        """(repository, file) if `model` names a file on Hugging Face, else None."""
+        owner, _, rest = self.model.removeprefix("hf:").partition("/")
+        repo, _, file = rest.partition("/")
+        if not self.model.startswith("hf:") or not (owner and repo and file):
+            return None
+        return f"{owner}/{repo}", file
+
+    def set_environment(self) -> None:
+        """Tell XLA about GPU memory, before JAX first uses a device. Variables that are already set are left alone."""
+        if not os.environ.keys() & {"XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"}:
+            os.environ["XLA_CLIENT_MEM_FRACTION"] = str(self.memory_fraction)
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", str(self.preallocate).lower())
+
+
+def names() -> list[str]:
+    """The names of the configs that come with ds4jax."""
+    return sorted(path.stem for path in CONFIG_DIR.glob("*.toml"))

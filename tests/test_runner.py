@@ -1,0 +1,222 @@
+"""The runner: chunks, slots and meshes change nothing; every shape is compiled once; what cannot run is refused."""
+
+import dataclasses
+import types
+
+import jax
+import numpy as np
+import pytest
+
+from ds4jax import synthetic, tiny
+from ds4jax.checkpoint import open_checkpoint
+from ds4jax.engine import batch
+from ds4jax.engine import runner as engine
+from ds4jax.engine.batch import Request
+from ds4jax.engine.runner import Runner
+from ds4jax.errors import ConfigError, Ds4Error, GGUFError
+from ds4jax.sampling import Sampling
+from ds4jax.settings import Settings
+from ds4jax.tokenizer import byte_tokenizer
+
+# One layer of each kind that compresses, which is what compilation time allows.
+CFG = dataclasses.replace(
+    tiny.CONFIG, n_layers=2, compress_ratios=(4, 128), swiglu_clamp=(10.0,) * 2, n_hash_layers=1, index_top_k=8
+)
+GREEDY = Sampling(temperature=0.0)
+# 134 tokens in chunks of 1, 7, 128 and 129 need the buckets 1, 8, 128 and 256; compiling them takes most of the time.
+TOKENS = np.random.default_rng(5).integers(0, CFG.vocab_size, 134).tolist()
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "small.gguf"
+    synthetic.write_synthetic(path, CFG, 3, synthetic.RECIPES["q8"], byte_tokenizer().to_metadata())
+    return path
+
+
+@pytest.fixture(scope="module")
+def settings(path):
+    return Settings(str(path), ctx=256, numerics="plain", prefill_chunk=256)
+
+
+@pytest.fixture(scope="module")
+def runner(settings):
+    return Runner.load(settings)
+
+
+@pytest.fixture(scope="module")
+def three(settings):
+    return Runner.load(dataclasses.replace(settings, prefill_chunk=16), batch=3)
+
+
+@pytest.fixture(scope="module")
+def expected(runner):
+    return runner.logits(TOKENS)
+
+
+def close(a, b):
+    # The order of float32 additions differs between shapes; a wrong row or position would be off by far more.
+    np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 128, 129])
+def test_prefill_in_chunks_of_any_size(runner, settings, expected, chunk, monkeypatch):
+    monkeypatch.setattr(runner, "settings", dataclasses.replace(settings, prefill_chunk=chunk))
+    step = runner.prefill(0, TOKENS, GREEDY)
+    close(step.logits, expected[-1])
+    assert step.token == step.logits.argmax()
+    assert runner.lengths == [134]
+
+
+def test_decode_continues_prefill(runner, expected, monkeypatch, settings):
+    monkeypatch.setattr(runner, "settings", dataclasses.replace(settings, prefill_chunk=128))
+    runner.prefill(0, TOKENS[:128], GREEDY)
+    for i in range(128, 134):
+        close(runner.decode({0: TOKENS[i]})[0].logits, expected[i])
+
+
+def requests():
+    """Five requests of different lengths and parameters, for three slots."""
+    params = [GREEDY, Sampling(seed=1), Sampling(temperature=0.5, top_k=9), Sampling(top_p=0.8), Sampling(seed=2)]
+    sizes = [(9, 9), (48, 4), (29, 6), (16, 12), (124, 3)]  # in chunks of 16: bucket 16 only
+    return [Request(TOKENS[:n], m, p) for (n, m), p in zip(sizes, params, strict=True)]
+
+
+def test_a_batch_of_ragged_sequences_equals_each_alone(runner, three, monkeypatch):
+    monkeypatch.setattr(runner, "settings", three.settings)
+    jobs, together = requests(), {}
+    for request, step, finish in batch.run(three, jobs, eos=-1):
+        together.setdefault(request, []).append((step.token, step.logits, finish))
+    assert together.keys() == set(jobs)
+    for request in jobs:
+        alone = [(step.token, step.logits, finish) for _, step, finish in batch.run(runner, [request], eos=-1)]
+        assert [t for t, _, _ in together[request]] == [t for t, _, _ in alone]
+        assert [f for _, _, f in together[request]] == [None] * (request.max_tokens - 1) + ["length"]
+        close(np.array([x for _, x, _ in together[request]]), np.array([x for _, x, _ in alone]))
+
+
+def test_nothing_is_compiled_twice(three):
+    before = set(three._compiled)
+    assert sum(name == "decode" for name, *_ in before) == 1
+    list(batch.run(three, requests(), eos=-1))
+    assert set(three._compiled) == before
+
+
+def test_an_end_token_ends_a_sequence_and_frees_its_slot(three):
+    free_run = [step.token for _, step, _ in batch.run(three, requests()[:1], eos=-1)]
+    eos = free_run[4]
+    out = list(batch.run(three, requests()[:1] * 4, eos))
+    assert [finish for _, _, finish in out if finish] == ["stop"] * 4
+    assert len(out) == 4 * (free_run.index(eos) + 1)
+
+
+def test_a_sequence_ends_where_the_context_does(runner):
+    request = Request(TOKENS + TOKENS[:116], 99, GREEDY)
+    out = list(batch.run(runner, [request], eos=-1))
+    assert [finish for _, _, finish in out] == [None] * 5 + ["length"]  # 250 and 6 make 256
+
+
+def test_a_mesh_gives_the_same_logits(settings, expected):
+    sharded = Runner.load(dataclasses.replace(settings, tp=2, ep=2, prefill_chunk=8))
+    assert len(sharded.weights.head.out.q.sharding.device_set) == 4
+    step = sharded.prefill(0, TOKENS[:16], GREEDY)
+    close(step.logits, expected[15])
+    assert step.token == step.logits.argmax()
+    for i in (16, 17):
+        close(sharded.decode({0: TOKENS[i]})[0].logits, expected[i])
+    assert all(x.sharding.is_fully_replicated for x in jax.tree.leaves(sharded.cache))
+
+
+def test_seconds_and_tokens_are_counted(runner):
+    runner.prefill(0, [1] * 8, GREEDY)
+    runner.decode({0: 1})
+    before = dataclasses.replace(runner.stats)
+    runner.prefill(0, [2] * 8, GREEDY)
+    runner.decode({0: 1})
+    assert runner.stats.prefill_tokens == before.prefill_tokens + 8
+    assert runner.stats.decode_tokens == before.decode_tokens + 1
+    assert runner.stats.prefill_seconds > before.prefill_seconds
+    assert runner.stats.decode_seconds > before.decode_seconds
+    assert runner.stats.compile_seconds == before.compile_seconds > 1  # the shapes were known
+
+
+@pytest.mark.parametrize(
+    "tokens, problem",
+    [
+        ([], "prompt: found 0 tokens, expected 1 to 255"),
+        ([1] * 256, r"prompt: found 256 tokens, expected 1 to 255 \(ctx is 256\)"),
+        ([5, -1], "prompt: found token id -1, expected 0 to 383"),
+        ([5, 384], "prompt: found token id 384, expected 0 to 383"),
+    ],
+)
+def test_prompts_that_cannot_run(runner, tokens, problem):
+    with pytest.raises(Ds4Error, match=problem):
+        runner.prefill(0, tokens, GREEDY)
+
+
+def test_a_full_context_is_refused(runner):
+    runner.prefill(0, [1] * 255, GREEDY)
+    runner.decode({0: 1})
+    with pytest.raises(Ds4Error, match="the context of 256 tokens is full"):
+        runner.decode({0: 1})
+
+
+def device(**stats):
+    return lambda: [types.SimpleNamespace(memory_stats=lambda: stats)]
+
+
+def test_a_model_that_cannot_fit_is_refused_before_loading(path, monkeypatch):
+    monkeypatch.setattr(engine, "load", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(jax, "local_devices", device(bytes_limit=2**20))
+    with pytest.raises(ConfigError, match=r"memory: found 0.0 GiB for JAX on each device .* 0.0 GiB for weights"):
+        Runner.load(Settings(str(path)))
+
+
+def test_sharding_divides_the_memory_of_weights(runner, path):
+    from ds4jax import sharding, weights
+
+    tree = weights.abstract(CFG, open_checkpoint(path).types)
+    alone = engine.weights_per_device(tree, None)
+    assert alone == sum(x.nbytes for x in jax.tree.leaves(runner.weights))
+    mesh = sharding.make_mesh(tp=2, ep=2)
+    experts = sum(spec.nbytes for spec in jax.tree.leaves(tree.ffn.experts))
+    assert alone / 4 < engine.weights_per_device(tree, mesh) < alone - 3 / 4 * experts
+
+
+def test_running_out_of_memory_says_what_to_do(runner, monkeypatch):
+    def fail(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes")
+
+    runner.prefill(0, [1], GREEDY)
+    runner.decode({0: 1})
+    monkeypatch.setattr(runner, "_compiled", dict.fromkeys(runner._compiled, fail))
+    with pytest.raises(Ds4Error, match=r"decode: out of device memory; a smaller prefill_chunk, ctx or batch"):
+        runner.decode({0: 1})
+
+
+def test_peak_memory(monkeypatch):
+    n, what = engine.peak_memory()
+    assert what == "process memory" and 2**27 < n < 2**40
+    monkeypatch.setattr(jax, "local_devices", device(peak_bytes_in_use=5))
+    assert engine.peak_memory() == (5, "device memory")
+
+
+def test_a_file_without_a_tokenizer_runs_but_has_none(tmp_path):
+    synthetic.write_synthetic(tmp_path / "bare.gguf", CFG, 3, synthetic.RECIPES["q8"])
+    bare = Runner.load(Settings(str(tmp_path / "bare.gguf"), ctx=8))
+    with pytest.raises(GGUFError, match="the file has no usable tokenizer"):
+        _ = bare.tokenizer
+
+
+def test_compiled_programs_are_kept_where_the_user_says(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        jax.config.update("jax_compilation_cache_dir", "elsewhere")
+        engine.keep_compilations()
+        assert jax.config.jax_compilation_cache_dir == "elsewhere"
+        jax.config.update("jax_compilation_cache_dir", None)
+        engine.keep_compilations()
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "ds4jax" / "xla")
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)

@@ -1,0 +1,110 @@
+"""Settings: the configs that come with ds4jax, and every refusal."""
+
+import dataclasses
+import os
+import re
+
+import pytest
+
+from ds4jax import settings
+from ds4jax.errors import ConfigError
+from ds4jax.settings import Settings
+
+KEYS = [field.name for field in dataclasses.fields(Settings)]
+
+
+def config(tmp_path, text):
+    path = tmp_path / "my.toml"
+    path.write_text(text)
+    return path
+
+
+def test_the_configs_are_there():
+    assert settings.names() == ["h200", "h200x2", "rtx_pro_6000", "spark", "tiny"]
+
+
+@pytest.mark.parametrize("name", settings.names())
+def test_configs_load_and_explain_every_key(name):
+    loaded = Settings.load(name)
+    assert loaded.model == "tiny" or loaded.hf_file[0] == "antirez/deepseek-v4-gguf"
+    text = (settings.CONFIG_DIR / f"{name}.toml").read_text()
+    for key in KEYS:
+        line = re.search(rf"(#.*\n)?{key} = .*", text)
+        assert line and "#" in line[0], f"{key} is not explained"
+
+
+def test_the_docstring_explains_every_key():
+    explained = " ".join(re.findall(r"^    ([a-z_, ]+): ", Settings.__doc__, re.M)).replace(",", "").split()
+    assert sorted(explained) == sorted(KEYS)
+
+
+def test_what_each_machine_needs():
+    assert Settings.load("rtx_pro_6000").memory_fraction == 0.95
+    assert not Settings.load("spark").preallocate
+    assert Settings.load("h200x2").tp == 2
+    assert Settings.load("tiny").dtype == "float32"
+
+
+def test_a_path_is_read_and_overrides_win(tmp_path):
+    path = config(tmp_path, 'model = "m.gguf"\nctx = 100\nmemory_fraction = 1')
+    assert Settings.load(path) == Settings("m.gguf", ctx=100, memory_fraction=1)
+    assert Settings.load(str(path), ctx=7, model=None) == Settings("m.gguf", ctx=7, memory_fraction=1)
+
+
+@pytest.mark.parametrize(
+    "text, problem",
+    [
+        ("ctx = 10", "model: found nothing, expected tiny, hf:OWNER/REPO/FILE or a path"),
+        ('model = "tiny"\nctxx = 1', "found unknown key 'ctxx', expected one of model, ctx, batch"),
+        ('model = "tiny"\nctx = "many"', "ctx: found 'many', expected a value of type int"),
+        ('model = "tiny"\nctx = 10.0', "ctx: found 10.0, expected a value of type int"),
+        ('model = "tiny"\ntp = true', "tp: found True, expected a value of type int"),
+        ('model = "tiny"\nctx = 1', "ctx: found 1, expected 2 to 16777216"),
+        ('model = "tiny"\nprefill_chunk = 0', "prefill_chunk: found 0, expected 1 to 1048576"),
+        ('model = "tiny"\npreallocate = 1', "preallocate: found 1, expected a value of type bool"),
+        ('model = "tiny"\nmemory_fraction = 1.5', "memory_fraction: found 1.5, expected a number above 0, at most 1"),
+        ('model = "tiny"\nmemory_fraction = nan', "memory_fraction: found nan, expected"),
+        ('model = "tiny"\nnumerics = "exact"', "numerics: found 'exact', expected 'official' or 'plain'"),
+        ('model = "tiny"\ndtype = "float16"', "dtype: found 'float16', expected 'float32' or 'bfloat16'"),
+        ('model = ""', "model: found '', expected tiny"),
+        ('model = "hf:owner/repo"', "model: found 'hf:owner/repo', expected hf:OWNER/REPO/FILE"),
+        ("model = tiny", "not a TOML file"),
+    ],
+)
+def test_refusals_name_file_key_found_and_expected(tmp_path, text, problem):
+    path = config(tmp_path, text)
+    with pytest.raises(ConfigError, match=re.escape(f"{path}: {problem}")):
+        Settings.load(path)
+
+
+def test_unknown_names_and_unreadable_files(tmp_path):
+    with pytest.raises(ConfigError, match="found 'huge', expected one of h200, h200x2, rtx_pro_6000, spark, tiny or"):
+        Settings.load("huge")
+    with pytest.raises(ConfigError, match="none.toml: cannot be read: No such file"):
+        Settings.load(tmp_path / "none.toml")
+    (tmp_path / "latin.toml").write_bytes(b'model = "\xe9"')
+    with pytest.raises(ConfigError, match="latin.toml: not a TOML file"):
+        Settings.load(tmp_path / "latin.toml")
+
+
+def test_models_on_hugging_face():
+    assert Settings("hf:owner/repo/dir/file.gguf").hf_file == ("owner/repo", "dir/file.gguf")
+    assert Settings("hf/owner/repo/file.gguf").hf_file is None
+
+
+def test_xla_is_told_unless_the_user_has(monkeypatch):
+    names = ["XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_PREALLOCATE"]
+    found = {}
+    for given in ({}, {names[0]: "0.5"}, {names[1]: "0.5", names[2]: "true"}):
+        for name in names:
+            monkeypatch.setenv(name, "")  # so that the end of the test removes whatever is set here
+            monkeypatch.delenv(name)
+        for name, value in given.items():
+            monkeypatch.setenv(name, value)
+        Settings("tiny", memory_fraction=0.9, preallocate=False).set_environment()
+        found[len(found)] = {name: os.environ.get(name) for name in names}
+    assert [list(env.values()) for env in found.values()] == [
+        ["0.9", None, "false"],
+        ["0.5", None, "false"],
+        [None, "0.5", "true"],  # the deprecated name: XLA refuses to see both
+    ]
