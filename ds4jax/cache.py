@@ -47,6 +47,7 @@ class Compressed:
 class Cache:
     """length: int32 (B,), tokens seen by each sequence. window: planes (L, B, W, ·), position p at p mod W.
 
+    `window` has one more layer, the last, if the model has an MTP head: the window of the head's own block.
     csa, index: layers of ratio 4 (`index` holds the indexer's keys). hca: layers of ratio 128.
     """
 
@@ -80,7 +81,7 @@ def abstract(cfg: ModelConfig, numerics: num.Numerics, dtype, batch: int, ctx: i
 
     return Cache(
         length=jax.ShapeDtypeStruct((batch,), jnp.int32),
-        window=rows(kv, cfg.n_layers, cfg.window),
+        window=rows(kv, cfg.n_layers + cfg.n_mtp, cfg.window),
         csa=compressed(kv, CSA_RATIO),
         index=compressed(key, CSA_RATIO),
         hca=compressed(kv, HCA_RATIO),

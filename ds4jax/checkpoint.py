@@ -11,7 +11,7 @@ from gguf.constants import GGMLQuantizationType
 from ds4jax.config import ARCHITECTURE, ModelConfig
 from ds4jax.errors import GGUFError
 from ds4jax.gguf import TYPES, GGUFFile, show
-from ds4jax.tensors import Kind, MtpLayout, TensorSpec, mtp_table, tensor_table
+from ds4jax.tensors import Kind, MtpLayout, TensorSpec, mtp_layout, mtp_table, tensor_table
 
 MTP_ARCHITECTURE = "deepseek4_mtp_support"  # general.architecture of a published MTP file
 
@@ -27,14 +27,29 @@ ALLOWED: dict[Kind, tuple[GGMLQuantizationType, ...]] = {
 class Checkpoint:
     """An open file whose tensors are known to be those of `cfg`.
 
-    types: tensor name → storage type, for every tensor in the file.
-    mtp: the layout of the MTP head in this file, or None.
+    types: tensor name → storage type, for every tensor.
+    mtp: the layout of the MTP head, or None. mtp_file: the file it is in, where that is not `file`.
     """
 
     file: GGUFFile
     cfg: ModelConfig
     types: dict[str, GGMLQuantizationType]
     mtp: MtpLayout | None
+    mtp_file: GGUFFile | None = None
+
+    def holder(self, name: str) -> GGUFFile:
+        """The file that has tensor `name`."""
+        return self.mtp_file if self.mtp_file and name in self.mtp_file.tensors else self.file
+
+    def with_mtp(self, path: str | os.PathLike) -> Checkpoint:
+        """This main model with the MTP head in a file of its own.
+
+        Raises GGUFError as `open_mtp` does, or for a second head.
+        """
+        if self.mtp:
+            raise GGUFError(f"{path}: found a second MTP head, expected none: {self.file.path} has one")
+        head = open_mtp(path, self.cfg)
+        return Checkpoint(self.file, head.cfg, self.types | head.types, head.mtp, head.file)
 
 
 def check_tensors(file: GGUFFile, table: Sequence[TensorSpec]) -> None:
@@ -94,7 +109,7 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
         if in_mtp and all(in_mtp):
             raise GGUFError(f"{path}: found only an MTP head (mtp.*), expected the main model that it must accompany")
         cfg = _config(file)
-        layout: MtpLayout | None = ("mtp" if any(in_mtp) else "nextn") if cfg.n_mtp else None
+        layout = mtp_layout(cfg, file.tensors)
         table = tensor_table(cfg) + (mtp_table(cfg, layout) if layout else [])
         checkpoint = _checkpoint(file, cfg, table, layout)
         check_expert_ids(file, cfg)

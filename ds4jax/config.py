@@ -342,6 +342,14 @@ class ModelConfig:
         """The leading dims of a head that RoPE leaves alone: 448."""
         return self.head_dim - self.rope_dim
 
+    def ratio(self, layer: int) -> int:
+        """The compression ratio of a layer. The block of an MTP head, layer number `n_layers`, has 0."""
+        return self.compress_ratios[layer] if layer < self.n_layers else 0
+
+    def clamp(self, layer: int) -> float:
+        """The clamp of a layer's SwiGLU. The block of an MTP head has that of the last layer."""
+        return self.swiglu_clamp[min(layer, self.n_layers - 1)]
+
     def layers_of_ratio(self, ratio: int) -> tuple[int, ...]:
         """Indices of the layers whose compression ratio is `ratio`."""
         return tuple(i for i, r in enumerate(self.compress_ratios) if r == ratio)

@@ -19,7 +19,6 @@ from tqdm import tqdm
 
 from ds4jax import weights
 from ds4jax.checkpoint import Checkpoint, open_checkpoint
-from ds4jax.gguf import GGUFFile
 from ds4jax.quant import FORMATS
 from ds4jax.weights import Weights, WeightSpec
 
@@ -29,14 +28,19 @@ Index = tuple[slice, ...]
 
 
 def load(
-    source: str | Path | Checkpoint, mesh: jax.sharding.Mesh | None = None, progress: bool = False
+    source: str | Path | Checkpoint,
+    mesh: jax.sharding.Mesh | None = None,
+    progress: bool = False,
+    mtp_path: str | Path | None = None,
 ) -> tuple[Weights, Checkpoint]:
     """Load a model file; with a mesh, every leaf is sharded as its logical axes say.
 
     Returns the weights and the open checkpoint (config, metadata). Raises GGUFError or ConfigError.
-    progress: show a bar on stderr.
+    progress: show a bar on stderr. mtp_path: a file with the model's MTP head, where `source` has none.
     """
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
+    if mtp_path is not None:
+        checkpoint = checkpoint.with_mtp(mtp_path)
     tree = weights.abstract(checkpoint.cfg, checkpoint.types)
     specs, treedef = jax.tree.flatten(tree)
     if mesh is None:
@@ -46,12 +50,12 @@ def load(
         shardings = [jax.tree.leaves(spec.shardings(mesh)) for spec in specs]
     with tqdm(total=weights.nbytes(tree), unit="B", unit_scale=True, desc="loading", disable=not progress) as bar:
         leaves = [
-            _load_leaf(checkpoint.file, spec, planes, bar.update) for spec, planes in zip(specs, shardings, strict=True)
+            _load_leaf(checkpoint, spec, planes, bar.update) for spec, planes in zip(specs, shardings, strict=True)
         ]
     return jax.tree.unflatten(treedef, leaves), checkpoint
 
 
-def _load_leaf(file: GGUFFile, spec: WeightSpec, shardings: list, advance: Callable[[int], object]):
+def _load_leaf(checkpoint: Checkpoint, spec: WeightSpec, shardings: list, advance: Callable[[int], object]):
     structs, treedef = jax.tree.flatten(spec.struct())
     maps = [s.addressable_devices_indices_map(p.shape) for p, s in zip(structs, shardings, strict=True)]
     # Devices that hold the same part of the weight are served by one read.
@@ -62,7 +66,7 @@ def _load_leaf(file: GGUFFile, spec: WeightSpec, shardings: list, advance: Calla
     shards: list[list[jax.Array]] = [[] for _ in structs]
     for devices in holders.values():
         indices = [_bounds(m[devices[0]], p.shape) for m, p in zip(maps, structs, strict=True)]
-        for plane, parts in zip(shards, _load_shard(file, spec, structs, indices, devices), strict=True):
+        for plane, parts in zip(shards, _load_shard(checkpoint, spec, structs, indices, devices), strict=True):
             plane += parts
     advance(spec.nbytes)
     arrays = [
@@ -76,7 +80,7 @@ def _bounds(index: Index, shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]
     return tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
 
 
-def _load_shard(file, spec: WeightSpec, structs, indices, devices) -> list[list[jax.Array]]:
+def _load_shard(checkpoint, spec: WeightSpec, structs, indices, devices) -> list[list[jax.Array]]:
     """One part of a weight onto each of `devices`: per plane, the list of single-device arrays.
 
     indices: per plane, the (start, stop) of the part on every axis. Planes differ only on the last axis.
@@ -88,7 +92,7 @@ def _load_shard(file, spec: WeightSpec, structs, indices, devices) -> list[list[
     for slab in _slabs(tuple(stop - start for start, stop in rows), row_bytes):
         at = tuple(start for start, _ in slab)
         absolute = tuple((start + r[0], stop + r[0]) for (start, stop), r in zip(slab, rows, strict=True))
-        planes = [p[..., slice(*i[-1])] for p, i in zip(_read(file, spec, absolute), indices, strict=True)]
+        planes = [p[..., slice(*i[-1])] for p, i in zip(_read(checkpoint, spec, absolute), indices, strict=True)]
         if planes[0].shape == shapes[0]:  # the part in one piece
             return [[jax.device_put(p, d) for d in devices] for p in planes]
         if out is None:
@@ -126,20 +130,25 @@ def _slabs(shape: tuple[int, ...], row_bytes: int) -> Iterator[tuple[tuple[int, 
         yield ((start, min(start + step, shape[0])), *((0, n) for n in shape[1:]))
 
 
-def _read(file: GGUFFile, spec: WeightSpec, rows: tuple[tuple[int, int], ...]) -> list[np.ndarray]:
+def _read(checkpoint: Checkpoint, spec: WeightSpec, rows: tuple[tuple[int, int], ...]) -> list[np.ndarray]:
     """The planes of the given rows (all axes but the last) of a weight, freshly allocated; file pages given back."""
     if not spec.layered:
-        return _read_tensor(file, spec, 0, rows)
-    layers = [_read_tensor(file, spec, layer, rows[1:]) for layer in range(*rows[0])]
+        return _read_tensor(checkpoint, spec, 0, rows)
+    layers = [_read_tensor(checkpoint, spec, layer, rows[1:]) for layer in range(*rows[0])]
     if len(layers) == 1:  # large layers come alone, and stacking would copy them
         return [plane[None] for plane in layers[0]]
     return [np.stack(planes) for planes in zip(*layers, strict=True)]
 
 
-def _read_tensor(file: GGUFFile, spec: WeightSpec, nth: int, rows: tuple[tuple[int, int], ...]) -> list[np.ndarray]:
+def _read_tensor(
+    checkpoint: Checkpoint, spec: WeightSpec, nth: int, rows: tuple[tuple[int, int], ...]
+) -> list[np.ndarray]:
     tensor = spec.tensors[nth]
+    file = checkpoint.holder(tensor.name)
     info = file.tensors[tensor.name]
     raw = file.raw(tensor.name)[tuple(slice(*r) for r in rows)]
+    i, n = spec.part
+    raw = raw[..., raw.shape[-1] * i // n : raw.shape[-1] * (i + 1) // n]
     if not spec.quantized:
         dtype = np.dtype(np.int32) if info.type == GGMLType.I32 else FORMATS[info.type].planes["values"][0]
         planes = [np.array(raw.view(dtype), spec.format)]

@@ -7,6 +7,7 @@ the weight tree, random initialisation, the memory plan, the loader and the writ
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from typing import Literal
 
 from ds4jax.config import CSA_RATIO, ModelConfig
@@ -22,7 +23,7 @@ class TensorSpec:
     """One tensor of the file.
 
     family: attribute path of the weight in `weights.Weights`, e.g. ``attn.q_b``; layers share a family.
-    layer: index of the block it belongs to, or None.
+    layer: index of the block it belongs to, or None. The block of an MTP head comes after the main layers.
     name: GGUF tensor name.
     shape: row-major shape, i.e. GGUF dims reversed: a matrix is (out, in), experts are (expert, out, in).
     axes: one logical axis name per dimension; None is never sharded.
@@ -114,6 +115,13 @@ def tensor_table(cfg: ModelConfig) -> list[TensorSpec]:
     ]
 
 
+def mtp_layout(cfg: ModelConfig, names: Collection[str]) -> MtpLayout | None:
+    """How a file with tensors `names` holds its MTP head; None if `cfg` has none."""
+    if not cfg.n_mtp:
+        return None
+    return "nextn" if f"blk.{cfg.n_layers}.nextn.eh_proj.weight" in names else "mtp"
+
+
 def mtp_table(cfg: ModelConfig, layout: MtpLayout) -> list[TensorSpec]:
     """Every tensor of the multi-token-prediction head; families are those of a block and its own head under ``mtp.``.
 
@@ -125,7 +133,7 @@ def mtp_table(cfg: ModelConfig, layout: MtpLayout) -> list[TensorSpec]:
     E, N = cfg.embed_dim, cfg.n_streams
     nextn = layout == "nextn"
     prefix = f"blk.{cfg.n_layers}" if nextn else "mtp.0"
-    out = _block(cfg, prefix, None, ratio=0, hashed=False)
+    out = _block(cfg, prefix, cfg.n_layers, ratio=0, hashed=False)
 
     def add(family, name, shape, kind="matrix", optional=False):
         name = f"{prefix}.nextn.{name}.weight" if nextn else f"{prefix}.{name}.weight"

@@ -21,8 +21,9 @@ from jax.sharding import Mesh, NamedSharding
 
 from ds4jax import sharding
 from ds4jax.config import ModelConfig
+from ds4jax.errors import GGUFError
 from ds4jax.quant import FORMATS, Quantized
-from ds4jax.tensors import TensorSpec, tensor_table
+from ds4jax.tensors import TensorSpec, mtp_layout, mtp_table, tensor_table
 
 Leaf = Any  # Stack of Quantized or Array; after `.at(layer)`, Quantized or Array; in `abstract`, WeightSpec
 
@@ -160,8 +161,30 @@ class Head(Family):
 
 
 @struct.dataclass
+class MtpHead(Family):
+    """hc: fn (N, N·E), base (N), scale (1); norm (E). The output matrix is the main model's."""
+
+    hc: HyperConnection
+    norm: Leaf
+
+
+@struct.dataclass
+class Mtp(Family):
+    """What a multi-token-prediction head has besides its block: e_proj, h_proj (E, E); enorm, hnorm (E); head."""
+
+    e_proj: Leaf
+    h_proj: Leaf
+    enorm: Leaf
+    hnorm: Leaf
+    head: MtpHead
+
+
+@struct.dataclass
 class Weights:
-    """The whole main model. embed (vocab, E); families over layers; head."""
+    """The whole model. embed (vocab, E); families over layers; head.
+
+    mtp: None without an MTP head. Its block is one more layer of ratio 0 in the families over layers, number n_layers.
+    """
 
     embed: Leaf
     attn: Attention
@@ -171,6 +194,7 @@ class Weights:
     hash: Hash
     route: Route
     head: Head
+    mtp: Mtp | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,12 +204,14 @@ class WeightSpec:
     format: Quantized subclass, or a numpy dtype for plain arrays (vectors and ids).
     shape, axes: logical shape and axis names; a layered family has a leading "layers" axis.
     tensors: the file's tensors, in the order of that axis.
+    part: (i, n) for the i-th of n equal parts of the tensors' columns; `shape` is that of the part.
     """
 
     format: type[Quantized] | np.dtype
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
     tensors: tuple[TensorSpec, ...]
+    part: tuple[int, int] = (0, 1)
 
     @property
     def quantized(self) -> bool:
@@ -225,7 +251,8 @@ class WeightSpec:
             return jnp.argsort(noise, axis=-1)[..., : self.shape[-1]].astype(jnp.int32)
         if spec.kind == "vector":
             noise = jax.random.normal(key, self.shape, jnp.float32)
-            mean, std = {"norm": (1, 0.1), "scale": (1, 0.1), "bias": (0, 0.01)}.get(leaf.split("_")[-1], (0, 0.5))
+            leaf = "norm" if leaf.endswith("norm") else leaf
+            mean, std = {"norm": (1, 0.1), "scale": (1, 0.1), "bias": (0, 0.01)}.get(leaf, (0, 0.5))
             return mean + std * noise
         return self.format.random(key, self.shape, 1.0 if leaf == "embed" else self.shape[-1] ** -0.5)
 
@@ -241,11 +268,19 @@ def abstract(cfg: ModelConfig, types: Types) -> Weights:
     """The weight tree with a `WeightSpec` in place of every array.
 
     types: the type of every matrix, by tensor name (a file's) or as a function (a recipe). Vectors are float32 and
-    routing ids int32 whatever the file holds.
+    routing ids int32 whatever the file holds. A file's names also tell the layout of the MTP head.
     """
     families: dict[str, list[TensorSpec]] = {}
     for spec in tensor_table(cfg):
         families.setdefault(spec.family, []).append(spec)
+    layout = mtp_layout(cfg, () if callable(types) else types)
+    for spec in mtp_table(cfg, layout) if layout else ():
+        in_main = spec.family.removeprefix("mtp.")
+        if spec.layer is not None:  # the block: one more layer
+            families.setdefault(in_main, []).append(spec)
+        else:
+            lacks = spec.optional and not callable(types) and spec.name not in types
+            families[spec.family] = families[in_main] if lacks else [spec]
 
     def fmt(spec: TensorSpec) -> type[Quantized] | np.dtype:
         if spec.kind != "matrix":
@@ -261,6 +296,15 @@ def abstract(cfg: ModelConfig, types: Types) -> Weights:
         if specs and specs[0].layer is None:
             (spec,) = specs
             return WeightSpec(fmt(spec), spec.shape, spec.axes, (spec,))
+        if family in ("mtp.e_proj", "mtp.h_proj"):  # layout nextn
+            (spec,) = families["mtp.eh_proj"]
+            rows, columns = spec.shape[0], spec.shape[1] // 2
+            if columns % (block := fmt(spec).block):
+                raise GGUFError(
+                    f"tensor '{spec.name}': found type {_format_name(fmt(spec))}, expected one whose blocks divide "
+                    f"e_proj's rows of {columns} values, not blocks of {block}"
+                )
+            return WeightSpec(fmt(spec), (rows, columns), spec.axes, (spec,), (int(family == "mtp.h_proj"), 2))
         groups = []
         for _, same in itertools.groupby(sorted(specs, key=lambda s: _format_name(fmt(s))), fmt):
             same = list(same)
@@ -271,7 +315,10 @@ def abstract(cfg: ModelConfig, types: Types) -> Weights:
     def build(cls: type, prefix: str):
         def child(field: dataclasses.Field):
             path = f"{prefix}{field.name}"
-            family = globals().get(field.type)
+            kind, _, may_be_none = field.type.partition(" | ")
+            if may_be_none and not layout:
+                return None
+            family = globals().get(kind)
             return build(family, f"{path}.") if dataclasses.is_dataclass(family) else leaf(path)
 
         return cls(**{f.name: child(f) for f in dataclasses.fields(cls)})

@@ -60,7 +60,7 @@ def attention(
     if T > QUERY_BLOCK and T % QUERY_BLOCK:
         raise ValueError(f"{T} tokens: more than {QUERY_BLOCK} must be padded to a multiple of it")
     W, D, dtype = cfg.window, cfg.head_dim, h.dtype
-    ratio, length = cfg.compress_ratios[layer], cache.length
+    ratio, length = cfg.ratio(layer), cache.length
     a, freq, fmt = w.attn.at(layer), rope.frequencies(cfg, ratio), num.kv_row(cfg, numerics, dtype)
     position = length[:, None] + jnp.arange(T, dtype=jnp.int32)
 

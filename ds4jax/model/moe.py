@@ -85,7 +85,7 @@ def sharded_experts(x: Array, ids: Array, weight: Array, w: SwiGLU, clamp: float
 def moe(h: Array, tokens: Array, w: Weights, layer: int, cfg: ModelConfig, mesh: Mesh | None) -> Array:
     """h (B, T, E), tokens (B, T) → (B, T, E): the routed experts and the shared one."""
     ffn: FFN = w.ffn.at(layer)
-    clamp = cfg.swiglu_clamp[layer]
+    clamp = cfg.clamp(layer)
     x = h.reshape(-1, h.shape[-1])
     ids, weight = route(x, tokens.reshape(-1), w, layer, cfg)
     run = experts if mesh is None else functools.partial(sharded_experts, mesh=mesh)
