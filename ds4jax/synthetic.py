@@ -24,7 +24,7 @@ from ds4jax.config import ModelConfig
 from ds4jax.errors import ConfigError
 from ds4jax.gguf import TensorData, write_gguf
 from ds4jax.recipes import MATRIX_TYPES, Recipe, Type, fits
-from ds4jax.tensors import TensorSpec, tensor_table
+from ds4jax.tensors import TensorSpec, model_table
 
 # Two shapes that have every kind of layer: `base` keeps the published constants and has rows of 256, so that every
 # format fits; `odd` changes every number that a careless implementation might have fixed.
@@ -152,7 +152,7 @@ def _moments(spec: TensorSpec, damping: float) -> tuple[float, float]:
         return {"scale": (1.0, 0.2), "base": (0.0, 0.5), "sinks": (0.0, 1.0), "bias": (0.0, 0.1)}[leaf]
     if leaf in ("embed", "ape"):
         return 0.0, 1.0 if leaf == "embed" else 0.5
-    return 0.0, (damping if spec.family in SUBLAYER_OUTPUTS else 1.0) / math.sqrt(spec.shape[-1])
+    return 0.0, (damping if spec.family.removeprefix("mtp.") in SUBLAYER_OUTPUTS else 1.0) / math.sqrt(spec.shape[-1])
 
 
 def _store_half(blocks: np.ndarray, at: int, values: np.ndarray) -> None:
@@ -222,11 +222,11 @@ def random_data(cfg: ModelConfig, seed: int, spec: TensorSpec, qtype: Type, damp
 def random_tensors(
     cfg: ModelConfig, seed: int, types: Recipe, damping: float = 1.0
 ) -> Iterator[tuple[TensorSpec, np.ndarray, Type]]:
-    """Yields (spec, `random_data`, type) for every tensor of `tensor_table(cfg)`, in its order.
+    """Yields (spec, `random_data`, type) for every tensor of `model_table(cfg)`, in its order.
 
     types: one of RECIPES' values, or any function of a TensorSpec; see `storage_type` for what it cannot choose.
     """
-    for spec in tensor_table(cfg):
+    for spec in model_table(cfg):
         qtype = storage_type(spec, types)
         yield spec, random_data(cfg, seed, spec, qtype, damping), qtype
 
@@ -246,7 +246,7 @@ def write_synthetic(
         sub-layer adds less to the residual streams, as in a trained deep model, and so does what goes wrong in it.
     """
     tensors = []
-    for spec in tensor_table(cfg):
+    for spec in model_table(cfg):
         qtype = storage_type(spec, types)
         data = functools.partial(random_data, cfg, seed, spec, qtype, damping)
         tensors.append((spec.name, TensorData(spec.shape, qtype, data)))

@@ -151,3 +151,8 @@ def mtp_table(cfg: ModelConfig, layout: MtpLayout) -> list[TensorSpec]:
     add("head.hc.base", "hc_head_base", (N,), "vector", nextn)
     add("head.hc.scale", "hc_head_scale", (1,), "vector", nextn)
     return [dataclasses.replace(spec, family=f"mtp.{spec.family}") for spec in out]
+
+
+def model_table(cfg: ModelConfig) -> list[TensorSpec]:
+    """Every tensor of a model as one file: the main model, and then, if `cfg` has one, the MTP head under ``mtp.0``."""
+    return tensor_table(cfg) + (mtp_table(cfg, "mtp") if cfg.n_mtp else [])
