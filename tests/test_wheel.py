@@ -21,14 +21,13 @@ def test_wheel_outside_the_checkout(tmp_path):
 
     site = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(site)
+    env = os.environ | {"PYTHONPATH": str(site), "XDG_CACHE_HOME": str(tmp_path)}
     run = subprocess.run(
         [sys.executable, "-P", "-m", "ds4jax.generate", "--config", "tiny", "--prompt", "Hi", "--max_tokens", "2"],
-        env=os.environ | {"PYTHONPATH": str(site), "XDG_CACHE_HOME": str(tmp_path)}, cwd=tmp_path,
+        env=env, cwd=tmp_path,
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert "decode: 1 tokens" in run.stderr
-    where = [sys.executable, "-P", "-c", "import ds4jax; print(ds4jax.__file__)"]
-    run = subprocess.run(
-        where, env=os.environ | {"PYTHONPATH": str(site)}, cwd=tmp_path, capture_output=True, text=True
-    )
+    where = "import ds4jax; print(ds4jax.__file__)"
+    run = subprocess.run([sys.executable, "-P", "-c", where], env=env, cwd=tmp_path, capture_output=True, text=True)
     assert run.stdout.startswith(str(site))
