@@ -66,8 +66,8 @@ def download(repo: str, file: str) -> Path:
     try:
         url = hf_hub_url(repo, file)
         meta = get_hf_file_metadata(url)
-        if meta.etag is None or meta.size is None:
-            raise Ds4Error(f"{name}: {url} states neither size nor ETag, expected a Hugging Face endpoint")
+        if not (meta.commit_hash and meta.size and re.fullmatch(r"\w[\w.-]*", meta.etag or "")):
+            raise Ds4Error(f"{name}: {constants.ENDPOINT} does not state revision, size and ETag as Hugging Face does")
         blobs = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type="model") / "blobs"
         blob, partial = blobs / meta.etag, blobs / f"{meta.etag}.partial"
         if not blob.exists():
@@ -76,6 +76,7 @@ def download(repo: str, file: str) -> Path:
                 _lock(out, partial)
                 have = out.tell()
                 _check_disk(blobs, meta.size - have, name)
+                print(f"{name}: {meta.size / _GIB:.1f} GiB, {have / _GIB:.1f} of it here already", file=sys.stderr)
                 if have < meta.size:
                     # No expected_size: with it, files above 50 GB are refused. Size and content are checked below.
                     http_get(url, out, resume_size=have, headers=build_hf_headers(), displayed_filename=file)

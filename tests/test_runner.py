@@ -46,7 +46,7 @@ def runner(settings):
 
 @pytest.fixture(scope="module")
 def three(settings):
-    return Runner.load(dataclasses.replace(settings, prefill_chunk=16), batch=3)
+    return Runner.load(dataclasses.replace(settings, prefill_chunk=8), batch=3)
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def test_decode_continues_prefill(runner, expected, monkeypatch, settings):
 def requests():
     """Five requests of different lengths and parameters, for three slots."""
     params = [GREEDY, Sampling(seed=1), Sampling(temperature=0.5, top_k=9), Sampling(top_p=0.8), Sampling(seed=2)]
-    sizes = [(9, 9), (48, 4), (29, 6), (16, 12), (124, 3)]  # in chunks of 16: bucket 16 only
+    sizes = [(6, 9), (48, 4), (29, 6), (16, 12), (125, 3)]  # in chunks of 8: bucket 8 only
     return [Request(TOKENS[:n], m, p) for (n, m), p in zip(sizes, params, strict=True)]
 
 

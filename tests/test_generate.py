@@ -1,0 +1,390 @@
+"""ds4jax.generate: its flags, streams, files and exits, in this process on one small model; and twice for real."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from ds4jax import chat, cli, generate, synthetic, tiny
+from ds4jax.engine import runner as engine
+from ds4jax.settings import Settings
+from ds4jax.tokenizer import byte_tokenizer
+
+# Prompts have 9 to 16 tokens throughout, so that one bucket is compiled; that takes most of the time.
+CFG = dataclasses.replace(
+    tiny.CONFIG, n_layers=2, compress_ratios=(4, 128), swiglu_clamp=(10.0,) * 2, n_hash_layers=1, index_top_k=8
+)
+TOKENIZER = byte_tokenizer()
+RUNNER = engine.Runner
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "small.gguf"
+    synthetic.write_synthetic(path, CFG, 3, synthetic.RECIPES["q8"], TOKENIZER.to_metadata())
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def runners():
+    return {}
+
+
+@pytest.fixture
+def run(model, runners, monkeypatch, capsys):
+    """Runs the tool on the small model: (exit status, stdout, stderr). What is compiled once serves all calls."""
+
+    def runner(checkpoint, settings, batch, progress):
+        key = dataclasses.replace(settings, max_tokens=1), batch
+        if key not in runners:
+            runners[key] = RUNNER(checkpoint, settings, batch, progress)
+        runners[key].stats = engine.Stats()
+        return runners[key]
+
+    monkeypatch.setattr(engine, "Runner", runner)
+    monkeypatch.setattr(engine, "keep_compilations", lambda: None)
+
+    def call(*argv, model=model):
+        flags = [f"--model={model}", "--numerics=plain", "--ctx=128", *argv]
+        status = cli.run(generate.main, generate.FLAGS, generate.__doc__, flags)
+        return status, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def dumped(run, tmp_path):
+    """Runs the tool greedily and returns what --dump_logprobs wrote, and stdout."""
+
+    def call(*argv):
+        path = tmp_path / "dump.json"
+        status, out, _ = run("--temperature=0", f"--dump_logprobs={path}", *argv)
+        assert status == 0
+        return json.loads(path.read_text()), out
+
+    return call
+
+
+@pytest.fixture
+def interrupted(monkeypatch):
+    """Ctrl-C in the third decode step from now on."""
+    decode, calls = RUNNER.decode, []
+
+    def step(self, tokens):
+        calls.append(tokens)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return decode(self, tokens)
+
+    monkeypatch.setattr(RUNNER, "decode", step)
+
+
+# ---- one prompt ------------------------------------------------------------------------------------------------------
+def test_the_stream_is_the_text_of_the_tokens(dumped):
+    dump, out = dumped("--prompt=Hello", "--max_tokens=20")
+    ids = [step["id"] for step in dump["steps"]]
+    assert len(ids) == 20
+    assert out == TOKENIZER.decode(ids) + "\n"
+    assert out.startswith("".join(step["text"] for step in dump["steps"]))  # but for what the end cut off
+
+
+def test_speed_memory_and_progress_go_to_stderr(run):
+    status, _, err = run("--prompt=Hello", "--max_tokens=3")
+    assert status == 0
+    assert re.search(r"prefill: \d+ tokens in [\d.]+ s, [\d.]+ tokens/s\ndecode: 2 tokens in [\d.]+ s, ", err)
+    assert re.search(r"compilation: [\d.]+ s; peak process memory: [\d.]+ GiB", err)
+
+
+def test_dumped_logits_are_the_models(dumped, runners):
+    dump, _ = dumped("--raw", "--prompt=Once upon a time", "--max_tokens=8", "--logprobs_top_k=512")
+    prompt, steps = dump["prompt_tokens"], dump["steps"]
+    assert prompt == TOKENIZER.encode_raw("Once upon a time")
+    ids = [step["id"] for step in steps]
+    logits = next(iter(runners.values())).logits(prompt + ids)[len(prompt) - 1 : -1]
+    for step, expected in zip(steps, logits, strict=True):
+        top = np.array(step["top"])
+        assert sorted(top[:, 0]) == list(range(CFG.vocab_size))  # no more than there are, and each once
+        assert (np.diff(top[:, 1]) <= 0).all()
+        found = np.empty(CFG.vocab_size)
+        found[top[:, 0].astype(int)] = top[:, 1]
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+        np.testing.assert_array_equal(found.astype(np.float32), found)  # float32, to the last bit
+        np.testing.assert_allclose(np.exp(top[:, 2]).sum(), 1, atol=1e-5)  # float32 logprobs
+        np.testing.assert_allclose(top[:, 1] - top[:, 2], step["logit"] - step["logprob"], atol=1e-5)
+        assert [step["id"], step["logit"], step["logprob"]] == step["top"][0]  # greedy
+
+
+def test_logprobs_top_k_cuts(dumped):
+    full, _ = dumped("--prompt=Hello", "--max_tokens=2", "--logprobs_top_k=384")
+    for k in (0, 3):
+        dump, _ = dumped("--prompt=Hello", "--max_tokens=2", f"--logprobs_top_k={k}")
+        assert [step["top"] for step in dump["steps"]] == [step["top"][:k] for step in full["steps"]]
+
+
+def test_sampling_flags_and_the_seed_reach_the_sampler(run):
+    flags = ["--prompt=Hello", "--max_tokens=12"]
+    greedy, sampled = run(*flags, "--temperature=0")[1], run(*flags, "--min_p=0", "--seed=1")[1]
+    assert sampled == run(*flags, "--min_p=0", "--seed=1")[1]
+    assert len({greedy, sampled, run(*flags, "--min_p=0", "--seed=2")[1]}) == 3
+    for only_one in ("--top_k=1", "--top_p=1e-9", "--min_p=1", "--temperature=1e-9"):
+        assert run(*flags, "--seed=1", only_one)[1] == greedy
+
+
+def test_an_answer_ends_at_the_end_token(run, dumped, monkeypatch):
+    dump, _ = dumped("--prompt=Hello", "--max_tokens=6")
+    ids = [step["id"] for step in dump["steps"]]
+    ending = byte_tokenizer()
+    ending.eos_id = ids[3]
+    monkeypatch.setattr(generate.Tokenizer, "from_metadata", lambda _: ending)
+    dump, out = dumped("--prompt=Hello", "--max_tokens=6")
+    end = ids.index(ids[3])
+    assert [step["id"] for step in dump["steps"]] == ids[: end + 1]
+    assert dump["steps"][-1]["text"] == ""
+    assert out == TOKENIZER.decode(ids[:end]) + "\n"
+
+
+# ---- prompts ---------------------------------------------------------------------------------------------------------
+def tokens_of(run, *argv):
+    status, out, _ = run("--dump_tokens", *argv)
+    assert status == 0
+    return [int(line.split("\t")[0]) for line in out.splitlines()]
+
+
+def test_prompts_are_rendered(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(engine, "Runner", lambda *_: pytest.fail("no inference was asked for"))
+    user = [{"role": "user", "content": "Hi\r\n"}]
+    system = [{"role": "system", "content": "Be brief."}]
+    (tmp_path / "prompt.txt").write_bytes(b"Hi\r\n")
+    file = f"--prompt_file={tmp_path}/prompt.txt"
+    assert tokens_of(run, "--prompt=Hi\r\n") == chat.render_ids(TOKENIZER, user)
+    assert tokens_of(run, file) == chat.render_ids(TOKENIZER, user)
+    assert tokens_of(run, file, "--system=Be brief.") == chat.render_ids(TOKENIZER, system + user)
+    assert tokens_of(run, file, "--think=off") == chat.render_ids(TOKENIZER, user, think="off")
+    assert tokens_of(run, file, "--raw") == TOKENIZER.encode_raw("Hi\r\n")
+    default = [{"role": "user", "content": generate.DEFAULT_PROMPT}]
+    assert tokens_of(run) == chat.render_ids(TOKENIZER, default)
+
+
+def test_dumped_tokens_show_their_pieces(run):
+    assert run("--dump_tokens", "--raw", "--prompt=é\n")[1] == (
+        "376\t<｜begin▁of▁sentence｜>\n195\t\\xc3\n169\t\\xa9\n10\t\\n\n"
+    )
+
+
+def test_maximal_thinking_is_lost_below_its_context(run):
+    flags = ["--dump_tokens", "--think=max", "--prompt=Hi"]
+    status, short, err = run(*flags)
+    assert status == 0 and "note: --think=max acts as on: this model's instruction for it needs a ctx of 393216" in err
+    _, long, err = run(*flags, "--ctx=393216")
+    assert not err and "Absolute maximum" in TOKENIZER.decode([int(x.split("\t")[0]) for x in long.splitlines()])
+    assert len(short) < len(long)
+
+
+# ---- batch jobs ------------------------------------------------------------------------------------------------------
+def job(run, tmp_path, lines, *argv):
+    """Runs a batch job of dicts or raw lines: (status, result objects, stderr)."""
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
+    status, _, err = run(f"--prompts_file={source}", f"--out={out}", *argv)
+    return status, [json.loads(line) for line in out.read_text().splitlines()], err
+
+
+def test_a_batch_job_gives_what_single_runs_give(run, tmp_path):
+    lines = [
+        {"prompt": "Hello", "id": "a"},
+        {"prompt": "Hi", "system": "Be brief.", "max_tokens": 3},
+        {"messages": [{"role": "user", "content": "question"}], "think": "off", "id": 7},
+        {"prompt": "Hello", "temperature": 1, "min_p": 0, "seed": 5, "id": "d"},
+        {"prompt": "Hello", "id": "e"},
+    ]
+    status, results, _ = job(run, tmp_path, lines, "--temperature=0", "--max_tokens=9")
+    assert status == 0
+    by_id = {result["id"]: result for result in results}
+    singles = {
+        "a": ["--prompt=Hello"],
+        2: ["--prompt=Hi", "--system=Be brief.", "--max_tokens=3"],
+        7: ["--prompt=question", "--think=off"],
+        "d": ["--prompt=Hello", "--temperature=1", "--min_p=0", "--seed=5"],
+        "e": ["--prompt=Hello"],
+    }
+    assert by_id.keys() == singles.keys()
+    for id, flags in singles.items():
+        _, out, _ = run("--temperature=0", "--max_tokens=9", *flags)
+        result = by_id[id]
+        assert result["text"] + "\n" == out == TOKENIZER.decode(result["tokens"]) + "\n"
+        assert (result["finish_reason"], len(result["tokens"])) == ("length", 3 if id == 2 else 9)
+        prompt = [flag for flag in flags if flag.startswith(("--prompt", "--system", "--think"))]
+        assert result["n_prompt_tokens"] == len(tokens_of(run, *prompt))
+
+
+def test_bad_lines_are_reported_and_lose_nothing(run, tmp_path):
+    lines = [
+        '{"prompt": "cut off',
+        {"prompt": "Hello", "id": "good"},
+        "",
+        {"prompt": "x", "id": "odd", "temprature": 1},
+        {"prompt": 5},
+        [1],
+        {"system": "nothing else"},
+        {"prompt": "x" * 1000},
+        {"prompt": "x", "top_p": 2.0},
+        {"prompt": "x", "max_tokens": 0},
+        {"prompt": "x", "seed": True},
+        {"messages": [{"role": "robot", "content": "x"}]},
+        "[" * 100_000,
+    ]
+    status, results, err = job(run, tmp_path, lines, "--max_tokens=2")
+    assert status == 1
+    assert [result.get("id") for result in results if "text" in result] == ["good"]
+    problems = {result["line"]: result["error"] for result in results if "error" in result}
+    expected = {
+        1: "not JSON",
+        4: "found the key 'temprature'",
+        5: "prompt: found 5",
+        6: "found [1], expected an object",
+        7: "expected either prompt or messages",
+        8: "prompt: found 1",
+        9: "top_p: found 2.0",
+        10: "max_tokens: found 0",
+        11: "seed: found true",
+        12: "messages[0].role: found 'robot'",
+        13: "not JSON",
+    }
+    assert problems.keys() == expected.keys()
+    for line, problem in expected.items():
+        assert problem in problems[line]
+        assert f"in.jsonl line {line}: {problems[line]}\n" in err
+    assert next(result["id"] for result in results if result.get("line") == 4) == "odd"
+    assert "1 of 12 prompts finished" in err
+
+
+def test_without_out_a_batch_job_prints_its_results(run, tmp_path):
+    (tmp_path / "in.jsonl").write_text('{"prompt": "Hello"}\n')
+    status, out, _ = run(f"--prompts_file={tmp_path}/in.jsonl", "--max_tokens=2")
+    assert status == 0 and json.loads(out)["id"] == 1
+
+
+# ---- ends ------------------------------------------------------------------------------------------------------------
+def test_an_interrupted_answer_keeps_what_it_has(run, tmp_path, interrupted):
+    path = tmp_path / "dump.json"
+    status, out, err = run("--prompt=Hello", "--max_tokens=9", f"--dump_logprobs={path}", "--temperature=0")
+    assert status == 130 and err.endswith("interrupted\n") and "decode: 2 tokens" in err
+    ids = [step["id"] for step in json.loads(path.read_text())["steps"]]
+    assert len(ids) == 3 and out == TOKENIZER.decode(ids) + "\n"
+
+
+def test_an_interrupted_batch_job_keeps_what_it_finished(run, tmp_path, interrupted):
+    lines = [{"prompt": "Hello", "max_tokens": 2}, {"prompt": "Hello", "max_tokens": 9}]
+    status, results, err = job(run, tmp_path, lines)
+    assert status == 130 and [result["id"] for result in results] == [1]
+    assert "1 of 2 prompts finished" in err
+
+
+@pytest.mark.parametrize(
+    "argv, problem",
+    [
+        (["--config=huge"], "config: found 'huge', expected one of h200"),
+        (["--ctx=1"], "ctx: found 1, expected 2 to"),
+        (["--max_tokens=0"], "max_tokens: found 0, expected 1 to"),
+        (["--temperature=-1", "--prompt=x"], "temperature: found -1.0, expected"),
+        (["--prompt=x", "--prompt_file=y"], "found --prompt and --prompt_file, expected one of them"),
+        (["--prompts_file=y", "--dump_tokens"], "found --dump_tokens with --prompts_file"),
+        (["--out=y"], "found --out without --prompts_file"),
+        (["--prompt_file=/none"], "/none: cannot be read: No such file"),
+        (["--prompt=x", "--raw", "--system=y"], "found --raw with a system prompt, expected only a prompt"),
+        (["--prompt=x", "--dump_logprobs=/none/x"], "dump_logprobs: found /none/x, expected a file in an existing"),
+        (["--prompt=x", "--dump_logprobs=x", "--logprobs_top_k=-1"], "logprobs_top_k: found -1"),
+        (["--prompt=" + "x" * 200], "prompt: found 204 tokens, expected 1 to 127 (ctx is 128)"),
+        (["--think=hard"], "flag --think=hard: value should be one of <on|off|max>"),
+        (["--nonsense"], "Unknown command line flag 'nonsense'"),
+        (["Hello"], "found the argument 'Hello', expected only flags"),
+    ],
+)
+def test_wrong_flags_are_one_line(run, argv, problem):
+    status, out, err = run(*argv)
+    assert (status, out) == (1, "")
+    assert err.startswith("error: ") and err.count("\n") == 1 and problem in err
+
+
+def test_missing_models_say_how_to_get_them(run, monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    status, _, err = run(model="hf:owner/repo/file.gguf")
+    assert status == 1
+    assert err == (
+        "error: model hf:owner/repo/file.gguf: not on this machine; get it with: "
+        "python -m ds4jax.download --model hf:owner/repo/file.gguf\n"
+    )
+    status, _, err = run(model="/none.gguf")
+    assert status == 1 and "model /none.gguf: no such file; python -m ds4jax.download --config" in err
+
+
+def test_a_file_without_a_tokenizer_is_refused_by_name(run, tmp_path):
+    path = tmp_path / "bare.gguf"
+    synthetic.write_synthetic(path, CFG, 3, synthetic.RECIPES["q8"])
+    status, _, err = run("--prompt=x", model=path)
+    assert status == 1 and f"{path}: metadata key tokenizer.ggml.model is missing" in err
+
+
+def test_undecodable_prompts_are_refused(run, tmp_path):
+    (tmp_path / "latin").write_bytes(b"caf\xe9")
+    status, _, err = run(f"--prompt_file={tmp_path}/latin")
+    assert status == 1 and "latin: found 0xe9 at byte 3, expected UTF-8" in err
+
+
+def test_help_lists_the_flags(capsys):
+    assert cli.run(generate.main, generate.FLAGS, generate.__doc__, ["--help"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("Generate text") and all(f"{name}:" in out for name in generate.FLAGS)
+
+
+# ---- the embedded model ----------------------------------------------------------------------------------------------
+def test_the_tiny_models_name_is_its_content(tmp_path):
+    tiny.write(tmp_path / "a.gguf")
+    digest = hashlib.sha256((tmp_path / "a.gguf").read_bytes()).hexdigest()
+    assert tiny.CONTENT == digest[: len(tiny.CONTENT)], "the recipe has changed: state the new content in tiny.py"
+
+
+def test_the_tiny_model_has_every_kind_of_layer():
+    cfg = tiny.CONFIG
+    assert {0, 4, 128} == set(cfg.compress_ratios) and 0 < cfg.n_hash_layers < cfg.n_layers
+    assert cfg.head_dim != cfg.index_head_dim and cfg.o_groups == 8
+    assert cfg.vocab_size == TOKENIZER.vocab_size
+    assert cfg.index_top_k < Settings.load("tiny").ctx // 4
+
+
+def test_the_tiny_model_is_written_once_into_the_users_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    path = tiny.tiny_model()
+    assert path == tmp_path / "ds4jax" / f"tiny-{tiny.CONTENT}.gguf"
+    before = path.stat().st_mtime_ns
+    assert tiny.tiny_model() == path and path.stat().st_mtime_ns == before
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(generate.Ds4Error, match="cannot be created: Not a directory .XDG_CACHE_HOME moves it"):
+        tiny.tiny_model()
+
+
+def test_for_real_and_interrupted(model, tmp_path):
+    """A process of its own, then once more (compiled already) with Ctrl-C after some text."""
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "PYTHONUNBUFFERED": "1", "LC_ALL": "C"}
+    command = [sys.executable, "-m", "ds4jax.generate", f"--model={model}", "--prompt=Hi", "--min_p=0", "--seed=1"]
+    first = subprocess.run([*command, "--max_tokens=4"], env=environment, capture_output=True)
+    assert first.returncode == 0, first.stderr.decode()
+    assert len(first.stdout.decode()) > 1 and b"decode: 3 tokens" in first.stderr
+
+    process = subprocess.Popen(
+        [*command, "--max_tokens=4000"], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    text = process.stdout.read(1)
+    process.send_signal(signal.SIGINT)
+    rest, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err.decode()
+    assert first.stdout.startswith(text) and rest.endswith(b"\n")
+    assert b"Traceback" not in err and err.endswith(b"interrupted\n")
