@@ -43,7 +43,10 @@ def resolve_model(settings: Settings) -> Path:
         return path
     from huggingface_hub import try_to_load_from_cache
 
-    path = try_to_load_from_cache(*settings.hf_file)
+    try:
+        path = try_to_load_from_cache(*settings.hf_file)
+    except ValueError as error:  # not the name of a repository
+        raise Ds4Error(f"model {settings.model}: {error}") from None
     if not isinstance(path, str):
         raise Ds4Error(
             f"model {settings.model}: not on this machine; get it with: "
@@ -58,12 +61,21 @@ def download(repo: str, file: str) -> Path:
     Continues what an earlier call left incomplete. The result has the size and, for large files, the SHA-256 that the
     repository states. Raises Ds4Error: no such file or repository, no network, not enough disk.
     """
-    from huggingface_hub import constants, errors, get_hf_file_metadata, hf_hub_download, hf_hub_url
+    from huggingface_hub import (
+        constants,
+        errors,
+        get_hf_file_metadata,
+        hf_hub_download,
+        hf_hub_url,
+        try_to_load_from_cache,
+    )
     from huggingface_hub.file_download import http_get, repo_folder_name
     from huggingface_hub.utils import build_hf_headers
 
     name = f"hf:{repo}/{file}"
     try:
+        if isinstance(path := try_to_load_from_cache(repo, file), str):
+            return Path(path)
         url = hf_hub_url(repo, file)
         meta = get_hf_file_metadata(url)
         if not (meta.commit_hash and meta.size and re.fullmatch(r"\w[\w.-]*", meta.etag or "")):

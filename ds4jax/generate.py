@@ -37,7 +37,13 @@ flags.DEFINE_string(
 )
 flags.DEFINE_string("prompt", None, f"The user's message. Without any prompt: {DEFAULT_PROMPT!r}.", flag_values=FLAGS)
 flags.DEFINE_string("prompt_file", None, "A UTF-8 file with the user's message.", flag_values=FLAGS)
-flags.DEFINE_string("prompts_file", None, "A batch job: JSON lines, see `parse_line`.", flag_values=FLAGS)
+flags.DEFINE_string(
+    "prompts_file",
+    None,
+    'A batch job: JSON lines with "prompt" (and "system") or "messages", and perhaps "id", "think", "max_tokens" and '
+    "sampling parameters, which replace the flags.",
+    flag_values=FLAGS,
+)
 flags.DEFINE_string("out", None, "Where a batch job's results go, as JSON lines; by default stdout.", flag_values=FLAGS)
 flags.DEFINE_string("system", "", "The system prompt.", flag_values=FLAGS)
 flags.DEFINE_enum("think", "on", ["on", "off", "max"], "Whether the model reasons first.", flag_values=FLAGS)
@@ -51,7 +57,7 @@ flags.DEFINE_float("min_p", 0.05, "Drop tokens this much less likely than the li
 flags.DEFINE_integer("seed", 0, "Of the random draws.", flag_values=FLAGS)
 flags.DEFINE_enum("numerics", None, ["official", "plain"], "By default the config's.", flag_values=FLAGS)
 flags.DEFINE_bool("dump_tokens", False, "Print the prompt's token ids and pieces, and stop.", flag_values=FLAGS)
-flags.DEFINE_string("dump_logprobs", None, "A JSON file for what `Logprobs` records.", flag_values=FLAGS)
+flags.DEFINE_string("dump_logprobs", None, "A JSON file for the logits behind every token.", flag_values=FLAGS)
 flags.DEFINE_integer("logprobs_top_k", 20, "Alternatives per step in --dump_logprobs.", flag_values=FLAGS)
 
 

@@ -123,13 +123,14 @@ def printed(out):
     return Path(out.removesuffix("\n"))
 
 
-def test_a_file_is_fetched_once_and_found_again(fetch, hub, tmp_path, monkeypatch):
+def test_a_file_is_fetched_once_and_found_again(fetch, hub, environment, tmp_path, monkeypatch):
     status, out, err = fetch(f"--model={MODEL}")
     assert status == 0, err
     path = printed(out)
     assert path.read_bytes() == CONTENT
-    assert fetch(f"--model={MODEL}")[:2] == (0, out)
     assert hub.gets == [None]
+    environment["HF_ENDPOINT"] = "http://127.0.0.1:9"  # nothing listens there
+    assert fetch(f"--model={MODEL}") == (0, out, "")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hf" / "hub"))
     assert download.resolve_model(Settings(MODEL)) == path
 
@@ -248,5 +249,7 @@ def test_resolving_a_model_never_downloads(monkeypatch, tmp_path):
     monkeypatch.setattr(download, "download", lambda *_: pytest.fail("downloaded"))
     with pytest.raises(Ds4Error, match=f"not on this machine; get it with: python -m ds4jax.download --model {MODEL}"):
         download.resolve_model(Settings(MODEL))
+    with pytest.raises(Ds4Error, match="model hf:not a/repo/file: Repo id must"):
+        download.resolve_model(Settings("hf:not a/repo/file"))
     (tmp_path / "here.gguf").touch()
     assert download.resolve_model(Settings(str(tmp_path / "here.gguf"))) == tmp_path / "here.gguf"
