@@ -56,7 +56,7 @@ CONFIG = ModelConfig(
 def tiny_model() -> Path:
     """The path of the embedded model's file, written if it is not there yet.
 
-    It lies in the user's cache directory, on Linux ``$XDG_CACHE_HOME/ds4jax``. Raises Ds4Error if that cannot be written.
+    It lies in the user's cache directory, on Linux ``$XDG_CACHE_HOME/ds4jax``. Raises Ds4Error if it cannot be written.
     """
     path = cache_dir() / f"tiny-{CONTENT}.gguf"
     if not path.exists():

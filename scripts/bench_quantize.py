@@ -6,8 +6,8 @@
 Gate and up become IQ2_XXS, down Q2_K, as in the published recipe (`--gate_up`, `--down` choose others), with an
 importance per expert and column. The weights are Gaussian; speed does not depend on values. Prints a table and exits
 with status 1 if a check fails: errors of a slice differ from the CPU's by more than 0.2 %, or two runs differ in any
-byte. Q8_0, bit for bit ggml's on a CPU, is checked on values half-way between two codes: a GPU's float32 division is not
-correctly rounded, so there (and only there) it may take the neighbouring code, which is as near.
+byte. Q8_0, bit for bit ggml's on a CPU, is checked on values half-way between two codes: a GPU's float32 division is
+not correctly rounded, so there (and only there) it may take the neighbouring code, which is as near.
 """
 
 from __future__ import annotations
