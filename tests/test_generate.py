@@ -1,4 +1,4 @@
-"""ds4jax.generate: its flags, streams, files and exits, in this process on one small model; and twice for real."""
+"""ds4jax.generate: its flags, streams, files and exits, on one small model."""
 
 import dataclasses
 import hashlib
@@ -371,20 +371,15 @@ def test_the_tiny_model_is_written_once_into_the_users_cache(tmp_path, monkeypat
         tiny.tiny_model()
 
 
-def test_for_real_and_interrupted(model, tmp_path):
-    """A process of its own, then once more (compiled already) with Ctrl-C after some text."""
-    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "PYTHONUNBUFFERED": "1", "LC_ALL": "C"}
-    command = [sys.executable, "-m", "ds4jax.generate", f"--model={model}", "--prompt=Hi", "--min_p=0", "--seed=1"]
-    first = subprocess.run([*command, "--max_tokens=4"], env=environment, capture_output=True)
-    assert first.returncode == 0, first.stderr.decode()
-    assert len(first.stdout.decode()) > 1 and b"decode: 3 tokens" in first.stderr
-
+def test_ctrl_c_in_a_process_of_its_own(model, tmp_path):
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "LC_ALL": "C"}
+    command = [sys.executable, "-m", "ds4jax.generate", f"--model={model}", "--prompt=Hi", "--seed=1"]
     process = subprocess.Popen(
         [*command, "--max_tokens=4000"], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
-    text = process.stdout.read(1)
+    text = process.stdout.read(1)  # it streams
     process.send_signal(signal.SIGINT)
     rest, err = process.communicate(timeout=60)
     assert process.returncode == 130, err.decode()
-    assert first.stdout.startswith(text) and rest.endswith(b"\n")
+    assert text and rest.endswith(b"\n")
     assert b"Traceback" not in err and err.endswith(b"interrupted\n")
