@@ -64,6 +64,9 @@ class Entry:
 
     def means(self) -> np.ndarray:
         """x² on average, float32 (matrices, columns); 1 in a matrix that saw no token: an expert never chosen."""
+        bad = sum(int((~(np.isfinite(x) & (x >= 0))).sum()) for x in (self.sums, self.counts))
+        if bad:
+            raise Ds4Error(f"imatrix: found {bad} sums or counts that are negative or not finite")
         counts = self.counts[:, None].astype(np.float64)
         return np.where(counts > 0, self.sums / np.maximum(counts, 1), 1).astype(np.float32)
 

@@ -681,4 +681,4 @@ def test_memory_is_that_of_a_slab(recipe, tmp_path, monkeypatch):
     hf_checkpoint.files("transformers-bf16").write(tmp_path / "source")
     run = subprocess.run([sys.executable, "-c", MEMORY, tmp_path / "source", tmp_path / "m.gguf", recipe],
                          capture_output=True, text=True, check=True)  # fmt: skip
-    assert int(run.stdout) < 2**30
+    assert int(run.stdout) < 3 * 2**29
