@@ -95,15 +95,16 @@ def nbytes(tree: Cache) -> int:
 
 def empty(cfg: ModelConfig, numerics: num.Numerics, dtype, batch: int, ctx: int, sharding=None) -> Cache:
     """A cache of sequences of length 0. sharding: of all leaves, e.g. `sharding.replicated(mesh)`."""
-    tree = abstract(cfg, numerics, dtype, batch, ctx)
+    make = functools.partial(zeros, cfg, numerics, dtype, batch, ctx)
     # Placed explicitly, because a step returns it so, and a step compiled for one placement would not fit the other.
     sharding = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
-
-    def make() -> Cache:
-        cache = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), tree)
-        return reset(cache, jnp.ones((batch,), bool))
-
     return jax.jit(make, out_shardings=sharding)()
+
+
+def zeros(cfg: ModelConfig, numerics: num.Numerics, dtype, batch: int, ctx: int) -> Cache:
+    """`empty` within a larger program."""
+    cache = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), abstract(cfg, numerics, dtype, batch, ctx))
+    return reset(cache, jnp.ones((batch,), bool))
 
 
 def reset(cache: Cache, which: Array) -> Cache:

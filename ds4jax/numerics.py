@@ -3,6 +3,8 @@
 ``official``: every stored window row and compressed row passes E4M3 on its non-RoPE dims, index queries and keys pass
 a Hadamard rotation and E2M1; the cache therefore stores exactly these codes, and nothing is lost by it.
 ``plain``: no round trips; rows are stored in the compute dtype. Hugging Face transformers computes this.
+``straight_through``, for training: the values of ``official``, stored in the compute dtype, with the gradient that they
+would have without the round trips.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from ds4jax.errors import ConfigError
 
 Array = jax.Array
 Rows = dict[str, Array]  # the planes of stored rows, each (..., row bytes or values)
-Numerics = Literal["official", "plain"]
+Numerics = Literal["official", "plain", "straight_through"]
 
 E4M3_BLOCK, E4M3_MAX = 64, 448.0
 E2M1_BLOCK, E2M1_MAX = 32, 6.0
@@ -140,31 +142,51 @@ class Fp4Row:
         return _decode_scaled(values[code], rows["exponents"], E2M1_BLOCK)
 
 
+@dataclasses.dataclass(frozen=True)
+class StraightThroughRow(PlainRow):
+    """A row that has passed `lossy`, as plain values; the gradient passes unchanged."""
+
+    lossy: Fp8Row | Fp4Row
+
+    def encode(self, x):
+        fixed = lax.stop_gradient(x)
+        passed = self.lossy.decode(self.lossy.encode(fixed), x.dtype)
+        # Adds up to exactly `passed`: a value and its rounding are within a factor of 2, or the rounding is 0.
+        return super().encode(x + (passed - fixed))
+
+
 RowFormat = PlainRow | Fp8Row | Fp4Row
 
 
 def kv_row(cfg: ModelConfig, numerics: Numerics, dtype: DTypeLike) -> RowFormat:
     """How window rows and compressed rows are stored."""
-    return Fp8Row(cfg.head_dim, cfg.rope_dim) if numerics == "official" else PlainRow(cfg.head_dim, np.dtype(dtype))
+    return _row(Fp8Row(cfg.head_dim, cfg.rope_dim), numerics, dtype)
 
 
 def index_row(cfg: ModelConfig, numerics: Numerics, dtype: DTypeLike) -> RowFormat:
     """How index keys are stored."""
-    return Fp4Row(cfg.index_head_dim) if numerics == "official" else PlainRow(cfg.index_head_dim, np.dtype(dtype))
+    return _row(Fp4Row(cfg.index_head_dim), numerics, dtype)
+
+
+def _row(official: Fp8Row | Fp4Row, numerics: Numerics, dtype: DTypeLike) -> RowFormat:
+    if numerics == "official":
+        return official
+    plain = official.dim, np.dtype(dtype)
+    return PlainRow(*plain) if numerics == "plain" else StraightThroughRow(*plain, official)
 
 
 def check(cfg: ModelConfig, numerics: Numerics) -> None:
     """Refuse a shape that the official numerics are not defined for. Raises ConfigError."""
-    if numerics == "official" and cfg.layers_of_ratio(4) and cfg.index_head_dim & (cfg.index_head_dim - 1):
+    if numerics != "plain" and cfg.layers_of_ratio(4) and cfg.index_head_dim & (cfg.index_head_dim - 1):
         raise ConfigError(
-            f"numerics='official' rotates index keys by a Hadamard matrix: attention.indexer.key_length is "
+            f"numerics={numerics!r} rotates index keys by a Hadamard matrix: attention.indexer.key_length is "
             f"{cfg.index_head_dim}, expected a power of two (numerics='plain' takes any)"
         )
 
 
 def index_rotation(x: Array, numerics: Numerics) -> Array:
-    """What index queries and keys pass before E2M1: the Hadamard matrix over √n under ``official``. x (..., n)."""
-    return hadamard(x) if numerics == "official" else x
+    """What index queries and keys x (..., n) pass before E2M1: the Hadamard matrix over √n; nothing if ``plain``."""
+    return x if numerics == "plain" else hadamard(x)
 
 
 def hadamard(x: Array) -> Array:

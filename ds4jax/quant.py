@@ -9,6 +9,7 @@ Bit layouts: ggml (``ggml-common.h``); `gguf.quants` is the reference that the t
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import ClassVar, Self
 
@@ -137,7 +138,7 @@ class _Dense(Quantized):
     """Unquantized formats: one plane of plain values."""
 
     def _values(self):
-        return self.values.astype(jnp.float32)
+        return self.values.astype(wide(self.values.dtype))
 
     @classmethod
     def random(cls, key, shape, std):
@@ -391,11 +392,46 @@ def grouped_linear(x: Array, w: Quantized, groups: int) -> Array:
     return matmul("...gi,goi->...go", x, w.reshape(groups, -1, w.shape[-1]))
 
 
-def matmul(equation: str, *operands: Array, dtype=None) -> Array:
+def matmul(equation: str, a: Array, b: Array, dtype=None) -> Array:
     """einsum with at least float32 accumulation, and float32 computed as float32 (no TF32).
 
-    The result has `dtype`, or the operands' common one.
+    The result has `dtype`, or a's, which must be b's.
     """
-    precision, accumulate = lax.Precision.HIGHEST, wide(operands[0].dtype)
-    out = jnp.einsum(equation, *operands, precision=precision, preferred_element_type=accumulate)
-    return out.astype(dtype or operands[0].dtype)
+    return _matmul(equation, np.dtype(dtype or a.dtype), a, b)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _matmul(equation: str, dtype: np.dtype, a: Array, b: Array) -> Array:
+    return _einsum(equation, a, b, preferred_element_type=wide(a.dtype)).astype(dtype)
+
+
+def _matmul_forward(equation: str, dtype: np.dtype, a: Array, b: Array):
+    return _matmul(equation, dtype, a, b), (a, b)
+
+
+def _matmul_backward(equation: str, dtype: np.dtype, operands: tuple[Array, Array], gradient: Array):
+    # Rounded to the operands' dtype: a product of float32 and bfloat16 would be computed as slowly as float32.
+    _, transpose = jax.vjp(functools.partial(_einsum, equation), *operands)
+    return transpose(gradient.astype(operands[0].dtype))
+
+
+_matmul.defvjp(_matmul_forward, _matmul_backward)
+_einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
+
+
+@jax.custom_vjp
+def lookup(table: Array, index: Array) -> Array:
+    """table[index]: (n, ...), int32 → (*index.shape, ...).
+
+    The gradient is a matrix product: scattered additions come in any order on a GPU, and wait for one another.
+    """
+    return table[index]
+
+
+def _lookup_backward(residuals: tuple[Array, Array], gradient: Array):
+    table, index = residuals
+    chosen = jax.nn.one_hot(index.reshape(-1), table.shape[0], dtype=gradient.dtype)
+    return matmul("sn,se->ne", chosen, gradient.reshape(index.size, -1)).reshape(table.shape), None
+
+
+lookup.defvjp(lambda table, index: (table[index], (table, index)), _lookup_backward)

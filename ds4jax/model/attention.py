@@ -19,8 +19,8 @@ from ds4jax.config import CSA_RATIO, HCA_RATIO, ModelConfig
 from ds4jax.model import indexer, rope
 from ds4jax.model.compressor import compress
 from ds4jax.model.norm import rms_norm
-from ds4jax.quant import grouped_linear, linear, matmul
-from ds4jax.weights import Weights
+from ds4jax.quant import grouped_linear, linear, matmul, wide
+from ds4jax.weights import Attention, Weights
 
 Array = jax.Array
 
@@ -31,94 +31,113 @@ def attend(q: Array, sources: list[tuple[Array, Array]], sinks: Array) -> Array:
     """Softmax over all sources and the sink together; the sink only adds to the denominator.
 
     q (B, T, H, D). sources: rows, which are keys and values at once, (B, K, D) shared by all queries or (B, T, K, D)
-    of each query, with masks (B, T, K). sinks (H). → (B, T, H, D).
+    of each query, with masks (B, T, K). sinks (H). → (B, T, H, D). The softmax is in float32 at least.
     """
-    logits = []
+    dtype, logits = wide(q.dtype), []
     for rows, mask in sources:
-        s = matmul("bthd,bkd->bthk" if rows.ndim == 3 else "bthd,btkd->bthk", q, rows) / math.sqrt(q.shape[-1])
+        s = matmul("bthd,bkd->bthk" if rows.ndim == 3 else "bthd,btkd->bthk", q, rows, dtype) / math.sqrt(q.shape[-1])
         logits.append(jnp.where(mask[:, :, None], s, -jnp.inf))
-    sink = sinks.astype(q.dtype)[:, None]
+    sink = sinks.astype(dtype)[:, None]
     highest = lax.stop_gradient(jnp.max(jnp.concatenate([*logits, jnp.broadcast_to(sink, (*q.shape[:3], 1))], -1), -1))
     highest = highest[..., None]
     exps = [jnp.exp(s - highest) for s in logits]
     total = jnp.exp(sink - highest) + sum(e.sum(-1, keepdims=True) for e in exps)
     out = [
-        matmul("bthk,bkd->bthd" if rows.ndim == 3 else "bthk,btkd->bthd", e, rows)
+        matmul("bthk,bkd->bthd" if rows.ndim == 3 else "bthk,btkd->bthd", e.astype(q.dtype), rows, dtype)
         for e, (rows, _) in zip(exps, sources, strict=True)
     ]
-    return sum(out) / total
+    return (sum(out) / total).astype(q.dtype)
+
+
+def project(h: Array, position: Array, w: Attention, freq: np.ndarray, cfg: ModelConfig) -> tuple[Array, Array, Array]:
+    """h (B, T, E) → the latent of the queries (B, T, Rq), queries (B, T, H, D) and window rows (B, T, D), rotated."""
+    r = rms_norm(linear(h, w.q_a), cfg.norm_eps, w.q_a_norm)
+    q = linear(r, w.q_b).reshape(*h.shape[:-1], cfg.n_heads, cfg.head_dim)
+    q = rope.rotate(rms_norm(q, cfg.norm_eps), position, freq)
+    kv = rms_norm(linear(h, w.kv), cfg.norm_eps, w.kv_norm)
+    return r, q, rope.rotate(kv[:, :, None], position, freq)[:, :, 0]
+
+
+def compressed_rows(
+    h: Array, n: Array, w: Weights, cache: Cache, layer: int, cfg: ModelConfig, numerics: num.Numerics
+) -> tuple[Cache, num.Rows, Array | None]:
+    """Store the rows that n more tokens h (B, T, E) complete in a layer that compresses.
+
+    → the cache, all of the layer's rows as stored (B, N, ·), and in a layer of ratio 4 its index keys (B, N, Di).
+    """
+    ratio, dtype = cfg.ratio(layer), h.dtype
+    freq, fmt = rope.frequencies(cfg, ratio), num.kv_row(cfg, numerics, dtype)
+    nth = cfg.layers_of_ratio(ratio).index(layer)
+    tokens = h, cache.length, n
+    if ratio == HCA_RATIO:
+        hca = compress(*tokens, w.hca.at(layer).compressor, cache.hca, nth, ratio, fmt, freq, cfg)
+        return cache.replace(hca=hca), jax.tree.map(lambda x: x[nth], hca.rows), None
+    extra, key_fmt = w.csa.at(layer), num.index_row(cfg, numerics, dtype)
+    csa = compress(*tokens, extra.compressor, cache.csa, nth, ratio, fmt, freq, cfg)
+    index = compress(
+        *tokens, extra.indexer.compressor, cache.index, nth, ratio, key_fmt, freq, cfg,
+        finish=lambda row: num.index_rotation(row, numerics),
+    )  # fmt: skip
+    keys = key_fmt.decode(jax.tree.map(lambda x: x[nth], index.rows), dtype)
+    return cache.replace(csa=csa, index=index), jax.tree.map(lambda x: x[nth], csa.rows), keys
 
 
 def attention(
-    h: Array, n: Array, w: Weights, cache: Cache, layer: int, cfg: ModelConfig, numerics: num.Numerics
+    h: Array,
+    n: Array,
+    w: Weights,
+    cache: Cache,
+    layer: int,
+    cfg: ModelConfig,
+    numerics: num.Numerics,
+    query_blocks: int | None = None,
 ) -> tuple[Array, Cache]:
     """h (B, T, E) normed input; n (B,) real tokens of the T. → (B, T, E) and the cache with these tokens stored.
 
     `cache.length` is still the length before these tokens: the caller advances it after the last layer.
+    query_blocks: how many blocks of QUERY_BLOCK queries to take at once; None takes one.
     """
     B, T, _ = h.shape
     if T > QUERY_BLOCK and T % QUERY_BLOCK:
         raise ValueError(f"{T} tokens: more than {QUERY_BLOCK} must be padded to a multiple of it")
-    W, D, dtype = cfg.window, cfg.head_dim, h.dtype
-    ratio, length = cfg.ratio(layer), cache.length
+    W, dtype, ratio = cfg.window, h.dtype, cfg.ratio(layer)
     a, freq, fmt = w.attn.at(layer), rope.frequencies(cfg, ratio), num.kv_row(cfg, numerics, dtype)
-    position = length[:, None] + jnp.arange(T, dtype=jnp.int32)
+    position = cache.length[:, None] + jnp.arange(T, dtype=jnp.int32)
 
-    r = rms_norm(linear(h, a.q_a), cfg.norm_eps, a.q_a_norm)
-    q = linear(r, a.q_b).reshape(B, T, cfg.n_heads, D)
-    q = rope.rotate(rms_norm(q, cfg.norm_eps), position, freq)
-    kv = rms_norm(linear(h, a.kv), cfg.norm_eps, a.kv_norm)
-    new = fmt.encode(rope.rotate(kv[:, :, None], position, freq)[:, :, 0])
-
-    cache, window = _slide(cache, layer, new, n, W)
+    r, q, new = project(h, position, a, freq, cfg)
+    cache, window = _slide(cache, layer, fmt.encode(new), n, W)
     window = fmt.decode(window, dtype)  # (B, W + T, D); row j is position length - W + j
-
+    capacity, iq, iw = 0, None, None
     if ratio:
-        keep = (h, length, n)
-        kind = "csa" if ratio == CSA_RATIO else "hca"
-        nth = cfg.layers_of_ratio(ratio).index(layer)
-        extra = getattr(w, kind).at(layer)
-        stored = compress(*keep, extra.compressor, getattr(cache, kind), nth, ratio, fmt, freq, cfg)
-        cache = cache.replace(**{kind: stored})
-        rows = jax.tree.map(lambda x: x[nth], stored.rows)
+        cache, rows, keys = compressed_rows(h, n, w, cache, layer, cfg, numerics)
         capacity = next(iter(rows.values())).shape[1]
-    if ratio == CSA_RATIO:
-        key_fmt = num.index_row(cfg, numerics, dtype)
-        index = compress(
-            *keep, extra.indexer.compressor, cache.index, nth, ratio, key_fmt, freq, cfg,
-            finish=lambda row: num.index_rotation(row, numerics),
-        )  # fmt: skip
-        cache = cache.replace(index=index)
-        keys = key_fmt.decode(jax.tree.map(lambda x: x[nth], index.rows), dtype)
-        iq, iw = indexer.queries(h, r, position, extra.indexer, freq, cfg, numerics)
-    else:
-        iq = iw = jnp.zeros((B, T, 0), dtype)
+    choose = ratio == CSA_RATIO and capacity > cfg.index_top_k
+    if choose:
+        iq, iw = indexer.queries(h, r, position, w.csa.at(layer).indexer, freq, cfg, numerics)
 
-    def block(start: Array | int, size: int) -> Array:
-        """Queries start … start + size - 1 of the T."""
-
-        def take(x: Array, extra: int = 0) -> Array:
-            return lax.dynamic_slice_in_dim(x, start, size + extra, axis=1)
-
-        qs, ps, near = take(q), take(position), take(window, W)
-        row_position = ps[:, :1] - W + jnp.arange(size + W, dtype=jnp.int32)
-        age = ps[:, :, None] - row_position[:, None]
+    def block(near: Array, queries: tuple[Array, ...]) -> Array:
+        """The window's rows from W before the first query on; queries and what comes with them → (B, ·, H, D)."""
+        q, position, iq, iw = queries
+        row_position = position[:, :1] - W + jnp.arange(near.shape[1], dtype=jnp.int32)
+        age = position[:, :, None] - row_position[:, None]
         sources = [(near, (age >= 0) & (age < W) & (row_position >= 0)[:, None])]
-        if ratio == HCA_RATIO or (ratio == CSA_RATIO and capacity <= cfg.index_top_k):
-            seen = indexer.visible(ps[:, :, None], jnp.arange(capacity, dtype=jnp.int32), ratio)
-            sources.append((fmt.decode(rows, dtype), seen))
-        elif ratio == CSA_RATIO:
-            chosen, seen = indexer.select(indexer.scores(take(iq), take(iw), keys), ps, cfg.index_top_k)
+        if choose:
+            chosen, seen = indexer.select(indexer.scores(iq, iw, keys), position, cfg.index_top_k)
             picked = jax.tree.map(lambda x: x[jnp.arange(B, dtype=jnp.int32)[:, None, None], chosen], rows)
             sources.append((fmt.decode(picked, dtype), seen))
-        return attend(qs, sources, a.sinks)
+        elif ratio:
+            seen = indexer.visible(position[:, :, None], jnp.arange(capacity, dtype=jnp.int32), ratio)
+            sources.append((fmt.decode(rows, dtype), seen))
+        return attend(q, sources, a.sinks)
 
+    queries = q, position, iq, iw
     if T <= QUERY_BLOCK:
-        o = block(0, T)
+        o = block(window, queries)
     else:
-        starts = jnp.arange(0, T, QUERY_BLOCK, dtype=jnp.int32)
-        o = lax.map(lambda s: block(s, QUERY_BLOCK), starts)  # T is a multiple: see transformer.BUCKETS
-        o = jnp.moveaxis(o, 0, 1).reshape(B, T, cfg.n_heads, D)
+        near = jnp.stack([window[:, s : s + W + QUERY_BLOCK] for s in range(0, T, QUERY_BLOCK)])
+        queries = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(B, -1, QUERY_BLOCK, *x.shape[2:]), 1, 0), queries)
+        o = lax.map(lambda x: block(*x), (near, queries), batch_size=query_blocks)
+        o = jnp.moveaxis(o, 0, 1).reshape(q.shape)
 
     o = rope.rotate(o, position, freq, inverse=True).reshape(B, T, cfg.o_groups, -1)
     o = grouped_linear(o, a.o_a, cfg.o_groups)

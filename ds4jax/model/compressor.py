@@ -14,7 +14,7 @@ from ds4jax.config import CSA_RATIO, ModelConfig
 from ds4jax.model import rope
 from ds4jax.model.norm import rms_norm
 from ds4jax.numerics import RowFormat
-from ds4jax.quant import linear
+from ds4jax.quant import linear, lookup
 from ds4jax.weights import Compressor
 
 Array = jax.Array
@@ -48,7 +48,7 @@ def compress(
     R, dtype = ratio, kept.z.dtype
     z, g = linear(h, w.kv, dtype), linear(h, w.gate, dtype)
     position = length[:, None] + jnp.arange(T, dtype=jnp.int32)
-    g = g + w.ape.dequantize(dtype)[lax.rem(position, np.int32(R))]
+    g = g + lookup(w.ape.dequantize(dtype), lax.rem(position, np.int32(R)))
 
     # Lay the open window and the new tokens out from the window's start: slot j is the token at position first·R + j.
     first, filled = lax.div(length, np.int32(R)), lax.rem(length, np.int32(R))

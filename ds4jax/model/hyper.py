@@ -1,11 +1,15 @@
 """Manifold-constrained hyper-connections (mHC): N residual streams around every sub-layer."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from ds4jax.config import ModelConfig
 from ds4jax.model.norm import rms_norm
-from ds4jax.quant import linear, matmul, wide
+from ds4jax.quant import linear, wide
 from ds4jax.weights import HyperConnection
 
 Array = jax.Array
@@ -45,13 +49,27 @@ def mixes(X: Array, hc: HyperConnection, cfg: ModelConfig) -> tuple[Array, Array
 
 def collapse(X: Array, pre: Array) -> Array:
     """Σ pre_i X_i: X (..., N, E), pre (..., N) → (..., E) in X's dtype."""
-    return matmul("...n,...ne->...e", pre, X.astype(pre.dtype)).astype(X.dtype)
+    return jnp.sum(pre[..., None] * X.astype(pre.dtype), axis=-2).astype(X.dtype)
 
 
 def expand(X: Array, y: Array, post: Array, C: Array) -> Array:
     """X'_k = post_k y + Σ_j C[j, k] X_j: y (..., E) → (..., N, E) in X's dtype."""
-    mixed = matmul("...jk,...je->...ke", C, X.astype(C.dtype))
+    # N is so small that sums of products, which compile to one pass over X, are faster than matrix products.
+    wide_X = X.astype(C.dtype)
+    mixed = sum(C[..., j, :, None] * wide_X[..., j, None, :] for j in range(X.shape[-2]))
     return (mixed + post[..., None] * y.astype(post.dtype)[..., None, :]).astype(X.dtype)
+
+
+def connect(
+    X: Array, hc: HyperConnection, norm: Array, F: Callable[[Array], tuple[Array, Any]], cfg: ModelConfig
+) -> tuple[Array, Any]:
+    """A sub-layer F between its hyper-connections: X (B, T, N, E) → the same, and whatever else F returns.
+
+    F: the normed input (B, T, E) → (output (B, T, E), anything). norm: its weight (E).
+    """
+    pre, post, C = mixes(X, hc, cfg)
+    y, extra = F(rms_norm(collapse(X, pre), cfg.norm_eps, norm))
+    return expand(X, y, post, C), extra
 
 
 def head_collapse(X: Array, hc: HyperConnection, cfg: ModelConfig) -> Array:

@@ -27,26 +27,29 @@ class Compute:
     """How to compute, as opposed to what: a static argument of every jitted step.
 
     numerics: see `ds4jax.numerics`. dtype: of activations. mesh: where the weights lie, None for one device.
+    query_blocks: how many blocks of queries attention takes at once; more are faster, and need more memory.
     """
 
     numerics: Numerics = "official"
     dtype: str = "float32"
     mesh: Mesh | None = None
+    query_blocks: int | None = None  # one
 
 
 def block(
     X: Array, tokens: Array, n: Array, w: Weights, cache: Cache, layer: int, cfg: ModelConfig, compute: Compute
 ) -> tuple[Array, Cache]:
     """One layer: attention, then experts, each between its hyper-connections. X (B, T, N, E) → the same."""
-    pre, post, C = hyper.mixes(X, w.attn.hc.at(layer), cfg)
-    h = rms_norm(hyper.collapse(X, pre), cfg.norm_eps, w.attn.norm[layer])
-    y, cache = attention(h, n, w, cache, layer, cfg, compute.numerics)
-    X = hyper.expand(X, y, post, C)
 
-    pre, post, C = hyper.mixes(X, w.ffn.hc.at(layer), cfg)
-    h = rms_norm(hyper.collapse(X, pre), cfg.norm_eps, w.ffn.norm[layer])
-    y = moe(h, tokens, w, layer, cfg, compute.mesh)
-    return hyper.expand(X, y, post, C), cache
+    def attend(h: Array) -> tuple[Array, Cache]:
+        return attention(h, n, w, cache, layer, cfg, compute.numerics, compute.query_blocks)
+
+    def feed_forward(h: Array) -> tuple[Array, None]:
+        return moe(h, tokens, w, layer, cfg, compute.mesh), None
+
+    X, cache = hyper.connect(X, w.attn.hc.at(layer), w.attn.norm[layer], attend, cfg)
+    X, _ = hyper.connect(X, w.ffn.hc.at(layer), w.ffn.norm[layer], feed_forward, cfg)
+    return X, cache
 
 
 def forward(
