@@ -11,6 +11,7 @@ moment, the same command goes on after the last tensor that was complete, and th
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import functools
 import hashlib
@@ -72,13 +73,15 @@ def convert(
     inputs = {
         "config, tokenizer or types": hashlib.sha256(plan.header).hexdigest(),
         "weights": hashlib.sha256("\n".join(opened.identity).encode()).hexdigest(),
-        "importances": hashlib.sha256(Path(imatrix).read_bytes()).hexdigest() if imatrix else None,
+        "importances": _file_sha256(imatrix) if imatrix else None,
         "software or device": f"ds4jax {ds4jax.__version__}, jax {jax.__version__}, {jax.devices()[0].device_kind}",
     }
     entries = {spec.name: _entry(spec, importances) for spec in opened.table}
     if importances is not None and not any(entries.values()):
         raise Ds4Error(f"{imatrix}: found sums for none of the tensors, such as {opened.table[-1].name}")
     with Partial(out, plan, inputs, restart) as partial:
+        if progress and partial.done:
+            print(f"going on after {len(partial.done)} of {len(plan.tensors)} tensors", file=sys.stderr)
         bar = tqdm(total=plan.size, unit="B", unit_scale=True, desc="converting", disable=not progress)
         for spec in opened.table:
             info = plan.tensors[spec.name]
@@ -88,6 +91,11 @@ def convert(
             bar.update(info.offset + info.nbytes - bar.n)
         bar.close()
         partial.finish()
+
+
+def _file_sha256(path: str | Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _entry(spec: TensorSpec, importances: Imatrix | None) -> Entry | None:
@@ -138,17 +146,13 @@ class Partial:
         self._journal_path = out.with_name(f"{out.name}.partial.json")
         self.done: set[str] = set()
         _check_disk(self._path, plan.size)
-        try:
+        with self._no_os_errors():
             self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
             self._journal = open(self._journal_path, "a+b", buffering=0)
-        except OSError as error:
-            raise Ds4Error(f"{self._path}: cannot be written: {error.strerror}") from None
         try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._resume(inputs, restart)
-        except BlockingIOError:
-            self.close()
-            raise Ds4Error(f"{self._path}: another process is writing this file") from None
+            with self._no_os_errors():
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self._resume(inputs, restart)
         except BaseException:
             self.close()
             raise
@@ -156,32 +160,29 @@ class Partial:
     def _resume(self, inputs: Mapping[str, str | None], restart: bool) -> None:
         self._journal.seek(0)
         lines = self._journal.read().splitlines(keepends=True)
-        records = [_record(line) for line in lines]
-        if records and isinstance(records[0], dict) and not restart:
-            changed = [what for what in inputs if records[0].get(what) != inputs[what]]
+        begun, *records = [_record(line) for line in lines] or [None]
+        header, end = self._plan.header, 0
+        if isinstance(begun, dict) and not restart:
+            changed = [what for what in inputs if begun.get(what) != inputs[what]]
             if changed:
                 raise Ds4Error(
                     f"{self._path}: was begun with other {', '.join(changed)}; give the same again, or --restart"
                 )
-            if self._holds(0, self._plan.header):
-                for info, record in zip(self._plan.tensors.values(), records[1:], strict=False):
+            if os.pread(self._fd, len(header), 0) == header:
+                end = len(header)
+                for info, record in zip(self._plan.tensors.values(), records, strict=False):
                     if record != {"tensor": info.name, "sha256": self._sha256(info)}:
                         break
                     self.done.add(info.name)
-        if self.done:
-            self._journal.truncate(sum(map(len, lines[: 1 + len(self.done)])))
-        else:
-            self._journal.truncate(0)
-            os.ftruncate(self._fd, 0)
-            self._write(0, self._plan.header)
+                    end = info.offset + info.nbytes
+        os.ftruncate(self._fd, end)
+        self._journal.truncate(sum(map(len, lines[: 1 + len(self.done)])) if end else 0)
+        if not end:
+            self._write(0, header)
             self._note(inputs)
 
-    def _holds(self, offset: int, data: bytes) -> bool:
-        return os.pread(self._fd, len(data), offset) == data
-
     def _sha256(self, info: TensorInfo) -> str:
-        digest = hashlib.sha256()
-        end = info.offset + info.nbytes
+        digest, end = hashlib.sha256(), info.offset + info.nbytes
         for start in range(info.offset, end, _READ):
             digest.update(os.pread(self._fd, min(_READ, end - start), start))
         return digest.hexdigest()
@@ -189,14 +190,9 @@ class Partial:
     def _write(self, offset: int, data: bytes | memoryview) -> int:
         """All of `data` at `offset`; → the offset behind it."""
         data = memoryview(data)
-        try:
-            while data:
-                n = os.pwrite(self._fd, data, offset)
-                data, offset = data[n:], offset + n
-        except OSError as error:
-            raise Ds4Error(
-                f"{self._path}: cannot be written: {error.strerror}; run the command again to go on"
-            ) from None
+        while data:
+            n = os.pwrite(self._fd, data, offset)
+            data, offset = data[n:], offset + n
         return offset
 
     def _note(self, record: Mapping[str, Any]) -> None:
@@ -205,18 +201,31 @@ class Partial:
     def write(self, info: TensorInfo, pieces: Iterable[memoryview]) -> None:
         """Writes a tensor from its pieces, then notes that it is complete."""
         digest, offset = hashlib.sha256(), info.offset
-        for piece in pieces:
-            offset = self._write(offset, piece)
-            digest.update(piece)
-        self._note({"tensor": info.name, "sha256": digest.hexdigest()})
+        with self._no_os_errors():
+            for piece in pieces:
+                offset = self._write(offset, piece)
+                digest.update(piece)
+            self._note({"tensor": info.name, "sha256": digest.hexdigest()})
         self.done.add(info.name)
 
     def finish(self) -> None:
         """Gives the file its name, once all of it is on disk."""
-        os.ftruncate(self._fd, self._plan.size)
-        os.fsync(self._fd)
-        os.replace(self._path, self._out)
-        self._journal_path.unlink()
+        with self._no_os_errors():
+            os.ftruncate(self._fd, self._plan.size)
+            os.fsync(self._fd)
+            os.replace(self._path, self._out)
+            self._journal_path.unlink()
+
+    @contextlib.contextmanager
+    def _no_os_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except BlockingIOError:
+            raise Ds4Error(f"{self._path}: another process is writing this file") from None
+        except OSError as error:
+            raise Ds4Error(
+                f"{self._path}: cannot be written: {error.strerror}; the same command will go on from here"
+            ) from None
 
     def close(self) -> None:
         os.close(self._fd)

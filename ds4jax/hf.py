@@ -147,17 +147,14 @@ class Stored:
         return raw.view(dtype).reshape(stop - start, width)
 
 
-def _json(path: Path) -> Any:
+def _object(path: Path) -> dict[str, Any]:
+    """The JSON object that a file holds."""
     try:
-        return json.loads(path.read_text("utf-8"))
+        contents = json.loads(path.read_text("utf-8"))
     except OSError as error:
         raise Ds4Error(f"{path}: cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise Ds4Error(f"{path}: not JSON: {error}") from None
-
-
-def _object(path: Path) -> dict[str, Any]:
-    contents = _json(path)
     if not isinstance(contents, dict):
         raise Ds4Error(f"{path}: found {show(contents)}, expected an object")
     return contents
@@ -241,8 +238,8 @@ def read_shards(folder: Path) -> tuple[dict[str, Stored], list[str]]:
 class Matrix:
     """Where one matrix (one expert's, say) lies: rows [first, first + rows) of a stored tensor, and its scales.
 
-    scale_rows: first row of the scales of the same stored matrix; offset: the row of that matrix which is our first.
-    block: (rows, columns) that share a scale.
+    Where several matrices are stored one above the other, scales count from the top: scale_first is the first row of
+    scales there, and offset our first row. block: (rows, columns) that share a scale.
     """
 
     weight: Stored
@@ -420,7 +417,8 @@ class _Finder:
 
     @functools.cached_property
     def fp8_block(self) -> tuple[int, int]:
-        block = (self.config.get("quantization_config") or {}).get("weight_block_size")
+        options = self.config.get("quantization_config")
+        block = options.get("weight_block_size") if isinstance(options, dict) else None
         if not isinstance(block, list) or len(block) != 2 or not all(type(n) is int and n > 0 for n in block):
             raise Ds4Error(
                 f"{self.folder / 'config.json'}: key 'quantization_config.weight_block_size': found {show(block)}, "

@@ -386,6 +386,24 @@ def test_two_at_once_are_refused(folders, tmp_path, monkeypatch):
             convert(folders("official"), out, RECIPES["f16"])
 
 
+def test_a_full_disk(folders, tmp_path, monkeypatch, f16):
+    real, room = os.pwrite, iter(range(40))
+
+    def pwrite(*args):
+        if next(room, None) is None:
+            raise OSError(28, "No space left on device")
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", pwrite)
+        with pytest.raises(
+            Ds4Error, match=r"m\.gguf\.partial: cannot be written: No space left on device; the same co"
+        ):
+            convert(folders("official"), tmp_path / "m.gguf", RECIPES["f16"])
+    convert(folders("official"), tmp_path / "m.gguf", RECIPES["f16"])
+    assert (tmp_path / "m.gguf").read_bytes() == f16.read_bytes()
+
+
 def test_no_room(folders, tmp_path, monkeypatch):
     with pytest.raises(Ds4Error, match="No such file or directory, expected a folder for the new file"):
         convert(folders("official"), tmp_path / "none" / "m.gguf", RECIPES["f16"])
