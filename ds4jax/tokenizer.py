@@ -9,12 +9,13 @@ from __future__ import annotations
 import codecs
 import enum
 import itertools
+import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import tokenizers
-from tokenizers import models, pre_tokenizers
+from tokenizers import models, pre_tokenizers, trainers
 
 from ds4jax.errors import Ds4Error, GGUFError
 
@@ -241,6 +242,32 @@ class StreamDecoder:
         return self._utf8.decode(b"", final=True)
 
 
+def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """A new vocabulary for `texts`, laid out like `byte_tokenizer`'s. The same texts give the same one.
+
+    vocab_size: ids in all, with the 256 bytes and the control tokens; fewer if the texts are too short for that.
+    """
+    bpe = tokenizers.Tokenizer(models.BPE())
+    bpe.pre_tokenizer = _pre_tokenizer()
+    bpe.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size - len(Special), initial_alphabet=_BYTE_CHARS, show_progress=False, special_tokens=[]
+        ),
+    )
+    merges = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
+    return _lay_out(merges)
+
+
+def _lay_out(merges: Sequence[tuple[str, str]]) -> Tokenizer:
+    """Ids 0 to 255 are the byte values; then come the merged tokens, then `Special`."""
+    text = list(dict.fromkeys([*_BYTE_CHARS, *map("".join, merges)]))  # two merges may make one token
+    tokens = text + [special.value for special in Special]
+    types = [_NORMAL] * len(text) + [_CONTROL] * len(Special)
+    bos, eos = (tokens.index(special.value) for special in (Special.BOS, Special.EOS))
+    return Tokenizer(tokens, [" ".join(pair) for pair in merges], types, bos_id=bos, eos_id=eos)
+
+
 def _error(key: str, found: object, expected: str) -> GGUFError:
     return GGUFError(f"metadata key tokenizer.ggml.{key}: found {found}, expected {expected}")
 
@@ -287,21 +314,16 @@ def byte_tokenizer() -> Tokenizer:
     are `Special`, spelled as in the real vocabulary.
     """
     pieces = Counter(tuple(piece) for piece, _ in _pre_tokenizer().pre_tokenize_str(_SAMPLE))
-    tokens, merges = list(_BYTE_CHARS), []
+    merges: list[tuple[str, str]] = []
     while len(merges) < _SAMPLE_MERGES:
         pairs: Counter[tuple[str, str]] = Counter()
         for piece, n in pieces.items():
             for pair in itertools.pairwise(piece):
                 pairs[pair] += n
         best = max(pairs, key=lambda pair: (pairs[pair], pair))
-        tokens.append("".join(best))
-        merges.append(" ".join(best))
+        merges.append(best)
         pieces = Counter({_merge(piece, best): n for piece, n in pieces.items()})
-    types = [_NORMAL] * len(tokens) + [_CONTROL] * len(Special)
-    tokens += [special.value for special in Special]
-    return Tokenizer(
-        tokens, merges, types, bos_id=tokens.index(Special.BOS.value), eos_id=tokens.index(Special.EOS.value)
-    )
+    return _lay_out(merges)
 
 
 def _merge(piece: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
