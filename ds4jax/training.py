@@ -62,9 +62,9 @@ def _init_leaf(spec: WeightSpec, key: Array, cfg: ModelConfig, tid2eid: np.ndarr
         mixing = jnp.concatenate([streams, jnp.zeros(N), 4 * jnp.eye(N).reshape(-1)])
         return 0.3 * noise + mixing[: shape[-1]]
     if leaf.endswith("norm"):
-        return jnp.ones(shape)
+        return jnp.ones(shape, jnp.float32)
     if leaf in ("scale", "sinks", "bias"):
-        return jnp.full(shape, 0.1 if leaf == "scale" else 0.0)
+        return jnp.full(shape, 0.1 if leaf == "scale" else 0.0, jnp.float32)
     std = 0.5 if leaf == "embed" else shape[-1] ** -0.5
     if family in ("attn.o_b", "ffn.shared.down", "ffn.experts.down"):
         std /= math.sqrt(2 * cfg.n_layers)

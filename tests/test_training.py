@@ -108,6 +108,7 @@ def test_the_main_loss_reaches_all_but_the_indexer_and_the_head(gradients):
         assert bool(np.any(gradient)) == (not family.startswith(("csa.indexer.", "mtp."))), family
 
 
+@pytest.mark.slow
 def test_gradient_is_the_slope(model):
     """The main loss, without round trips: along random directions, against differences."""
     tokens, mask = batch(32)
