@@ -76,14 +76,15 @@ def compress(
         slots_z, slots_g = split(z), split(g)
 
     row = rms_norm(pool(slots_z, slots_g), cfg.norm_eps, w.norm)
-    index = first[:, None] + jnp.arange(windows, dtype=jnp.int32)
+    nth = jnp.arange(windows, dtype=jnp.int32)
+    index = first[:, None] + nth
     row = rope.rotate(row[:, :, None], index * R, freq)[:, :, 0]
 
     capacity = next(iter(kept.rows.values())).shape[2]
-    target = jnp.where(jnp.arange(windows, dtype=jnp.int32) < closed[:, None], index, capacity)  # out of range: dropped
-    batch = jnp.arange(B, dtype=jnp.int32)[:, None]
+    target = jnp.where(nth < closed[:, None], index, capacity + nth)  # out of range: dropped
+    at = layer, jnp.arange(B, dtype=jnp.int32)[:, None], target
     rows = jax.tree.map(
-        lambda kept, new: kept.at[layer, batch, target].set(new, mode="drop"), kept.rows, fmt.encode(finish(row))
+        lambda kept, new: kept.at[at].set(new, mode="drop", unique_indices=True), kept.rows, fmt.encode(finish(row))
     )
     # Whatever comes next starts in the window after the last closed one.
     update = {
