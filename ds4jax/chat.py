@@ -72,7 +72,7 @@ THINK_MODES = ("off", "on", "high", "max")
 """Off, and three levels of effort; `on` is the reference encoder's default, called low there."""
 
 _EFFORT_PREFIXES = {"original": {"max": _EFFORT_1}, "0731": {"high": _EFFORT_1, "max": _EFFORT_2}}
-_MAX_EFFORT_CTX = 393216  # 384 K tokens: the context below which the original model's max is not to be used
+MAX_EFFORT_CTX = 393216  # 384 K tokens: the context below which the original model's max is not to be used
 
 
 def effort_profile(template: str | None) -> str:
@@ -96,7 +96,7 @@ def effort_prefix(think: str, profile: str = "original", ctx: int | None = None)
     """
     if think not in THINK_MODES:
         raise Ds4Error(f"think: found {think!r}, expected one of {', '.join(THINK_MODES)}")
-    if profile == "original" and ctx is not None and ctx < _MAX_EFFORT_CTX:
+    if profile == "original" and ctx is not None and ctx < MAX_EFFORT_CTX:
         return ""
     return _EFFORT_PREFIXES[profile].get(think, "")
 

@@ -328,7 +328,7 @@ def _note_lost_effort(tokenizer: Tokenizer, settings: Settings) -> None:
         if not chat.effort_prefix("max", profile, settings.ctx):
             print(
                 f"note: --think=max acts as on: this model's instruction for it needs a ctx of "
-                f"{chat._MAX_EFFORT_CTX}, found {settings.ctx}",
+                f"{chat.MAX_EFFORT_CTX}, found {settings.ctx}",
                 file=sys.stderr,
             )
 

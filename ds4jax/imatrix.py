@@ -244,25 +244,27 @@ def _block(
         x = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
         return matmul("sm,si->mi", who, x * x), who.sum(0)
 
-    pre, post, C = hyper.mixes(X, w.attn.hc.at(layer), cfg)
-    h = rms_norm(hyper.collapse(X, pre), cfg.norm_eps, w.attn.norm[layer])
-    query = rms_norm(linear(h, w.attn.q_a[layer]), cfg.norm_eps, w.attn.q_a_norm[layer])
-    found = {"attn": sums(h, real), "query": sums(query, real)}
-    y, cache = attention(h, n, w, cache, layer, cfg, compute.numerics)
-    X = hyper.expand(X, y, post, C)
+    found: dict[str, tuple[Array, Array]] = {}
 
-    pre, post, C = hyper.mixes(X, w.ffn.hc.at(layer), cfg)
-    h = rms_norm(hyper.collapse(X, pre), cfg.norm_eps, w.ffn.norm[layer])
-    ffn = w.ffn.at(layer)
-    x = h.reshape(-1, h.shape[-1])
-    ids, weight = route(x, tokens.reshape(-1), w, layer, cfg)
-    chosen = (ids[..., None] == jnp.arange(cfg.n_experts, dtype=ids.dtype)).any(1).astype(jnp.float32) * real
-    found["ffn"], found["routed"] = sums(h, real), sums(h, chosen)
-    found["shared"] = sums(activation(linear(x, ffn.shared.gate), linear(x, ffn.shared.up), clamp), real)
-    run = _weighted if compute.mesh is None else functools.partial(_sharded_weighted, mesh=compute.mesh)
-    found["weighted"] = run(x, ids, weight * real, ffn.experts, clamp), found["routed"][1]
-    y = moe(h, tokens, w, layer, cfg, compute.mesh)
-    return hyper.expand(X, y, post, C), cache, found
+    def attend(h: Array) -> tuple[Array, Cache]:
+        query = rms_norm(linear(h, w.attn.q_a[layer]), cfg.norm_eps, w.attn.q_a_norm[layer])
+        found.update(attn=sums(h, real), query=sums(query, real))
+        return attention(h, n, w, cache, layer, cfg, compute.numerics)
+
+    def feed_forward(h: Array) -> tuple[Array, None]:
+        ffn = w.ffn.at(layer)
+        x = h.reshape(-1, h.shape[-1])
+        ids, weight = route(x, tokens.reshape(-1), w, layer, cfg)
+        chosen = (ids[..., None] == jnp.arange(cfg.n_experts, dtype=ids.dtype)).any(1).astype(jnp.float32) * real
+        shared = activation(linear(x, ffn.shared.gate), linear(x, ffn.shared.up), clamp)
+        found.update(ffn=sums(h, real), routed=sums(h, chosen), shared=sums(shared, real))
+        run = _weighted if compute.mesh is None else functools.partial(_sharded_weighted, mesh=compute.mesh)
+        found["weighted"] = run(x, ids, weight * real, ffn.experts, clamp), found["routed"][1]
+        return moe(h, tokens, w, layer, cfg, compute.mesh), None
+
+    X, cache = hyper.connect(X, w.attn.hc.at(layer), w.attn.norm[layer], attend, cfg)
+    X, _ = hyper.connect(X, w.ffn.hc.at(layer), w.ffn.norm[layer], feed_forward, cfg)
+    return X, cache, found
 
 
 def _weighted(x: Array, ids: Array, weight: Array, w: SwiGLU, clamp: float, first: Array | int = 0) -> Array:

@@ -5,51 +5,34 @@ Its weights are random, so it prints noise; but it takes every step that the rea
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import platformdirs
 
-from ds4jax.config import ModelConfig
 from ds4jax.errors import Ds4Error
-from ds4jax.synthetic import RECIPES, write_synthetic
+from ds4jax.synthetic import BASE, RECIPES, write_synthetic
 from ds4jax.tokenizer import byte_tokenizer
 
 # The start of the file's SHA-256, and part of its name: a new recipe makes a new file.
 CONTENT = "275efc31eca669c3"
 
-CONFIG = ModelConfig(
+CONFIG = dataclasses.replace(
+    BASE,
     n_layers=6,
-    embed_dim=256,
+    compress_ratios=(0, 0, 4, 128, 4, 128),
+    swiglu_clamp=(10.0,) * 6,
     vocab_size=384,
-    n_heads=8,
     head_dim=96,
     rope_dim=32,
     q_lora_rank=128,
     o_lora_rank=32,
     o_groups=8,
-    window=128,
-    compress_ratios=(0, 0, 4, 128, 4, 128),
     index_heads=8,
     index_head_dim=64,
     index_top_k=16,
-    rope_base=10000.0,
-    compress_rope_base=160000.0,
-    yarn_factor=16.0,
-    yarn_original_ctx=65536,
-    yarn_beta_fast=32.0,
-    yarn_beta_slow=1.0,
     n_experts=16,
     n_experts_used=4,
-    n_shared_experts=1,
-    expert_dim=256,
-    route_scale=1.5,
-    route_norm=True,
-    n_hash_layers=3,
-    swiglu_clamp=(10.0,) * 6,
-    n_streams=4,
-    sinkhorn_iters=20,
-    hc_eps=1e-6,
-    norm_eps=1e-6,
 )
 
 
