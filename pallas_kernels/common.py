@@ -1,0 +1,75 @@
+"""What every kernel file uses: how a kernel is called, and how it is lowered for a GPU that is not there."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+
+Implementation = Literal["pallas", "xla"]
+
+# What a block may use on sm_120 and sm_121; Hopper has 227 KiB.
+SHARED_MEMORY = 99 * 1024
+
+_DEPRECATED = "The Pallas Triton backend is deprecated"
+
+
+class Unsupported(ValueError):
+    """A kernel was asked for a shape, dtype or format that it does not take; the message names it."""
+
+
+def call(
+    kernel: Callable[..., None],
+    *,
+    name: str,
+    grid: tuple[int, ...],
+    out_shape: Any,
+    num_warps: int,
+    num_stages: int,
+    in_specs: Sequence[pl.BlockSpec] | None = None,
+    out_specs: Any = None,
+    aliases: dict[int, int] | None = None,
+    interpret: bool = False,
+) -> Callable[..., Any]:
+    """`pl.pallas_call` for Triton. Without specs a kernel gets whole arrays as refs and indexes them itself.
+
+    Keep the result (functools.cache on what builds it): a call object that is reused is lowered once.
+    aliases: number of an argument → number of the output that takes its place.
+    """
+    specs = {} if in_specs is None else {"in_specs": in_specs}
+    specs |= {} if out_specs is None else {"out_specs": out_specs}
+    f = pl.pallas_call(
+        kernel,
+        name=name,
+        grid=grid,
+        out_shape=out_shape,
+        input_output_aliases=aliases or {},
+        interpret=interpret,
+        compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=num_stages),
+        **specs,
+    )
+    return f
+
+
+def ignore_deprecation() -> None:
+    """Triton is what Pallas uses on these GPUs until Mosaic GPU can do the same; one line a kernel says nothing new."""
+    warnings.filterwarnings("ignore", message=_DEPRECATED, category=DeprecationWarning)
+
+
+ignore_deprecation()
+
+
+def lower_for_gpu(f: Callable, *args: Any, device: str = "NVIDIA H200", cores: int = 132) -> str:
+    """StableHLO of `f(*args)` lowered for a GPU, on any machine; args: arrays or `jax.ShapeDtypeStruct`s.
+
+    Raises what Pallas raises for a kernel that Triton cannot take. Every kernel in it is a `__gpu$xla.gpu.triton` call.
+    """
+    abstract = AbstractDevice(device_kind=device, num_cores=cores, platform="gpu")
+    with warnings.catch_warnings(), use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=abstract)):
+        ignore_deprecation()
+        return jax.jit(f).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
