@@ -1,0 +1,259 @@
+"""Scores of the lightning indexer: score_i = Σ_heads w_h · relu(q_h · κ_i), the keys κ read as E2M1 codes.
+
+A program decodes a block of keys once, 68 bytes each, to bfloat16 (exact: E2M1 times a power of two) and then takes
+some queries in turn: its keys are the M of a matrix product and the heads of a query or two the N, so that the sum over
+heads stays within the four threads that share an accumulator row. Keys that no query sees are not read.
+
+Decoding of one sequence reads 68 bytes a key, 4.3 µs of an H200 at 262,144 keys, and takes as long on its tensor cores,
+16 kFLOP a key, and in decoding, some 8 instructions a value; below some 50,000 keys the launch is what it costs.
+Prefill is bound by the tensor cores: 8192 queries after 20,480 tokens, 0.8 TFLOP, 1.2 ms at 70 % of their rate.
+
+Source: ds4jax/model/indexer.py, `scores` and `visible`; the planes are those of ds4jax/numerics.py, `Fp4Row`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from pallas_kernels import common
+from pallas_kernels.common import Implementation, Unsupported
+
+Array = jax.Array
+
+BLOCK = 32  # dims that share a scale
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
+
+
+@dataclass(frozen=True)
+class Config:
+    """keys, queries: what a program takes. together: queries of one product, which divides `queries`."""
+
+    keys: int
+    queries: int
+    together: int
+    num_warps: int
+    num_stages: int = 2
+
+
+@dataclass(frozen=True)
+class Shape:
+    """T queries, at consecutive positions from `position` on, of each of B sequences over N stored keys."""
+
+    batch: int
+    queries: int
+    keys: int
+    position: int
+    heads: int = 64
+    dim: int = 128
+    layers: int = 2
+    ratio: int = 4
+
+    @property
+    def static(self) -> dict[str, Any]:
+        return {"ratio": self.ratio}
+
+    def inputs(self, key: Array) -> tuple[Array, ...]:
+        """Queries and keys of variance near 1. Each sequence is 5 tokens behind the last."""
+        q_key, w_key, code_key, scale_key = jax.random.split(key, 4)
+        B, T, N, L = self.batch, self.queries, self.keys, self.layers
+        # Codes of all 16 values have variance 8.6; scales of 1/4 and 1/2 bring it to 1.
+        values = jnp.asarray(np.concatenate([E2M1, -E2M1]) / 4, jnp.bfloat16)
+        q = values[jax.random.randint(q_key, (B, T, self.heads, self.dim), 0, 16)]
+        weight = jax.random.normal(w_key, (B, T, self.heads)) / self.heads
+        codes = jax.random.bits(code_key, (L, B, N, self.dim // 2), jnp.uint8)
+        exponents = jax.random.randint(scale_key, (L, B, N, self.dim // BLOCK), 125, 127).astype(jnp.uint8)
+        position = self.position + jnp.arange(T, dtype=jnp.int32) - 5 * jnp.arange(B, dtype=jnp.int32)[:, None]
+        return q, weight, codes, exponents, position, jnp.array([L - 1], jnp.int32)
+
+    def _seen(self) -> int:
+        """Visible pairs of query and key."""
+        position = self.position + np.arange(self.queries) - 5 * np.arange(self.batch)[:, None]
+        return int(np.minimum((position + 1) // self.ratio, self.keys).sum())
+
+    @property
+    def nbytes(self) -> int:
+        last = self.position + self.queries - 5 * np.arange(self.batch)
+        read = int(np.minimum(last // self.ratio, self.keys).sum()) * (self.dim // 2 + self.dim // BLOCK)
+        return read + self.batch * self.queries * (self.heads * (2 * self.dim + 4) + 4 * self.keys)
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.heads * self.dim * self._seen()
+
+
+# Contexts of 2k, 28k, 256k and 1M tokens; a decoded token, several sequences, drafts to verify, blocks of a prefill.
+SHAPES = {
+    "decode 2k": Shape(1, 1, 512, 2047),
+    "decode 28k": Shape(1, 1, 7168, 28671),
+    "decode 28k of 256k": Shape(1, 1, 65536, 28671),
+    "decode 256k": Shape(1, 1, 65536, 262143),
+    "decode 1M": Shape(1, 1, 262144, 1048575),
+    "decode 16 × 2k": Shape(16, 1, 1024, 2047),
+    "decode 32 × 28k": Shape(32, 1, 7168, 28671),
+    "verify 4 at 28k": Shape(1, 4, 7168, 28668),
+    "prefill 128 at 28k": Shape(1, 128, 7168, 28544),
+    "prefill 1024 at 28k": Shape(1, 1024, 7168, 27648),
+    "prefill 1024 at 256k": Shape(1, 1024, 65536, 261120),
+}
+
+
+def reference(
+    q: Array, weight: Array, codes: Array, exponents: Array, position: Array, layer: Array, *, ratio: int = 4
+) -> Array:
+    """What `op` computes, in XLA and float32."""
+    codes, exponents = codes[layer[0]], exponents[layer[0]]
+    table = jnp.asarray(np.concatenate([E2M1, -E2M1]))
+    values = table[jnp.stack([codes & 15, codes >> 4], axis=-1)].reshape(*exponents.shape, BLOCK)
+    scale = lax.bitcast_convert_type(exponents.astype(jnp.int32) << 23, jnp.float32)
+    keys = (values * scale[..., None]).reshape(*codes.shape[:-1], -1)
+    einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
+
+    def one(q: Array, weight: Array) -> Array:  # of one position, so that the heads' products stay bounded
+        return einsum("bh,bhn->bn", weight, jax.nn.relu(einsum("bhd,bnd->bhn", q.astype(jnp.float32), keys)))
+
+    score = lax.map(lambda x: one(*x), (jnp.moveaxis(q, 1, 0), jnp.moveaxis(weight, 1, 0)))
+    rows = jnp.arange(codes.shape[1], dtype=jnp.int32)
+    return jnp.where((rows + 1) * ratio <= position[..., None] + 1, jnp.moveaxis(score, 0, 1), -jnp.inf)
+
+
+def _decoded(codes: Array, exponents: Array) -> Array:
+    """codes (n, D/32, 16), exponents (n, D/32) → bfloat16 (n, D)."""
+    scale = lax.bitcast_convert_type(exponents.astype(jnp.int32) << 23, jnp.float32)
+    # A code is sign, 2 bits of exponent, 1 of mantissa. Put where float16 has these, it is 2⁻¹⁴ of its value, the
+    # subnormal 0.5 included.
+    scale = (scale * 2.0**14)[:, :, None]
+
+    def value(bits: Array) -> Array:
+        half = lax.bitcast_convert_type(bits.astype(jnp.uint16), jnp.float16)
+        return (half.astype(jnp.float32) * scale).astype(jnp.bfloat16)
+
+    wide = codes.astype(jnp.int32)
+    low = value(wide << 12 & 0x8000 | wide << 9 & 0xE00)
+    high = value(wide << 8 & 0x8000 | wide << 5 & 0xE00)
+    return jnp.stack([low, high], axis=-1).reshape(codes.shape[0], -1)
+
+
+def _kernel(q, weight, codes, exponents, position, layer, score, *, ratio: int, c: Config):
+    """Refs of whole arrays: q (B, T·H, D), weight (B, T·H), codes (L, B, N, D/32, 16), the others as `op` has them."""
+    b, first = pl.program_id(2), pl.program_id(1) * c.queries
+    H = q.shape[1] // position.shape[1]
+    start, nth = pl.program_id(0) * c.keys, layer[0]
+    rows, row = pl.ds(start, c.keys), start + lax.iota(jnp.int32, c.keys)
+    stored = row < score.shape[-1]
+
+    def store(t: Array, values: Array) -> None:
+        plgpu.store(score.at[b, pl.ds(t, c.together), rows], values, mask=stored[None])
+
+    def for_queries(body: Callable[[Array], None]) -> None:
+        lax.fori_loop(0, c.queries // c.together, lambda i, _: body(first + i * c.together), None)
+
+    def loaded(t: Array) -> tuple[Array, Array, Array]:
+        heads = pl.ds(t * H, c.together * H)
+        return q[b, heads], weight[b, heads], position[b, pl.ds(t, c.together)]
+
+    def compute() -> None:
+        # The loop is pipelined, but what a single product takes would be loaded only when the keys are decoded.
+        alone = loaded(first) if c.queries == c.together else None
+        scales = plgpu.load(exponents.at[nth, b, rows], mask=stored[:, None], other=0)
+        keys = _decoded(plgpu.load(codes.at[nth, b, rows], mask=stored[:, None, None], other=0), scales)
+
+        def body(t: Array) -> None:
+            query, w, at = alone or loaded(t)
+            dots = jnp.dot(keys, query.T, preferred_element_type=jnp.float32)
+            terms = (jnp.maximum(dots, 0.0) * w).reshape(c.keys, c.together, H)
+            seen = (row + 1) * ratio <= at[:, None] + 1
+            store(t, jnp.where(seen, jnp.sum(terms, axis=2).T, -jnp.inf))
+
+        for_queries(body)
+
+    def fill() -> None:
+        for_queries(lambda t: store(t, jnp.full((c.together, c.keys), -jnp.inf, jnp.float32)))
+
+    latest = jnp.max(position[b, pl.ds(first, c.queries)])
+    lax.cond((start + 1) * ratio <= latest + 1, compute, fill)
+
+
+@functools.cache
+def _call(B: int, T: int, N: int, ratio: int, c: Config, interpret: bool):
+    return common.call(
+        functools.partial(_kernel, ratio=ratio, c=c),
+        name="indexer_scores",
+        grid=(pl.cdiv(N, c.keys), T // c.queries, B),
+        out_shape=jax.ShapeDtypeStruct((B, T, N), jnp.float32),
+        num_warps=c.num_warps,
+        num_stages=c.num_stages,
+        interpret=interpret,
+    )
+
+
+def _dividing(T: int, most: int) -> int:
+    """The largest power of two up to `most` that divides T."""
+    return min(T & -T, most)
+
+
+def configs(shape: Shape) -> list[Config]:
+    """Candidates of a sweep."""
+    if shape.queries < 16:
+        each = _dividing(shape.queries, 16)
+        return [Config(keys, each, 1, warps) for keys in (32, 64, 128) for warps in (4, 8)]
+    return [
+        Config(keys, _dividing(shape.queries, most), together, warps)
+        for keys, together, warps in ((128, 1, 4), (128, 1, 8), (128, 2, 8), (256, 1, 8))
+        for most in (16, 32, 64)
+    ]
+
+
+def default_config(shape: Shape) -> Config:
+    if shape.queries < 16:
+        # Enough programs for every multiprocessor; beyond that larger ones, which read the queries less often.
+        keys = 64 if shape.batch * shape.keys < 2**16 else 128
+        return Config(keys, _dividing(shape.queries, 16), 1, 4)
+    return Config(128, _dividing(shape.queries, 32), 2, 8)
+
+
+def op(
+    q: Array,
+    weight: Array,
+    codes: Array,
+    exponents: Array,
+    position: Array,
+    layer: Array,
+    *,
+    ratio: int = 4,
+    implementation: Implementation = "pallas",
+    config: Config | None = None,
+    interpret: bool = False,
+) -> Array:
+    """Scores of all stored keys of a layer, -inf for those that a query does not see.
+
+    q: bfloat16 (B, T, H, D), rotated and rounded to E2M1 times powers of two. weight: float32 (B, T, H).
+    codes: uint8 (L, B, N, D/2), byte i holding dims 2i (low nibble) and 2i + 1; exponents: uint8 (L, B, N, D/32), of
+    powers of two, biased by 127, at most 240. position: int32 (B, T); key i is seen from position (i + 1)·ratio - 1 on.
+    layer: int32 (1,), which of the L. → float32 (B, T, N). Sums are float32; the order of the heads' sum is fixed.
+    Raises Unsupported.
+    """
+    if implementation == "xla":
+        return reference(q, weight, codes, exponents, position, layer, ratio=ratio)
+    B, T, H, D = q.shape
+    L, _, N, _ = codes.shape
+    if q.dtype != jnp.bfloat16:
+        raise Unsupported(f"indexer: queries are {q.dtype}, expected bfloat16")
+    for name, n in (("heads", H), ("dims", D)):
+        if n < BLOCK or n & (n - 1):
+            raise Unsupported(f"indexer: {n} {name}, expected a power of two, {BLOCK} at least")
+    c = config or default_config(Shape(B, T, N, 0, H, D, L, ratio))
+    if T % c.queries:
+        raise Unsupported(f"indexer: {T} queries, expected a multiple of the {c.queries} that a program takes")
+    q, weight = q.reshape(B, T * H, D), weight.reshape(B, T * H)
+    codes = codes.reshape(L, B, N, D // BLOCK, BLOCK // 2)
+    return _call(B, T, N, ratio, c, interpret)(q, weight, codes, exponents, position, layer)

@@ -1,0 +1,102 @@
+"""Indexer scores: interpreted against the model's own functions, lowered for GPUs, run on one."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ds4jax.model import indexer as model
+from ds4jax.numerics import Fp4Row
+from pallas_kernels import common, indexer
+from pallas_kernels.indexer import SHAPES, Config, Shape, op
+
+GPUS = ["NVIDIA H200", "NVIDIA RTX PRO 6000 Blackwell", "NVIDIA GB10"]
+
+# Both add up products that are exact, in float32 and in another order: 64 heads of 128 dims.
+BOUND = 1e-6
+
+
+def error(found, expected) -> float:
+    """‖found - expected‖ / ‖expected‖ over visible keys; what is not visible must be -inf in both."""
+    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
+    seen = np.isfinite(expected)
+    np.testing.assert_array_equal(found[~seen], -np.inf)
+    return np.linalg.norm(found[seen] - expected[seen]) / np.linalg.norm(expected[seen])
+
+
+SMALL = [
+    (Shape(2, 1, 80, 291, heads=32), Config(32, 1, 1, 4)),  # one query: N is no multiple of a program's keys
+    (Shape(1, 4, 64, 100, heads=32), Config(32, 4, 1, 4)),  # keys 25 to 63 are in the future of all or of some
+    (Shape(1, 8, 64, 250, heads=32), Config(32, 4, 2, 4)),
+    (Shape(1, 1, 48, 2, dim=32), Config(16, 1, 1, 4)),  # nothing is visible yet
+]
+
+
+@pytest.mark.parametrize("shape, config", SMALL)
+def test_interpreted(shape, config):
+    inputs = shape.inputs(jax.random.key(0))
+    found = op(*inputs, **shape.static, config=config, interpret=True)
+    expected = indexer.reference(*inputs, **shape.static)
+    assert found.shape == expected.shape and found.dtype == expected.dtype == jnp.float32
+    if np.isfinite(expected).any():
+        assert error(found, expected) < BOUND
+    else:
+        np.testing.assert_array_equal(found, -np.inf)
+
+
+def test_reference_is_the_model():
+    shape = Shape(2, 3, 40, 120, heads=32)
+    q, weight, codes, exponents, position, layer = shape.inputs(jax.random.key(1))
+    # Every scale that a key may have, not only usual ones.
+    exponents = jnp.arange(exponents.size, dtype=jnp.int32).reshape(exponents.shape) % 20 + 117
+    planes = {"codes": codes[layer[0]], "exponents": exponents[layer[0]].astype(jnp.uint8)}
+    keys = Fp4Row(shape.dim).decode(planes, jnp.float32)
+    score = model.scores(q.astype(jnp.float32), weight, keys)
+    seen = model.visible(position[..., None], jnp.arange(shape.keys, dtype=jnp.int32), shape.ratio)
+    expected = jnp.where(seen, score, -jnp.inf)
+    inputs = q, weight, codes, exponents.astype(jnp.uint8), position, layer
+    assert error(op(*inputs, implementation="xla"), expected) < BOUND
+    assert error(op(*inputs, config=Config(16, 1, 1, 4), interpret=True), expected) < BOUND
+
+
+def test_every_code_is_decoded_exactly():
+    codes = jnp.arange(256, dtype=jnp.uint8).reshape(16, 1, 16)
+    for exponent in (1, 127, 240):
+        found = indexer._decoded(codes, jnp.full((16, 1), exponent, jnp.uint8))
+        planes = {"codes": codes.reshape(16, 16), "exponents": jnp.full((16, 1), exponent, jnp.uint8)}
+        np.testing.assert_array_equal(found.astype(jnp.float32), Fp4Row(32).decode(planes, jnp.float32))
+
+
+@pytest.mark.parametrize("device", GPUS)
+def test_lowers_for_gpus(device):
+    for shape in (SHAPES["decode 28k"], SHAPES["verify 4 at 28k"], SHAPES["prefill 1024 at 28k"]):
+        inputs = jax.eval_shape(shape.inputs, jax.random.key(0))
+        text = common.lower_for_gpu(lambda *a, s=shape: op(*a, **s.static), *inputs, device=device)
+        assert text.count("__gpu$xla.gpu.triton") == 1
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(q=(1, 1, 64, 96)), "96 dims"),
+        (dict(q=(1, 1, 48, 128)), "48 heads"),
+        (dict(dtype=jnp.float32), "float32, expected bfloat16"),
+        (dict(config=Config(64, 2, 1, 4)), "1 queries, expected a multiple of the 2"),
+    ],
+)
+def test_unsupported(change, message):
+    q = jnp.zeros(change.get("q", (1, 1, 64, 128)), change.get("dtype", jnp.bfloat16))
+    rest = Shape(1, 1, 64, 0).inputs(jax.random.key(0))[1:]
+    with pytest.raises(common.Unsupported, match=message):
+        op(q, *rest, config=change.get("config"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", SHAPES)
+def test_gpu(name):
+    shape = SHAPES[name]
+    inputs = shape.inputs(jax.random.key(sum(name.encode())))
+    run = jax.jit(lambda *a: op(*a, **shape.static))
+    found = np.asarray(run(*inputs))
+    assert error(found, jax.jit(lambda *a: indexer.reference(*a, **shape.static))(*inputs)) < BOUND
+    np.testing.assert_array_equal(found, run(*inputs))
