@@ -312,14 +312,15 @@ def _runner(checkpoint: Checkpoint, settings: Settings, batch: int) -> Iterator[
     try:
         yield loaded
     finally:
-        stats, (memory, of) = loaded.stats, runner.peak_memory()
+        stats = loaded.stats
         for what, n, seconds in (
             ("prefill", stats.prefill_tokens, stats.prefill_seconds),
             ("decode", stats.decode_tokens, stats.decode_seconds),
         ):
             if n:
                 print(f"{what}: {n} tokens in {seconds:.2f} s, {n / seconds:.1f} tokens/s", file=sys.stderr)
-        print(f"compilation: {stats.compile_seconds:.1f} s; peak {of}: {memory / 2**30:.2f} GiB", file=sys.stderr)
+        peak = runner.describe_peak(loaded.programs)
+        print(f"compilation: {stats.compile_seconds:.1f} s; {peak}", file=sys.stderr)
 
 
 def _note_lost_effort(tokenizer: Tokenizer, settings: Settings) -> None:

@@ -1,4 +1,4 @@
-"""Small random models: a config, every tensor of its table, and a GGUF file of them, in any mix of formats. No JAX.
+"""Random models: a config, every tensor of its table, and a GGUF file of them, in any mix of formats. No JAX.
 
 The same seed gives the same bytes on every machine and numpy version: each tensor draws from its own Philox stream
 (keyed by seed and name, so order does not matter), whose raw integers numpy guarantees, and all arithmetic on them is
@@ -96,11 +96,62 @@ ODD = ModelConfig(
     hc_eps=1e-5,
     norm_eps=1e-5,
 )
-SHAPES = {"base": BASE, "odd": ODD}
+# DeepSeek-V4-Flash. Of this size, weights are only ever made on a device; see `Synthetic`.
+FULL = ModelConfig(
+    n_layers=43,
+    embed_dim=4096,
+    vocab_size=129280,
+    n_heads=64,
+    head_dim=512,
+    rope_dim=64,
+    q_lora_rank=1024,
+    o_lora_rank=1024,
+    o_groups=8,
+    window=128,
+    compress_ratios=(0, 0, *(4, 128) * 20, 4),
+    index_heads=64,
+    index_head_dim=128,
+    index_top_k=512,
+    rope_base=10000.0,
+    compress_rope_base=160000.0,
+    yarn_factor=16.0,
+    yarn_original_ctx=65536,
+    yarn_beta_fast=32.0,
+    yarn_beta_slow=1.0,
+    n_experts=256,
+    n_experts_used=6,
+    n_shared_experts=1,
+    expert_dim=2048,
+    route_scale=1.5,
+    route_norm=True,
+    n_hash_layers=3,
+    swiglu_clamp=(10.0,) * 43,
+    n_streams=4,
+    sinkhorn_iters=20,
+    hc_eps=1e-6,
+    norm_eps=1e-6,
+)
+SHAPES = {"base": BASE, "odd": ODD, "full": FULL}
+
+
+@dataclasses.dataclass(frozen=True)
+class Synthetic:
+    """A model without a file: `engine.runner.Runner` makes its weights on the devices (`weights.init_random`).
+
+    They have the shapes and types of a file's, not the bytes of `random_data`, which would come from the host.
+    """
+
+    cfg: ModelConfig
+    recipe: Recipe
+    seed: int = 0
+
+    def types(self, spec: TensorSpec) -> Type:
+        """The type that a tensor is stored in."""
+        return storage_type(spec, self.recipe)
 
 
 def synthetic_config(shape: str | Mapping = "base") -> ModelConfig:
-    """A small ModelConfig: one of SHAPES by name, or BASE with the fields of a mapping replaced."""
+    """A ModelConfig: one of SHAPES by name, or BASE with the fields of a mapping replaced."""
     if not isinstance(shape, str):
         return dataclasses.replace(BASE, **shape)
     if shape not in SHAPES:

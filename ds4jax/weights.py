@@ -10,6 +10,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -345,8 +346,15 @@ def init_random(tree: Weights, cfg: ModelConfig, seed: int = 0, mesh: Mesh | Non
     """Random weights made on the devices, one leaf at a time; the same values for any mesh."""
     specs, treedef = jax.tree.flatten(tree)
     key = jax.random.key(seed)
-    out = []
-    for i, spec in enumerate(specs):
-        make = jax.jit(lambda k, spec=spec: spec.random(k, cfg), out_shardings=mesh and spec.shardings(mesh))
-        out.append(make(jax.random.fold_in(key, i)))
-    return jax.tree.unflatten(treedef, out)
+
+    def lowered(spec: WeightSpec) -> jax.stages.Lowered:
+        return jax.jit(lambda k: spec.random(k, cfg), out_shardings=mesh and spec.shardings(mesh)).lower(key)
+
+    # The stacks of one family mostly have one shape, and so one program: 45 stacks of experts need six.
+    firsts = [spec.tensors[0] for spec in specs]
+    same = [dataclasses.replace(first, layer=None, name=first.family) for first in firsts]
+    kinds = [dataclasses.replace(spec, tensors=(first,)) for spec, first in zip(specs, same, strict=True)]
+    programs = {kind: lowered(kind) for kind in dict.fromkeys(kinds)}
+    with ThreadPoolExecutor() as pool:  # nothing but compilation, which takes most of the time, and needs no lock
+        programs = dict(zip(programs, pool.map(lambda p: p.compile(), programs.values()), strict=True))
+    return jax.tree.unflatten(treedef, [programs[k](jax.random.fold_in(key, i)) for i, k in enumerate(kinds)])

@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 
 from ds4jax import synthetic, tiny
-from ds4jax.checkpoint import open_checkpoint
 from ds4jax.engine import batch
 from ds4jax.engine import runner as engine
 from ds4jax.engine.batch import Request
 from ds4jax.engine.runner import Runner
-from ds4jax.errors import ConfigError, Ds4Error, GGUFError
+from ds4jax.errors import Ds4Error, GGUFError
 from ds4jax.sampling import Sampling
 from ds4jax.settings import Settings
 from ds4jax.tokenizer import byte_tokenizer
@@ -96,10 +95,10 @@ def test_a_batch_of_ragged_sequences_equals_each_alone(runner, three, monkeypatc
 
 
 def test_nothing_is_compiled_twice(three):
-    before = set(three._compiled)
+    before = set(three.programs.compiled)
     assert sum(name == "decode" for name, *_ in before) == 1
     list(batch.run(three, requests(), eos=-1))
-    assert set(three._compiled) == before
+    assert set(three.programs.compiled) == before
 
 
 def test_an_end_token_ends_a_sequence_and_frees_its_slot(three):
@@ -165,31 +164,13 @@ def device(**stats):
     return lambda: [types.SimpleNamespace(memory_stats=lambda: stats)]
 
 
-def test_a_model_that_cannot_fit_is_refused_before_loading(path, monkeypatch):
-    monkeypatch.setattr(engine, "load", lambda *_: pytest.fail("loaded"))
-    monkeypatch.setattr(jax, "local_devices", device(bytes_limit=2**20))
-    with pytest.raises(ConfigError, match=r"memory: found 0.0 GiB for JAX on each device .* 0.0 GiB for weights"):
-        Runner.load(Settings(str(path)))
-
-
-def test_sharding_divides_the_memory_of_weights(runner, path):
-    from ds4jax import sharding, weights
-
-    tree = weights.abstract(CFG, open_checkpoint(path).types)
-    alone = engine.weights_per_device(tree, None)
-    assert alone == sum(x.nbytes for x in jax.tree.leaves(runner.weights))
-    mesh = sharding.make_mesh(tp=2, ep=2)
-    experts = sum(spec.nbytes for spec in jax.tree.leaves(tree.ffn.experts))
-    assert alone / 4 < engine.weights_per_device(tree, mesh) < alone - 3 / 4 * experts
-
-
 def test_running_out_of_memory_says_what_to_do(runner, monkeypatch):
     def fail(*_):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes")
 
     runner.prefill(0, [1], GREEDY)
     runner.decode({0: 1})
-    monkeypatch.setattr(runner, "_compiled", dict.fromkeys(runner._compiled, fail))
+    monkeypatch.setattr(runner.programs, "compiled", dict.fromkeys(runner.programs.compiled, fail))
     with pytest.raises(Ds4Error, match=r"decode: out of device memory; a smaller prefill_chunk, ctx or batch"):
         runner.decode({0: 1})
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import os
 import resource
 import sys
@@ -17,25 +16,24 @@ import numpy as np
 from jax import lax
 
 from ds4jax import cache as kv
-from ds4jax import numerics, sampling, sharding, weights
+from ds4jax import memory, numerics, sampling, sharding, weights
 from ds4jax.cache import Cache
 from ds4jax.checkpoint import Checkpoint, open_checkpoint
 from ds4jax.config import ModelConfig
 from ds4jax.download import resolve_model
-from ds4jax.errors import ConfigError, Ds4Error
+from ds4jax.errors import Ds4Error
 from ds4jax.load import load
 from ds4jax.model import transformer
 from ds4jax.model.transformer import Compute, bucket
 from ds4jax.sampling import Sampling
 from ds4jax.settings import Settings
+from ds4jax.synthetic import RECIPES, Synthetic, synthetic_config
 from ds4jax.tiny import cache_dir
 from ds4jax.tokenizer import Tokenizer
-from ds4jax.weights import Weights
 
 Array = jax.Array
 
 _LARGEST_BUCKET = 2**20  # no chunk is larger: see Settings
-_GIB = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,64 +61,136 @@ class Stats:
     compile_seconds: float = 0.0
 
 
+def open_model(settings: Settings, synthetic: str | None = None) -> Checkpoint | Synthetic:
+    """The model file of `settings`, or one of `synthetic.SHAPES` in the published q2 file's types. Raises Ds4Error."""
+    if synthetic is None:
+        return open_checkpoint(resolve_model(settings))
+    return Synthetic(synthetic_config(synthetic), RECIPES["q2"])
+
+
+class Programs:
+    """The steps of a model, each compiled for the shapes that it is called with. Allocates nothing on a device.
+
+    Attributes: source, settings, cfg (of the model), batch, compute, tree (`weights.abstract`), weights and cache (of
+    `jax.ShapeDtypeStruct`s), compiled (by step and shapes), seconds (spent compiling).
+    """
+
+    def __init__(
+        self, source: Checkpoint | Synthetic, settings: Settings, batch: int | None = None, progress: bool = False
+    ):
+        """See `Runner`. Raises Ds4Error for weights, numerics and mesh that do not go together."""
+        settings.set_environment()
+        self.source, self.settings, self.cfg = source, settings, source.cfg
+        self.batch = settings.batch if batch is None else batch
+        self._progress = progress
+        numerics.check(self.cfg, settings.numerics)
+        mesh = sharding.make_mesh(settings.tp, settings.ep) if settings.tp * settings.ep > 1 else None
+        self.everywhere = None if mesh is None else sharding.replicated(mesh)
+        self.compute = Compute(settings.numerics, settings.dtype, mesh)
+        self.tree = weights.abstract(self.cfg, source.types)
+        self.weights = weights.structs(self.tree)
+        self.cache = kv.abstract(self.cfg, settings.numerics, settings.dtype, self.batch, settings.ctx)
+        if mesh is not None:
+            self.weights = jax.tree.map(_placed, self.weights, weights.shardings(self.tree, mesh))
+            self.cache = jax.tree.map(functools.partial(_placed, sharding=self.everywhere), self.cache)
+        model = {"cfg": self.cfg, "compute": self.compute}
+        self._steps = {
+            name: jax.jit(functools.partial(step, **model), donate_argnums=1, out_shardings=self.everywhere)
+            for name, step in (("prefill", _prefill), ("decode", _decode))
+        }
+        self.compiled: dict[tuple, Callable] = {}
+        self.seconds = 0.0
+
+    def get(self, name: str, *args: Any) -> Callable:
+        """The step `name` compiled for weights, cache and arguments of these shapes."""
+        key = name, *(x.shape for x in jax.tree.leaves(args))
+        if key not in self.compiled:
+            if self._progress:
+                print(f"compiling {name}, {args[-3].size} tokens ...", file=sys.stderr)
+            start = time.perf_counter()
+            lowered = self._steps[name].lower(self.weights, self.cache, *args)
+            self.compiled[key] = lowered.compile(_compiler_options())
+            self.seconds += time.perf_counter() - start
+        return self.compiled[key]
+
+    @property
+    def ctx(self) -> int:
+        """Tokens that one sequence can hold."""
+        return self.settings.ctx
+
+    def but(self, key: str, value: int) -> Self:
+        """The same with another ctx or batch."""
+        ctx, batch = {"ctx": (value, self.batch), "batch": (self.ctx, value)}[key]
+        return type(self)(self.source, dataclasses.replace(self.settings, ctx=ctx), batch, self._progress)
+
+    def compile_largest(self) -> None:
+        """Compile the largest call of each step: the ones that need the most memory."""
+        one, every = sampling.batch([Sampling()]), sampling.batch([Sampling()] * self.batch)
+        padded, n = _pad([0] * min(self.settings.prefill_chunk, self.settings.ctx - 1))
+        self.get("prefill", np.int32(0), np.array([True]), padded, n, one)
+        self.get("decode", np.zeros(self.batch, np.int32), np.ones(self.batch, bool), every)
+
+
+def _placed(x: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+    return x.update(sharding=sharding)
+
+
 class Runner:
     """A model on its devices with a cache of `batch` sequences, each in a slot of its own.
 
     `prefill` starts a sequence in a slot and samples its first token; `decode` appends one token to each of some
     sequences and samples the next. Every shape is compiled once, when first used, and can then only run as compiled.
 
-    Attributes: settings, cfg (of the model), checkpoint (the open file), weights, cache, batch, lengths (tokens in each
-    slot's cache), stats.
+    Attributes: settings, cfg (of the model), checkpoint (the open file), programs, plan (of memory), weights, cache,
+    batch, lengths (tokens in each slot's cache), stats.
     """
 
     @classmethod
     def load(cls, settings: Settings, batch: int | None = None, progress: bool = False) -> Self:
         """The model of `settings`; see `Runner`. Raises Ds4Error if its file is missing."""
-        return cls(open_checkpoint(resolve_model(settings)), settings, batch, progress)
+        return cls(open_model(settings), settings, batch, progress)
 
-    def __init__(self, checkpoint: Checkpoint, settings: Settings, batch: int | None = None, progress: bool = False):
-        """Load the weights onto the devices and allocate the cache.
+    def __init__(
+        self, checkpoint: Checkpoint | Synthetic, settings: Settings, batch: int | None = None, progress: bool = False
+    ):
+        """Load the weights onto the devices, or make them there, and allocate the cache.
 
         batch: number of slots, by default the settings'. progress: report loading and compilation on stderr.
         Raises Ds4Error for weights, mesh and memory that do not go together.
         """
-        settings.set_environment()
+        self.programs = Programs(checkpoint, settings, batch, progress)
         self.settings, self.checkpoint, self.cfg = settings, checkpoint, checkpoint.cfg
-        self.batch = settings.batch if batch is None else batch
-        self.lengths, self.stats, self._progress = [0] * self.batch, Stats(), progress
-        numerics.check(self.cfg, settings.numerics)
-        mesh = sharding.make_mesh(settings.tp, settings.ep) if settings.tp * settings.ep > 1 else None
-        everywhere = None if mesh is None else sharding.replicated(mesh)
-        self._compute = Compute(settings.numerics, settings.dtype, mesh)
-        self._empty = functools.partial(kv.empty, self.cfg, settings.numerics, settings.dtype, sharding=everywhere)
-        self._check_memory()
-        self.weights, _ = load(checkpoint, mesh, progress)
+        self.batch, self._compute = self.programs.batch, self.programs.compute
+        self.plan = memory.check(self.programs)
+        self.lengths, self.stats = [0] * self.batch, Stats(compile_seconds=self.programs.seconds)
+        self._empty = functools.partial(
+            kv.empty, self.cfg, settings.numerics, settings.dtype, sharding=self.programs.everywhere
+        )
+        if isinstance(checkpoint, Synthetic):
+            self.weights = weights.init_random(self.programs.tree, self.cfg, checkpoint.seed, self._compute.mesh)
+        else:
+            self.weights, _ = load(checkpoint, self._compute.mesh, progress)
         self.cache = self._empty(self.batch, settings.ctx)
         self._sampling = [Sampling()] * self.batch
-        model = {"cfg": self.cfg, "compute": self._compute}
-        self._steps = {
-            name: jax.jit(functools.partial(step, **model), donate_argnums=1, out_shardings=everywhere)
-            for name, step in (("prefill", _prefill), ("decode", _decode))
-        }
-        self._compiled: dict[tuple, Callable] = {}
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer in the model's file. Raises GGUFError if there is none."""
         return Tokenizer.from_metadata(self.checkpoint.file.metadata)
 
-    def prefill(self, slot: int, tokens: Sequence[int], params: Sampling) -> Step:
+    def prefill(self, slot: int, tokens: Sequence[int], params: Sampling, append: bool = False) -> Step:
         """Start a sequence in `slot`, in place of what was there; → its first token, drawn as `params` say.
 
-        Raises Ds4Error unless there are 1 to ctx - 1 tokens, all in the vocabulary.
+        append: continue the sequence that is there instead.
+        Raises Ds4Error unless there are 1 to ctx - 1 tokens (with those that are there), all in the vocabulary.
         """
-        check_prompt(tokens, self.cfg, self.settings.ctx)
-        self._sampling[slot], self.lengths[slot] = params, 0
+        before = self.lengths[slot] if append else 0
+        check_prompt(tokens, self.cfg, self.settings.ctx, before)
+        self._sampling[slot], self.lengths[slot] = params, before
         for start in range(0, len(tokens), self.settings.prefill_chunk):
             padded, n = _pad(tokens[start : start + self.settings.prefill_chunk])
-            seconds, sampled, logits = self._run(
-                "prefill", np.int32(slot), np.array([start == 0]), padded, n, sampling.batch([params])
-            )
+            fresh = np.array([self.lengths[slot] == 0])
+            seconds, sampled, logits = self._run("prefill", np.int32(slot), fresh, padded, n, sampling.batch([params]))
             self.lengths[slot] += int(n[0])
             self.stats.prefill_tokens += int(n[0])
             self.stats.prefill_seconds += seconds
@@ -156,19 +226,23 @@ class Runner:
             out.append(np.asarray(logits)[0, : n[0]])
         return np.concatenate(out)
 
+    def snapshot(self, slot: int) -> Cache:
+        """The sequence in `slot` as it is now, for `restore`; no larger than its length needs."""
+        return kv.snapshot(self.cache, slot)
+
+    def restore(self, slot: int, saved: Cache, params: Sampling) -> None:
+        """Put a snapshot into `slot`, in place of what was there; its next tokens are drawn as `params` say."""
+        self.cache = kv.restore(self.cache, slot, saved)
+        self._sampling[slot], self.lengths[slot] = params, int(saved.length[0])
+
     def _run(self, name: str, *args: Any) -> tuple[float, np.ndarray, Array]:
         """One step on the weights, the cache and numpy arguments: → seconds it took, sampled tokens, logits."""
-        step = name, *(x.shape for x in jax.tree.leaves(args))
         try:
-            if step not in self._compiled:
-                if self._progress:
-                    print(f"compiling {name}, {args[-3].size} tokens ...", file=sys.stderr)
-                start = time.perf_counter()
-                lowered = self._steps[name].lower(self.weights, self.cache, *args)
-                self._compiled[step] = lowered.compile(_compiler_options())
-                self.stats.compile_seconds += time.perf_counter() - start
+            before = self.programs.seconds
+            step = self.programs.get(name, *args)
+            self.stats.compile_seconds += self.programs.seconds - before
             start = time.perf_counter()
-            tokens, logits, self.cache = self._compiled[step](self.weights, self.cache, *args)
+            tokens, logits, self.cache = step(self.weights, self.cache, *args)
             tokens = np.asarray(tokens)  # waits for it
             return time.perf_counter() - start, tokens, logits
         except jax.errors.JaxRuntimeError as error:
@@ -178,19 +252,6 @@ class Runner:
                 f"{name}: out of device memory; a smaller prefill_chunk, ctx or batch needs less (found "
                 f"{self.settings.prefill_chunk}, {self.settings.ctx}, {self.batch})"
             ) from error
-
-    def _check_memory(self) -> None:
-        """Raises ConfigError if weights and cache cannot fit, before anything is loaded."""
-        limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-        mesh, settings = self._compute.mesh, self.settings
-        per_device = weights_per_device(weights.abstract(self.cfg, self.checkpoint.types), mesh)
-        cache = kv.nbytes(kv.abstract(self.cfg, settings.numerics, settings.dtype, self.batch, settings.ctx))
-        if limit is not None and per_device + cache > limit:
-            raise ConfigError(
-                f"memory: found {limit / _GIB:.1f} GiB for JAX on each device (memory_fraction is "
-                f"{settings.memory_fraction}), expected {per_device / _GIB:.1f} GiB for weights, {cache / _GIB:.1f} "
-                f"GiB for the cache (batch {self.batch}, ctx {settings.ctx}) and more for activations"
-            )
 
 
 def _prefill(w, cache: Cache, slot, fresh, tokens, n, params, *, cfg: ModelConfig, compute: Compute):
@@ -224,22 +285,17 @@ def _pad(tokens: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     return padded, np.array([len(tokens)], np.int32)
 
 
-def check_prompt(tokens: Sequence[int], cfg: ModelConfig, ctx: int) -> None:
-    """Raises Ds4Error unless a prompt has at least one token, room for one more, and only ids of the vocabulary."""
-    if not 0 < len(tokens) < ctx:
-        raise Ds4Error(f"prompt: found {len(tokens)} tokens, expected 1 to {ctx - 1} (ctx is {ctx})")
+def check_prompt(tokens: Sequence[int], cfg: ModelConfig, ctx: int, before: int = 0) -> None:
+    """Raises Ds4Error unless a prompt has at least one token, room for one more, and only ids of the vocabulary.
+
+    before: tokens that are in its place already.
+    """
+    if not 0 < len(tokens) < ctx - before:
+        there = f", of which {before} are taken" if before else ""
+        raise Ds4Error(f"prompt: found {len(tokens)} tokens, expected 1 to {ctx - before - 1} (ctx is {ctx}{there})")
     if not 0 <= min(tokens) <= max(tokens) < cfg.vocab_size:
         wrong = min(tokens) if min(tokens) < 0 else max(tokens)
         raise Ds4Error(f"prompt: found token id {wrong}, expected 0 to {cfg.vocab_size - 1}")
-
-
-def weights_per_device(tree: Weights, mesh: jax.sharding.Mesh | None) -> int:
-    """Bytes of the weights of `weights.abstract` that one device holds."""
-    if mesh is None:
-        return weights.nbytes(tree)
-    planes = jax.tree.leaves(weights.structs(tree))
-    shardings = jax.tree.leaves(weights.shardings(tree, mesh))
-    return sum(math.prod(s.shard_shape(p.shape)) * p.dtype.itemsize for p, s in zip(planes, shardings, strict=True))
 
 
 def peak_memory() -> tuple[int, str]:
@@ -248,6 +304,15 @@ def peak_memory() -> tuple[int, str]:
     if "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"], "device memory"
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "process memory"
+
+
+def describe_peak(programs: Programs) -> str:
+    """`peak_memory` in words, beside the plan for `programs` where the two can be compared."""
+    peak, of = peak_memory()
+    text, planned = f"peak {of}: {peak / 2**30:.2f} GiB", memory.plan(programs)
+    if planned.limit is None:
+        return text
+    return f"{text}, planned {planned.total / 2**30:.2f} GiB ({peak / planned.total - 1:+.1%})"
 
 
 def keep_compilations() -> None:
