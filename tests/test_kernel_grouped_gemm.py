@@ -1,0 +1,206 @@
+"""Grouped products with quantized matrices: formats, routing, the kernel in interpret mode, lowering, and on a GPU."""
+
+import functools
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType
+
+from ds4jax import quant
+from ds4jax.model import moe
+from ds4jax.weights import SwiGLU
+from pallas_kernels import common
+from pallas_kernels import grouped_gemm as gg
+from pallas_kernels.common import Unsupported
+from pallas_kernels.grouped_gemm import SHAPES, Config, Shape
+
+FORMATS = sorted(gg.FORMATS)
+CONFIG = Config(bm=32, bn=32, bk=64, num_warps=4, num_stages=2)
+DEVICES = {"NVIDIA H200": 132, "NVIDIA RTX PRO 6000 Blackwell": 188, "NVIDIA GB10": 48}
+
+
+def random_bits(fmt: str, seed: int, shape: tuple[int, ...]) -> tuple[jax.Array, ...]:
+    """Planes in which every bit of codes and scales is random; d and exponents stay moderate."""
+    rng = np.random.default_rng(seed)
+    out = []
+    for p in gg.FORMATS[fmt].structs(shape):
+        if p.dtype in (np.uint32, np.int8):
+            out.append(rng.integers(0, 256, (*p.shape, p.dtype.itemsize), np.uint8).view(p.dtype)[..., 0])
+        elif p.dtype == np.uint8:
+            out.append(rng.integers(100, 140, p.shape, np.uint8))
+        else:
+            out.append(rng.normal(size=p.shape).astype(p.dtype))
+    return tuple(map(jnp.asarray, out))
+
+
+def ds4(fmt: str, planes) -> quant.Quantized:
+    cls = quant.FORMATS[GGMLQuantizationType[fmt]]
+    return cls(**dict(zip(cls.planes, planes, strict=True)))
+
+
+def error(out, expected) -> float:
+    out, expected = np.asarray(out, np.float64), np.asarray(expected, np.float64)
+    return np.linalg.norm(out - expected) / np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_dequantize_is_the_formats_own(fmt):
+    planes = random_bits(fmt, 1, (2, 8, 1024))
+    out, expected = np.asarray(gg.dequantize(fmt, planes)), np.asarray(ds4(fmt, planes).dequantize())
+    assert np.array_equal(out, expected)
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_random_planes_have_the_asked_spread(fmt):
+    w = np.asarray(gg.dequantize(fmt, gg.random_planes(fmt, jax.random.key(0), (64, 2048), 0.02)))
+    assert abs(w.mean()) < 2e-3
+    # MXFP4 takes the next power of two; the others differ by the spread of their own scales.
+    assert 0.012 < w.std() < 0.032
+
+
+@pytest.mark.parametrize("bk", gg.STEPS)
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_kernel_decodes_every_weight(fmt, bk):
+    """The identity times Wᵀ shows the kernel's own weights: the exact ones rounded to bfloat16."""
+    planes = random_bits(fmt, 2, (2, 32, 256))
+    config = Config(bm=128, bn=32, bk=bk, num_warps=4, num_stages=1)
+    x = jnp.eye(256, dtype=jnp.bfloat16)
+    y = gg.linear(x, jnp.array([1], jnp.int32), planes, fmt=fmt, config=config, interpret=True)
+    expected = np.asarray(gg.dequantize(fmt, planes)[1].T)
+    # Half a unit in the last of 8 places; Q4_K and Q2_K add their minimum in float32 first, in another order.
+    slack = 2.0**-20 * np.abs(expected).max() if fmt in ("Q4_K", "Q2_K") else 0
+    assert np.all(np.abs(np.asarray(y, np.float32) - expected) <= np.abs(expected) * 2.0**-8 + slack)
+
+
+@pytest.mark.parametrize("m, groups", [(33, 1), (70, 1), (40, 2)])
+def test_linear(m, groups):
+    shape = Shape("linear", m, 64, 256, "Q8_0", 3, groups=groups)
+    args = shape.inputs(jax.random.key(m))
+    expected = gg.reference(*args, **shape.static)
+    fused = gg.grouped_gemm(*args, **shape.static, config=CONFIG, interpret=True)
+    unfused = gg.grouped_gemm(*args, **shape.static, config=Config(fused=False))
+    # Weights and results are each rounded to bfloat16: 2 · 0.12 %, added as squares.
+    assert error(fused, expected) < 3e-3
+    assert error(unfused, expected) < 3e-3
+    x, layer, planes = args
+    by_hand = quant.grouped_linear(x.astype(jnp.float32).reshape(m, groups, -1), ds4("Q8_0", planes)[layer[0]], groups)
+    assert error(expected, np.asarray(by_hand).reshape(m, -1)) < 1e-6
+
+
+@pytest.mark.parametrize("kind", ["gate_up", "down"])
+def test_experts_sorted(kind):
+    """Seven experts, one without a token and one with more than a tile of them."""
+    shape = Shape(kind, 50, 32, 256, "IQ2_XXS" if kind == "gate_up" else "Q2_K", 7, 3)
+    x, ids, *rest = shape.inputs(jax.random.key(5))
+    ids = jnp.where(ids == 4, (ids + 1) % 7, ids).at[:, 0].set(2)
+    assert int((ids == 2).sum()) > CONFIG.bm and not bool((ids == 4).any())
+    expected = gg.reference(x, ids, *rest, **shape.static)
+    out = gg.grouped_gemm(x, ids, *rest, **shape.static, config=CONFIG, interpret=True)
+    # As above; `down` rounds six summands before it adds them.
+    assert error(out, expected) < 4e-3
+
+
+def test_experts_are_the_models():
+    """As the model's own experts, with pairs whose expert another device has."""
+    shape = Shape("gate_up", 40, 64, 256, "IQ2_XXS", 5, 2)
+    x, ids, weight, gate, up = shape.inputs(jax.random.key(6))
+    down = gg.random_planes("Q2_K", jax.random.key(7), (5, 256, 64 * 4), 0.1)
+    gate, up = (gg.random_planes("IQ2_XXS", jax.random.key(i), (5, 256, 256), 0.06) for i in (8, 9))
+    weight = weight * 3
+    first = 3  # of the eight experts that ids mean, the planes hold 3 to 7
+    ids = ids + jnp.arange(40, dtype=jnp.int32)[:, None] % 4
+    fmts = ("IQ2_XXS", "IQ2_XXS", "Q2_K")
+    out = gg.experts(
+        x, ids - first, weight, (gate, up, down), fmts=fmts, clamp=1.5, configs=(CONFIG, CONFIG), interpret=True
+    )
+    w = SwiGLU(gate=ds4("IQ2_XXS", gate), up=ds4("IQ2_XXS", up), down=ds4("Q2_K", down))
+    expected = moe.experts(x.astype(jnp.float32), ids, weight, w, 1.5, first)
+    # Three roundings of weights, and of h, of each pair's result and of the sum.
+    assert error(out, expected) < 6e-3
+    nobody = np.asarray(((ids < first) | (ids >= 8)).all(-1))
+    assert nobody.any() and not np.asarray(out, np.float32)[nobody].any()
+
+
+def test_routing_is_a_stable_sort():
+    ids = np.random.default_rng(3).integers(-1, 6, (64, 6)).astype(np.int32)
+    order, counts = gg.route(jnp.asarray(ids), 5)
+    key = np.where((ids < 0) | (ids >= 5), 5, ids).reshape(-1)
+    assert np.array_equal(order, np.argsort(key, stable=True))
+    assert np.array_equal(counts, np.bincount(key, minlength=6)[:5])
+
+
+@pytest.mark.parametrize(
+    "counts", [[0, 0, 0], [97, 0, 0], [1, 95, 1], [32, 32, 33], [0, 64, 33], [31, 33, 3], [5, 0, 1]]
+)
+def test_tiles_cover_every_place_once(counts):
+    expert, start, rows = np.asarray(gg.tile_map(jnp.array(counts, jnp.int32), 97, 32))
+    assert rows.max() <= 32
+    owner = np.full(97, -1)
+    for e, s, n in zip(expert, start, rows, strict=True):
+        assert (owner[s : s + n] == -1).all()
+        owner[s : s + n] = e
+    assert np.array_equal(owner[: sum(counts)], np.repeat(np.arange(3), counts))
+    assert (owner[sum(counts) :] == -1).all()
+
+
+def test_repeats_bit_for_bit():
+    shape = Shape("down", 20, 32, 256, "MXFP4", 3, 2)
+    args = shape.inputs(jax.random.key(1))
+    f = functools.partial(gg.grouped_gemm, **shape.static, config=CONFIG, interpret=True)
+    assert np.array_equal(np.asarray(f(*args), np.float32), np.asarray(f(*args), np.float32))
+
+
+def test_unsupported_is_named():
+    shape = Shape("linear", 64, 64, 256, "Q8_0", 1)
+    x, layer, planes = shape.inputs(jax.random.key(0))
+    run = functools.partial(gg.linear, layer=layer, config=CONFIG)
+    with pytest.raises(Unsupported, match="x: found float32, expected bfloat16"):
+        run(x.astype(jnp.float32), planes=planes, fmt="Q8_0")
+    with pytest.raises(Unsupported, match="format: found 'Q5_K', expected one of"):
+        run(x, planes=planes, fmt="Q5_K")
+    with pytest.raises(Unsupported, match="planes of Q4_K"):
+        run(x, planes=planes, fmt="Q4_K")
+    with pytest.raises(Unsupported, match=r"matrix: found 64 × 256, expected multiples of 128 and 64"):
+        run(x, planes=planes, fmt="Q8_0", config=Config(bn=128))
+    with pytest.raises(Unsupported, match="bk: found 32"):
+        run(x, planes=planes, fmt="Q8_0", config=Config(bn=32, bk=32))
+    with pytest.raises(Unsupported, match="expected a product below"):
+        gg.route(jnp.zeros((2**20, 6), jnp.int32), 1024)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_configs_fit_every_gpu(name):
+    shape = SHAPES[name]
+    candidates = gg.configs(shape)
+    assert gg.default_config(shape) in candidates
+    assert all(gg.shared_memory(shape, c) <= common.SHARED_MEMORY for c in candidates if c.fused)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", [name for name in SHAPES if name.startswith(("gate_up", "down")) and "_2048" in name])
+def test_lowers_for_the_gpu(name, device):
+    """The experts' shapes have every quantized format; a single matrix goes through the same kernel."""
+    shape = SHAPES[name]
+    f = functools.partial(gg.grouped_gemm, **shape.static)
+    args = jax.eval_shape(shape.inputs, jax.random.key(0))
+    assert common.lower_for_gpu(f, *args, device=device, cores=DEVICES[device]).count("xla.gpu.triton") == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", SHAPES)
+def test_on_the_gpu(name):
+    shape = SHAPES[name]
+    args = jax.jit(shape.inputs)(jax.random.key(len(name)))
+    expected = jax.jit(functools.partial(gg.reference, **shape.static))(*args)
+    fused = [c for c in gg.configs(shape) if c.fused]
+    for config in {gg.default_config(shape), fused[0], fused[-1]}:
+        run = jax.jit(functools.partial(gg.grouped_gemm, **shape.static, config=config))
+        with warnings.catch_warnings():
+            common.ignore_deprecation()
+            out = run(*args)
+        # Weights and results are each rounded to bfloat16: 2 · 0.12 %, added as squares; `down` rounds summands, too.
+        assert error(jnp.asarray(out, jnp.float32), expected) < 4e-3, config
+        assert np.array_equal(np.asarray(out, np.float32), np.asarray(run(*args), np.float32)), config
