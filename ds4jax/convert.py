@@ -1,6 +1,6 @@
-"""A Hugging Face checkpoint of DeepSeek-V4 → a GGUF file.
+"""A Hugging Face checkpoint of DeepSeek-V4, or a GGUF file of other types → a GGUF file.
 
-    python -m ds4jax.convert --source DIR --out FILE.gguf --recipe q2 [--imatrix F.gguf] [--types FAMILY=TYPE,...]
+    python -m ds4jax.convert --source DIR|FILE.gguf --out FILE.gguf --recipe q2 [--imatrix F.gguf] [--types F=TYPE,...]
 
 Recipes: q2 and q4 are those of the published files, f16, q8 and f32 have one type for all matrices. `--types` chooses
 another one for a family of `ds4jax.tensors`, such as ffn.experts.down, or for all whose names begin so: ffn.experts.
@@ -30,7 +30,7 @@ from absl import flags
 from tqdm import tqdm
 
 import ds4jax
-from ds4jax import cli, gguf, hf, recipes
+from ds4jax import cli, gguf, hf, recipes, regguf
 from ds4jax.checkpoint import MTP_ARCHITECTURE
 from ds4jax.errors import ConfigError, Ds4Error
 from ds4jax.gguf import Layout, TensorData, TensorInfo, show
@@ -55,7 +55,7 @@ def convert(
     restart: bool = False,
     progress: bool = False,
 ) -> None:
-    """Converts the checkpoint in folder `source` to the GGUF file `out`, or goes on doing so.
+    """Converts the checkpoint in folder `source`, or the GGUF file `source`, to the GGUF file `out`, or goes on so.
 
     recipe, types: see `recipes.choose`. imatrix: importances of the columns for the quantizers. mtp: see
     `hf.open_source`. restart: begin again even if there is a part of the file already. progress: a bar on stderr.
@@ -65,7 +65,7 @@ def convert(
     out = Path(out)
     if out.exists():
         raise Ds4Error(f"{out}: exists already, expected a new file")
-    opened = hf.open_source(source, mtp)
+    opened = (regguf if Path(source).is_file() else hf).open_source(source, mtp)
     chosen = recipes.choose(opened.table, recipe, types or {})
     importances = Imatrix.read(imatrix) if imatrix else None
     metadata = _metadata(opened, importances, mtp)
@@ -120,8 +120,7 @@ def _pieces(opened: hf.Source, spec: TensorSpec, qtype: Type, entry: Entry | Non
 def _metadata(opened: hf.Source, importances: Imatrix | None, mtp: hf.Mtp) -> dict[str, Any]:
     if mtp == "only":
         return {"general.architecture": MTP_ARCHITECTURE}
-    tokenizer = hf.read_tokenizer(opened.folder, opened.cfg.vocab_size)
-    metadata = {**opened.cfg.to_metadata(), "general.quantization_version": 2, **tokenizer.to_metadata()}
+    metadata = {**opened.cfg.to_metadata(), "general.quantization_version": 2, **opened.about()}
     if importances is not None:  # as llama.cpp notes it
         metadata["quantize.imatrix.dataset"] = ", ".join(importances.datasets)
         metadata["quantize.imatrix.entries_count"] = len(importances.entries)
@@ -261,7 +260,7 @@ def _check_disk(partial: Path, size: int) -> None:
 
 # ---- command line ----------------------------------------------------------------------------------------------------
 FLAGS = flags.FlagValues()
-flags.DEFINE_string("source", None, "The folder of the checkpoint.", flag_values=FLAGS)
+flags.DEFINE_string("source", None, "The folder of the checkpoint, or a GGUF file.", flag_values=FLAGS)
 flags.DEFINE_string("out", None, "The GGUF file to write.", flag_values=FLAGS)
 flags.DEFINE_enum("recipe", "q2", list(recipes.RECIPES), "The types of the matrices.", flag_values=FLAGS)
 flags.DEFINE_list("types", [], "Exceptions: FAMILY=TYPE, with commas.", flag_values=FLAGS)
@@ -273,7 +272,7 @@ flags.DEFINE_bool("restart", False, "Begin again, whatever there is of the file.
 def main() -> None:
     """Run the tool as FLAGS say. Raises Ds4Error."""
     if not FLAGS.source or not FLAGS.out:
-        raise ConfigError("expected --source DIR and --out FILE")
+        raise ConfigError("expected --source DIR or FILE.gguf, and --out FILE")
     convert(
         FLAGS.source,
         FLAGS.out,

@@ -17,7 +17,7 @@ import json
 import math
 import re
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -282,15 +282,15 @@ class Source:
 
     cfg: with n_mtp = 1 if the table has the head. table: every tensor of the file to be written, in its order.
     matrices: name → a tensor's matrices, one or one per expert. plain: name → vectors and ids, as they are stored.
-    identity: what tells the shards from others.
+    identity: what tells the files from others. about: reads the metadata of the tokenizer, and of the model's origin.
     """
 
-    folder: Path
     cfg: ModelConfig
     table: list[TensorSpec]
     matrices: Mapping[str, Sequence[Matrix]]
     plain: Mapping[str, Stored]
     identity: list[str]
+    about: Callable[[], dict[str, Any]]
 
     def slabs(self, spec: TensorSpec, weights: int) -> Iterator[tuple[int, Array]]:
         """A matrix tensor in order: (index of the matrix, float32 rows of it), each of about `weights` values."""
@@ -342,7 +342,9 @@ def open_source(folder: str | Path, mtp: Mtp = "keep") -> Source:
         else:
             matrices[spec.name] = [finder.matrix(_names(spec), spec.shape)]
     finder.check_no_others("" if mtp == "only" else "mtp." if mtp == "skip" else None)
-    return Source(folder, cfg, table, matrices, plain, identity)
+    return Source(
+        cfg, table, matrices, plain, identity, lambda: read_tokenizer(folder, cfg.vocab_size).to_metadata()
+    )  # fmt: skip
 
 
 class _Finder:

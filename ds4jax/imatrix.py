@@ -35,7 +35,7 @@ from ds4jax.download import resolve_model
 from ds4jax.errors import ConfigError, Ds4Error
 from ds4jax.gguf import GGUFFile, TensorData, show, write_gguf
 from ds4jax.load import load
-from ds4jax.model import hyper
+from ds4jax.model import hyper, mtp
 from ds4jax.model.attention import attention
 from ds4jax.model.moe import activation, moe, route
 from ds4jax.model.norm import rms_norm
@@ -43,7 +43,7 @@ from ds4jax.model.transformer import Compute, bucket
 from ds4jax.quant import linear, matmul
 from ds4jax.recipes import Type
 from ds4jax.settings import Settings
-from ds4jax.tensors import tensor_table
+from ds4jax.tensors import MtpLayout, mtp_table, tensor_table
 from ds4jax.tokenizer import Tokenizer
 from ds4jax.weights import SwiGLU, Weights
 
@@ -185,31 +185,47 @@ Totals = list[
 
 
 def collect(
-    w: Weights, cfg: ModelConfig, compute: Compute, texts: Iterable[Sequence[int]], ctx: int, piece: int = 128
+    w: Weights,
+    cfg: ModelConfig,
+    compute: Compute,
+    texts: Iterable[Sequence[int]],
+    ctx: int,
+    piece: int = 128,
+    layout: MtpLayout | None = None,
 ) -> dict[str, Entry]:
-    """Runs texts, of 1 to `ctx` token ids each, through the main model, `piece` tokens at a time; → entries by tensor.
+    """Runs texts, of 1 to `ctx` token ids each, through the model, `piece` tokens at a time; → entries by tensor.
 
     Routed experts count the tokens routed to them, and ``ffn_down_exps`` sees its input after the route's weight.
+    layout: of the names of the MTP head's tensors, if the model has one; see `Checkpoint.mtp`.
     """
     everywhere = sharding.replicated(compute.mesh) if compute.mesh else None
     cache = kv.empty(cfg, compute.numerics, compute.dtype, 1, ctx, everywhere)
     totals: Totals | None = None
     for text in texts:
         for start in range(0, len(text), piece):
-            part = text[start : start + piece]
-            tokens = np.zeros((1, bucket(len(part), 2**20)), np.int32)
-            tokens[0, : len(part)] = part
-            n, fresh = np.array([len(part)], np.int32), np.array([start == 0])
-            found, cache = _observe(w, cache, tokens, n, fresh, cfg=cfg, compute=compute)
+            size = bucket(min(piece, len(text)), 2**20)
+            (tokens, n), (following, n_head) = (_pad(text[s : s + piece], size) for s in (start, start + 1))
+            n_head = np.minimum(n, n_head)  # the head has nothing to read with the last token of a text
+            args = tokens, n, following, n_head, np.array([start == 0])
+            found, cache = _observe(w, cache, *args, cfg=cfg, compute=compute)
             totals = found if totals is None else _add(totals, found)
     out = {}
-    for spec in tensor_table(cfg):
-        if spec.family in _INPUTS and totals is not None:
-            sums, counts = (np.asarray(x, np.float64) for x in totals[spec.layer][_INPUTS[spec.family]])
+    for spec in tensor_table(cfg) + (mtp_table(cfg, layout) if layout else []):
+        family = spec.family.removeprefix("mtp.")
+        if family in _INPUTS and totals is not None:
+            layer = spec.layer if family == spec.family else cfg.n_layers
+            sums, counts = (np.asarray(x, np.float64) for x in totals[layer][_INPUTS[family]])
             if not np.isfinite(sums).all():
                 raise Ds4Error(f"tensor {show(spec.name)}: found inputs that are not finite; a damaged model?")
             out[spec.name] = Entry(sums, counts)
     return out
+
+
+def _pad(part: Sequence[int], size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids → int32 (1, size), and their number (1,)."""
+    tokens = np.zeros((1, size), np.int32)
+    tokens[0, : len(part)] = part
+    return tokens, np.array([len(part)], np.int32)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -219,15 +235,31 @@ def _add(a: Totals, b: Totals) -> Totals:
 
 @functools.partial(jax.jit, static_argnames=("cfg", "compute"), donate_argnames="cache")
 def _observe(
-    w: Weights, cache: Cache, tokens: Array, n: Array, fresh: Array, *, cfg: ModelConfig, compute: Compute
+    w: Weights,
+    cache: Cache,
+    tokens: Array,
+    n: Array,
+    following: Array,
+    n_head: Array,
+    fresh: Array,
+    *,
+    cfg: ModelConfig,
+    compute: Compute,
 ) -> tuple[Totals, Cache]:
-    """`transformer.forward` with sums over its tokens. Sequences marked `fresh` (B,) are emptied first."""
+    """`transformer.forward`, and `mtp.draft` of as many tokens as have one `following`, with sums over the tokens.
+
+    Sequences marked `fresh` (B,) are emptied first.
+    """
     cache = kv.reset(cache, fresh)
     x = w.embed[tokens].dequantize(jnp.dtype(compute.dtype))
     X = jnp.broadcast_to(x[:, :, None], (*tokens.shape, cfg.n_streams, cfg.embed_dim))
     totals = []
     for layer in range(cfg.n_layers):
         X, cache, found = _block(X, tokens, n, w, cache, layer, cfg, compute)
+        totals.append(found)
+    if cfg.n_mtp:
+        Z = mtp.join(X, w.embed[following].dequantize(X.dtype), w.mtp, cfg)
+        _, cache, found = _block(Z, following, n_head, w, cache, cfg.n_layers, cfg, compute)
         totals.append(found)
     return totals, cache.replace(length=cache.length + n)
 
@@ -236,7 +268,7 @@ def _block(
     X: Array, tokens: Array, n: Array, w: Weights, cache: Cache, layer: int, cfg: ModelConfig, compute: Compute
 ) -> tuple[Array, Cache, dict[str, tuple[Array, Array]]]:
     """The steps of `transformer.block`, and the sums of squares of what its matrices are multiplied with."""
-    clamp = cfg.swiglu_clamp[layer]
+    clamp = cfg.clamp(layer)
     real = (jnp.arange(tokens.shape[1], dtype=jnp.int32) < n[:, None]).reshape(-1, 1).astype(jnp.float32)
 
     def sums(x: Array, who: Array) -> tuple[Array, Array]:
@@ -342,7 +374,7 @@ def _read_text(path: Path) -> Imatrix:
     w, _ = load(checkpoint, mesh, progress=True)
     compute = Compute(settings.numerics, settings.dtype, mesh)
     bar = tqdm(chunks, desc="reading", unit="chunk")
-    entries = collect(w, checkpoint.cfg, compute, bar, settings.ctx, settings.prefill_chunk)
+    entries = collect(w, checkpoint.cfg, compute, bar, settings.ctx, settings.prefill_chunk, checkpoint.mtp)
     return Imatrix(entries, [path.name], len(chunks), settings.ctx)
 
 

@@ -24,9 +24,10 @@ from ds4jax.config import CSA_RATIO, ModelConfig
 from ds4jax.model import hyper, indexer, moe, mtp, rope
 from ds4jax.model.attention import attention, compressed_rows, project
 from ds4jax.model.transformer import Compute, logits
-from ds4jax.quant import lookup, matmul, wide
+from ds4jax.quant import Quantized, lookup, matmul, wide
+from ds4jax.quantize import quantize
 from ds4jax.recipes import RECIPES
-from ds4jax.weights import Weights, WeightSpec
+from ds4jax.weights import Stack, SwiGLU, Weights, WeightSpec
 
 Array = jax.Array
 
@@ -163,6 +164,23 @@ def forward(w: Weights, tokens: Array, cfg: ModelConfig, compute: Compute) -> tu
     Z, extra = block(mtp.join(X, x[:, 1:], w.mtp, cfg), following, w, cfg.n_layers, cfg, compute)
     index, loads = zip(*extras, extra, strict=True)
     return logits(w, X, cfg), mtp.head(w, Z, cfg), sum(index), jnp.stack(loads[cfg.n_hash_layers :])
+
+
+def as_stored(w: Weights, formats: SwiGLU, importance: SwiGLU) -> Weights:
+    """w with the routed experts as they would be after quantizing; the gradient passes as if they were not.
+
+    formats: the class of `ds4jax.quant` of gate, up and down. importance: of their columns (layers, experts, in), for
+    the quantizer. Training through this is quantization-aware.
+    """
+
+    def rounded(stack: Stack, fmt: type[Quantized], importance: Array) -> Stack:
+        (group,) = stack.groups
+        x = group.values
+        error = lax.stop_gradient(quantize(x, fmt, importance).dequantize() - x)
+        return stack.replace(groups=(group.replace(values=x + error),))
+
+    experts = jax.tree.map(rounded, w.ffn.experts, formats, importance, is_leaf=lambda x: isinstance(x, Stack))
+    return w.replace(ffn=w.ffn.replace(experts=experts))
 
 
 # ---- losses ----------------------------------------------------------------------------------------------------------

@@ -1,8 +1,11 @@
 """Trains the tiny model: ``python scripts/train_tiny.py --data build/tiny --out build/run``, on one GPU.
 
 The data come from scripts/tiny_data.py. A run that is interrupted, or stopped by --minutes, goes on where its last
-checkpoint is when started again with the same flags; the end is the same as without the interruption. It writes
-tiny.gguf (Q8_0 and F16, as the published files but for the experts) and tiny-f32.gguf, the weights as trained.
+checkpoint is when started again with the same flags; the end is the same as without the interruption.
+
+It writes tiny-f32.gguf, the weights as trained; tiny.imatrix.gguf, from some of the rows it was trained with; and
+tiny_q2-f32.gguf, the weights after further steps in which the experts are seen as the q2 recipe and that imatrix store
+them. `python -m ds4jax.convert` makes the models that are shipped of these: see the README.
 
 Every sum has a fixed order, so the seed decides the result, as far as the compiler picks the same kernels;
 XLA_FLAGS=--xla_gpu_deterministic_ops=true makes sure of that too.
@@ -29,20 +32,18 @@ import orbax.checkpoint as ocp  # noqa: E402
 import tiny_data  # noqa: E402
 from absl import flags  # noqa: E402
 from flax import struct  # noqa: E402
-from gguf import GGMLQuantizationType as Type  # noqa: E402
-from gguf.quants import quantize  # noqa: E402
 
-from ds4jax import cli, training, weights  # noqa: E402
+from ds4jax import cli, imatrix, training, weights  # noqa: E402
 from ds4jax.config import ModelConfig  # noqa: E402
 from ds4jax.errors import ConfigError  # noqa: E402
 from ds4jax.gguf import TensorData, write_gguf  # noqa: E402
+from ds4jax.load import load  # noqa: E402
 from ds4jax.model import Compute  # noqa: E402
-from ds4jax.quant import Quantized  # noqa: E402
-from ds4jax.recipes import RECIPES, Recipe  # noqa: E402
+from ds4jax.quant import IQ2_XXS, Q2_K, Quantized  # noqa: E402
+from ds4jax.recipes import RECIPES  # noqa: E402
 from ds4jax.synthetic import storage_type  # noqa: E402
-from ds4jax.tensors import TensorSpec  # noqa: E402
 from ds4jax.tokenizer import Tokenizer, byte_tokenizer  # noqa: E402
-from ds4jax.weights import Hash, Route, Weights  # noqa: E402
+from ds4jax.weights import Hash, Route, SwiGLU, Weights  # noqa: E402
 
 # Every kind of layer, rows of 256 for IQ2_XXS and Q2_K, and 10 MB in the published q2 recipe. It is trained with all
 # compressed rows of its context in sight (512 tokens have 128 of them), and the indexer beside it, to rank them.
@@ -82,12 +83,17 @@ TINY = ModelConfig(
     n_mtp=1,
 )
 
+Q2_EXPERTS = SwiGLU(gate=IQ2_XXS, up=IQ2_XXS, down=Q2_K)  # of the published q2 file
+CALIBRATION_ROWS = 100  # of the training data, for the importance matrix
+
 FLAGS = flags.FlagValues()
 flags.DEFINE_string("data", "build/tiny", "Folder that scripts/tiny_data.py wrote.", flag_values=FLAGS)
 flags.DEFINE_string("out", "build/run", "Folder for checkpoints and the trained model.", flag_values=FLAGS)
-flags.DEFINE_integer("steps", 10_000, "Optimiser steps of the whole run.", flag_values=FLAGS)
+flags.DEFINE_integer("steps", 12_000, "Optimiser steps of the whole run.", flag_values=FLAGS)
 flags.DEFINE_integer("batch", 32, "Rows per step.", flag_values=FLAGS)
 flags.DEFINE_float("learning_rate", 2e-3, "The highest.", flag_values=FLAGS)
+flags.DEFINE_integer("q2_steps", 2000, "Further steps, with quantized experts.", flag_values=FLAGS)
+flags.DEFINE_float("q2_learning_rate", 4e-4, "The highest in these.", flag_values=FLAGS)
 flags.DEFINE_integer("seed", 0, "Of the initial weights and of the order of the rows.", flag_values=FLAGS)
 flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Of the activations.", flag_values=FLAGS)
 flags.DEFINE_float("minutes", 0, "Save a checkpoint and stop after this time; 0 is never.", flag_values=FLAGS)
@@ -140,9 +146,14 @@ class State:
 
 # ---- training --------------------------------------------------------------------------------------------------------
 @functools.partial(jax.jit, static_argnames="plan")
-def initial(table: jax.Array, *, plan: Plan) -> State:
+def initial(table: jax.Array, *, plan: Plan) -> Weights:
     """table: see `expert_table`."""
-    w = training.init(plan.cfg, plan.seed, table)
+    return training.init(plan.cfg, plan.seed, table)
+
+
+@functools.partial(jax.jit, static_argnames="plan")
+def begin(w: Weights, *, plan: Plan) -> State:
+    """The state before the first step, from some weights."""
     params = w.replace(hash=None, route=None)
     return State(jnp.zeros((), jnp.int32), params, w.hash, w.route, plan.optimiser().init(params))
 
@@ -159,14 +170,19 @@ def expert_table(tokens: np.ndarray, cfg: ModelConfig) -> np.ndarray:
 
 @functools.partial(jax.jit, static_argnames="plan", donate_argnames="state")
 def train_step(
-    state: State, tokens: jax.Array, mask: jax.Array, rows: jax.Array, *, plan: Plan
+    state: State, tokens: jax.Array, mask: jax.Array, rows: jax.Array, importance: SwiGLU | None, *, plan: Plan
 ) -> tuple[State, dict[str, jax.Array]]:
-    """One step on some rows (batch,) of tokens and mask, which stay on the device → and the parts of the loss."""
+    """One step on some rows (batch,) of tokens and mask, which stay on the device → and the parts of the loss.
+
+    importance: if given, the experts are seen as they are after quantizing them with it.
+    """
     # Every compressed row of a training row is seen, so that no choice stands between the loss and the rows.
     cfg = dataclasses.replace(plan.cfg, index_top_k=max(plan.cfg.index_top_k, tokens.shape[1]))
 
     def loss(params: Weights) -> tuple[jax.Array, dict[str, jax.Array]]:
         w = params.replace(hash=state.hash, route=state.route)
+        if importance is not None:
+            w = training.as_stored(w, Q2_EXPERTS, importance)
         return training.loss(w, tokens[rows].astype(jnp.int32), mask[rows], cfg, plan.compute)
 
     gradient, parts = jax.grad(loss, has_aux=True)(state.params)
@@ -195,19 +211,24 @@ def train(
     mask: np.ndarray,
     folder: Path,
     save_every: int,
+    start: Weights | None = None,
+    importance: SwiGLU | None = None,
     deadline: float = float("inf"),
     stop: int | None = None,
     log_every: int = 100,
 ) -> State:
     """Train from the last checkpoint in `folder`, or from the start, and save one at the end.
 
-    tokens, mask: (rows, T + 1) as `tiny_data.pack` gives them. deadline: of `time.monotonic`. The end is the end of
-    the plan, the deadline or, if given, step `stop`, whichever comes first.
+    start: the weights to start from; None is initial ones. importance: see `train_step`. tokens, mask: (rows, T + 1) as
+    `tiny_data.pack` gives them. deadline: of `time.monotonic`. The end is the end of the plan, the deadline or, if
+    given, step `stop`, whichever comes first.
     """
     if len(tokens) < plan.batch:
         raise ConfigError(f"data: found {len(tokens)} rows, expected at least a batch of {plan.batch}")
     last = plan.steps if stop is None else min(stop, plan.steps)
-    state = initial(jnp.asarray(expert_table(tokens, plan.cfg)), plan=plan)
+    if start is None:
+        start = initial(jnp.asarray(expert_table(tokens, plan.cfg)), plan=plan)
+    state = begin(start, plan=plan)
     leaves, treedef = jax.tree.flatten(state)
     options = ocp.CheckpointManagerOptions(max_to_keep=1)
     with ocp.CheckpointManager(folder.absolute() / "checkpoints", options=options) as checkpoints:
@@ -216,17 +237,18 @@ def train(
         # Placed explicitly, as a restored state is: a step compiled for one would not take the other.
         state = jax.tree.unflatten(treedef, jax.device_put(leaves, jax.devices()[0]))
         data, first, at = (jnp.asarray(tokens), jnp.asarray(mask)), int(state.step), int(state.step)
-        begin = time.monotonic()
+        since = time.monotonic()
         while at < last and time.monotonic() < deadline:
-            state, parts = train_step(state, *data, jnp.asarray(rows_of(plan, at, len(tokens))), plan=plan)
+            rows = jnp.asarray(rows_of(plan, at, len(tokens)))
+            state, parts = train_step(state, *data, rows, importance, plan=plan)
             at += 1
             if at % log_every == 0 or at in (first + 1, last):
                 parts = jax.device_get(parts)
-                speed = max(1, at - first - 1) / (time.monotonic() - begin)
+                speed = max(1, at - first - 1) / (time.monotonic() - since)
                 print(_line(plan, at, parts, speed, tokens.shape[1] - 1), flush=True)
             if at == first + 1:
-                print(f"first step compiled and run in {time.monotonic() - begin:.1f} s", flush=True)
-                begin = time.monotonic()
+                print(f"first step compiled and run in {time.monotonic() - since:.1f} s", flush=True)
+                since = time.monotonic()
             if at % save_every == 0 or at == last:
                 checkpoints.save(at, args=ocp.args.StandardSave(jax.tree.leaves(state)))
         if at < last and checkpoints.latest_step() != at:
@@ -245,26 +267,36 @@ def _line(plan: Plan, at: int, parts: dict, speed: float, length: int) -> str:
 
 
 # ---- the result ------------------------------------------------------------------------------------------------------
-def q8(spec: TensorSpec) -> Type:
-    """The types of the published files, with Q8_0 experts."""
-    return Type.Q8_0 if ".experts." in spec.family else RECIPES["q4"](spec)
-
-
-def export(path: Path, w: Weights, cfg: ModelConfig, tok: Tokenizer, recipe: Recipe) -> None:
+def export(path: Path, w: Weights, cfg: ModelConfig, tok: Tokenizer) -> None:
     """Write float32 weights as a GGUF file, with the MTP head under ``mtp.0``."""
     specs, treedef = jax.tree.flatten(weights.abstract(cfg, RECIPES["f32"]))
     tensors = {}
     for spec, value in zip(specs, treedef.flatten_up_to(w), strict=True):
         array = np.asarray(value.values if isinstance(value, Quantized) else value)
         for i, tensor in enumerate(spec.tensors):
-            qtype, data = storage_type(tensor, recipe), array[i] if spec.layered else array
-            packed = data if qtype in (Type.F32, Type.I32) else quantize(data, qtype)
-            tensors[tensor.name] = TensorData(tensor.shape, qtype, lambda packed=packed: packed)
+            data = array[i] if spec.layered else array
+            qtype = storage_type(tensor, RECIPES["f32"])
+            tensors[tensor.name] = TensorData(tensor.shape, qtype, functools.partial(np.asarray, data))
     about = {
         "general.name": "tiny",
         "general.description": "A small trained model of DeepSeek-V4's architecture, for tests and demonstrations",
     }
     write_gguf(path, cfg.to_metadata() | about | tok.to_metadata(), tensors.items())
+
+
+def column_importance(w: Weights, cfg: ModelConfig, tokens: np.ndarray, out: Path) -> SwiGLU:
+    """Let the model read rows of tokens, write the importance matrix to `out`, and return that of the experts."""
+    texts = [row[:-1].tolist() for row in tokens]
+    entries = imatrix.collect(w, cfg, Compute("official"), texts, ctx=len(texts[0]), piece=len(texts[0]), layout="mtp")
+    imatrix.Imatrix(entries, ["rows of the training data"], len(texts), len(texts[0])).write(out)
+    # What the converter will read: float32.
+    entries = imatrix.Imatrix.read(out).entries
+
+    def stacked(name: str) -> jax.Array:
+        prefixes = [f"blk.{layer}" for layer in range(cfg.n_layers)] + ["mtp.0"]
+        return jnp.stack([entries[f"{prefix}.ffn_{name}_exps.weight"].means() for prefix in prefixes])
+
+    return SwiGLU(gate=stacked("gate"), up=stacked("up"), down=stacked("down"))
 
 
 def main() -> int:
@@ -278,16 +310,31 @@ def main() -> int:
     tok, tokens, mask = tiny_data.load(FLAGS.data)
     cfg = dataclasses.replace(TINY, vocab_size=tok.vocab_size)
     compute = Compute("straight_through", FLAGS.dtype, query_blocks=tokens.shape[1] // 128)
-    plan = Plan(cfg, compute, FLAGS.steps, FLAGS.batch, FLAGS.learning_rate, FLAGS.seed)
     deadline = START + 60 * FLAGS.minutes if FLAGS.minutes else float("inf")
-    state = train(plan, tokens, mask, out, FLAGS.save_every, deadline)
-    if int(state.step) < plan.steps:
-        print(f"stopped at step {int(state.step)} of {plan.steps}; the same command goes on")
-        return 0
-    export(out / "tiny-f32.gguf", state.weights, cfg, tok, RECIPES["f32"])
-    export(out / "tiny.gguf", state.weights, cfg, tok, q8)
-    for path in (out / "tiny-f32.gguf", out / "tiny.gguf"):
-        print(f"{path}: {path.stat().st_size / 1e6:.2f} MB")
+
+    def stage(plan: Plan, folder: Path, **more) -> Weights | None:
+        state = train(plan, tokens, mask, folder, FLAGS.save_every, deadline=deadline, **more)
+        if int(state.step) == plan.steps:
+            return state.weights
+        print(f"{folder}: stopped at step {int(state.step)} of {plan.steps}; the same command goes on")
+
+    plan = Plan(cfg, compute, FLAGS.steps, FLAGS.batch, FLAGS.learning_rate, FLAGS.seed)
+    trained = out / "tiny-f32.gguf"
+    if trained.exists():
+        print(f"{trained} is there already: going on with the steps for q2")
+        w, _ = load(trained)
+    else:
+        w = stage(plan, out)
+        if w is None:
+            return 0
+        export(trained, w, cfg, tok)
+    importance = column_importance(w, cfg, tokens[:CALIBRATION_ROWS], out / "tiny.imatrix.gguf")
+    plan = dataclasses.replace(
+        plan, steps=FLAGS.q2_steps, learning_rate=FLAGS.q2_learning_rate, seed=FLAGS.seed + 1
+    )  # fmt: skip
+    w = stage(plan, out / "q2", start=w, importance=importance)
+    if w is not None:
+        export(out / "tiny_q2-f32.gguf", w, cfg, tok)
     return 0
 
 
@@ -312,7 +359,7 @@ def smoke(folder: Path) -> None:
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(resumed), strict=True):
         if not np.array_equal(a, b):
             raise ConfigError("smoke: a run that was interrupted ended otherwise than one that was not")
-    export(folder / "smoke.gguf", whole.weights, plan.cfg, tok, q8)
+    export(folder / "smoke.gguf", whole.weights, plan.cfg, tok)
     print("smoke: an interruption changes nothing")
 
 

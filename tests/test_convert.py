@@ -593,7 +593,7 @@ def test_command_line(folders, tmp_path, f16, capsys):
         capsys.readouterr().err == f"error: {tmp_path / 'none'}: no such folder, expected a Hugging Face checkpoint\n"
     )
     assert run("--source", tmp_path) == 1
-    assert "expected --source DIR and --out FILE" in capsys.readouterr().err
+    assert "expected --source DIR or FILE.gguf, and --out FILE" in capsys.readouterr().err
 
 
 # ---- config.json and tokenizer.json ----------------------------------------------------------------------------------
@@ -700,3 +700,22 @@ def test_memory_is_that_of_a_slab(recipe, tmp_path, monkeypatch):
     run = subprocess.run([sys.executable, "-c", MEMORY, tmp_path / "source", tmp_path / "m.gguf", recipe],
                          capture_output=True, text=True, check=True)  # fmt: skip
     assert int(run.stdout) < 3 * 2**29
+
+
+# ---- from GGUF -------------------------------------------------------------------------------------------------------
+def test_a_gguf_file_in_other_types(folders, tmp_path):
+    """By way of a file of float32, the bytes are those of the checkpoint."""
+    rng = np.random.default_rng(0)
+    importances(rng).write(tmp_path / "i.gguf")
+    for source, out in ((folders("official+mtp"), "f32"), (tmp_path / "f32.gguf", "again")):
+        convert(source, tmp_path / f"{out}.gguf", RECIPES["f32"])
+    assert (tmp_path / "f32.gguf").read_bytes() == (tmp_path / "again.gguf").read_bytes()
+    for source, out in ((folders("official+mtp"), "a"), (tmp_path / "f32.gguf", "b")):
+        convert(source, tmp_path / f"{out}.gguf", RECIPES["q2"], imatrix=tmp_path / "i.gguf")
+    assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
+    convert(tmp_path / "a.gguf", tmp_path / "c.gguf", RECIPES["q2"], mtp="skip")  # what is coarse already is read too
+    assert open_checkpoint(tmp_path / "c.gguf").cfg.n_mtp == 0
+    convert(tmp_path / "a.gguf", tmp_path / "head.gguf", RECIPES["q4"], mtp="only")
+    assert open_mtp(tmp_path / "head.gguf", CFG).types["mtp.0.ffn_up_exps.weight"] == Type.Q4_K
+    with pytest.raises(Ds4Error, match=r"c\.gguf: found no MTP head \(--mtp only\)"):
+        convert(tmp_path / "c.gguf", tmp_path / "d.gguf", RECIPES["q4"], mtp="only")

@@ -11,7 +11,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 import train_tiny
 
 from ds4jax import load as loader
-from ds4jax import synthetic
 from ds4jax.tokenizer import Tokenizer, byte_tokenizer
 
 
@@ -32,7 +31,7 @@ def test_export_keeps_every_weight(tmp_path):
     cfg = train_tiny.MINIATURE
     table = train_tiny.expert_table(np.arange(cfg.vocab_size), cfg)
     w = jax.jit(lambda: train_tiny.training.init(cfg, 1, table))()
-    train_tiny.export(tmp_path / "m.gguf", w, cfg, byte_tokenizer(), synthetic.RECIPES["f32"])
+    train_tiny.export(tmp_path / "m.gguf", w, cfg, byte_tokenizer())
     found, _ = loader.load(tmp_path / "m.gguf")
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(w), strict=True):
         np.testing.assert_array_equal(a, b)

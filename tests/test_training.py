@@ -11,6 +11,8 @@ from ds4jax import cache as kv
 from ds4jax import numerics as num
 from ds4jax import synthetic, training, weights
 from ds4jax.model import Compute, mtp, transformer
+from ds4jax.quant import IQ2_XXS, Q2_K
+from ds4jax.quantize import quantize
 
 CFG = dataclasses.replace(
     synthetic.synthetic_config("odd"), n_layers=3, compress_ratios=(0, 4, 128), swiglu_clamp=(1.0, 1.5, 2.0),
@@ -166,3 +168,25 @@ def test_init_starts_near_a_plain_residual():
     assert parts["loads"].shape == (3, CFG.n_experts)
     np.testing.assert_allclose(parts["loads"].sum(-1), CFG.n_experts_used, rtol=1e-5)
     assert abs(parts["main"] - np.log(CFG.vocab_size)) < 1.5  # knows nothing, and is not sure of it
+
+
+def test_experts_as_they_will_be_stored():
+    cfg = dataclasses.replace(CFG, embed_dim=256, expert_dim=256)
+    w = weights.init_random(weights.abstract(cfg, synthetic.RECIPES["f32"]), cfg, seed=3)
+    experts, rng = w.ffn.experts, np.random.default_rng(0)
+    importance = jax.tree.map(lambda m: jnp.asarray(rng.random(m.groups[0].values.shape[:-2] + (256,), np.float32)),
+                              experts, is_leaf=lambda x: isinstance(x, weights.Stack))  # fmt: skip
+    formats = weights.SwiGLU(gate=IQ2_XXS, up=IQ2_XXS, down=Q2_K)
+
+    def stored(params):
+        return training.as_stored(params, formats, importance).ffn.experts
+
+    for name in ("gate", "up", "down"):
+        before, after = (getattr(x, name).groups[0].values for x in (experts, jax.jit(stored)(w)))
+        expected = quantize(before, getattr(formats, name), getattr(importance, name)).dequantize()
+        np.testing.assert_allclose(after, expected, atol=1e-6)  # x + (Q(x) − x) is rounded
+        slope = jax.random.normal(jax.random.key(0), before.shape)
+        gradient = jax.grad(lambda p, n=name, s=slope: jnp.sum(getattr(stored(p), n).groups[0].values * s))(
+            w.replace(hash=None)
+        )
+        np.testing.assert_array_equal(getattr(gradient.ffn.experts, name).groups[0].values, slope)

@@ -1,0 +1,94 @@
+"""A GGUF file as what `ds4jax.convert` reads: the same tensors in other types."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ds4jax.checkpoint import Checkpoint, open_checkpoint
+from ds4jax.errors import Ds4Error
+from ds4jax.gguf import GGUFFile
+from ds4jax.hf import Mtp, Source
+from ds4jax.quant import FORMATS
+from ds4jax.tensors import mtp_table, tensor_table
+from ds4jax.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Matrix:
+    """Rows [first, first + rows) of a tensor, all axes but the last counting as one."""
+
+    file: GGUFFile
+    name: str
+    rows: int
+    first: int
+
+    def read(self, start: int, stop: int) -> jax.Array:
+        """Rows [start, stop), dequantized: float32 (stop - start, columns), exact."""
+        info, raw = self.file.info(self.name), self.file.raw(self.name)
+        raw = raw.reshape(-1, raw.shape[-1])[self.first + start : self.first + stop]
+        fmt = FORMATS[info.type]
+        planes = fmt.from_bytes(raw)
+        self.file.drop_pages(
+            self.name, (self.first + start) * raw.shape[-1], (self.first + stop) * raw.shape[-1]
+        )  # fmt: skip
+        return _dequantize(fmt(**{name: jnp.asarray(plane) for name, plane in planes.items()}))
+
+
+_dequantize = jax.jit(lambda planes: planes.dequantize())
+
+
+@dataclasses.dataclass(frozen=True)
+class Plain:
+    """A vector, or ids."""
+
+    file: GGUFFile
+    name: str
+
+    @property
+    def path(self) -> Path:
+        return self.file.path
+
+    def read(self) -> np.ndarray:
+        return self.file.array(self.name)
+
+
+def open_source(path: str | Path, mtp: Mtp = "keep") -> Source:
+    """Opens a GGUF model and checks all but the weights' values. mtp: as for `hf.open_source`. Raises Ds4Error."""
+    checkpoint = open_checkpoint(path)
+    cfg, file = checkpoint.cfg, checkpoint.file
+    if mtp == "only" and not checkpoint.mtp:
+        raise Ds4Error(f"{path}: found no MTP head (--mtp only)")
+    if mtp != "skip" and checkpoint.mtp == "nextn":
+        raise Ds4Error(
+            f"{path}: found an MTP head named blk.{cfg.n_layers}.nextn.*, expected mtp.0.* (--mtp skip leaves it out)"
+        )
+    table = [] if mtp == "only" else tensor_table(cfg)
+    if mtp == "skip":
+        cfg = dataclasses.replace(cfg, n_mtp=0)
+    elif checkpoint.mtp:
+        table = table + mtp_table(cfg, checkpoint.mtp)
+    matrices, plain = {}, {}
+    for spec in table:
+        if spec.kind != "matrix":
+            plain[spec.name] = Plain(file, spec.name)
+        else:
+            rows = spec.shape[-2]
+            count = int(np.prod(spec.shape[:-2], dtype=int))
+            matrices[spec.name] = [Matrix(file, spec.name, rows, i * rows) for i in range(count)]
+    stat = Path(path).stat()
+    identity = [f"{Path(path).name} {stat.st_size} {stat.st_mtime_ns}"]
+    return Source(cfg, table, matrices, plain, identity, functools.partial(_about, checkpoint))
+
+
+def _about(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The tokenizer, and what the file says of its origin."""
+    found = checkpoint.file.metadata
+    kept = ("general.name", "general.description", "general.license", "general.author", "general.url")
+    return {key: found[key] for key in kept if key in found} | Tokenizer.from_metadata(found).to_metadata()
