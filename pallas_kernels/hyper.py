@@ -1,0 +1,320 @@
+"""Hyper-connections between two sub-layers, in two kernels: what one returned becomes what the next one reads.
+
+    X'_k = post_k y + Σ_j C[j, k] X_j           the previous sub-layer's output joins the N streams
+    m = fn · X' / rms(X')                       of all N·E values
+    pre, post', C' = functions of m             sigmoids, Sinkhorn; post' and C' are for the next boundary
+    h = rms(Σ_i pre_i X'_i) · norm              what the next sub-layer reads
+
+`expand` makes X' by slices of E, with each slice's part of fn · X' and of ΣX'². `collapse` adds the parts up in a fixed
+order and goes on from there: a program makes a token's h, and another its post' and C', whose 39 normalisations, each
+waiting for the one before, take as long as all of h.
+
+Bytes: fn, 0.8 MB, and a token's streams in and out, 64 kB in bfloat16: 0.2 µs of an H200 for one token. So launches and
+latency are what it costs, 2 to 4 µs a kernel. Source: ds4jax/model/hyper.py, `connect`.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from pallas_kernels import common
+from pallas_kernels.common import Implementation, Unsupported
+
+Array = jax.Array
+
+PARTS = 32  # values that a slice leaves per token: up to 31 of fn · X', then ΣX'²
+
+
+@dataclass(frozen=True)
+class Config:
+    """tokens, columns (of E): what a program of `expand` takes. mixed: tokens per program that makes post and C."""
+
+    tokens: int
+    columns: int
+    expand_warps: int
+    collapse_warps: int
+    mixed: int = 1
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """The constants of the model: epsilons of the norms and of the hyper-connections, and normalisations of C."""
+
+    norm_eps: float = 1e-6
+    hc_eps: float = 1e-6
+    iterations: int = 20
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One boundary for `tokens` tokens. first: nothing to expand yet. head: the output head follows, with pre alone."""
+
+    tokens: int
+    first: bool = False
+    head: bool = False
+    streams: int = 4
+    dim: int = 4096
+    dtype: str = "bfloat16"
+    layers: int = 3
+
+    @property
+    def static(self) -> dict[str, Any]:
+        return {}
+
+    @property
+    def rows(self) -> int:
+        """Rows of fn."""
+        return self.streams if self.head else 2 * self.streams + self.streams**2
+
+    def inputs(self, key: Array) -> tuple[Array, ...]:
+        """Streams of different sizes around 1; fn · X'/rms is of order 1."""
+        keys = iter(jax.random.split(key, 8))
+        S, N, E, L, M, dtype = self.tokens, self.streams, self.dim, self.layers, self.rows, self.dtype
+
+        def normal(*shape: int) -> Array:
+            return jax.random.normal(next(keys), shape)
+
+        X = (normal(S, N, E) * (1 + jnp.arange(N, dtype=jnp.float32))[:, None]).astype(dtype)
+        C = jax.nn.softmax(normal(S, N, N), -1)
+        mixed = None if self.first else (normal(S, E).astype(dtype), 1 + jnp.tanh(normal(S, N)), C)
+        fn = (normal(L, M, N * E) * (N * E) ** -0.5).astype(jnp.float16)
+        scale = jnp.full((L, 1 if self.head else 3), 1.5)
+        return X, mixed, fn, normal(L, M), scale, 1 + 0.1 * normal(L, E), jnp.array([L - 1], jnp.int32)
+
+    @property
+    def nbytes(self) -> int:
+        N, E, itemsize = self.streams, self.dim, jnp.dtype(self.dtype).itemsize
+        values = N * E if self.first else 2 * N * E + E
+        return 2 * self.rows * N * E + self.tokens * itemsize * (values + E)
+
+    @property
+    def flops(self) -> int:
+        N, E = self.streams, self.dim
+        return 2 * self.tokens * N * E * (self.rows + 2 + (0 if self.first else N + 1))
+
+
+SHAPES = {
+    "1": Shape(1),
+    "1 first": Shape(1, first=True),
+    "1 head": Shape(1, head=True, layers=1),
+    "4": Shape(4),
+    "16": Shape(16),
+    "32": Shape(32),
+    "1 float32": Shape(1, dtype="float32"),
+    "prefill 2048": Shape(2048),
+}
+
+
+def reference(
+    X: Array,
+    mixed: tuple[Array, Array, Array] | None,
+    fn: Array,
+    base: Array,
+    scale: Array,
+    norm: Array,
+    layer: Array,
+    *,
+    numbers: Numbers = Numbers(),  # noqa: B008 (frozen)
+) -> tuple[Array, Array, Array | None, Array | None]:
+    """What `op` computes, in XLA."""
+    fn, base, scale, norm = (w[layer[0]].astype(jnp.float32) for w in (fn, base, scale, norm))
+    wide, N = X.astype(jnp.float32), X.shape[1]
+    if mixed is not None:
+        y, post, C = mixed
+        wide = (
+            sum(C[:, j, :, None] * wide[:, j, None] for j in range(N))
+            + post[..., None] * y.astype(jnp.float32)[:, None]
+        )
+        X = wide.astype(X.dtype)
+        wide = X.astype(jnp.float32)
+
+    def rms(x: Array) -> Array:
+        return x * lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + numbers.norm_eps)
+
+    m = jnp.matmul(rms(wide.reshape(X.shape[0], -1)), fn.T, precision=lax.Precision.HIGHEST)
+    pre = jax.nn.sigmoid(m[:, :N] * scale[0] + base[:N]) + numbers.hc_eps
+    u = jnp.sum(pre[..., None] * wide, axis=1).astype(X.dtype)
+    h = (rms(u.astype(jnp.float32)) * norm).astype(X.dtype)
+    if fn.shape[0] == N:
+        return X, h, None, None
+    post = 2 * jax.nn.sigmoid(m[:, N : 2 * N] * scale[1] + base[N : 2 * N])
+    C = (m[:, 2 * N :] * scale[2] + base[2 * N :]).reshape(-1, N, N)
+    C = jax.nn.softmax(C, axis=-1) + numbers.hc_eps
+    C = C / (C.sum(-2, keepdims=True) + numbers.hc_eps)
+    for _ in range(numbers.iterations - 1):
+        C = C / (C.sum(-1, keepdims=True) + numbers.hc_eps)
+        C = C / (C.sum(-2, keepdims=True) + numbers.hc_eps)
+    return X, h, post, C
+
+
+def _expand(X, *refs, mixes: bool, c: Config):
+    """Refs: X (S, N, E), if `mixes` y (S, E), post (S, N), C (S, N, N); fn (L, M, N, E), layer; → X' if `mixes`, parts.
+
+    parts: float32 (slices, S, PARTS).
+    """
+    y, post, C, fn, layer, X_new, parts = refs if mixes else (None, None, None, *refs[:2], None, refs[2])
+    S, N, _ = X.shape
+    M = fn.shape[1]
+    p, first = pl.program_id(0), pl.program_id(1) * c.tokens
+    columns, column = pl.ds(p * c.columns, c.columns), p * c.columns + lax.iota(jnp.int32, c.columns)
+    output = lax.iota(jnp.int32, PARTS)
+    rows = layer[0], output[:, None]
+    f = [plgpu.load(fn.at[*rows, k, column[None]], mask=(output < M)[:, None], other=0) for k in range(N)]
+
+    def token(s, _):
+        x = [X[s, k, columns].astype(jnp.float32) for k in range(N)]
+        if mixes:
+            new = y[s, columns].astype(jnp.float32)
+            mixed = [post[s, k] * new + sum(C[s, j, k] * x[j] for j in range(N)) for k in range(N)]
+            x = [m.astype(X.dtype) for m in mixed]
+            for k in range(N):
+                X_new[s, k, columns] = x[k]
+            x = [v.astype(jnp.float32) for v in x]
+        products = sum(f[k].astype(jnp.float32) * x[k] for k in range(N))
+        squares = sum(v * v for v in x)
+        parts[p, s] = jnp.where(output == M, jnp.sum(squares), jnp.sum(products, axis=1))
+
+    lax.fori_loop(first, jnp.minimum(first + c.tokens, S), token, None)
+
+
+def _collapse(X, parts, base, scale, norm, layer, h, *mixture, numbers: Numbers, c: Config):
+    """Refs: X' (S, N, E), parts; → h (S, E), and post (S, N), C (S, N, N) unless the head follows."""
+    nth, (S, N, E), M = layer[0], X.shape, base.shape[1]
+
+    def mixed(dots: Array, squares: Array, which: int, index) -> Array:
+        r = lax.rsqrt(jnp.sum(squares, axis=0) * (1 / (N * E)) + numbers.norm_eps)
+        m = jnp.sum(dots, axis=0)
+        return m * r.reshape(*r.shape, *(1,) * (m.ndim - r.ndim)) * scale[nth, which] + base[nth, index]
+
+    # What a program needs is loaded at its start, so that it waits once.
+    def collapse(s: Array) -> None:
+        dots, squares = [parts[:, s, k] for k in range(N)], parts[:, s, M]
+        x, weight = [X[s, k].astype(jnp.float32) for k in range(N)], norm[nth]
+        pre = [jax.nn.sigmoid(mixed(m, squares, 0, k)) + numbers.hc_eps for k, m in enumerate(dots)]
+        u = sum(p * v for p, v in zip(pre, x, strict=True)).astype(X.dtype).astype(jnp.float32)
+        h[s] = (u * lax.rsqrt(jnp.sum(u * u) * (1 / E) + numbers.norm_eps) * weight).astype(h.dtype)
+
+    def mix(first: Array) -> None:
+        tokens, of_post, of_C = pl.ds(first, c.mixed), pl.ds(N, N), pl.ds(2 * N, N * N)
+        dots_post, dots_C, squares = parts[:, tokens, of_post], parts[:, tokens, of_C], parts[:, tokens, M]
+        post, C_out = mixture
+        post[tokens] = 2 * jax.nn.sigmoid(mixed(dots_post, squares, 1, of_post))
+        C = mixed(dots_C, squares, 2, of_C).reshape(c.mixed, N, N)
+        C = jnp.exp(C - jnp.max(C, axis=2, keepdims=True))
+        C = C / jnp.sum(C, axis=2, keepdims=True) + numbers.hc_eps
+
+        def normalised(C: Array, axis: int) -> Array:
+            return C / (jnp.sum(C, axis=axis, keepdims=True) + numbers.hc_eps)
+
+        def rows_then_columns(_, C: Array) -> Array:
+            return normalised(normalised(C, 2), 1)
+
+        C_out[tokens] = lax.fori_loop(0, numbers.iterations - 1, rows_then_columns, normalised(C, 1))
+
+    program = pl.program_id(0)
+    if mixture:
+        # The longer work first. The last block of tokens overlaps the one before, and writes the same.
+        blocks = pl.cdiv(S, c.mixed)
+        start = jnp.minimum(program * c.mixed, S - c.mixed)
+        lax.cond(program < blocks, lambda: mix(start), lambda: collapse(program - blocks))
+    else:
+        collapse(program)
+
+
+@functools.cache
+def _calls(S: int, N: int, E: int, M: int, dtype, mixes: bool, numbers: Numbers, c: Config, interpret: bool):
+    slices = E // c.columns
+    parts = jax.ShapeDtypeStruct((slices, S, PARTS), jnp.float32)
+    expand = common.call(
+        functools.partial(_expand, mixes=mixes, c=c),
+        name="hyper_expand",
+        grid=(slices, pl.cdiv(S, c.tokens)),
+        out_shape=[jax.ShapeDtypeStruct((S, N, E), dtype), parts] if mixes else [parts],
+        num_warps=c.expand_warps,
+        num_stages=1,
+        interpret=interpret,
+    )
+    last = M == N
+    mixture = [jax.ShapeDtypeStruct((S, N), jnp.float32), jax.ShapeDtypeStruct((S, N, N), jnp.float32)]
+    collapse = common.call(
+        functools.partial(_collapse, numbers=numbers, c=c),
+        name="hyper_collapse",
+        grid=(S if last else S + pl.cdiv(S, c.mixed),),
+        out_shape=[jax.ShapeDtypeStruct((S, E), dtype), *([] if last else mixture)],
+        num_warps=c.collapse_warps,
+        num_stages=1,
+        interpret=interpret,
+    )
+    return expand, collapse
+
+
+def configs(shape: Shape) -> list[Config]:
+    """Candidates of a sweep."""
+    if shape.tokens <= 32:
+        sizes = [(t, columns) for t in (1, 2, 4) if t <= shape.tokens for columns in (32, 64, 128)]
+        return [Config(t, columns, warps, collapse) for t, columns in sizes for warps in (4, 8) for collapse in (4, 8)]
+    return [
+        Config(t, columns, 4, collapse, mixed)
+        for t in (8, 16, 32)
+        for columns in (64, 128, 256)
+        for collapse in (4, 8)
+        for mixed in (16, 32)
+    ]
+
+
+def default_config(shape: Shape) -> Config:
+    columns = min(128, shape.dim)
+    if shape.tokens <= 32:
+        return Config(1 if shape.tokens < 8 else 4, columns, 4, 4)
+    return Config(16, columns, 4, 4, 32)
+
+
+def op(
+    X: Array,
+    mixed: tuple[Array, Array, Array] | None,
+    fn: Array,
+    base: Array,
+    scale: Array,
+    norm: Array,
+    layer: Array,
+    *,
+    numbers: Numbers = Numbers(),  # noqa: B008 (frozen)
+    implementation: Implementation = "pallas",
+    config: Config | None = None,
+    interpret: bool = False,
+) -> tuple[Array, Array, Array | None, Array | None]:
+    """X (S, N, E) → X' (S, N, E), h (S, E), post' (S, N), C' (S, N, N); post' and C' are float32.
+
+    mixed: the previous sub-layer's output y (S, E) in X's dtype, and float32 post (S, N) and C (S, N, N) of the
+    boundary before it; None before the first sub-layer, where X' is X.
+    fn: (L, 2N + N², N·E), base: (L, 2N + N²), scale: (L, 3), norm: (L, E), of which the layer's are used; fn has any
+    float dtype, the others are float32. The head has fn (L, N, N·E), base (L, N), scale (L, 1), and no post', C'.
+    layer: int32 (1,). Sums are float32, in a fixed order. Raises Unsupported.
+    """
+    if implementation == "xla":
+        return reference(X, mixed, fn, base, scale, norm, layer, numbers=numbers)
+    S, N, E = X.shape
+    L, M, K = fn.shape
+    c = config or default_config(Shape(S, dim=E))
+    if N & (N - 1) or E & (E - 1):
+        raise Unsupported(f"hyper: {N} streams of {E}, expected powers of two")
+    if K != N * E or M not in (N, 2 * N + N * N) or M >= PARTS:
+        rows = f"{2 * N + N * N} (or {N} for the head), and fewer than {PARTS},"
+        raise Unsupported(f"hyper: fn is {M} x {K}, expected {rows} rows of {N * E}")
+    if E % c.columns:
+        raise Unsupported(f"hyper: {E} columns, expected a multiple of the {c.columns} that a program takes")
+    if S < c.mixed:
+        raise Unsupported(f"hyper: {S} tokens, expected at least the {c.mixed} that a program takes")
+    expand, collapse = _calls(S, N, E, M, X.dtype, mixed is not None, numbers, c, interpret)
+    *new, parts = expand(X, *(mixed or ()), fn.reshape(L, M, N, E), layer)
+    X = new[0] if new else X
+    h, *mixture = collapse(X, parts, base, scale, norm, layer)
+    return X, h, *(mixture or (None, None))
