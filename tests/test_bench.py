@@ -1,23 +1,33 @@
-"""The sweep: its frontiers, its columns, what is in the cache at each, and that it leaves no trace."""
+"""The sweep over context: its frontiers and columns, and what is in the cache at each. The sweep over kernels."""
 
 import csv
 import dataclasses
+import json
 import re
+import sys
+import time
+import types
+from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
 
-from ds4jax import bench, cli, synthetic, tiny
+sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
+
+import bench_kernels
+from small import CFG
+
+from ds4jax import bench, cli, synthetic
 from ds4jax import cache as kv
 from ds4jax.engine import runner as engine
 from ds4jax.errors import ConfigError
 from ds4jax.sampling import Sampling
 from ds4jax.settings import Settings
+from pallas_kernels import common
 
-CFG = dataclasses.replace(
-    tiny.CONFIG, n_layers=2, compress_ratios=(4, 128), swiglu_clamp=(10.0,) * 2, n_hash_layers=1, index_top_k=8
-)
 MODEL = synthetic.Synthetic(CFG, synthetic.RECIPES["q8"], seed=3)
 GREEDY = Sampling(temperature=0.0)
 RUNNER = engine.Runner
@@ -222,3 +232,201 @@ def test_the_cache_has_room_for_what_is_needed(run, runners, monkeypatch):
         cli.run(bench.main, bench.FLAGS, "", ["--config=h200", "--synthetic=full"])
     expected = Settings.load("h200", ctx=28672 + 128, batch=1)
     assert asked == [expected]
+
+
+# ---- scripts/bench_kernels.py ----------------------------------------------------------------------------------------
+@dataclasses.dataclass(frozen=True)
+class ToyConfig:
+    block: int
+    how: str = "right"
+
+
+@dataclasses.dataclass(frozen=True)
+class ToyShape:
+    n: int
+    factor: float = 3.0
+    nbytes: int = 2**27
+    flops: int = 0
+
+    @property
+    def static(self):
+        return {"factor": self.factor}
+
+    def inputs(self, key):
+        return (jax.random.normal(key, (self.n,)),)
+
+
+def toy_op(x, *, factor, config=None, interpret=False):
+    if config.how == "raises":
+        raise ValueError("block is not\na divisor")
+
+    def kernel(x, y):
+        y[...] = x[...] * (factor if config.how != "wrong" else 2.0)
+
+    block = pl.BlockSpec((config.block,), lambda i: (i,))
+    call = common.call(
+        kernel, name="toy", grid=(x.shape[0] // config.block,), out_shape=x, in_specs=[block], out_specs=block,
+        num_warps=4, num_stages=1, interpret=interpret,
+    )  # fmt: skip
+    return {"y": call(x), "n": jnp.int32(x.shape[0])}
+
+
+def toy_reference(x, *, factor):
+    if factor < 0:
+        raise ValueError("no such factor")
+    return {"y": factor * x, "n": jnp.int32(x.shape[0])}
+
+
+@pytest.fixture
+def toy():
+    return types.SimpleNamespace(
+        SHAPES={"small": ToyShape(64), "decode 1": ToyShape(256)},
+        toy=toy_op,
+        reference=toy_reference,
+        default_config=lambda shape: ToyConfig(32),
+        configs=lambda shape: [ToyConfig(32), ToyConfig(64), ToyConfig(64, "raises"), ToyConfig(64, "wrong")],
+    )
+
+
+@pytest.fixture
+def sweep_kernels(toy, monkeypatch, capsys, tmp_path):
+    cases = [bench_kernels.Case("toy", name, toy, shape) for name, shape in toy.SHAPES.items()]
+    monkeypatch.setattr(bench_kernels, "discover", lambda ops, shapes: cases)
+    monkeypatch.setattr(bench_kernels, "this_device", lambda: bench_kernels.Device("A GPU", 1e12, 1e12))
+    monkeypatch.setattr(bench_kernels, "ROUND", 1e-4)
+    monkeypatch.setattr(bench_kernels, "CONFIG_DIR", tmp_path)
+
+    def call(*argv):
+        flags = [f"--out={tmp_path / 'out.json'}", "--repeats=2", *argv]
+        status = cli.run(bench_kernels.main, bench_kernels.FLAGS, "", flags)
+        out, err = capsys.readouterr()
+        assert err == ""
+        return status, out, json.loads((tmp_path / "out.json").read_text())
+
+    return call
+
+
+def test_the_sweep_of_a_kernel(sweep_kernels, tmp_path):
+    status, out, report = sweep_kernels("--write")
+    assert status == 0
+    results = report["results"]
+    # Defaults first, then the rest; all of one shape in the order of their times, what failed at the end.
+    assert [(r["shape"], r["default"]) for r in results] == [("small", True), ("decode 1", True)] + [
+        ("small", False)
+    ] * 3 + [("decode 1", False)] * 3
+    for group in (results[2:5], results[5:]):
+        by_how = {r["config"]["how"]: r for r in group}
+        assert by_how["right"]["error"] < 1e-6 and by_how["right"]["repeats"]
+        assert by_how["wrong"]["error"] == pytest.approx(1 / 3, rel=1e-5)
+        assert by_how["raises"]["us"] is None and by_how["raises"]["failed"] == "ValueError: block is not"
+        assert [r["us"] for r in group[:2]] == sorted(r["us"] for r in group[:2]) and group[2]["failed"]
+    for r in results:
+        if r["us"]:
+            assert r["gb_per_s"] == pytest.approx(2**27 / r["us"] / 1e3)
+            assert r["floor_share"] == pytest.approx(2**27 / 1e12 * 1e6 / r["us"])
+            assert not r["cached"]  # four copies of 128 MiB
+    assert "toy, small: 134.22 MB, 0.00 GFLOP, floor 134.22 µs\n" in out
+    assert "    failed  block=64 how=raises: ValueError: block is not\n" in out
+    assert out.count("block=32 how=right (default)\n") == 2
+
+    # The fastest that is right is written, beside what was there.
+    path = tmp_path / "tuned" / "a_gpu.json"
+    tuned = json.loads(path.read_text())
+    for shape in ("small", "decode 1"):
+        right = [r for r in results if r["shape"] == shape and r["config"]["how"] == "right"]
+        assert tuned["toy"][shape] == min(right, key=lambda r: r["us"])["config"]
+    path.write_text(json.dumps({"other": {"s": {"block": 1}}, "toy": {"small": {"block": 0}}}))
+    sweep_kernels("--write", "--nosweep")
+    assert json.loads(path.read_text()) == {
+        "other": {"s": {"block": 1}},
+        "toy": dict.fromkeys(("decode 1", "small"), {"block": 32, "how": "right"}),
+    }
+
+
+def test_defaults_come_first_when_time_is_short(sweep_kernels, monkeypatch):
+    clock = iter(range(0, 10**6, 50))
+    fake = types.SimpleNamespace(monotonic=lambda: next(clock), perf_counter=time.perf_counter)
+    monkeypatch.setattr(bench_kernels, "time", fake)
+    _, _, report = sweep_kernels("--minutes=2")
+    assert [(r["shape"], r["default"]) for r in report["results"]] == [("small", True), ("decode 1", True)]
+
+
+def test_a_shape_that_cannot_be_checked_stops_nothing(sweep_kernels, toy, monkeypatch):
+    shapes = toy.SHAPES = {"bad": ToyShape(64, factor=-1.0), **toy.SHAPES}
+    cases = [bench_kernels.Case("toy", name, toy, shape) for name, shape in shapes.items()]
+    monkeypatch.setattr(bench_kernels, "discover", lambda ops, names: cases)
+    status, out, report = sweep_kernels("--nosweep")
+    assert status == 1
+    assert [r["failed"] for r in report["results"]] == ["reference: ValueError: no such factor", None, None]
+    assert "  toy, bad: all failed\n" in out
+
+
+def test_gpus_share_the_shapes(sweep_kernels, monkeypatch, tmp_path):
+    started = []
+
+    class Child:
+        def __init__(self, command, env):
+            started.append(env["CUDA_VISIBLE_DEVICES"])
+            self.flags = [flag for flag in command if flag.startswith("--")]
+
+        def wait(self):
+            flags = self.flags
+            bench_kernels.FLAGS.unparse_flags()
+            bench_kernels.FLAGS(["", *flags])
+            path = next(flag for flag in flags if flag.startswith("--out=")).removeprefix("--out=")
+            report = bench_kernels.run(bench_kernels.discover((), ()), float("inf"))
+            bench_kernels.save(Path(path), report)
+            bench_kernels.FLAGS.unparse_flags()
+            bench_kernels.FLAGS(["", f"--out={tmp_path / 'out.json'}"])
+
+    monkeypatch.setattr(bench_kernels.subprocess, "Popen", Child)
+    _, _, report = sweep_kernels("--gpus=0,3", "--nosweep")
+    assert started == ["0", "3"]
+    assert [r["shape"] for r in report["results"]] == ["small", "decode 1"]
+
+
+def test_copies_are_distinct_and_as_many_as_needed():
+    inputs = (jnp.arange(8), {"w": jnp.ones(3), "none": None})
+
+    def pointers(nbytes):
+        sets = bench_kernels.copies(ToyShape(8, nbytes=nbytes), inputs, jnp.zeros(1))
+        assert all(bench_kernels.norm_error(s, inputs) == 0 for s in sets)
+        return [x.unsafe_buffer_pointer() for s in sets for x in jax.tree.leaves(s)]
+
+    for nbytes, n in ((2**27, 4), (2**30, 2), (1, 64)):
+        found = pointers(nbytes)
+        assert len(found) == len(set(found)) == 2 * n
+
+
+def test_errors_of_floats_integers_and_infinities():
+    error, inf = bench_kernels.norm_error, jnp.inf
+    assert error(jnp.array([3.0, 4.5]), jnp.array([3.0, 4.0])) == pytest.approx(0.1)
+    assert error(jnp.array([3, 4], jnp.bfloat16), jnp.array([3.0, 4.0])) == 0
+    assert error(jnp.array([1, 2, 3, 4]), jnp.array([1, 2, 4, 3])) == 0.5
+    assert error(jnp.array([1.0, -inf]), jnp.array([1.0, -inf])) == 0
+    assert error(jnp.array([1.0, -3e38]), jnp.array([1.0, -inf])) == inf
+    assert error(jnp.array([1.0, jnp.nan]), jnp.array([1.0, 2.0])) != 0
+    assert error((jnp.ones(2), jnp.array([True])), [jnp.ones(2), jnp.array([False])]) == 1
+    with pytest.raises(ValueError, match=r"results \[\(2,\)\] where the reference has \[\(3,\)\]"):
+        error(jnp.ones(2), jnp.ones(3))
+    assert bench_kernels.same_bits([(jnp.array([1.0, jnp.nan]),)] * 3)
+    assert not bench_kernels.same_bits([jnp.ones(2), jnp.ones(2), jnp.array([1.0, 1 + 1e-6])])
+
+
+def test_the_device_is_measured():
+    device = bench_kernels.this_device()
+    assert 1e8 < device.bandwidth < 1e13 and 1e7 < device.rate < 1e15
+    floor = bench_kernels.Device("", 2.0, 4.0).floor
+    assert (floor(ToyShape(1, nbytes=6, flops=8)), floor(ToyShape(1, nbytes=6, flops=16))) == (3, 4)
+
+
+def test_kernels_are_found_by_name_and_pattern():
+    names = [case.name for case in bench_kernels.discover(["topk"], ["decode*", "few visible"])]
+    assert "decode 28k" in names and "few visible" in names and "prefill 1024 at 28k" not in names
+    case = bench_kernels.discover(["topk"], ["decode 28k"])[0]
+    assert callable(case.op) and case.candidates() == case.candidates()
+    assert case.module.default_config(case.shape) not in case.candidates()
+    with pytest.raises(ConfigError, match="ops: found 'topkk', expected some of .*topk"):
+        bench_kernels.discover(["topkk"], ["*"])
+    with pytest.raises(ConfigError, match=r"shapes: found nothing\*, expected names or patterns"):
+        bench_kernels.discover(["topk"], ["nothing*"])
