@@ -1,0 +1,133 @@
+"""The sparse MLA kernel against its reference, and the reference against the model's attention."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ds4jax.model import attention, rope
+from ds4jax.numerics import Fp8Row
+from pallas_kernels import common, mla
+from pallas_kernels.mla import Config, Shape
+
+# The softmax weights are rounded to float16: 2⁻¹² at most, √3 less in the mean, and they are the largest rounding.
+TOLERANCE = 3e-4
+
+SMALL = {
+    "decode gathered": (Shape(2, 1, 150, 4, 32, heads=32, dim=128, window=32), Config(16, 16, 3, 1)),
+    "decode dense": (Shape(2, 1, 180, 4, heads=16, dim=128, window=32), Config(16, 32, 2, 1)),
+    "prefill gathered": (Shape(1, 5, 140, 4, 32, heads=16, dim=256, window=24), Config(16, 16, 1, 1)),
+    "prefill from nothing": (Shape(2, 6, 0, 4, heads=16, dim=128, window=16), Config(16, 16, 2, 1)),
+}
+
+
+def error(found: jax.Array, expected: jax.Array) -> float:
+    found, expected = (np.asarray(x, np.float64) for x in (found, expected))
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
+def run(shape: Shape, seed: int, **options) -> tuple[jax.Array, jax.Array]:
+    """Output in float32, and the reference's."""
+    inputs, static = shape.inputs(jax.random.key(seed)), shape.static | {"dtype": jnp.float32}
+    return mla.op(*inputs, **static, **options), mla.reference(*inputs, **static)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_agrees_with_the_reference(name):
+    shape, config = SMALL[name]
+    found, expected = run(shape, 1, config=config, interpret=True)
+    assert found.shape == (shape.batch, shape.queries, shape.heads, shape.dim)
+    assert error(found, expected) < TOLERANCE
+
+
+def test_the_reference_is_the_models_attention():
+    D, W, K, H, at, freq = 128, 16, 8, 16, 61, np.linspace(1, 0.01, 32, dtype=np.float32)
+    row = Fp8Row(D, 64)
+    k_near, k_far, k_q, k_sink = jax.random.split(jax.random.key(2), 4)
+    near, far = (row.encode(jax.random.normal(k, (1, n, D))) for k, n in ((k_near, W), (k_far, 12)))
+    q, sinks = jax.random.normal(k_q, (1, 1, H, D)), jax.random.normal(k_sink, (H,))
+    chosen, n = jnp.arange(K, dtype=jnp.int32)[None, None] + 3, 6
+    seen = jnp.broadcast_to(jnp.arange(K) < n, (1, 1, K))
+    sources = [
+        (row.decode(near, jnp.float32), jnp.ones((1, 1, W), bool)),
+        (row.decode({k: x[:, 3 : 3 + K] for k, x in far.items()}, jnp.float32), seen),
+    ]
+    position = jnp.full((1, 1), at, jnp.int32)
+    expected = rope.rotate(attention.attend(q, sources, sinks), position, freq, inverse=True)
+
+    stacks = [{k: x[None] for k, x in rows.items()} for rows in (near, far)]
+    angle = at * jnp.asarray(freq)[None, None]
+    # Ratio 10: (61 + 1) // 10 rows are visible.
+    args = q, *stacks, chosen, position[0], jnp.zeros(3, jnp.int32), sinks[None], jnp.cos(angle), jnp.sin(angle)
+    assert error(mla.op(*args, ratio=10, ring=True, implementation="xla"), expected) < 1e-6
+
+
+@pytest.mark.parametrize("device", ["NVIDIA H200", "NVIDIA RTX PRO 6000 Blackwell", "NVIDIA GB10"])
+def test_lowers_for_gpus(device):
+    for shape in mla.SHAPES.values():
+        leaves, tree = jax.tree.flatten(jax.eval_shape(shape.inputs, jax.random.key(0)))
+
+        def step(*leaves, tree=tree, shape=shape):
+            return mla.op(*jax.tree.unflatten(tree, leaves), **shape.static)
+
+        text = common.lower_for_gpu(step, *leaves, device=device)
+        assert text.count("__gpu$xla.gpu.triton") == (2 if mla.default_config(shape).splits > 1 else 1)
+
+
+@pytest.mark.parametrize("name", mla.SHAPES)
+def test_default_configs_fit_every_gpu(name):
+    shape = mla.SHAPES[name]
+    assert mla.shared_memory(mla.default_config(shape)) <= common.SHARED_MEMORY
+    assert mla.default_config(shape) in mla.configs(shape)
+
+
+def test_nbytes_and_flops_count_rows():
+    shape = mla.SHAPES["decode csa 28k"]
+    assert shape.rows_read == 128 + 512
+    assert shape.nbytes == 640 * 583 + 2 * 2 * 64 * 512
+    assert shape.flops == 2 * 2 * 64 * 512 * 640
+
+
+def test_refuses_what_it_does_not_take():
+    shape, config = SMALL["decode gathered"]
+    inputs = list(shape.inputs(jax.random.key(0)))
+
+    def refused(match, config=config, **changes):
+        args = [changes.get(str(i), x) for i, x in enumerate(inputs)]
+        with pytest.raises(common.Unsupported, match=match):
+            mla.op(*args, ratio=changes.get("ratio", 4), ring=True, config=config)
+
+    refused("heads 24, expected a power of two", dataclasses.replace(config, heads=24))
+    refused("32 heads, expected a multiple of 64", dataclasses.replace(config, heads=64))
+    refused("0 splits", dataclasses.replace(config, splits=0))
+    refused("ratio 0 with compressed rows", ratio=0)
+    refused("ratio 4 without compressed rows", **{"2": None, "3": None})
+    refused("codes.*bfloat16.*expected", **{"2": inputs[2] | {"codes": inputs[2]["codes"].astype(jnp.bfloat16)}})
+    refused("2 queries with a ring", **{"0": jnp.concatenate([inputs[0]] * 2, axis=1)})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", mla.SHAPES)
+def test_on_the_gpu(name):
+    shape = mla.SHAPES[name]
+    found, expected = run(shape, 3)
+    assert error(found, expected) < TOLERANCE
+    again, _ = run(shape, 3)
+    assert np.array_equal(np.asarray(found), np.asarray(again))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["decode csa 28k", "decode hca 28k", "prefill csa 2k"])
+def test_every_config_on_the_gpu(name):
+    shape = mla.SHAPES[name]
+    inputs, static = shape.inputs(jax.random.key(4)), shape.static | {"dtype": jnp.float32}
+    expected = mla.reference(*inputs, **static)
+    for config in mla.configs(shape):
+        try:
+            found = mla.op(*inputs, **static, config=config)
+        except jax.errors.JaxRuntimeError as e:  # a GPU with less shared memory than Hopper
+            assert "hared memory" in str(e) and mla.shared_memory(config) > common.SHARED_MEMORY
+            continue
+        assert error(found, expected) < TOLERANCE, config
