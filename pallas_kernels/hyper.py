@@ -7,7 +7,7 @@
 
 `expand` makes X' by slices of E, with each slice's part of fn · X' and of ΣX'². `collapse` adds the parts up in a fixed
 order and goes on from there: a program makes a token's h, and another its post' and C', whose 39 normalisations, each
-waiting for the one before, take as long as all of h.
+waiting for the one before, take as long as all of h. For many tokens XLA makes X', and `project` the products.
 
 Bytes: fn, 0.8 MB, and a token's streams in and out, 64 kB in bfloat16: 0.2 µs of an H200 for one token. So launches and
 latency are what it costs, 2 to 4 µs a kernel. Source: ds4jax/model/hyper.py, `connect`.
@@ -35,13 +35,17 @@ PARTS = 32  # values that a slice leaves per token: up to 31 of fn · X', then �
 
 @dataclass(frozen=True)
 class Config:
-    """tokens, columns (of E): what a program of `expand` takes. mixed: tokens per program that makes post and C."""
+    """tokens, columns: what a program of `expand` takes. mixed: tokens per program that makes post and C.
+
+    slices: if not 0, `expand` is replaced by XLA's and by `project`, whose programs take this share of N·E.
+    """
 
     tokens: int
     columns: int
-    expand_warps: int
+    warps: int
     collapse_warps: int
     mixed: int = 1
+    slices: int = 0
 
 
 @dataclass(frozen=True)
@@ -110,7 +114,15 @@ SHAPES = {
     "32": Shape(32),
     "1 float32": Shape(1, dtype="float32"),
     "prefill 2048": Shape(2048),
+    "prefill 8192": Shape(8192),
 }
+
+
+def expanded(X: Array, y: Array, post: Array, C: Array) -> Array:
+    """X'_k = post_k y + Σ_j C[j, k] X_j in XLA, which makes it one pass over X."""
+    wide, y = X.astype(jnp.float32), y.astype(jnp.float32)
+    streams = sum(C[:, j, :, None] * wide[:, j, None] for j in range(X.shape[1]))
+    return (streams + post[..., None] * y[:, None]).astype(X.dtype)
 
 
 def reference(
@@ -126,15 +138,9 @@ def reference(
 ) -> tuple[Array, Array, Array | None, Array | None]:
     """What `op` computes, in XLA."""
     fn, base, scale, norm = (w[layer[0]].astype(jnp.float32) for w in (fn, base, scale, norm))
-    wide, N = X.astype(jnp.float32), X.shape[1]
-    if mixed is not None:
-        y, post, C = mixed
-        wide = (
-            sum(C[:, j, :, None] * wide[:, j, None] for j in range(N))
-            + post[..., None] * y.astype(jnp.float32)[:, None]
-        )
-        X = wide.astype(X.dtype)
-        wide = X.astype(jnp.float32)
+    N = X.shape[1]
+    X = X if mixed is None else expanded(X, *mixed)
+    wide = X.astype(jnp.float32)
 
     def rms(x: Array) -> Array:
         return x * lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + numbers.norm_eps)
@@ -185,6 +191,36 @@ def _expand(X, *refs, mixes: bool, c: Config):
     lax.fori_loop(first, jnp.minimum(first + c.tokens, S), token, None)
 
 
+def _project(X, fn, layer, parts, *, c: Config):
+    """`_expand`'s parts from X' (S, N·E), for many tokens: products in the tensor cores. fn (L, M, N·E)."""
+    S, K = X.shape
+    M = fn.shape[1]
+    p, nth = pl.program_id(0), layer[0]
+    # The last block of tokens overlaps the one before, and writes the same.
+    tokens = pl.ds(jnp.minimum(pl.program_id(1) * c.tokens, S - c.tokens), c.tokens)
+    output, steps = lax.iota(jnp.int32, PARTS), K // c.slices // c.columns
+
+    def step(i, carry):
+        dots, squares = carry
+        start = (p * steps + i) * c.columns
+        column = start + lax.iota(jnp.int32, c.columns)
+        x = X[tokens, pl.ds(start, c.columns)]
+        f = plgpu.load(fn.at[nth, output[:, None], column[None]], mask=(output < M)[:, None], other=0)
+        f, wide = f.astype(jnp.float32), x.astype(jnp.float32)
+        if X.dtype == jnp.bfloat16:
+            # float16 is the sum of two bfloat16, so that products are exact; of a float32 three more bits than TF32's.
+            high = f.astype(jnp.bfloat16)
+            for part in (high, (f - high.astype(jnp.float32)).astype(jnp.bfloat16)):
+                dots += jnp.dot(x, part.T, preferred_element_type=jnp.float32)
+        else:
+            dots += jnp.dot(wide, f.T, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+        return dots, squares + jnp.sum(wide * wide, axis=1)
+
+    zeros = jnp.zeros((c.tokens, PARTS), jnp.float32), jnp.zeros(c.tokens, jnp.float32)
+    dots, squares = lax.fori_loop(0, steps, step, zeros)
+    parts[p, tokens] = jnp.where(output == M, squares[:, None], dots)
+
+
 def _collapse(X, parts, base, scale, norm, layer, h, *mixture, numbers: Numbers, c: Config):
     """Refs: X' (S, N, E), parts; → h (S, E), and post (S, N), C (S, N, N) unless the head follows."""
     nth, (S, N, E), M = layer[0], X.shape, base.shape[1]
@@ -230,30 +266,35 @@ def _collapse(X, parts, base, scale, norm, layer, h, *mixture, numbers: Numbers,
 
 
 @functools.cache
-def _calls(S: int, N: int, E: int, M: int, dtype, mixes: bool, numbers: Numbers, c: Config, interpret: bool):
-    slices = E // c.columns
+def _products(S: int, N: int, E: int, dtype, mixes: bool, c: Config, interpret: bool):
+    """The call of `_project` or `_expand`."""
+    slices = c.slices or E // c.columns
     parts = jax.ShapeDtypeStruct((slices, S, PARTS), jnp.float32)
-    expand = common.call(
-        functools.partial(_expand, mixes=mixes, c=c),
-        name="hyper_expand",
+    new = [jax.ShapeDtypeStruct((S, N, E), dtype)] if mixes and not c.slices else []
+    return common.call(
+        functools.partial(_project, c=c) if c.slices else functools.partial(_expand, mixes=mixes, c=c),
+        name="hyper_project" if c.slices else "hyper_expand",
         grid=(slices, pl.cdiv(S, c.tokens)),
-        out_shape=[jax.ShapeDtypeStruct((S, N, E), dtype), parts] if mixes else [parts],
-        num_warps=c.expand_warps,
-        num_stages=1,
+        out_shape=[*new, parts],
+        num_warps=c.warps,
+        num_stages=3 if c.slices else 1,
         interpret=interpret,
     )
-    last = M == N
+
+
+@functools.cache
+def _collapsed(S: int, N: int, E: int, dtype, head: bool, numbers: Numbers, c: Config, interpret: bool):
+    """The call of `_collapse`."""
     mixture = [jax.ShapeDtypeStruct((S, N), jnp.float32), jax.ShapeDtypeStruct((S, N, N), jnp.float32)]
-    collapse = common.call(
+    return common.call(
         functools.partial(_collapse, numbers=numbers, c=c),
         name="hyper_collapse",
-        grid=(S if last else S + pl.cdiv(S, c.mixed),),
-        out_shape=[jax.ShapeDtypeStruct((S, E), dtype), *([] if last else mixture)],
+        grid=(S if head else S + pl.cdiv(S, c.mixed),),
+        out_shape=[jax.ShapeDtypeStruct((S, E), dtype), *([] if head else mixture)],
         num_warps=c.collapse_warps,
         num_stages=1,
         interpret=interpret,
     )
-    return expand, collapse
 
 
 def configs(shape: Shape) -> list[Config]:
@@ -262,19 +303,19 @@ def configs(shape: Shape) -> list[Config]:
         sizes = [(t, columns) for t in (1, 2, 4) if t <= shape.tokens for columns in (32, 64, 128)]
         return [Config(t, columns, warps, collapse) for t, columns in sizes for warps in (4, 8) for collapse in (4, 8)]
     return [
-        Config(t, columns, 4, collapse, mixed)
-        for t in (8, 16, 32)
-        for columns in (64, 128, 256)
+        Config(t, columns, 4, collapse, 32, slices)
+        for t in (64, 128)
+        for columns in (64, 128)
+        for slices in (4, 8, 16)
         for collapse in (4, 8)
-        for mixed in (16, 32)
     ]
 
 
 def default_config(shape: Shape) -> Config:
     columns = min(128, shape.dim)
-    if shape.tokens <= 32:
+    if shape.tokens < 64:
         return Config(1 if shape.tokens < 8 else 4, columns, 4, 4)
-    return Config(16, columns, 4, 4, 32)
+    return Config(64, min(64, shape.dim), 4, 4, 32, 4 if shape.tokens > 2048 else 8)
 
 
 def op(
@@ -309,12 +350,17 @@ def op(
     if K != N * E or M not in (N, 2 * N + N * N) or M >= PARTS:
         rows = f"{2 * N + N * N} (or {N} for the head), and fewer than {PARTS},"
         raise Unsupported(f"hyper: fn is {M} x {K}, expected {rows} rows of {N * E}")
-    if E % c.columns:
-        raise Unsupported(f"hyper: {E} columns, expected a multiple of the {c.columns} that a program takes")
-    if S < c.mixed:
-        raise Unsupported(f"hyper: {S} tokens, expected at least the {c.mixed} that a program takes")
-    expand, collapse = _calls(S, N, E, M, X.dtype, mixed is not None, numbers, c, interpret)
-    *new, parts = expand(X, *(mixed or ()), fn.reshape(L, M, N, E), layer)
-    X = new[0] if new else X
-    h, *mixture = collapse(X, parts, base, scale, norm, layer)
+    each, of = (K // c.slices, f"each of {c.slices} slices of {K}") if c.slices else (E, f"{E} columns")
+    if each % c.columns or K % max(c.slices, 1):
+        raise Unsupported(f"hyper: {of}, expected a multiple of the {c.columns} that a program takes")
+    if S < (needed := max(c.mixed, c.tokens if c.slices else 1)):
+        raise Unsupported(f"hyper: {S} tokens, expected at least the {needed} that a program takes")
+    products = _products(S, N, E, X.dtype, mixed is not None, c, interpret)
+    if c.slices:
+        X = X if mixed is None else expanded(X, *mixed)
+        (parts,) = products(X.reshape(S, K), fn, layer)
+    else:
+        *new, parts = products(X, *(mixed or ()), fn.reshape(L, M, N, E), layer)
+        X = new[0] if new else X
+    h, *mixture = _collapsed(S, N, E, X.dtype, M == N, numbers, c, interpret)(X, parts, base, scale, norm, layer)
     return X, h, *(mixture or (None, None))

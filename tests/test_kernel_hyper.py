@@ -45,6 +45,9 @@ SMALL = {
     "float32": (Shape(3, dim=64, dtype="float32"), Config(2, 16, 4, 4)),
     "first": (Shape(2, first=True, dim=64), Config(1, 32, 4, 4)),
     "head": (Shape(2, head=True, dim=64, layers=1), Config(1, 32, 4, 4)),
+    "many": (Shape(70, dim=128), Config(64, 32, 4, 4, 32, 2)),
+    "many, first": (Shape(64, first=True, dim=128), Config(64, 64, 4, 4, 32, 1)),
+    "many, float32": (Shape(64, dim=128, dtype="float32"), Config(32, 64, 4, 4, 32, 4)),
     "2 streams": (Shape(2, streams=2, dim=64), Config(1, 32, 4, 4)),
 }
 
@@ -102,6 +105,8 @@ def test_lowers_for_gpus(device):
         (Shape(1, dim=64), {"fn": jnp.zeros((3, 20, 256))}, "fn is 20 x 256, expected 24"),
         (Shape(1, dim=64), {"config": Config(1, 128, 4, 4)}, "64 columns"),
         (Shape(1, dim=64), {"config": Config(1, 64, 4, 4, 2)}, "1 tokens, expected at least the 2"),
+        (Shape(32, dim=64), {"config": Config(64, 64, 4, 4, 32, 2)}, "32 tokens, expected at least the 64"),
+        (Shape(64, dim=64), {"config": Config(64, 64, 4, 4, 32, 8)}, "each of 8 slices of 256, expected a multiple of"),
     ],
 )
 def test_unsupported(shape, change, message):
