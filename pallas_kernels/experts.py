@@ -56,14 +56,12 @@ class Config:
     """A program has `num_warps` warps; each takes `rows` rows of a matrix, one after the other.
 
     tokens: how many tokens of one expert a program of gate_up serves at most; experts with more are read again.
-    ahead: down: of how many experts weights are loaded before the first is used.
     sign_tables: how many of the four sign sets of an IQ2_XXS word come from a table (loads) instead of arithmetic.
     """
 
     num_warps: int = 4
     rows: int = 2
     tokens: int = 1
-    ahead: int = 1
     sign_tables: int = 0
 
 
@@ -101,34 +99,42 @@ class Gpu:
         spread = _ptx(ptx, "=r,=r,=r,=r,r", x, pack=4)
         return spread.reshape(*x.shape[:-1], -1, 4).sum(-1)
 
+    @staticmethod
+    def fence() -> None:
+        """Loads written before stay before: the compiler would move them down to the first use of their values."""
+        plgpu.debug_barrier()
+
 
 class Emulation:
     """The same in plain operations, for interpret mode."""
 
     @staticmethod
-    def _field(words: Array, i: int, bits: int) -> Array:
-        """Signed field i of `bits` bits."""
-        return _i32(words) << (32 - bits - bits * i) >> (32 - bits)
+    def _fields(words: Array, bits: int) -> Array:
+        """Signed fields of `bits` bits, lowest first, on a new last axis."""
+        shape = *words.shape, 32 // bits
+        low = bits * lax.broadcasted_iota(jnp.int32, shape, words.ndim)
+        return _i32(words)[..., None] << (32 - bits - low) >> (32 - bits)
 
     @classmethod
     def dot4(cls, w, x0, x1, total):
-        for i in range(4):
-            total = total + cls._field(w, i, 8) * cls._field(x0 if i < 2 else x1, i % 2, 16)
-        return total
+        x = jnp.concatenate([cls._fields(x0, 16), cls._fields(x1, 16)], axis=-1)
+        return total + (cls._fields(w, 8) * x).sum(-1)
 
     @classmethod
     def lookup(cls, codes, low, high):
-        out = jnp.zeros_like(low)
-        for i in range(4):
-            code = _i32(codes) >> (4 * i) & 15
-            byte = jnp.where(code < 4, low >> (8 * (code & 3)), high >> (8 * (code & 3))) & 255
-            out = out | jnp.where(code < 8, byte, jnp.where(byte < 128, 0, 255)) << (8 * i)
-        return out
+        chosen = (cls._fields(codes, 4)[..., :4] & 7)[..., None]
+        bytes_ = jnp.concatenate([cls._fields(low, 8), cls._fields(high, 8)], axis=-1)[..., None, :]
+        chosen = chosen == lax.broadcasted_iota(jnp.int32, (*chosen.shape[:-1], 8), chosen.ndim - 1)
+        return cls.words(jnp.where(chosen, bytes_, 0).sum(-1))[..., 0]
 
     @staticmethod
     def words(x):
         place = 8 * (lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1) % 4)
         return ((x.astype(jnp.int32) & 255) << place).reshape(*x.shape[:-1], -1, 4).sum(-1)
+
+    @staticmethod
+    def fence():
+        pass
 
 
 # ---- formats ---------------------------------------------------------------------------------------------------------
@@ -586,12 +592,11 @@ def reference_gate_up(
     x: Array, ids: Array, weights: Array, gate: Sequence[Array], up: Sequence[Array], *, fmt: str, clamp: float
 ) -> Array:
     """`gate_up` in XLA, in float32, one pair after the other."""
-    matrix = lambda planes, e: _quantized(fmt)(*(p[e] for p in planes)).dequantize()  # noqa: E731
 
     def pair(args):
         x, e, weight = args
-        g, u = (jnp.matmul(matrix(planes, e), x, precision=lax.Precision.HIGHEST) for planes in (gate, up))
-        return jax.nn.silu(jnp.minimum(g, clamp)) * jnp.clip(u, -clamp, clamp) * weight
+        g, u = (_row_products(planes, e, x, fmt) for planes in (gate, up))
+        return jax.nn.silu(jnp.minimum(g, clamp)) * jnp.clip(u, -clamp, clamp) * jnp.where(e < 0, 0, weight)
 
     x = jnp.repeat(x.astype(jnp.float32), ids.shape[1], axis=0)
     return lax.map(pair, (x, ids.reshape(-1), weights.reshape(-1)))
@@ -600,12 +605,13 @@ def reference_gate_up(
 def reference_down(act: Array, ids: Array, planes: Sequence[Array], *, fmt: str) -> Array:
     """`down` in XLA, in float32, one pair after the other."""
 
-    def pair(args):
-        act, e = args
-        matrix = _quantized(fmt)(*(p[e] for p in planes)).dequantize()
-        return jnp.matmul(matrix, act, precision=lax.Precision.HIGHEST)
+    pairs = lax.map(lambda pair: _row_products(planes, *pair, fmt), (ids.reshape(-1), act.astype(jnp.float32)))
+    return pairs.reshape(*ids.shape, -1).sum(1)
 
-    return lax.map(pair, (act.astype(jnp.float32), ids.reshape(-1))).reshape(*ids.shape, -1).sum(1)
+
+def _row_products(planes: Sequence[Array], expert: Array, x: Array, fmt: str) -> Array:
+    matrix = _quantized(fmt)(*(p[jnp.maximum(expert, 0)] for p in planes)).dequantize()
+    return jnp.matmul(matrix, x, precision=lax.Precision.HIGHEST)
 
 
 def reference(*arrays, stage: Stage, **static) -> Array:
@@ -633,8 +639,9 @@ def gate_up(
 ) -> Array:
     """silu(min(g, clamp)) · clip(u, -clamp, clamp) · weight for each token and each of its experts.
 
-    x (S, K) float; ids (S, k) int32; weights (S, k) float32; planes of gate and up, each (experts, F, K) in `fmt`.
-    Returns float32 (S·k, F), the pairs of a token one after the other. Raises Unsupported.
+    x (S, K) float; ids (S, k) int32, negative where the expert is held elsewhere; weights (S, k) float32; planes of
+    gate and up, each (experts, F, K) in `fmt`. Returns float32 (S·k, F), the pairs of a token one after the other,
+    zeros for experts held elsewhere. Raises Unsupported.
     """
     if implementation == "xla":
         return reference_gate_up(x, ids, weights, gate, up, fmt=fmt, clamp=clamp)
@@ -662,8 +669,8 @@ def down(
 ) -> Array:
     """Σ over a token's experts of W act, in the order of `ids`.
 
-    act (S·k, F) float, as `gate_up` returns it; ids (S, k) int32; planes (experts, E, F) in `fmt`. Returns float32
-    (S, E). Raises Unsupported.
+    act (S·k, F) float, as `gate_up` returns it; ids as there; planes (experts, E, F) in `fmt`. Returns float32 (S, E).
+    Raises Unsupported.
     """
     if implementation == "xla":
         return reference_down(act, ids, planes, fmt=fmt)
@@ -766,21 +773,28 @@ class Products:
     op: type[Gpu] | type[Emulation]
     table: Ref | None = None
 
-    def load(self, tiles: Sequence[tuple[Sequence[Ref], Array, Array]]) -> list[tuple[Program, list[tuple]]]:
-        """Tiles are planes, an expert, and the first of num_warps rows. Returns each step along the rows."""
+    @property
+    def steps(self) -> list[Program]:
         units = self.k // self.fmt.unit
         step = min(units, self.fmt.step)
-        out = []
-        for start in range(0, units, step):
-            here = start + lax.broadcasted_iota(jnp.int32, (self.config.num_warps, step), 1)
-            program = Program(start, here, self.table, self.op, self.config)
-            out.append((program, [self.fmt.load(refs, Tile(program, expert, row)) for refs, expert, row in tiles]))
-        return out
+        shape = self.config.num_warps, step
+        return [
+            Program(start, start + lax.broadcasted_iota(jnp.int32, shape, 1), self.table, self.op, self.config)
+            for start in range(0, units, step)
+        ]
 
-    def dot(self, steps: list[tuple[Program, list[tuple]]], packed: Ref, tokens: Sequence[Array]) -> list[list[Array]]:
+    def load(self, tiles: Sequence[tuple[Sequence[Ref], Array, Array]]) -> list[list[tuple]]:
+        """Tiles are planes, an expert, and the first of num_warps rows. Returns [step][tile] what `dot` takes."""
+        loaded = [
+            [self.fmt.load(refs, Tile(program, expert, row)) for refs, expert, row in tiles] for program in self.steps
+        ]
+        self.op.fence()
+        return loaded
+
+    def dot(self, loaded: list[list[tuple]], packed: Ref, tokens: Sequence[Array]) -> list[list[Array]]:
         """[tile][token] → float32 (warps, n), what every thread has of the products with these tokens of `packed`."""
         totals = None
-        for program, rows in steps:
+        for program, rows in zip(self.steps, loaded, strict=True):
             parts = self.fmt.dot(rows, [Activations(packed, t, self.fmt, program.units) for t in tokens], program)
             totals = parts if totals is None else jax.tree.map(jnp.add, totals, parts)
         return totals
@@ -788,7 +802,7 @@ class Products:
 
 @functools.cache
 def _gate_up(fmt: str, S: int, k: int, K: int, F: int, clamp: float, config: Config, interpret: bool):
-    planes, warps = len(FORMATS[fmt].planes), config.num_warps
+    planes, warps, tokens = len(FORMATS[fmt].planes), config.num_warps, min(config.tokens, S)
 
     def kernel(x, ids, rank, following, weights, *rest):
         gate, up, (*table, out) = rest[:planes], rest[planes : 2 * planes], rest[2 * planes :]
@@ -805,16 +819,21 @@ def _gate_up(fmt: str, S: int, k: int, K: int, F: int, clamp: float, config: Con
                     g = jnp.minimum(g, clamp)
                     out[p, pl.ds(start, warps)] = g / (1 + jnp.exp(-g)) * jnp.clip(u, -clamp, clamp) * weights[p]
 
-        if config.tokens == 1 or S == 1:
-            return serve([pair])
-        # The pair that comes first among `tokens` pairs of one expert serves them all.
+        held = ids[pair] >= 0
+
+        @pl.when(~held)
+        def _():
+            for start in starts:
+                out[pair, pl.ds(start, warps)] = jnp.zeros((warps,), jnp.float32)
+
+        # Of the pairs of one expert every tokens-th serves itself and those that follow.
         pairs = [pair]
-        for _ in range(config.tokens - 1):
+        for _ in range(1, tokens):
             pairs.append(jnp.where(pairs[-1] < 0, -1, following[jnp.maximum(pairs[-1], 0)]))
         found = sum((p >= 0).astype(jnp.int32) for p in pairs)
-        for n in range(1, config.tokens + 1):
-            leads = (rank[pair] % config.tokens == 0) & (found == n)
-            pl.when(leads)(functools.partial(serve, pairs[:n]))
+        serves = held & (rank[pair] % tokens == 0) if tokens > 1 else held
+        for n in range(1, tokens + 1):
+            pl.when(serves & (found == n) if tokens > 1 else serves)(functools.partial(serve, pairs[:n]))
 
     return common.call(
         kernel,
@@ -830,23 +849,27 @@ def _gate_up(fmt: str, S: int, k: int, K: int, F: int, clamp: float, config: Con
 @functools.cache
 def _down(fmt: str, S: int, k: int, F: int, E: int, config: Config, interpret: bool):
     planes, warps = len(FORMATS[fmt].planes), config.num_warps
-    ahead = min(config.ahead, k)
 
     def kernel(act, ids, *rest):
         refs, (*table, out) = rest[:planes], rest[planes:]
         products = Products(FORMATS[fmt], F, config, Emulation if interpret else Gpu, *table)
         s, first = pl.program_id(0), pl.program_id(1) * warps * config.rows
         starts = [first + warps * i for i in range(config.rows)]
-        pairs = [s * k + i for i in range(k)]
-        experts = [ids[pair] for pair in pairs]
-        load = lambda i: products.load([(refs, experts[i], start) for start in starts])  # noqa: E731
-        loaded = [load(i) for i in range(ahead)]
-        totals = None
-        for i, pair in enumerate(pairs):
-            if i + ahead < k:
-                loaded.append(load(i + ahead))
-            parts = products.dot(loaded.pop(0), act, [pair])
-            totals = parts if totals is None else jax.tree.map(jnp.add, totals, parts)
+
+        def expert(i):
+            return jnp.maximum(ids[s * k + jnp.minimum(i, k - 1)], 0)
+
+        def load(expert):
+            return products.load([(refs, expert, start) for start in starts])
+
+        def step(i, carry):
+            # The next expert's weights are on their way while this one's are used; the last one's are read twice.
+            loaded, following, totals = carry
+            ahead = load(following), expert(i + 2)
+            return *ahead, jax.tree.map(jnp.add, totals, products.dot(loaded, act, [s * k + i]))
+
+        zeros = [[jnp.zeros(products.steps[0].units.shape, jnp.float32)] for _ in starts]
+        *_, totals = lax.fori_loop(0, k, step, (load(expert(0)), expert(1), zeros))
         for start, (total,) in zip(starts, totals, strict=True):
             out[s, pl.ds(start, warps)] = total.sum(1)
 

@@ -1,0 +1,221 @@
+"""Routed experts: the kernels against XLA, and XLA against the model's own experts."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ds4jax import quant
+from ds4jax.model import moe
+from ds4jax.weights import SwiGLU
+from pallas_kernels import common, experts
+from pallas_kernels.common import Unsupported
+from pallas_kernels.experts import FORMATS, SHAPES, Config, Shape
+
+# Fixed-point activations are 2e-5 of the norm off, gate times up a little more; sums are float32 or exact.
+TOLERANCE = 1e-4
+SMALL = Config(num_warps=2, rows=1)
+DEVICES = ["NVIDIA H200", "NVIDIA RTX PRO 6000 Blackwell", "NVIDIA GB10"]
+
+
+def error(found, expected):
+    assert found.shape == expected.shape and found.dtype == expected.dtype == jnp.float32
+    return float(jnp.linalg.norm(found - expected) / jnp.linalg.norm(expected))
+
+
+def small(stage, fmt, tokens=1, k=256, n=32):
+    return Shape(stage, fmt, tokens, k, n, experts=3, used=2)
+
+
+def check(shape, config, inputs=None):
+    inputs = inputs or shape.inputs(jax.random.key(0))
+    expected = experts.reference(*inputs, **shape.static)
+    assert 0.01 < float(jnp.abs(expected).mean()) < 10
+    found = experts.experts(*inputs, **shape.static, config=config, interpret=True)
+    assert error(found, expected) < TOLERANCE
+    return found
+
+
+# ---- meaning ---------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_gate_up(fmt):
+    check(small("gate_up", fmt), SMALL)
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_down(fmt):
+    """Units of 32 threads and more, so that a row takes several steps where the format has them."""
+    check(small("down", fmt, k=1024 if fmt != "IQ2_XXS" else 256), SMALL)
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_a_format_takes_every_scale_and_code(fmt):
+    """Random bytes instead of weights with equal scales; only float16 and exponent planes keep to a sensible range."""
+    shape = small("down", fmt)
+    act, ids, planes = shape.inputs(jax.random.key(0))
+    rng = np.random.default_rng(0)
+
+    def noise(plane):
+        if plane.dtype == jnp.float16:
+            return jnp.asarray(rng.uniform(0.1, 1, plane.shape), jnp.float16) * plane[:1]
+        if plane.dtype == jnp.uint8:
+            return jnp.asarray(rng.integers(120, 130, plane.shape), jnp.uint8)
+        return jnp.asarray(np.frombuffer(rng.bytes(plane.nbytes), plane.dtype).reshape(plane.shape))
+
+    planes = tuple(map(noise, planes))
+    expected = experts.reference(act, ids, planes, **shape.static)
+    found = experts.experts(act, ids, planes, **shape.static, config=SMALL, interpret=True)
+    assert error(found, expected) < TOLERANCE
+
+
+def test_sign_tables_hold_what_arithmetic_gives():
+    sets = jnp.arange(128, dtype=jnp.uint32)
+    np.testing.assert_array_equal(experts.IQ2_XXS.spread(sets), experts.IQ2_XXS.table()[256:384])
+    bits = np.asarray(quant.IQ2_XXS_SIGNS)[:, None] >> experts.IQ2_XXS.nibbles & 1
+    np.testing.assert_array_equal(experts.IQ2_XXS.spread(sets)[:, None] >> np.arange(2, 32, 4, np.uint32) & 1, bits)
+
+
+def test_sign_tables():
+    shape = small("gate_up", "IQ2_XXS")
+    np.testing.assert_array_equal(check(shape, SMALL), check(shape, dataclasses.replace(SMALL, sign_tables=4)))
+
+
+def test_tokens_of_one_expert_are_served_together():
+    """All five choose expert 1, so that groups of two come out full, full and half; one pair is held elsewhere."""
+    shape = small("gate_up", "Q8_0", tokens=5)
+    x, _, *rest = shape.inputs(jax.random.key(0))
+    ids = jnp.asarray([[0, 1], [1, 2], [1, 0], [2, 1], [-1, 1]], jnp.int32)
+    together = check(shape, dataclasses.replace(SMALL, tokens=2), (x, ids, *rest))
+    np.testing.assert_array_equal(together, check(shape, SMALL, (x, ids, *rest)))
+    assert not together[8].any() and together[9].all()
+
+
+def test_groups():
+    ids, rank, following = experts._groups(jnp.asarray([[3, 1], [1, 3], [2, 1]], jnp.int32))
+    assert ids.tolist() == [3, 1, 1, 3, 2, 1]
+    assert rank.tolist() == [0, 0, 1, 1, 0, 2]
+    assert following.tolist() == [3, 2, 5, -1, -1, -1]
+
+
+def test_both_stages_are_the_models_experts():
+    """Several tokens, in the types of the published file, some of their experts on another device."""
+    S, E, F, held = 2, 256, 256, 3
+    keys = jax.random.split(jax.random.key(0), 5)
+    types = quant.IQ2_XXS, quant.IQ2_XXS, quant.Q2_K
+    shapes = (held, F, E), (held, F, E), (held, E, F)
+    w = SwiGLU(*(t.random(key, s, s[-1] ** -0.5) for t, s, key in zip(types, shapes, keys, strict=False)))
+    x = jax.random.normal(keys[3], (S, E)) * 4  # so that the clamp is met
+    ids = jnp.asarray([[1, 0, 2], [3, 2, 1]], jnp.int32)
+    weights = jax.random.uniform(keys[4], ids.shape, jnp.float32, 0.5, 1)
+    expected = moe.experts(x, ids, weights, w, clamp=2.0)
+    gate, up, down = (tuple(jax.tree.leaves(m)) for m in (w.gate, w.up, w.down))
+    mine = jnp.where(ids < held, ids, -1)
+    for options in ({"interpret": True, "config": Config(2, rows=2)}, {"implementation": "xla"}):
+        act = experts.gate_up(x, mine, weights, gate, up, fmt="IQ2_XXS", clamp=2.0, **options)
+        y = experts.down(act, mine, down, fmt="Q2_K", **options)
+        assert error(y, expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_pack(fmt):
+    """Every activation is in its word, at 1/65534 of the unit's largest; sums and scales are those of the words."""
+    k, form = 512, FORMATS[fmt]
+    x = np.array(jax.random.normal(jax.random.key(0), (2, k)) * jnp.geomspace(1e-3, 1e3, k), np.float32)
+    x[1, :256] = 0
+    packed = np.asarray(experts.pack(jnp.asarray(x), fmt=fmt, interpret=True))
+    words, sums, scale = np.split(packed, [form.unit // 2, form.unit // 2 + form.sums], axis=1)
+    values = np.ascontiguousarray(words.transpose(0, 2, 1)).view(np.int16)  # token, unit, position
+    scale = scale[:, 0].view(np.float32)
+    order = form.order(k)
+    assert sorted(order.ravel()) == list(range(k))
+    off = np.abs(values * scale[..., None] - x[:, order])
+    assert (off <= np.abs(x[:, order]).max(-1, keepdims=True) * (0.5001 / experts.FIXED)).all()
+    assert not values[x[:, order] == 0].any() and (np.abs(values).max(-1) == experts.FIXED)[0].all()
+    if form.sums:
+        np.testing.assert_array_equal(sums, values.reshape(*scale.shape, form.sums, -1).sum(-1).transpose(0, 2, 1))
+
+
+# ---- what it takes ---------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"fmt": "F16"}, "format: found F16, expected one of IQ2_XXS, Q2_K, Q4_K, MXFP4, Q8_0"),
+        ({"tokens": 33}, "tokens: found 33, expected 1 to 32"),
+        ({"k": 768}, "columns: found 768, expected a power of two"),
+        ({"n": 6}, r"rows: found 6, expected a multiple of 4 · 1"),
+    ],
+)
+def test_unsupported(changes, message):
+    shape = dataclasses.replace(small("down", "Q8_0"), **changes)
+    planes = (jax.ShapeDtypeStruct((3, shape.n, m * shape.k // 256), dtype) for dtype, m in FORMATS["Q8_0"].planes)
+    act = jax.ShapeDtypeStruct((shape.tokens * 2, shape.k), jnp.float32)
+    ids = jax.ShapeDtypeStruct((shape.tokens, 2), jnp.int32)
+    with pytest.raises(Unsupported, match=message):
+        experts.down(act, ids, tuple(planes), fmt=shape.fmt, config=Config(4, rows=1))
+
+
+def test_planes_of_another_format_are_unsupported():
+    shape = small("down", "Q4_K")
+    with pytest.raises(Unsupported, match=r"Q2_K planes of rows of 256 values: found .*, expected .*uint32"):
+        experts.down(*shape.inputs(jax.random.key(0)), fmt="Q2_K", interpret=True)
+
+
+def test_gate_and_up_must_have_equal_shapes():
+    x, ids, weights, gate, up = small("gate_up", "Q8_0").inputs(jax.random.key(0))
+    with pytest.raises(Unsupported, match="expected equal shapes"):
+        experts.gate_up(x, ids, weights, gate, tuple(p[:, :2] for p in up), fmt="Q8_0", clamp=10.0, interpret=True)
+
+
+# ---- the GPU ---------------------------------------------------------------------------------------------------------
+def structs(shape):
+    return jax.eval_shape(shape.inputs, jax.eval_shape(lambda: jax.random.key(0)))
+
+
+@pytest.mark.parametrize("name", [name for name in SHAPES if name.endswith(" 1")] + ["gate_up IQ2_XXS 16"])
+def test_lowers_for_every_gpu(name):
+    shape = SHAPES[name]
+    for device in DEVICES if name in ("gate_up IQ2_XXS 1", "down Q2_K 1") else DEVICES[:1]:
+        text = common.lower_for_gpu(lambda *a: experts.experts(*a, **shape.static), *structs(shape), device=device)
+        assert text.count("stablehlo.custom_call @__gpu$xla.gpu.triton") == 2  # pack and the product
+
+
+def test_candidates_cover_the_default():
+    for shape in SHAPES.values():
+        assert experts.default_config(shape) in experts.configs(shape)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", SHAPES)
+def test_on_the_gpu(name):
+    shape = SHAPES[name]
+    inputs = shape.inputs(jax.random.key(1))
+    run = jax.jit(lambda *a: experts.experts(*a, **shape.static))
+    found = run(*inputs)
+    assert error(found, jax.jit(lambda *a: experts.reference(*a, **shape.static))(*inputs)) < TOLERANCE
+    np.testing.assert_array_equal(found, run(*inputs))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["gate_up IQ2_XXS 1", "gate_up IQ2_XXS 16", "down Q2_K 1", "down Q2_K 16"])
+def test_every_candidate_on_the_gpu(name):
+    shape = SHAPES[name]
+    inputs = shape.inputs(jax.random.key(2))
+    expected = jax.jit(lambda *a: experts.reference(*a, **shape.static))(*inputs)
+    for config in experts.configs(shape):
+        found = jax.jit(lambda *a, config=config: experts.experts(*a, **shape.static, config=config))(*inputs)
+        assert error(found, expected) < TOLERANCE, config
+
+
+@pytest.mark.gpu
+def test_tokens_that_agree_on_their_experts_on_the_gpu():
+    """All sixteen choose the same six, so every group is full; one token has some of them elsewhere."""
+    shape = SHAPES["gate_up IQ2_XXS 16"]
+    x, ids, *rest = shape.inputs(jax.random.key(3))
+    ids = jnp.tile(ids[:1], (16, 1)).at[5, 2:].set(-1)
+    expected = jax.jit(lambda *a: experts.reference(*a, **shape.static))(x, ids, *rest)
+    for tokens in (1, 2, 4):
+        config = dataclasses.replace(experts.default_config(shape), tokens=tokens)
+        found = jax.jit(lambda *a, config=config: experts.experts(*a, **shape.static, config=config))(x, ids, *rest)
+        assert error(found, expected) < TOLERANCE, config
