@@ -1,0 +1,792 @@
+"""Products of a few rows with quantized matrices: y = x Wᵀ for 1 to 32 rows of x, several W of one input in one call.
+
+Decoding reads every weight once, so its bytes are the bound: Q8_0 has 1.06 bytes a weight, and 4 TB/s feed each of 132
+multiprocessors 17 weights a cycle, with some 7 instructions to spend on each. Two ways:
+
+* `vector` (1 to 4 rows): a program multiplies a few matrix rows with x and adds up along K, in float32. A scale is
+  applied to the sum over a run of codes that share it, not to every code. A thread holds a run of `RUN` bytes of x;
+  weights are read in the same runs, so that no value changes threads before the last sum.
+* `dot` (more rows): tiles of the matrix become bfloat16 and meet x in the tensor cores.
+
+Codes of a matrix (N, K) are split in planes as the file's blocks are (ggml, ``ggml-common.h``):
+
+    F32, F16, BF16  values (N, K)
+    Q8_0            d float16 (N, K/32), q int8 (N, K); w = d q
+    Q4_K            dm float16 (N, K/128), scales uint32 (N, 3K/256), q uint32 (N, K/8); w = d sc q - dmin m
+    MXFP4           e uint8 (N, K/32), q uint32 (N, K/8); w = 2^(e - 127) E2M1(q)
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from pallas_kernels import common
+from pallas_kernels.common import Implementation, Unsupported
+
+Array = jax.Array
+Ref = Any
+
+DOT_RUN = 32  # columns that share a scale
+RUN = 16  # bytes: the widest load of a thread
+MAX_ROWS = 32
+
+
+@dataclass(frozen=True)
+class Config:
+    """rows of a matrix per program; k_block: columns per step; splits of K, added up by a second, small kernel.
+
+    tokens: rows of x per program (vector only: dot takes all).
+    """
+
+    method: Literal["vector", "dot"]
+    rows: int
+    k_block: int
+    num_warps: int
+    num_stages: int = 1
+    tokens: int = 1
+    splits: int = 1
+
+
+@dataclass(frozen=True)
+class Output:
+    """One result (M, n) in `dtype`, from one matrix (n, K); with `clamp` c from two, gate and up:
+    silu(min(gate, c)) · clip(up, -c, c)."""
+
+    n: int
+    fmt: str
+    dtype: str = "bfloat16"
+    clamp: float | None = None
+
+    @property
+    def matrices(self) -> int:
+        return 1 if self.clamp is None else 2
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One call: x (m, k), or (m, groups, k) where row block g of each matrix meets x[:, g].
+
+    norm_eps: x is RMS-normed first, with a weight (layers, k) unless norm_weight is False.
+    """
+
+    m: int
+    k: int
+    outputs: tuple[Output, ...]
+    x_dtype: str = "bfloat16"
+    groups: int = 1
+    norm_eps: float | None = None
+    norm_weight: bool = False
+    layers: int = 2
+
+    def inputs(self, key: Array) -> tuple:
+        """x, layer, weights, norm: arguments of `matmul`, such that outputs have about unit scale."""
+        keys = iter(jax.random.split(key, 64))
+        lead = (self.m, self.groups) if self.groups > 1 else (self.m,)
+        x = jax.random.normal(next(keys), (*lead, self.k), jnp.float32).astype(self.x_dtype)
+        weights = tuple(
+            tuple(
+                FORMATS[out.fmt].random(next(keys), (self.layers, out.n, self.k), 1 / math.sqrt(self.k))
+                for _ in range(out.matrices)
+            )
+            for out in self.outputs
+        )
+        norm = 1 + jax.random.normal(next(keys), (self.layers, self.k), jnp.float32) / 4 if self.norm_weight else None
+        return x, jnp.full((1,), self.layers - 1, jnp.int32), weights, norm
+
+    @property
+    def static(self) -> dict:
+        return {"outputs": self.outputs, "norm_eps": self.norm_eps}
+
+    @property
+    def weights(self) -> int:
+        """Weights read."""
+        return sum(out.n * out.matrices * self.k for out in self.outputs)
+
+    @property
+    def nbytes(self) -> int:
+        x = self.m * self.groups * self.k * jnp.dtype(self.x_dtype).itemsize
+        w = sum(FORMATS[out.fmt].nbytes(out.n * out.matrices * self.k) for out in self.outputs)
+        y = sum(self.m * out.n * jnp.dtype(out.dtype).itemsize for out in self.outputs)
+        return x + w + y
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.m * self.weights
+
+
+# ---- formats ---------------------------------------------------------------------------------------------------------
+class Piece(NamedTuple):
+    """Weights of a row of a matrix: scale[i] · codes[i, j] − minimum[i].
+
+    codes: float32 (C, c), several that share scale and minimum, (C,) or None for 1 and 0. Of R rows, codes are
+    (R, C, c), scale and minimum (R, C).
+    """
+
+    codes: list[Array]
+    scale: Array | None = None
+    minimum: Array | None = None
+
+
+class Loaded(NamedTuple):
+    """columns: of each array of codes of each piece, int32 (C, c). decode: dtype → pieces in it, or in float32."""
+
+    columns: list[list[Array]]
+    decode: Callable[[str], list[Piece]]
+
+
+@dataclass(frozen=True)
+class Format:
+    """planes: dtype and elements per block of `block` weights.
+
+    dequantize: planes (..., ·) → float32 (..., K).
+    random: key, logical shape, standard deviation → planes.
+    load: refs of the planes, layer, row (or rows (R,)), first column, number of columns, columns in a run (c),
+    whether in interpret mode.
+    """
+
+    block: int
+    planes: tuple[tuple[str, int], ...]
+    run: int | None  # columns that a thread holds together, where the format decides
+    dequantize: Callable[[Sequence[Array]], Array]
+    random: Callable[[Array, tuple[int, ...], float], tuple[Array, ...]]
+    load: Callable[..., Loaded]
+
+    def nbytes(self, weights: int) -> int:
+        return weights // self.block * sum(jnp.dtype(dtype).itemsize * n for dtype, n in self.planes)
+
+
+def _columns(first: Array, n: int, run: int) -> Array:
+    """Columns first … first + n − 1 in runs: int32 (n // run, run)."""
+    shape = (n // run, run)
+    return first + lax.broadcasted_iota(jnp.int32, shape, 0) * run + lax.broadcasted_iota(jnp.int32, shape, 1)
+
+
+def _blocks(first: Array, n: int, run: int, block: int) -> Array:
+    """The number of the block that each run lies in: int32 (n // run,)."""
+    nth = lax.iota(jnp.int32, n // run)
+    return lax.div(first, np.int32(block)) + (
+        nth * (run // block) if run >= block else lax.div(nth, np.int32(block // run))
+    )
+
+
+def _read(plane: Ref, layer: Array, rows: Array, index: Array) -> Array:
+    """plane[layer, row, index], or of rows (R,) with a leading axis R."""
+    if rows.ndim == 0:
+        return plane[layer, rows, index]
+    return plane[layer, rows.reshape(-1, *(1,) * index.ndim), index[None]]
+
+
+def _dense(dtype: str) -> Format:
+    def dequantize(planes):
+        return planes[0].astype(jnp.float32)
+
+    def random(key, shape, std):
+        return ((jax.random.normal(key, shape, jnp.float32) * std).astype(dtype),)
+
+    def load(planes, layer, rows, first, n, run, interpret):
+        columns = _columns(first, n, run)
+        values = _read(planes[0], layer, rows, columns)
+        return Loaded([[columns]], lambda _: [Piece([values.astype(jnp.float32)])])
+
+    return Format(1, ((dtype, 1),), None, dequantize, random, load)
+
+
+def _from_int8(q: Array, dtype: str, interpret: bool) -> Array:
+    """int8 → float32 or float16, four at once.
+
+    The conversion instruction runs at 16 a cycle, which is fewer than memory delivers. A byte q + 128 put into the low
+    bits of the float 2^23 (or the half 2^10) makes 2^23 + 128 + q: a byte permutation and a subtraction.
+    """
+    if interpret:
+        return q.astype(dtype)
+    if dtype == "float32":
+        put = "".join(f"prmt.b32 ${i}, u, 0x4B000000, 0x744{i}; sub.f32 ${i}, ${i}, 0f4B000080; " for i in range(4))
+        asm, constraints = f"{{ .reg .b32 u; xor.b32 u, $4, 0x80808080; {put}}}", "=&f,=&f,=&f,=&f,r"
+    else:
+        pairs = enumerate(("0x4140", "0x4342"))
+        put = "".join(f"prmt.b32 ${i}, u, 0x64646464, {p}; sub.f16x2 ${i}, ${i}, v; " for i, p in pairs)
+        asm = f"{{ .reg .b32 u, v; mov.b32 v, 0x64806480; xor.b32 u, $2, 0x80808080; {put}}}"
+        constraints = "=&r,=&r,r"
+    out = [jax.ShapeDtypeStruct(q.shape, dtype)]
+    return plgpu.elementwise_inline_asm(asm, args=[q], constraints=constraints, pack=4, result_shape_dtypes=out)[0]
+
+
+def _q8_0() -> Format:
+    def dequantize(planes):
+        d, q = planes
+        w = q.reshape(*d.shape, 32).astype(jnp.float32) * d[..., None].astype(jnp.float32)
+        return w.reshape(q.shape)
+
+    def random(key, shape, std):
+        kd, kq = jax.random.split(key)
+        d = jax.random.uniform(kd, (*shape[:-1], shape[-1] // 32), jnp.float32, 0.5, 1.5) * (std / 73)
+        return d.astype(jnp.float16), lax.bitcast_convert_type(jax.random.bits(kq, shape, jnp.uint8), jnp.int8)
+
+    def load(planes, layer, rows, first, n, run, interpret):
+        d, q = planes
+        columns = _columns(first, n, run)
+        codes = _read(q, layer, rows, columns)
+        scale = _read(d, layer, rows, _blocks(first, n, run, 32))
+        return Loaded([[columns]], lambda t: [Piece([_from_int8(codes, t, interpret)], scale.astype(t))])
+
+    return Format(32, (("float16", 1), ("int8", 32)), None, dequantize, random, load)
+
+
+WORDS = RUN // 4  # of 4-bit codes in a thread's run
+
+
+def _words(q: Ref, layer: Array, rows: Array, first: Array, n: int) -> tuple[Array, Array]:
+    """The words (…, C, WORDS) of columns first … first + n − 1, and their indices (C, WORDS) in the row."""
+    index = _columns(lax.div(first, np.int32(8)), n // 8, WORDS)
+    return _read(q, layer, rows, index), index
+
+
+def _nibble(words: Array, i: int) -> Array:
+    return (words >> jnp.uint32(4 * i)) & jnp.uint32(15)
+
+
+def _q4_k() -> Format:
+    def dequantize(planes):
+        dm, scales, q = planes
+        lead = (*dm.shape[:-1], dm.shape[-1] // 2)
+        d, dmin = jnp.moveaxis(dm.reshape(*lead, 2, 1).astype(jnp.float32), -2, 0)
+        word = [scales.reshape(*lead, 3)[..., i, None] >> jnp.arange(0, 32, 8, dtype=jnp.uint32) for i in range(3)]
+        sc = jnp.concatenate([word[0] & 63, (word[2] & 15) | (word[0] >> 2 & 48)], axis=-1).astype(jnp.float32)
+        m = jnp.concatenate([word[1] & 63, (word[2] >> 4 & 15) | (word[1] >> 2 & 48)], axis=-1).astype(jnp.float32)
+        # A run of 8 words holds two groups of 32: the low nibbles of its bytes, then the high ones.
+        code = q.reshape(*lead, 4, 1, 8, 1) >> jnp.arange(0, 32, 8, dtype=jnp.uint32)
+        code = (code >> jnp.array([0, 4], jnp.uint32)[:, None, None]) & 15
+        code = code.reshape(*lead, 8, 32).astype(jnp.float32)
+        w = (d * sc)[..., None] * code - (dmin * m)[..., None]
+        return w.reshape(*lead[:-1], -1)
+
+    def random(key, shape, std):
+        keys = jax.random.split(key, 3)
+        lead, blocks = shape[:-1], shape[-1] // 256
+        d = jax.random.uniform(keys[0], (*lead, blocks, 2), jnp.float32, 0.5, 1.5) * (std / 4.6 / 32)
+        dm = d * jnp.array([1, 7.5], jnp.float32)
+        scales = jax.random.bits(keys[1], (*lead, 3 * blocks), jnp.uint32)
+        q = jax.random.bits(keys[2], (*lead, shape[-1] // 8), jnp.uint32)
+        return dm.reshape(*lead, 2 * blocks).astype(jnp.float16), scales, q
+
+    def load(planes, layer, rows, first, n, run, interpret):
+        dm, scales, q = planes
+        words, index = _words(q, layer, rows, first, n)
+        start = lax.div(first, np.int32(8)) + lax.iota(jnp.int32, n // 8 // WORDS) * WORDS
+        block = lax.div(start, np.int32(32))
+        pair = lax.rem(lax.div(start, np.int32(8)), np.int32(4))  # which two of the 8 groups
+        d, dmin = (_read(dm, layer, rows, block * 2 + i) for i in (0, 1))
+        word = [_read(scales, layer, rows, block * 3 + i) for i in range(3)]
+        first_column = lax.div(index, np.int32(8)) * 64 + lax.rem(index, np.int32(8)) * 4
+        columns = [[first_column + high * 32 + b for b in range(4)] for high in (0, 1)]
+
+        def piece(high):
+            shift = ((pair * 2 + high) % 4 * 8).astype(jnp.uint32)
+            lo_sc, lo_m, rest = (w >> shift for w in word)
+            upper = pair >= 2
+            sc = jnp.where(upper, (rest & 15) | (lo_sc >> 2 & 48), lo_sc & 63).astype(jnp.float32)
+            m = jnp.where(upper, (rest >> 4 & 15) | (lo_m >> 2 & 48), lo_m & 63).astype(jnp.float32)
+            codes = [_nibble(words, 2 * b + high).astype(jnp.float32) for b in range(4)]
+            return Piece(codes, d.astype(jnp.float32) * sc, dmin.astype(jnp.float32) * m)
+
+        return Loaded(columns, lambda _: [piece(0), piece(1)])
+
+    return Format(256, (("float16", 2), ("uint32", 3), ("uint32", 32)), 8 * WORDS, dequantize, random, load)
+
+
+def _mxfp4() -> Format:
+    table = (0, 0.5, 1, 1.5, 2, 3, 4, 6)
+
+    def dequantize(planes):
+        e, q = planes
+        code = q.reshape(*e.shape, 1, 4, 1) >> jnp.arange(0, 32, 8, dtype=jnp.uint32)
+        code = (code >> jnp.array([0, 4], jnp.uint32)[:, None, None]) & 15
+        w = jnp.array([*table, *(-v for v in table)], jnp.float32)[code.reshape(*e.shape, 32)]
+        w = w * jnp.exp2(e.astype(jnp.float32) - 127)[..., None]
+        return w.reshape(*e.shape[:-1], -1)
+
+    def random(key, shape, std):
+        ke, kq = jax.random.split(key)
+        middle = 127 + round(math.log2(std / 2.9))
+        e = jax.random.randint(ke, (*shape[:-1], shape[-1] // 32), middle - 1, middle + 2, jnp.int32)
+        return e.astype(jnp.uint8), jax.random.bits(kq, (*shape[:-1], shape[-1] // 8), jnp.uint32)
+
+    def value(code):
+        # An E2M1 number is a float16 with two bits of exponent and one of mantissa, too small by 2^14; subnormal
+        # numbers are too.
+        bits = ((code & 7) << 9) | ((code & 8) << 12)
+        return lax.bitcast_convert_type(bits.astype(jnp.uint16), jnp.float16).astype(jnp.float32)
+
+    def load(planes, layer, rows, first, n, run, interpret):
+        e, q = planes
+        words, index = _words(q, layer, rows, first, n)
+        block = lax.div(first, np.int32(32)) + lax.iota(jnp.int32, n // 32)
+        exponent = _read(e, layer, rows, block)
+        first_column = lax.div(index, np.int32(4)) * 32 + lax.rem(index, np.int32(4)) * 4
+
+        def decode(_):
+            scale = lax.bitcast_convert_type(exponent.astype(jnp.int32) << 23, jnp.float32) * np.float32(2**14)
+            return [Piece([value(_nibble(words, i)) for i in range(8)], scale)]
+
+        return Loaded([[first_column + i // 2 + i % 2 * 16 for i in range(8)]], decode)
+
+    return Format(32, (("uint8", 1), ("uint32", 4)), 8 * WORDS, dequantize, random, load)
+
+
+FORMATS: dict[str, Format] = {
+    "F32": _dense("float32"),
+    "F16": _dense("float16"),
+    "BF16": _dense("bfloat16"),
+    "Q8_0": _q8_0(),
+    "Q4_K": _q4_k(),
+    "MXFP4": _mxfp4(),
+}
+
+
+# ---- reference -------------------------------------------------------------------------------------------------------
+def _finish(values: Sequence[Array], out: Output) -> Array:
+    """float32 products with an output's one or two matrices → the output."""
+    if out.clamp is None:
+        return values[0].astype(out.dtype)
+    gate, up = jnp.minimum(values[0], out.clamp), jnp.clip(values[1], -out.clamp, out.clamp)
+    return (gate / (1 + jnp.exp(-gate)) * up).astype(out.dtype)
+
+
+def reference(
+    x: Array,
+    layer: Array,
+    weights: Sequence[Sequence[Sequence[Array]]],
+    norm: Array | None = None,
+    *,
+    outputs: tuple[Output, ...],
+    norm_eps: float | None = None,
+) -> tuple[Array, ...]:
+    """`matmul` in plain XLA, everything in float32."""
+    x = x.astype(jnp.float32)
+    if norm_eps is not None:
+        x = x * lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + norm_eps)
+        x = x if norm is None else x * norm[layer[0]]
+    layer = jnp.broadcast_to(layer, (len(outputs),))
+    x = x.reshape(x.shape[0], -1, x.shape[-1])
+
+    def product(planes, nth):
+        w = FORMATS[outputs[nth].fmt].dequantize([p[layer[nth]] for p in planes])
+        w = w.reshape(x.shape[1], -1, w.shape[-1])
+        y = jnp.einsum("mgk,gnk->mgn", x, w, precision=lax.Precision.HIGHEST)
+        return y.reshape(x.shape[0], -1)
+
+    return tuple(
+        _finish([product(p, i) for p in w], out) for i, (w, out) in enumerate(zip(weights, outputs, strict=True))
+    )
+
+
+# ---- kernel ----------------------------------------------------------------------------------------------------------
+class _Tile(NamedTuple):
+    """A program's share: rows of the matrices of one output, against the columns of x from `first` on."""
+
+    matrices: Sequence[Sequence[Ref]]
+    layer: Array
+    row: Array  # the first
+    rows: int
+    first: Array
+    x: Callable[[Array, Array], Array]  # token and column numbers → x
+    weight: Callable[[Array], Array | None]  # column numbers → weight of the norm
+
+
+def _steps(shape: Shape, config: Config, step: Callable, sums: Any) -> Any:
+    """Add up `step(offset, sums)` over a split's columns."""
+    n = shape.k // config.splits // config.k_block
+    if n == 1:
+        return step(np.int32(0), sums)
+    return lax.fori_loop(0, n, lambda i, sums: step(i * config.k_block, sums), sums)
+
+
+def _split(a: Array) -> list[Array]:
+    """(C, c) → its c columns (C,); a thread holds whole rows, so that nothing moves."""
+    return [column.reshape(-1) for column in lax.split(a, [1] * a.shape[1], axis=1)]
+
+
+def _stack(columns: Sequence[Array]) -> Array:
+    """2^i columns (C,) → (C, 2^i)."""
+    if len(columns) == 1:
+        return columns[0][:, None]
+    return jnp.stack([_stack(columns[::2]), _stack(columns[1::2])], axis=-1).reshape(-1, len(columns))
+
+
+def _inputs(xs: Sequence[Array], weight: Sequence[Array | None]) -> list[Array]:
+    """x of a piece's columns (C, c), times the norm's weight if there is one → float32, split in columns (C,)."""
+    xs = [x.astype(jnp.float32) if w is None else x.astype(jnp.float32) * w for x, w in zip(xs, weight, strict=True)]
+    return [column for x in xs for column in _split(x)]
+
+
+def _vector(shape: Shape, config: Config, fmt: Format, tile: _Tile, token: Array, interpret: bool):
+    """Sums along K, of config.tokens tokens from `token` on: products (R,) per matrix and token, Σ x² per token."""
+    n, tokens = config.k_block, range(config.tokens)
+    run = RUN // jnp.dtype(fmt.planes[-1][0]).itemsize
+    rows = [(planes, tile.row + r) for planes in tile.matrices for r in range(tile.rows)]
+
+    def add(pieces, xs, total):
+        for piece, x in zip(pieces, xs, strict=True):
+            codes = [code for c in piece.codes for code in _split(c)]
+            y = functools.reduce(operator.add, map(operator.mul, codes, x))  # one chain of multiply-adds
+            y = y if piece.scale is None else y * piece.scale
+            total += y if piece.minimum is None else y - piece.minimum * functools.reduce(operator.add, x)
+        return total
+
+    def step(offset, sums):
+        totals, squares = sums
+        start = tile.first + offset
+        # All loads come before all arithmetic, so that many are on their way at once.
+        loaded = [fmt.load(planes, tile.layer, row, start, n, run, interpret) for planes, row in rows]
+        columns = loaded[0].columns
+        weight = [[tile.weight(c) for c in of_piece] for of_piece in columns]
+        xs = [[[tile.x(token + t, c) for c in of_piece] for of_piece in columns] for t in tokens]
+        plain = [tile.x(token + t, _columns(start, n, run)).astype(jnp.float32) for t, _ in enumerate(squares)]
+        squares = [s + (x * x).sum(-1) for s, x in zip(squares, plain, strict=True)]
+        xs = [[_inputs(x, w) for x, w in zip(of_token, weight, strict=True)] for of_token in xs]
+        pieces = [row.decode("float32") for row in loaded]
+        return [
+            [add(p, x, t) for x, t in zip(xs, ts, strict=True)] for p, ts in zip(pieces, totals, strict=True)
+        ], squares
+
+    zeros = jnp.zeros((n // (fmt.run or run),), jnp.float32)
+    squares = [jnp.zeros((n // run,), jnp.float32) for _ in tokens if _norms(shape, config)]
+    totals, squares = _steps(shape, config, step, ([[zeros for _ in tokens] for _ in rows], squares))
+    matrices = [totals[i : i + tile.rows] for i in range(0, len(rows), tile.rows)]
+    products = [[_stack([row[t] for row in matrix]).sum(0) for t in tokens] for matrix in matrices]
+    return products, [s.sum() for s in squares]
+
+
+def _dot(shape: Shape, config: Config, fmt: Format, tile: _Tile, tokens: Array, interpret: bool):
+    """Tensor cores, all tokens at once (their numbers (T,)): products (R, T) per matrix, Σ x² (T,)."""
+    # float16 holds 3 bits more than bfloat16, and Q8_0 becomes it in the fewest instructions. What is multiplied here
+    # comes from a norm or a clamp, far from its largest number.
+    dtype = "bfloat16" if fmt is FORMATS["BF16"] else "float16"
+    narrow = fmt is FORMATS["Q8_0"]
+    n, rows = config.k_block, tile.row + lax.iota(jnp.int32, tile.rows)
+
+    def order(a):
+        """Columns in an order in which 8 neighbours belong to one thread, which reads them at once."""
+        if not narrow:
+            return a
+        return a.reshape(a.shape[0], -1, 4, 4, 2).transpose(0, 1, 3, 2, 4).reshape(a.shape)
+
+    def load(columns):
+        x, weight = tile.x(tokens[:, None], columns.reshape(1, -1)), tile.weight(columns.reshape(1, -1))
+        return x.astype(dtype) if weight is None else (x.astype(jnp.float32) * weight).astype(dtype)
+
+    def add(piece, columns, total):
+        for codes, of_codes in zip(piece.codes, columns, strict=True):
+            w = codes if piece.scale is None else codes * piece.scale[..., None]
+            w = w if piece.minimum is None else w - piece.minimum[..., None]
+            w = order(w.reshape(tile.rows, -1).astype(dtype))
+            total += lax.dot_general(
+                w, order(load(of_codes)), (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+            )
+        return total
+
+    def step(offset, sums):
+        products, squares = sums
+        start, totals = tile.first + offset, []
+        for planes, total in zip(tile.matrices, products, strict=True):
+            loaded = fmt.load(planes, tile.layer, rows, start, n, DOT_RUN, interpret)
+            for piece, columns in zip(loaded.decode(dtype), loaded.columns, strict=True):
+                total = add(piece, columns, total)
+            totals.append(total)
+        if squares is not None:
+            x = tile.x(tokens[:, None], _columns(start, n, n)).astype(jnp.float32)
+            squares += (x * x).sum(-1)
+        return totals, squares
+
+    products = [jnp.zeros((tile.rows, tokens.size), jnp.float32) for _ in tile.matrices]
+    squares = jnp.zeros((tokens.size,), jnp.float32) if _norms(shape, config) else None
+    return _steps(shape, config, step, (products, squares))
+
+
+def _norms(shape: Shape, config: Config) -> bool:
+    """Whether the kernel itself sees all of x, to norm it."""
+    return shape.norm_eps is not None and config.splits == 1
+
+
+def _rms(squares: Array, shape: Shape) -> Array:
+    """Σ x² → 1 / √(mean x² + eps)."""
+    return lax.rsqrt(squares / shape.k + shape.norm_eps)
+
+
+@functools.cache
+def _build(shape: Shape, config: Config, layers: int, interpret: bool) -> Callable:
+    """The call for static `shape` and `config`. layers: how many numbers `layer` has.
+
+    → per output (m, n), or with splits per matrix the partial products (splits, m, n), float32.
+    """
+    group_rows = [out.n // shape.groups for out in shape.outputs]
+    tile_rows = [math.gcd(config.rows, n) for n in group_rows]
+    programs = [out.n // rows for out, rows in zip(shape.outputs, tile_rows, strict=True)]
+    padded = max(16, pl.next_power_of_2(shape.m))
+
+    def kernel(layer, x, weights, norm, *ys):
+        program, split, block = (pl.program_id(i) for i in range(3))
+
+        def work(nth: int, start: int):
+            n_rows, fmt = tile_rows[nth], FORMATS[shape.outputs[nth].fmt]
+            first_row = (program - start) * n_rows
+            group = () if shape.groups == 1 else (lax.div(first_row, np.int32(group_rows[nth])),)
+            rows = first_row + lax.iota(jnp.int32, n_rows)
+            tile = _Tile(
+                matrices=weights[nth],
+                layer=layer[nth if layers > 1 else 0],
+                row=first_row,
+                rows=n_rows,
+                first=split * (shape.k // config.splits),
+                x=lambda token, columns: x[token, *group, columns],
+                weight=lambda columns: None if norm is None else norm[layer[0], columns],
+            )
+            if config.method == "vector":
+                token = block * config.tokens
+                products, squares = _vector(shape, config, fmt, tile, token, interpret)
+                for t in range(config.tokens):
+                    inverse = _rms(squares[t], shape) if squares else None
+                    store(nth, [p[t] for p in products], inverse, token + t, rows, None)
+            else:
+                tokens = lax.iota(jnp.int32, padded)
+                # Rows beyond the last repeat it; their products are not stored.
+                products, squares = _dot(shape, config, fmt, tile, jnp.minimum(tokens, shape.m - 1), interpret)
+                inverse = None if squares is None else _rms(squares, shape)[None]
+                real = None if shape.m == padded else jnp.broadcast_to(tokens < shape.m, (n_rows, padded))
+                store(nth, products, inverse, tokens[None], rows[:, None], real)
+
+        def store(nth, values, inverse, token, rows, mask):
+            out = shape.outputs[nth]
+            values = values if inverse is None else [v * inverse for v in values]
+            if config.splits == 1:
+                return plgpu.store(ys[nth].at[token, rows], _finish(values, out), mask=mask)
+            first = sum(o.matrices for o in shape.outputs[:nth])
+            for y, v in zip(ys[first : first + out.matrices], values, strict=True):
+                plgpu.store(y.at[split, token, rows], v, mask=mask)
+
+        start = 0
+        for nth, n in enumerate(programs):
+            if len(programs) == 1:
+                work(nth, start)
+            else:
+                pl.when((program >= start) & (program < start + n))(functools.partial(work, nth, start))
+            start += n
+
+    if config.splits == 1:
+        out_shape = [jax.ShapeDtypeStruct((shape.m, out.n), out.dtype) for out in shape.outputs]
+    else:
+        partial = [(config.splits, shape.m, out.n) for out in shape.outputs for _ in range(out.matrices)]
+        out_shape = [jax.ShapeDtypeStruct(s, jnp.float32) for s in partial]
+    blocks = shape.m // config.tokens if config.method == "vector" else 1
+    return common.call(
+        kernel,
+        name="matmul",
+        grid=(sum(programs), config.splits, blocks),
+        out_shape=out_shape,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        interpret=interpret,
+    )
+
+
+# ---- op --------------------------------------------------------------------------------------------------------------
+def matmul(
+    x: Array,
+    layer: Array,
+    weights: Sequence[Sequence[Sequence[Array]]],
+    norm: Array | None = None,
+    *,
+    outputs: tuple[Output, ...],
+    norm_eps: float | None = None,
+    implementation: Implementation = "pallas",
+    config: Config | None = None,
+    interpret: bool = False,
+) -> tuple[Array, ...]:
+    """Products of x with matrices of one layer: an array (m, n) for each of `outputs`, summed in float32.
+
+    x: (m, k), or (m, groups, k) where row block g of each matrix meets x[:, g]; bfloat16, float16 or float32; m ≤ 32.
+    layer: int32 (1,), or (outputs,) where stacks count layers differently; (the first is the norm's).
+    weights: per output its one or two matrices, each the planes of a stack, (layers, n, ·); of any format in FORMATS.
+    norm, norm_eps: with norm_eps x is RMS-normed first and multiplied by norm[layer[0]], float32 (layers, k), if given.
+
+    Raises Unsupported for anything else, and for a config that does not fit.
+    """
+    shape = _shape(x, layer, weights, norm, outputs, norm_eps)
+    if implementation == "xla":
+        return reference(x, layer, weights, norm, outputs=outputs, norm_eps=norm_eps)
+    config = config or default_config(shape)
+    check(shape, config)
+    weights = tuple(tuple(tuple(planes) for planes in w) for w in weights)
+    ys = _build(shape, config, layer.size, interpret)(layer, x, weights, norm)
+    if config.splits == 1:
+        return tuple(ys)
+    # The second stage of a product split along K.
+    inverse = 1 if norm_eps is None else _rms(jnp.square(x.astype(jnp.float32)).sum(-1, keepdims=True), shape)
+    ys = iter([y.sum(0) * inverse for y in ys])
+    results = []
+    for out in outputs:
+        results.append(_finish([next(ys) for _ in range(out.matrices)], out))
+    return tuple(results)
+
+
+def _require(condition: bool, what: str, found: Any, expected: Any) -> None:
+    if not condition:
+        raise Unsupported(f"{what}: found {found}, expected {expected}")
+
+
+def _shape(x, layer, weights, norm, outputs, norm_eps) -> Shape:
+    """The description of a call; raises Unsupported if its arguments contradict each other."""
+
+    _require(
+        x.ndim in (2, 3) and 1 <= x.shape[0] <= MAX_ROWS, "shape of x", x.shape, f"1 to {MAX_ROWS} rows, groups, k"
+    )
+    _require(x.dtype in ("bfloat16", "float16", "float32"), "dtype of x", x.dtype, "bfloat16, float16 or float32")
+    m, groups, k = x.shape[0], x.shape[1] if x.ndim == 3 else 1, x.shape[-1]
+    _require(
+        layer.dtype == jnp.int32 and layer.shape in ((1,), (len(outputs),)),
+        "layer",
+        layer.shape,
+        "int32 (1,) or one per output",
+    )
+    _require(len(weights) == len(outputs), "outputs", len(weights), f"{len(outputs)} entries of weights")
+    for out, matrices in zip(outputs, weights, strict=True):
+        _require(out.fmt in FORMATS, "format", out.fmt, f"one of {', '.join(FORMATS)}")
+        fmt = FORMATS[out.fmt]
+        _require(len(matrices) == out.matrices, f"matrices of {out}", len(matrices), out.matrices)
+        _require(k % fmt.block == 0, "k", k, f"a multiple of {fmt.block} ({out.fmt})")
+        _require(out.n % groups == 0, f"n of {out}", out.n, f"a multiple of the {groups} groups")
+        expected = [((out.n, k // fmt.block * count), jnp.dtype(dtype)) for dtype, count in fmt.planes]
+        for planes in matrices:
+            found = [(p.shape[1:], p.dtype) for p in planes]
+            _require(found == expected, f"planes of {out}", found, expected)
+    if norm is not None:
+        _require(norm_eps is not None, "norm_eps", None, "a number, as there is a norm")
+        _require(
+            norm.shape[1:] == (k,) and norm.dtype == jnp.float32,
+            "norm",
+            f"{norm.shape} {norm.dtype}",
+            f"float32 (·, {k})",
+        )
+    return Shape(m, k, outputs, x.dtype.name, groups, norm_eps, norm is not None)
+
+
+def check(shape: Shape, config: Config) -> None:
+    """Raises Unsupported if `config` does not fit `shape`."""
+
+    for what in ("rows", "k_block"):
+        n = getattr(config, what)
+        _require(n > 0 and n & (n - 1) == 0, what, n, "a power of two")
+    step = max(max(FORMATS[out.fmt].block for out in shape.outputs), 128)
+    _require(config.k_block % step == 0, "k_block", config.k_block, f"a multiple of {step}")
+    _require(
+        shape.k % (config.splits * config.k_block) == 0,
+        "splits · k_block",
+        (config.splits, config.k_block),
+        f"a divisor of {shape.k}",
+    )
+    if config.method == "vector":
+        _require(shape.m % config.tokens == 0, "tokens", config.tokens, f"a divisor of {shape.m}")
+        return
+    _require(shape.x_dtype != "float32", "dtype of x", shape.x_dtype, "bfloat16 or float16 for dot")
+    _require(all(out.fmt != "F32" for out in shape.outputs), "format", "F32", "another for dot")
+    for out in shape.outputs:
+        rows = math.gcd(config.rows, out.n // shape.groups)
+        _require(rows >= 16, f"rows of {out} in a tile", rows, "at least 16 for dot")
+
+
+def _run(shape: Shape) -> int:
+    """Columns that a thread holds together, in the output that has the most."""
+    formats = [FORMATS[out.fmt] for out in shape.outputs]
+    return max(fmt.run or RUN // jnp.dtype(fmt.planes[-1][0]).itemsize for fmt in formats)
+
+
+def _programs(shape: Shape, rows: int) -> int:
+    return sum(out.n // math.gcd(rows, out.n // shape.groups) for out in shape.outputs)
+
+
+def _power_of_two(n: int) -> int:
+    """The largest power of two that divides n."""
+    return n & -n
+
+
+def default_config(shape: Shape) -> Config:
+    """What is used without a tuned config: some blocks for each of 132 multiprocessors, 16 KiB or so for each block."""
+    columns = _power_of_two(shape.k)
+    if _takes_dot(shape) and shape.m > 2:
+        splits = 1
+        while _programs(shape, 64) * splits < 264 and columns // splits > 512:
+            splits *= 2
+        return Config("dot", 64, min(columns, 128), num_warps=4, num_stages=4, splits=splits)
+    rows = 4
+    while rows > 1 and _programs(shape, rows) < 528:
+        rows //= 2
+    few = _programs(shape, 1) < 264
+    num_warps = max(1, min(16 if few else 4, columns // (32 * _run(shape) * (1 if few else 2))))
+    tokens = max(t for t in (1, 2, 3, 4) if shape.m % t == 0)
+    return Config("vector", rows, min(columns, 16384 if few else 4096), num_warps, tokens=tokens)
+
+
+def _takes_dot(shape: Shape) -> bool:
+    rows = (out.n // shape.groups for out in shape.outputs)
+    return shape.x_dtype != "float32" and not any(n % 16 for n in rows) and all(o.fmt != "F32" for o in shape.outputs)
+
+
+def configs(shape: Shape) -> list[Config]:
+    """Candidates for a sweep, the default first."""
+    columns, run, out = _power_of_two(shape.k), _run(shape), [default_config(shape)]
+    if shape.m <= 4 or not _takes_dot(shape):
+        tokens = max(t for t in (1, 2, 3, 4) if shape.m % t == 0)
+        for rows, num_warps, chunks in itertools.product((1, 2, 4, 8), (1, 2, 4, 8, 16), (1, 2, 4, 8)):
+            k_block = 32 * run * num_warps * chunks
+            enough = _programs(shape, rows) >= 264 or rows == 1
+            if k_block <= columns and enough and 4 <= rows * chunks * num_warps and rows * chunks <= 16:
+                out.append(Config("vector", rows, k_block, num_warps, tokens=tokens))
+    if shape.m >= 2 and _takes_dot(shape):
+        for rows, k_block, splits, num_stages in itertools.product((64, 128), (128, 256), (1, 2, 4, 8, 16), (3, 4, 5)):
+            programs = _programs(shape, rows) * splits
+            if k_block * splits <= columns and (splits == 1 or programs <= 1056) and programs >= 100:
+                out.append(Config("dot", rows, k_block, 4, num_stages, splits=splits))
+    return list(dict.fromkeys(out))
+
+
+def _shapes() -> dict[str, Shape]:
+    """The products of DeepSeek-V4-Flash with 1, 4 and 16 tokens; what shares an input is one call."""
+    latent = Output(1024, "Q8_0"), Output(512, "Q8_0")  # q_a, kv
+    csa = tuple(Output(n, "F16", "float32") for n in (1024, 1024, 256, 256, 64))  # compressor, indexer's, head weights
+    hca = tuple(Output(512, "F16", "float32") for _ in range(2))
+    q_b, index_q = Output(32768, "Q8_0"), Output(8192, "F16")
+    shared, router = Output(2048, "Q8_0", clamp=10.0), Output(256, "F16", "float32")
+    norm = {"norm_eps": 1e-6, "norm_weight": True}
+    out = {}
+    for m in (1, 4, 16):
+        out |= {
+            f"q_a+kv/{m}": Shape(m, 4096, latent),
+            f"q_a+kv+csa/{m}": Shape(m, 4096, latent + csa),
+            f"q_a+kv+hca/{m}": Shape(m, 4096, latent + hca),
+            f"q_b/{m}": Shape(m, 1024, (q_b,), **norm),
+            f"q_b+index/{m}": Shape(m, 1024, (q_b, index_q), **norm),
+            f"o_a/{m}": Shape(m, 4096, (Output(8192, "Q8_0"),), groups=8),
+            f"o_b/{m}": Shape(m, 8192, (Output(4096, "Q8_0"),)),
+            f"shared gate+up/{m}": Shape(m, 4096, (shared,)),
+            f"shared gate+up+router/{m}": Shape(m, 4096, (shared, router)),
+            f"shared down/{m}": Shape(m, 2048, (Output(4096, "Q8_0"),)),
+            f"mhc/{m}": Shape(m, 16384, (Output(24, "F16", "float32"),), "float32", norm_eps=1e-6),
+            f"head/{m}": Shape(m, 4096, (Output(129280, "Q8_0", "float32"),), layers=1),
+        }
+    return out
+
+
+SHAPES = _shapes()
