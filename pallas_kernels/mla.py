@@ -41,7 +41,7 @@ LOG2E = math.log2(math.e)
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """heads: of a query, per program. rows: per tile. splits: programs that share a query's rows, 1 in prefill."""
+    """heads: of a query, per program. rows: per tile. splits: programs that share a query's rows."""
 
     heads: int = 32
     rows: int = 32
@@ -139,9 +139,9 @@ SHAPES = {
     "decode csa 262k": Shape(1, 1, 262143, 4, 512),
     "decode hca 28k": Shape(1, 1, 28671, 128),
     "decode hca 262k": Shape(1, 1, 262143, 128),
-    "decode csa 2k, batch 16": Shape(16, 1, 4095, 4, 512),
-    "decode hca 2k, batch 16": Shape(16, 1, 4095, 128),
-    "decode csa 2k, batch 32": Shape(32, 1, 4095, 4, 512),
+    "decode csa 2k, batch 16": Shape(16, 1, 2047, 4, 512),
+    "decode hca 2k, batch 16": Shape(16, 1, 2047, 128),
+    "decode csa 2k, batch 32": Shape(32, 1, 2047, 4, 512),
     "prefill window": Shape(1, 8192, 20480, 0),
     "prefill csa 2k": Shape(1, 2048, 0, 4, 512),
     "prefill csa 28k": Shape(1, 8192, 20480, 4, 512),
@@ -151,26 +151,25 @@ SHAPES = {
 
 def configs(shape: Shape) -> list[Config]:
     """Candidates for a sweep; those that `shared_memory` puts above 99 KiB are for Hopper."""
-    tiles = [(16, 32, 4), (16, 64, 8), (32, 32, 8), (64, 32, 8), (64, 64, 8)]
-    splits = [1]
-    if shape.queries == 1:
-        tiles += [(16, 16, 4), (16, 32, 8), (64, 16, 8)]
-        splits = [s for s in (1, 2, 4, 8, 10, 16, 20, 32, 40) if s * shape.batch <= 64]
+    n = shape.batch * shape.queries
+    tiles = [(16, 32, 4), (16, 64, 8), (32, 32, 8), (64, 32, 8), (64, 64, 8), (64, 64, 16)]
+    if n <= 32:
+        tiles += [(16, 16, 4), (16, 32, 8)]
     sweep = [
-        Config(h, r, s, w)
-        for h, r, w in tiles
-        for s in splits
-        if h <= shape.heads and (s == 1 or s * r < 2 * shape.rows_read / shape.batch)
+        Config(heads, rows, splits, num_warps)
+        for heads, rows, num_warps in tiles
+        for splits in (1, 2, 4, 8, 10, 16, 20, 32, 40)
+        if heads <= shape.heads and (splits == 1 or splits * n <= 64 and splits * rows < 2 * shape.rows_read / n)
     ]
     return list(dict.fromkeys([default_config(shape), *sweep]))
 
 
 def default_config(shape: Shape) -> Config:
     """Fits into 99 KiB of shared memory on every GPU."""
-    if shape.queries > 1:
+    n = shape.batch * shape.queries
+    if n > 32:
         return Config(heads=min(32, shape.heads))
-    tiles = -(-shape.rows_read // (32 * shape.batch))
-    return Config(heads=16, splits=min(tiles, max(32 // shape.batch, 1)), num_warps=4)
+    return Config(heads=16, splits=min(-(-shape.rows_read // (32 * n)), 32 // n), num_warps=4)
 
 
 def shared_memory(config: Config, dim: int = 512) -> int:
@@ -268,12 +267,13 @@ def _finish(
     sink = sink.astype(jnp.float32) * LOG2E
     top = jnp.maximum(high, sink)
     weight = jnp.exp2(high - top)
-    acc = acc * (weight / (total * weight + jnp.exp2(sink - top)))[:, None]
-    even, odd = (x[..., 0] for x in lax.split(acc.reshape(acc.shape[0], -1, 2), (1, 1), axis=2))
+    o = (acc * (weight / (total * weight + jnp.exp2(sink - top)))[:, None]).astype(jnp.float16)
+    # Here a program's threads exchange what they hold, through shared memory; that is why o is float16 by now.
+    even, odd = (x[..., 0].astype(jnp.float32) for x in lax.split(o.reshape(o.shape[0], -1, 2), (1, 1), axis=2))
     pair = start // 2 + lax.iota(jnp.int32, even.shape[1]) - (D - BLOCK) // 2
     c = plgpu.load(cos.at[b, t, pair], mask=pair >= 0, other=1.0)
     s = plgpu.load(sin.at[b, t, pair], mask=pair >= 0, other=0.0)
-    return jnp.stack([even * c + odd * s, odd * c - even * s], axis=-1).reshape(acc.shape)
+    return jnp.stack([even * c + odd * s, odd * c - even * s], axis=-1).reshape(o.shape)
 
 
 @dataclasses.dataclass(frozen=True)
