@@ -463,7 +463,7 @@ def _vector(shape: Shape, config: Config, fmt: Format, tile: _Tile, token: Array
         ], squares
 
     zeros = jnp.zeros((n // (fmt.run or run),), jnp.float32)
-    squares = [jnp.zeros((n // run,), jnp.float32) for _ in tokens if _norms(shape, config)]
+    squares = [jnp.zeros((n // run,), jnp.float32) for _ in tokens if shape.norm_eps is not None]
     totals, squares = _steps(shape, config, step, ([[zeros for _ in tokens] for _ in rows], squares))
     matrices = [totals[i : i + tile.rows] for i in range(0, len(rows), tile.rows)]
     products = [[_stack([row[t] for row in matrix]).sum(0) for t in tokens] for matrix in matrices]
@@ -512,13 +512,8 @@ def _dot(shape: Shape, config: Config, fmt: Format, tile: _Tile, tokens: Array, 
         return totals, squares
 
     products = [jnp.zeros((tile.rows, tokens.size), jnp.float32) for _ in tile.matrices]
-    squares = jnp.zeros((tokens.size,), jnp.float32) if _norms(shape, config) else None
+    squares = None if shape.norm_eps is None else jnp.zeros((tokens.size,), jnp.float32)
     return _steps(shape, config, step, (products, squares))
-
-
-def _norms(shape: Shape, config: Config) -> bool:
-    """Whether the kernel itself sees all of x, to norm it."""
-    return shape.norm_eps is not None and config.splits == 1
 
 
 def _rms(squares: Array, shape: Shape) -> Array:
@@ -530,7 +525,7 @@ def _rms(squares: Array, shape: Shape) -> Array:
 def _build(shape: Shape, config: Config, layers: int, interpret: bool) -> Callable:
     """The call for static `shape` and `config`. layers: how many numbers `layer` has.
 
-    → per output (m, n), or with splits per matrix the partial products (splits, m, n), float32.
+    → per output (m, n), or with splits partial products (splits, matrices, m, n), float32, for `_combine`.
     """
     group_rows = [out.n // shape.groups for out in shape.outputs]
     tile_rows = [math.gcd(config.rows, n) for n in group_rows]
@@ -573,23 +568,17 @@ def _build(shape: Shape, config: Config, layers: int, interpret: bool) -> Callab
             values = values if inverse is None else [v * inverse for v in values]
             if config.splits == 1:
                 return plgpu.store(ys[nth].at[token, rows], _finish(values, out), mask=mask)
-            first = sum(o.matrices for o in shape.outputs[:nth])
-            for y, v in zip(ys[first : first + out.matrices], values, strict=True):
-                plgpu.store(y.at[split, token, rows], v, mask=mask)
+            for i, v in enumerate(values):
+                plgpu.store(ys[nth].at[split, i, token, rows], v, mask=mask)
 
-        start = 0
-        for nth, n in enumerate(programs):
-            if len(programs) == 1:
-                work(nth, start)
-            else:
-                pl.when((program >= start) & (program < start + n))(functools.partial(work, nth, start))
-            start += n
+        _share(program, programs, work)
 
     if config.splits == 1:
         out_shape = [jax.ShapeDtypeStruct((shape.m, out.n), out.dtype) for out in shape.outputs]
     else:
-        partial = [(config.splits, shape.m, out.n) for out in shape.outputs for _ in range(out.matrices)]
-        out_shape = [jax.ShapeDtypeStruct(s, jnp.float32) for s in partial]
+        out_shape = [
+            jax.ShapeDtypeStruct((config.splits, out.matrices, shape.m, out.n), jnp.float32) for out in shape.outputs
+        ]
     blocks = shape.m // config.tokens if config.method == "vector" else 1
     return common.call(
         kernel,
@@ -598,6 +587,44 @@ def _build(shape: Shape, config: Config, layers: int, interpret: bool) -> Callab
         out_shape=out_shape,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        interpret=interpret,
+    )
+
+
+def _share(program: Array, programs: Sequence[int], work: Callable[[int, int], None]) -> None:
+    """Call work(i, first) in the programs first … first + programs[i] − 1."""
+    first = 0
+    for i, n in enumerate(programs):
+        if len(programs) == 1:
+            work(i, first)
+        else:
+            pl.when((program >= first) & (program < first + n))(functools.partial(work, i, first))
+        first += n
+
+
+@functools.cache
+def _combine(shape: Shape, splits: int, interpret: bool) -> Callable:
+    """The second stage of products split along K: partial products, added up in order, → per output (m, n)."""
+    columns = [math.gcd(256, out.n) for out in shape.outputs]
+    programs = [out.n // c for out, c in zip(shape.outputs, columns, strict=True)]
+
+    def kernel(partials, *ys):
+        program, token = pl.program_id(0), pl.program_id(1)
+
+        def work(nth: int, first: int):
+            out, at = shape.outputs[nth], pl.ds((program - first) * columns[nth], columns[nth])
+            parts = [[partials[nth][s, i, token, at] for s in range(splits)] for i in range(out.matrices)]
+            ys[nth][token, at] = _finish([functools.reduce(operator.add, p) for p in parts], out)
+
+        _share(program, programs, work)
+
+    return common.call(
+        kernel,
+        name="matmul_combine",
+        grid=(sum(programs), shape.m),
+        out_shape=[jax.ShapeDtypeStruct((shape.m, out.n), out.dtype) for out in shape.outputs],
+        num_warps=2,
+        num_stages=1,
         interpret=interpret,
     )
 
@@ -631,15 +658,7 @@ def matmul(
     check(shape, config)
     weights = tuple(tuple(tuple(planes) for planes in w) for w in weights)
     ys = _build(shape, config, layer.size, interpret)(layer, x, weights, norm)
-    if config.splits == 1:
-        return tuple(ys)
-    # The second stage of a product split along K.
-    inverse = 1 if norm_eps is None else _rms(jnp.square(x.astype(jnp.float32)).sum(-1, keepdims=True), shape)
-    ys = iter([y.sum(0) * inverse for y in ys])
-    results = []
-    for out in outputs:
-        results.append(_finish([next(ys) for _ in range(out.matrices)], out))
-    return tuple(results)
+    return tuple(ys if config.splits == 1 else _combine(shape, config.splits, interpret)(ys))
 
 
 def _require(condition: bool, what: str, found: Any, expected: Any) -> None:
@@ -697,6 +716,7 @@ def check(shape: Shape, config: Config) -> None:
         (config.splits, config.k_block),
         f"a divisor of {shape.k}",
     )
+    _require(config.splits == 1 or shape.norm_eps is None, "splits", config.splits, "1 with a norm")
     if config.method == "vector":
         _require(shape.m % config.tokens == 0, "tokens", config.tokens, f"a divisor of {shape.m}")
         return
@@ -705,6 +725,19 @@ def check(shape: Shape, config: Config) -> None:
     for out in shape.outputs:
         rows = math.gcd(config.rows, out.n // shape.groups)
         _require(rows >= 16, f"rows of {out} in a tile", rows, "at least 16 for dot")
+    shared = shared_memory(shape, config)
+    _require(shared <= common.SHARED_MEMORY, "shared memory", shared, f"at most {common.SHARED_MEMORY} bytes")
+
+
+def shared_memory(shape: Shape, config: Config) -> int:
+    """Bytes that a block of `dot` needs: num_stages − 1 tiles of everything it reads, and x once more in 16 bits."""
+    x = max(16, pl.next_power_of_2(shape.m)) * config.k_block
+    norm = 4 * config.k_block if shape.norm_weight else 0
+    tiles = []
+    for out in shape.outputs:
+        rows = math.gcd(config.rows, out.n // shape.groups)
+        tiles.append(FORMATS[out.fmt].nbytes(out.matrices * rows * config.k_block))
+    return (config.num_stages - 1) * (max(tiles) + 2 * x + norm) + 2 * x
 
 
 def _run(shape: Shape) -> int:
@@ -727,7 +760,7 @@ def default_config(shape: Shape) -> Config:
     columns = _power_of_two(shape.k)
     if _takes_dot(shape) and shape.m > 2:
         splits = 1
-        while _programs(shape, 64) * splits < 264 and columns // splits > 512:
+        while shape.norm_eps is None and _programs(shape, 64) * splits < 264 and columns // splits > 512:
             splits *= 2
         return Config("dot", 64, min(columns, 128), num_warps=4, num_stages=4, splits=splits)
     rows = 4
@@ -755,10 +788,13 @@ def configs(shape: Shape) -> list[Config]:
             if k_block <= columns and enough and 4 <= rows * chunks * num_warps and rows * chunks <= 16:
                 out.append(Config("vector", rows, k_block, num_warps, tokens=tokens))
     if shape.m >= 2 and _takes_dot(shape):
-        for rows, k_block, splits, num_stages in itertools.product((64, 128), (128, 256), (1, 2, 4, 8, 16), (3, 4, 5)):
+        every_split = (1, 2, 4, 8, 16) if shape.norm_eps is None else (1,)
+        for rows, k_block, splits, num_stages in itertools.product((64, 128), (128, 256), every_split, (3, 5)):
+            config = Config("dot", rows, k_block, 4, num_stages, splits=splits)
             programs = _programs(shape, rows) * splits
-            if k_block * splits <= columns and (splits == 1 or programs <= 1056) and programs >= 100:
-                out.append(Config("dot", rows, k_block, 4, num_stages, splits=splits))
+            fits = k_block * splits <= columns and shared_memory(shape, config) <= common.SHARED_MEMORY
+            if fits and 64 <= programs and (splits == 1 or programs <= 1056):
+                out.append(config)
     return list(dict.fromkeys(out))
 
 

@@ -15,10 +15,10 @@ from pallas_kernels.matmul import Config, Output, Shape
 DEVICES = {"NVIDIA H200": 132, "NVIDIA RTX PRO 6000 Blackwell": 188, "NVIDIA GB10": 48}
 
 # Float32 sums of at most 16384 terms; only their order differs.
-FLOAT32 = 2e-6
-# Operands of the tensor cores: a weight d · q rounds to float16 (by 2^-11 at most, some 2^-12 on average), or to
-# bfloat16. With a norm x rounds too.
-FLOAT16, BFLOAT16 = 6e-4, 4e-3
+FLOAT32 = 5e-6
+# Operands of the tensor cores: a weight d · q rounds to float16, by 2^-12 or so on average, and with a norm x does too;
+# SwiGLU multiplies two such results. To bfloat16 they round by 8 times as much.
+FLOAT16, BFLOAT16 = 1e-3, 8e-3
 
 
 def run(op, shape, seed=0, **kwargs):
@@ -74,7 +74,7 @@ VECTOR = {
         Config("vector", 2, 256, 1),
     ),
     "split": (
-        Shape(1, 512, (Output(2, "Q8_0", clamp=0.5), Output(2, "BF16")), norm_eps=1e-6),
+        Shape(1, 512, (Output(2, "Q8_0", clamp=0.5), Output(2, "BF16"))),
         Config("vector", 2, 256, 1, splits=2),
     ),
     "Q4_K": (Shape(1, 512, (Output(2, "Q4_K"),)), Config("vector", 2, 256, 1)),
@@ -88,7 +88,7 @@ DOT = {
     ),
     "groups": (Shape(17, 128, (Output(32, "Q8_0"),), groups=2), Config("dot", 16, 128, 4)),
     "several formats, SwiGLU, split": (
-        Shape(8, 256, (Output(16, "Q8_0", clamp=0.5), Output(16, "F16"), Output(32, "BF16")), norm_eps=1e-6),
+        Shape(8, 256, (Output(16, "Q8_0", clamp=0.5), Output(16, "F16"), Output(32, "BF16"))),
         Config("dot", 16, 128, 4, splits=2),
     ),
     "Q4_K": (Shape(6, 256, (Output(16, "Q4_K"),)), Config("dot", 16, 256, 4)),
@@ -146,6 +146,10 @@ def test_extreme_codes():
         ({"config": Config("vector", 3, 256, 1)}, "rows: found 3, expected a power of two"),
         ({"config": Config("vector", 4, 512, 1)}, r"splits · k_block: found \(1, 512\), expected a divisor of 256"),
         ({"config": Config("vector", 4, 256, 1, tokens=2)}, "tokens: found 2, expected a divisor of 1"),
+        (
+            {"config": Config("vector", 4, 128, 1, splits=2), "norm_eps": 1e-6},
+            "splits: found 2, expected 1 with a norm",
+        ),
         ({"config": Config("dot", 16, 256, 4)}, "rows of Output.*found 4, expected at least 16"),
     ],
 )
@@ -165,16 +169,17 @@ def lowered(shape, config, **kwargs):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("case", SMALL.values(), ids=SMALL)
 def test_lowers_for_every_device(case, device):
-    assert lowered(*case, device=device, cores=DEVICES[device]).count("__gpu$xla.gpu.triton") == 1
+    kernels = 1 if case[1].splits == 1 else 2
+    assert lowered(*case, device=device, cores=DEVICES[device]).count("__gpu$xla.gpu.triton") == kernels
 
 
 @pytest.mark.parametrize("name", ["q_a+kv+csa/1", "q_b+index/16", "o_a/4", "mhc/16"])
 def test_defaults_lower(name):
-    """One kernel, whatever shares the input; its weights are arguments, not copies."""
+    """The kernel and perhaps its second stage, whatever shares the input, and nothing else that reads weights."""
     shape = matmul.SHAPES[name]
+    kernels = 1 if matmul.default_config(shape).splits == 1 else 2
     text = lowered(shape, None)
-    assert text.count("__gpu$xla.gpu.triton") == 1
-    assert "slice" not in text and "gather" not in text
+    assert text.count("stablehlo.") == text.count("stablehlo.custom_call @__gpu$xla.gpu.triton") == kernels
 
 
 @pytest.mark.parametrize("name", matmul.SHAPES)
@@ -184,6 +189,12 @@ def test_candidates_fit(name):
     assert candidates[0] == matmul.default_config(shape) and len(candidates) > 4
     for config in candidates:
         matmul.check(shape, config)
+
+
+def test_too_much_shared_memory():
+    shape = Shape(16, 4096, (Output(64, "F16"),))
+    with pytest.raises(common.Unsupported, match="shared memory: found 212992, expected at most 101376 bytes"):
+        matmul.check(shape, Config("dot", 64, 256, 4, num_stages=6))
 
 
 @pytest.mark.gpu
