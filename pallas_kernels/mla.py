@@ -169,7 +169,7 @@ def default_config(shape: Shape) -> Config:
     n = shape.batch * shape.queries
     if n > 32:
         return Config(heads=min(32, shape.heads))
-    return Config(heads=16, splits=min(-(-shape.rows_read // (32 * n)), 32 // n), num_warps=4)
+    return Config(heads=16, splits=min(-(-shape.rows_read // (32 * n)), 32 // n))
 
 
 def shared_memory(config: Config, dim: int = 512) -> int:
