@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,8 +18,26 @@ from typing import Any
 from ds4jax.errors import Ds4Error
 from ds4jax.tokenizer import Special, Tokenizer
 
-Segment = str | Special
-"""One piece of a prompt: plain text, or a trusted control token."""
+Segment = str | Special | int
+"""One piece of a prompt: plain text, a trusted control token, or a token of a turn that is repeated as sampled."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SampledTurn:
+    """An assistant turn with tool calls: what the client was told, and the tokens that said so.
+
+    Clients send back the message, not the tokens, and to render it anew may give others: keys in another order, numbers
+    spelled otherwise, a different cut into tokens. `render` takes the tokens where the message is still the same.
+
+    thinking: whether the generation header before it opened a thought.
+    message: OpenAI-style and plain JSON, as `ds4jax.chat_parser.message` makes it.
+    ids: the sampled tokens after the generation header, the closing tag of the calls included, without EOS.
+    """
+
+    thinking: bool
+    message: Mapping[str, Any]
+    ids: tuple[int, ...]
+
 
 # The tool-call markup ("DSML"); its tag names are ordinary text around one control token.
 CALLS_OPEN, CALLS_CLOSE = "<｜DSML｜tool_calls>", "</｜DSML｜tool_calls>"
@@ -108,12 +127,12 @@ def render_ids(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], **op
     Raises Ds4Error as `render` does, and if the vocabulary lacks a control token or the template is V4.1's.
     """
     segments = render(messages, profile=effort_profile(tokenizer.chat_template), **options)
-    return tokenizer.encode_segments(s if isinstance(s, str) else tokenizer.special(s) for s in segments)
+    return tokenizer.encode_segments(tokenizer.special(s) if isinstance(s, Special) else s for s in segments)
 
 
 def to_text(segments: Sequence[Segment]) -> str:
-    """A rendered prompt as one string, control tokens spelled out: to look at, not to tokenize."""
-    return "".join(s if isinstance(s, str) else s.value for s in segments)
+    """A rendered prompt as one string, control tokens spelled, sampled ones as [id]: to look at, not to tokenize."""
+    return "".join(s if isinstance(s, str) else s.value if isinstance(s, Special) else f"[{s}]" for s in segments)
 
 
 def render(
@@ -125,6 +144,7 @@ def render(
     tools: Sequence[Mapping[str, Any]] | None = None,
     response_format: Any = None,
     add_generation_header: bool = True,
+    replay: Mapping[str, SampledTurn] | None = None,
 ) -> list[Segment]:
     """The prompt for a conversation.
 
@@ -134,6 +154,8 @@ def render(
     tools: function tools as the Chat Completions, Responses or Messages API has them; see `normalise_tools`.
     response_format: a JSON value, put into the prompt as the schema that the reply must follow.
     add_generation_header: whether to end with the opening of the assistant's next turn.
+    replay: turns as sampled, by the id of each of their calls. Such a turn is repeated token by token if its message is
+        unchanged and its header was the same; reasoning that the client left out is then there again.
     Raises Ds4Error naming the message or tool, what was found and what was expected.
     """
     prefix = effort_prefix(think, profile, ctx)
@@ -160,9 +182,12 @@ def render(
                 out += [Special.LATEST_REMINDER, turn.text]
             case _Assistant():
                 out.append(Special.ASSISTANT)
-                if thinking and (tools or results or i > last_user):
-                    out += [Special.THINK_OPEN, turn.reasoning]
-                out += [Special.THINK_CLOSE, turn.content, *_render_calls(turn.calls), Special.EOS]
+                keep = bool(thinking and (tools or results or i > last_user))
+                if sampled := _as_sampled(turn, keep, replay or {}):
+                    out += [Special.THINK_OPEN if keep else Special.THINK_CLOSE, *sampled.ids, Special.EOS]
+                else:
+                    out += [Special.THINK_OPEN, turn.reasoning] if keep else []
+                    out += [Special.THINK_CLOSE, turn.content, *_render_calls(turn.calls), Special.EOS]
                 if turn.calls:
                     call_order = {call.id: n for n, call in enumerate(turn.calls) if call.id is not None}
     if add_generation_header:
@@ -263,9 +288,7 @@ def _turns(messages: Sequence[Mapping[str, Any]]) -> tuple[str, list[_User | _As
                 else:
                     turns.append(_User([block]))
             case "assistant":
-                reasoning = message.get("reasoning_content")
-                _check(f"{where}.reasoning_content", reasoning, str | None, "a string")
-                turns.append(_Assistant(reasoning or "", _text(message, where, optional=True), _calls(message, where)))
+                turns.append(_assistant(message, where))
             case "latest_reminder":
                 # Only before a user turn: after one, the reference would put the assistant's header in front of it.
                 if in_user or i + 1 == len(messages):
@@ -295,6 +318,12 @@ def _text(message: Mapping[str, Any], where: str, optional: bool = False) -> str
     return "\n\n".join(texts)
 
 
+def _assistant(message: Mapping[str, Any], where: str) -> _Assistant:
+    reasoning = message.get("reasoning_content")
+    _check(f"{where}.reasoning_content", reasoning, str | None, "a string")
+    return _Assistant(reasoning or "", _text(message, where, optional=True), _calls(message, where))
+
+
 def _calls(message: Mapping[str, Any], where: str) -> list[_Call]:
     """An assistant message's tool calls, their arguments parsed."""
     calls = message.get("tool_calls") or []
@@ -315,14 +344,32 @@ def _calls(message: Mapping[str, Any], where: str) -> list[_Call]:
 
 def _parameters(arguments: str | Mapping[str, Any]) -> dict[str, Any]:
     """The parameters of a call; arguments that are not a JSON object become one string parameter."""
-    if isinstance(arguments, str):
-        try:
-            # Clients send "" for a call without parameters.
-            parsed = json.loads(arguments) if arguments.strip() else {}
-        except (ValueError, RecursionError):
-            parsed = None
-        arguments = parsed if isinstance(parsed, dict) else {RAW_PARAMETER: arguments}
-    return dict(arguments)
+    if not isinstance(arguments, str):
+        arguments = _json(dict(arguments))
+    try:
+        # Clients send "" for a call without parameters.
+        parsed = read_json(arguments) if arguments.strip() else {}
+    except ValueError:
+        parsed = None
+    return parsed if isinstance(parsed, dict) else {RAW_PARAMETER: arguments}
+
+
+def read_json(text: str) -> Any:
+    """A JSON value that can be written again as JSON; raises ValueError for any other text.
+
+    That rules out what json.loads alone would take: NaN, Infinity, and floats that become infinite, such as 1e400. It
+    also rules out what Python cannot hold: nesting deeper than its stack, integers of more than 4300 digits.
+    """
+
+    def finite(number: str) -> float:
+        if not math.isfinite(value := float(number)):
+            raise ValueError(number)
+        return value
+
+    try:
+        return json.loads(text, parse_constant=finite, parse_float=finite)
+    except RecursionError as error:
+        raise ValueError("nested too deep") from error
 
 
 def _check(where: str, value: object, kind: Any, expected: str) -> None:
@@ -344,9 +391,18 @@ def _json(value: object) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def _escape(text: str, closing_tag: str, escaped: str = "&lt;") -> str:
+def escape(text: str, closing_tag: str, escaped: str = "&lt;") -> str:
     """Text that goes before `closing_tag`, with the `<` of any such tag inside it escaped."""
     return text.replace(closing_tag, escaped + closing_tag[1:])
+
+
+def _as_sampled(turn: _Assistant, thinking: bool, replay: Mapping[str, SampledTurn]) -> SampledTurn | None:
+    """The sampled turn that `turn` is, if its header was the same and the client changed nothing."""
+    sampled = replay.get(turn.calls[0].id) if turn.calls else None
+    if sampled is None or sampled.thinking != thinking:
+        return None
+    said = _assistant(sampled.message, "replay")
+    return sampled if dataclasses.replace(turn, reasoning=turn.reasoning or said.reasoning) == said else None
 
 
 def _render_calls(calls: Sequence[_Call]) -> list[Segment]:
@@ -357,9 +413,9 @@ def _render_calls(calls: Sequence[_Call]) -> list[Segment]:
         out += [*_markup(INVOKE_OPEN), call.name, '">\n']
         for key, value in call.parameters.items():
             if isinstance(value, str):
-                is_string, text = "true", _escape(value, PARAMETER_CLOSE)
+                is_string, text = "true", escape(value, PARAMETER_CLOSE)
             else:
-                is_string, text = "false", _escape(_json(value), PARAMETER_CLOSE, "\\u003c")
+                is_string, text = "false", escape(_json(value), PARAMETER_CLOSE, "\\u003c")
             head = f'{key}" string="{is_string}">'
             out += [*_markup(PARAMETER_OPEN), head, text, *_markup(PARAMETER_CLOSE + "\n")]
         if not call.parameters:
@@ -378,6 +434,6 @@ def _in_call_order(blocks: Sequence[str | _Result], call_order: Mapping[str, int
     )
     ordered = iter(results)
     return [
-        block if isinstance(block, str) else RESULT_OPEN + _escape(next(ordered).text, RESULT_CLOSE) + RESULT_CLOSE
+        block if isinstance(block, str) else RESULT_OPEN + escape(next(ordered).text, RESULT_CLOSE) + RESULT_CLOSE
         for block in blocks
     ]

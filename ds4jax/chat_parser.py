@@ -1,0 +1,465 @@
+"""Sampled tokens to a chat message, as they come: thinking, text and tool calls. What `ds4jax.chat` renders, read back.
+
+    THINK ── </think> ──► TEXT ── <｜DSML｜tool_calls> ──► TOOL ── </｜DSML｜tool_calls> ──► DONE
+      (if the header opened it)      (if there are tools)
+
+`</think>` and `｜DSML｜` count where their ids were sampled, never where text spells them. The rest of a tag is text
+and shares tokens with its neighbours (`>` and a newline are one), so the machine reads characters: text as it is, and
+each control token as one character that no text contains. How the text is cut into tokens changes nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import re
+import secrets
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+from ds4jax import chat
+from ds4jax.errors import Ds4Error
+from ds4jax.tokenizer import Special, StreamDecoder, Tokenizer
+
+# Lone surrogates stand for the control tokens: decoded UTF-8 has none.
+_THINK, _END_THINK, _DSML = "\ud800", "\ud801", "\ud802"
+_MARKS = {Special.THINK_OPEN: _THINK, Special.THINK_CLOSE: _END_THINK, Special.DSML: _DSML}
+_SPELLINGS = str.maketrans({mark: special.value for special, mark in _MARKS.items()})
+
+_CALLS, _END_CALLS, _END_INVOKE, _END_PARAMETER = (
+    tag.replace(Special.DSML.value, _DSML)
+    for tag in (chat.CALLS_OPEN, chat.CALLS_CLOSE, chat.INVOKE_CLOSE, chat.PARAMETER_CLOSE)
+)
+_INVOKE, _PARAMETER = f"<{_DSML}invoke", f"<{_DSML}parameter"
+_TAG = re.compile(f"</?{_DSML}")
+_INVOKE_TAG = re.compile(rf'{_INVOKE}\s+name="([^"{_DSML}]+)"\s*>')
+_PARAMETER_TAG = re.compile(rf'{_PARAMETER}\s+name="([^"{_DSML}]*)"(?:\s+string="(true|false)")?\s*>')
+
+_SPACE = " \t\r\n"
+# Limits on what is held back, so that a model that repeats itself forever costs no more than linear time.
+_MAX_SPACE = 256  # characters of white space before a tag
+_MAX_TAG = 1024  # characters of a tag
+_WRAPPERS = ("arguments", "input")  # names under which a model may pass all arguments as one JSON object
+
+
+@dataclasses.dataclass(frozen=True)
+class ThinkingDelta:
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class TextDelta:
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class ToolCallStarted:
+    """A call's name is known. Only `ToolCallFinished` makes it a call: if none follows, forget this one."""
+
+    index: int
+    id: str
+    name: str
+
+
+@dataclasses.dataclass(frozen=True)
+class ToolCallDelta:
+    """The next piece of the arguments' JSON text."""
+
+    index: int
+    arguments: str
+
+
+@dataclasses.dataclass(frozen=True)
+class ToolCallFinished:
+    """A whole call of a well-formed block. arguments: the JSON text of an object, all deltas together."""
+
+    index: int
+    id: str
+    name: str
+    arguments: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Finish:
+    """Always the last event.
+
+    reason: "stop" (the model ended its turn), "length", "tool_calls", "stop_sequence", or "error" (the turn ended
+        inside a block of calls).
+    stop: the stop string, for "stop_sequence".
+    turn: for "tool_calls", what `chat.render` needs to repeat this turn exactly; to be kept under each call's id.
+    unfinished: the text of a block of calls that did not come to its end, for "error" and "length".
+    """
+
+    reason: Literal["stop", "length", "tool_calls", "stop_sequence", "error"]
+    stop: str | None = None
+    turn: chat.SampledTurn | None = None
+    unfinished: str = ""
+
+
+Event = ThinkingDelta | TextDelta | ToolCallStarted | ToolCallDelta | ToolCallFinished | Finish
+
+
+def new_call_id(prefix: str = "call_") -> str:
+    return prefix + secrets.token_hex(16)
+
+
+class OutputParser:
+    """The state machine: `push` the sampled ids until `done`, or `finish` when sampling ended otherwise.
+
+    A block's first call is streamed. What comes after it, its own closing brace included, is sent when the block has
+    ended well: no call of a malformed or unfinished block is ever finished.
+
+    Attributes: ``done`` (stop sampling: `Finish` is out) and ``reasoning_tokens`` (ids pushed while thinking).
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        thinking: bool,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        stop: Sequence[str] = (),
+        new_id: Callable[[], str] = new_call_id,
+    ):
+        """thinking: whether the prompt ended with `<think>`.
+
+        tools: as given to `chat.render`; without any, or with None where calls are not wanted, their markup is text.
+        stop: strings of which the first to be complete ends the text and is cut off; thoughts and calls do not count.
+        new_id: makes the ids of calls.
+        Raises Ds4Error for an empty stop string, tools `chat.normalise_tools` refuses and a vocabulary without control
+        tokens.
+        """
+        if "" in stop:
+            raise Ds4Error("stop: found an empty string, expected at least one character")
+        self._schemas = {tool["name"]: tool.get("parameters") for tool in chat.normalise_tools(tools or ())}
+        self._eos, self._marks = tokenizer.eos_id, {tokenizer.special(s): mark for s, mark in _MARKS.items()}
+        self._decoder, self._stop, self._new_id = StreamDecoder(tokenizer), tuple(stop), new_id
+        self.done, self.reasoning_tokens = False, 0
+
+        self._thinking, self._ids = thinking, []  # of the turn
+        self._state = self._opening if thinking else self._text  # consumes from the buffer; true if it is to go on
+        self._buffer = ""  # read, but not consumed
+        self._tail = ""  # consumed and spelled, but held back: it may be the beginning of a stop string or an escape
+        self._events: list[Event] = []  # not yet returned
+        self._history: list[Event] = []  # returned
+
+        self._raw: list[str] | None = None  # what was consumed of the block of calls, from the white space before it
+        self._call: ToolCallStarted | None = None
+        self._arguments: list[str] = []  # the pieces of its JSON
+        self._empty: list[bool] = []  # for each JSON object that is open: whether nothing is in it yet
+        self._is_string = True  # the current value: without string= it is one, unless it is an object
+        self._value: list[str] = []  # pieces of a value that cannot be streamed
+        self._wrapper: tuple[str, str, str] | None = None  # first parameter, named in _WRAPPERS: key, string=, value
+        self._closing: list[Event] | None = None  # from the end of the first call on: to be out when the block is whole
+
+    def push(self, id: int) -> list[Event]:
+        """The events that a sampled id completes. EOS finishes with "stop"; after the end, ids are ignored."""
+        if id == self._eos:
+            return self.finish("stop")
+        if self.done:
+            return []
+        self._ids.append(id)
+        self.reasoning_tokens += self._state in (self._opening, self._think)
+        if mark := self._marks.get(id):
+            return self._read(self._decoder.flush() + mark)
+        return self._read(self._decoder.push(id))
+
+    def finish(self, reason: Literal["stop", "length"]) -> list[Event]:
+        """The events left when sampling ended: all that was held back, and `Finish`."""
+        if self.done:
+            return []
+        events = self._read(self._decoder.flush())
+        if self.done:
+            return events
+        if self._raw is not None:
+            unfinished = _spell("".join(self._raw) + self._buffer)
+            self._end(Finish("length" if reason == "length" else "error", unfinished=unfinished))
+        else:
+            self._show(_spell(self._buffer), last=True)
+            if not self.done:
+                self._end(Finish(reason))
+        return events + self._drain()
+
+    def _read(self, text: str) -> list[Event]:
+        self._buffer += text
+        while not self.done and self._state():
+            pass
+        return self._drain()
+
+    def _drain(self) -> list[Event]:
+        events, self._events = self._events, []
+        self._history += events
+        return events
+
+    def _end(self, finish: Finish) -> None:
+        self._events.append(finish)
+        self.done = True
+
+    # Thinking and text.
+
+    def _opening(self) -> bool:
+        """The model may repeat the header's `<think>`."""
+        self._buffer = self._buffer.lstrip(_THINK)
+        if self._buffer:
+            self._state = self._think
+        return bool(self._buffer)
+
+    def _think(self) -> bool:
+        """Nothing is held back: the end is one token. Calls in a thought are thoughts, and never executed."""
+        text, close, self._buffer = self._buffer.partition(_END_THINK)
+        if text:
+            self._events.append(ThinkingDelta(_spell(text)))
+        if close:
+            self._state = self._text
+        return bool(close)
+
+    def _text(self) -> bool:
+        """Stray `</think>` vanish; white space before the calls is part of their markup."""
+        self._buffer = self._buffer.replace(_END_THINK, "")
+        text, marker = self._buffer, ""
+        if self._schemas:
+            text, marker, _ = text.partition(_CALLS)
+            text = text if marker else text[: len(text) - _held(text, _CALLS)]
+            text = text[: max(len(text.rstrip(_SPACE)), len(text) - _MAX_SPACE)]
+        self._buffer = self._buffer[len(text) :]
+        self._show(_spell(text), last=bool(marker))
+        if marker and not self.done:
+            self._raw = []
+            self._take(self._buffer.index(_CALLS) + len(_CALLS))
+            self._state = self._structure
+        return bool(marker)
+
+    def _show(self, text: str, last: bool = False) -> None:
+        """Sends text, less what may become a stop string; `last` if nothing can follow."""
+        text = self._tail + text
+        hits = [(at + len(stop), at, stop) for stop in self._stop if (at := text.find(stop)) >= 0]
+        end = min(hits)[1] if hits else len(text)
+        if not hits and not last:
+            end -= max((_held(text, stop) for stop in self._stop), default=0)
+        if end:
+            self._events.append(TextDelta(text[:end]))
+        self._tail = "" if last else text[end:]
+        if hits:
+            self._end(Finish("stop_sequence", stop=min(hits)[2]))
+
+    # A block of calls.
+
+    def _take(self, n: int) -> str:
+        taken, self._buffer = self._buffer[:n], self._buffer[n:]
+        self._raw.append(taken)
+        return taken
+
+    def _send(self, event: Event) -> None:
+        (self._events if self._closing is None else self._closing).append(event)
+
+    def _argue(self, json_text: str) -> None:
+        self._arguments.append(json_text)
+        self._send(ToolCallDelta(self._call.index, json_text))
+
+    def _structure(self) -> bool:
+        """Between tags: where an opening or the closing one must follow."""
+        self._take(len(self._buffer) - len(self._buffer.lstrip(_SPACE)))
+        depth = len(self._empty)  # 0 in the block, 1 in a call, more in parameters of parameters
+        close = (_END_CALLS, _END_INVOKE, _END_PARAMETER)[min(depth, 2)]
+        head, pattern = (_PARAMETER, _PARAMETER_TAG) if depth else (_INVOKE, _INVOKE_TAG)
+        if self._buffer.startswith(close) and (depth or self._call):
+            self._take(len(close))
+            (self._close_object if depth else self._close_block)()
+        elif tag := pattern.match(self._buffer, 0, _MAX_TAG):
+            self._take(tag.end())
+            (self._open_parameter if depth else self._open_call)(*map(_spell, tag.groups("")))
+        else:
+            rest = self._buffer[len(head) :]
+            possible = head.startswith(self._buffer[: len(head)]) and _DSML not in rest and len(rest) < _MAX_TAG
+            if possible or (close.startswith(self._buffer) and self._buffer != close):
+                return False
+            self._state = self._broken
+        return True
+
+    def _open_call(self, name: str) -> None:
+        self._call = ToolCallStarted(self._call.index + 1 if self._call else 0, self._new_id(), name)
+        self._arguments, self._empty = [], [True]
+        self._send(self._call)
+
+    def _open_parameter(self, key: str, string: str) -> None:
+        self._settle()
+        if self._empty == [True] and string and key in _WRAPPERS and self._undeclared(key):
+            self._wrapper, self._state = (key, string, ""), self._buffered
+            return
+        self._key(key)
+        self._is_string = string != "false"
+        if string == "true":
+            self._open_value()
+        else:
+            self._state = self._maybe_object
+
+    def _key(self, key: str) -> None:
+        self._argue(("{" if self._empty[-1] else ",") + _quote(key) + ":")
+        self._empty[-1] = False
+
+    def _close_object(self) -> None:
+        """The end of a call, or of a parameter made of parameters."""
+        if len(self._empty) == 1 and self._closing is None:
+            self._closing = []
+        if self._wrapper and _is_json(value := self._wrapper[2]) and value.lstrip(_SPACE).startswith("{"):
+            self._wrapper = None
+            self._empty.pop()
+            self._argue(value.strip(_SPACE))
+        else:
+            self._settle()
+            self._argue("{}" if self._empty.pop() else "}")
+        if not self._empty:
+            self._send(ToolCallFinished(*dataclasses.astuple(self._call), "".join(self._arguments)))
+
+    def _close_block(self) -> None:
+        self._events += self._closing
+        turn = chat.SampledTurn(self._thinking, message(self._history + self._events), tuple(self._ids))
+        self._end(Finish("tool_calls", turn=turn))
+
+    def _broken(self) -> bool:
+        """A malformed block: at its end, all of it becomes text. A call that was started stays unfinished."""
+        at = self._buffer.find(_END_CALLS)
+        closed = at >= 0
+        self._take(at + len(_END_CALLS) if closed else len(self._buffer) - _held(self._buffer, _END_CALLS))
+        if closed:
+            self._events.append(TextDelta(_spell("".join(self._raw))))
+            self._end(Finish("stop"))
+        return False
+
+    # Values of parameters.
+
+    def _payload(self) -> tuple[str, bool]:
+        """Takes what is there of a value; whether it is whole. Any other tag before its closing one breaks the block:
+        something was left out, and the value might swallow the next parameter or call."""
+        tag = _TAG.search(self._buffer)
+        text = self._take(tag.start() if tag else len(self._buffer) - _held(self._buffer, _END_PARAMETER))
+        whole = self._buffer.startswith(_END_PARAMETER)
+        if whole:
+            self._take(len(_END_PARAMETER))
+            self._state = self._structure
+        elif tag and not _END_PARAMETER.startswith(self._buffer):
+            self._state = self._broken
+        return _spell(text), whole
+
+    def _string(self) -> bool:
+        text, whole = self._payload()
+        text = _unescape(self._tail + text)
+        end = len(text) - (0 if whole else _held(text, _ESCAPED))
+        self._tail = text[end:]
+        if sent := _quote(text[:end])[1:-1] + '"' * whole:
+            self._argue(sent)
+        return self._state != self._string
+
+    def _open_value(self) -> None:
+        if self._is_string:
+            self._argue('"')
+        self._state = self._string if self._is_string else self._buffered
+
+    def _maybe_object(self) -> bool:
+        """Without string="true" it is an object if the next thing is a parameter."""
+        text = self._buffer.lstrip(_SPACE)
+        if text in ("", "<") and len(self._buffer) - len(text) <= _MAX_SPACE:
+            return False
+        if text.startswith(f"<{_DSML}"):
+            self._empty.append(True)
+            self._state = self._structure
+        else:
+            self._open_value()
+        return True
+
+    def _buffered(self) -> bool:
+        """JSON, which has to be seen whole; or all arguments in one parameter."""
+        text, whole = self._payload()
+        self._value.append(text)
+        if whole:
+            value, self._value = "".join(self._value), []
+            if self._wrapper:
+                key, string, _ = self._wrapper
+                self._wrapper = key, string, _unescape(value) if string == "true" else value
+            else:
+                self._argue(_literal(value))
+        return self._state != self._buffered
+
+    def _undeclared(self, key: str) -> bool:
+        """Whether the tool is known to have other parameters than this one."""
+        schema = self._schemas.get(self._call.name)
+        properties = schema.get("properties") if isinstance(schema, Mapping) else None
+        return isinstance(properties, Mapping) and bool(properties) and key not in properties
+
+    def _settle(self) -> None:
+        """A parameter named like all arguments was one among others, or no object: an ordinary one."""
+        if self._wrapper:
+            key, string, value = self._wrapper
+            self._wrapper = None
+            self._key(key)
+            self._argue(_quote(value) if string == "true" else _literal(value))
+
+
+def parse(
+    tokenizer: Tokenizer, ids: Iterable[int], *, end: Literal["stop", "length"] = "stop", **options: Any
+) -> tuple[dict[str, Any], Finish]:
+    """The message that some sampled ids say, and how it ends.
+
+    end: why sampling ended, if the ids do not show it.  options: those of `OutputParser`.
+    """
+    parser = OutputParser(tokenizer, **options)
+    events = [event for id in ids for event in parser.push(id)] + parser.finish(end)
+    return message(events), events[-1]
+
+
+def message(events: Iterable[Event]) -> dict[str, Any]:
+    """An OpenAI-style assistant message: content (None if only calls), and reasoning_content and tool_calls if any.
+
+    events: of one `OutputParser`, also before its end; calls that are not finished are not in the message.
+    """
+    content, reasoning, calls = [], [], []
+    for event in events:
+        match event:
+            case TextDelta(text):
+                content.append(text)
+            case ThinkingDelta(text):
+                reasoning.append(text)
+            case ToolCallFinished(_, id, name, arguments):
+                calls.append({"id": id, "type": "function", "function": {"name": name, "arguments": arguments}})
+    out: dict[str, Any] = {"role": "assistant", "content": "".join(content) or (None if calls else "")}
+    if reasoning:
+        out["reasoning_content"] = "".join(reasoning)
+    if calls:
+        out["tool_calls"] = calls
+    return out
+
+
+def _spell(text: str) -> str:
+    """Control tokens as clients see them."""
+    return text.translate(_SPELLINGS)
+
+
+def _held(text: str, pattern: str) -> int:
+    """Length of the longest end of `text` that `pattern` begins with, short of the whole pattern."""
+    at = text.find(pattern[0], max(0, len(text) - len(pattern) + 1))
+    while at >= 0 and not pattern.startswith(text[at:]):
+        at = text.find(pattern[0], at + 1)
+    return len(text) - at if at >= 0 else 0
+
+
+# The one thing that the renderer changes in a string. Other entities (`&amp;`) are the argument's own.
+_ESCAPED = chat.escape(chat.PARAMETER_CLOSE, chat.PARAMETER_CLOSE)
+_quote = functools.partial(json.dumps, ensure_ascii=False)
+
+
+def _unescape(text: str) -> str:
+    return text.replace(_ESCAPED, chat.PARAMETER_CLOSE)
+
+
+def _literal(value: str) -> str:
+    """A value with string="false" as JSON: itself, or a string if it is not JSON."""
+    return value.strip(_SPACE) if _is_json(value) else _quote(_unescape(value))
+
+
+def _is_json(text: str) -> bool:
+    try:
+        chat.read_json(text)
+    except ValueError:
+        return False
+    return True
