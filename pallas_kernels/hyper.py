@@ -208,7 +208,7 @@ def _project(X, fn, layer, parts, *, c: Config):
         f = plgpu.load(fn.at[nth, output[:, None], column[None]], mask=(output < M)[:, None], other=0)
         f, wide = f.astype(jnp.float32), x.astype(jnp.float32)
         if X.dtype == jnp.bfloat16:
-            # float16 is the sum of two bfloat16, so that products are exact; of a float32 three more bits than TF32's.
+            # A float16 is the sum of two bfloat16, so that products are exact. A float32 keeps 16 bits.
             high = f.astype(jnp.bfloat16)
             for part in (high, (f - high.astype(jnp.float32)).astype(jnp.bfloat16)):
                 dots += jnp.dot(x, part.T, preferred_element_type=jnp.float32)
@@ -299,7 +299,7 @@ def _collapsed(S: int, N: int, E: int, dtype, head: bool, numbers: Numbers, c: C
 
 def configs(shape: Shape) -> list[Config]:
     """Candidates of a sweep."""
-    if shape.tokens <= 32:
+    if shape.tokens < 64:
         sizes = [(t, columns) for t in (1, 2, 4) if t <= shape.tokens for columns in (32, 64, 128)]
         return [Config(t, columns, warps, collapse) for t, columns in sizes for warps in (4, 8) for collapse in (4, 8)]
     return [

@@ -165,7 +165,9 @@ def configs(shape: Shape) -> list[Config]:
 
 
 def default_config(shape: Shape) -> Config:
-    return Config(8192, 8)
+    if shape.n > 2**17:
+        return Config(16384, 16)  # two passes for 262,144 scores, not three
+    return Config(8192, 8 if shape.rows < 128 else 16)
 
 
 def op(
