@@ -1,12 +1,13 @@
 """Products of a few rows with quantized matrices: y = x Wᵀ for 1 to 32 rows of x, several W of one input in one call.
 
 Decoding reads every weight once, so its bytes are the bound: Q8_0 has 1.06 bytes a weight, and 4 TB/s feed each of 132
-multiprocessors 17 weights a cycle, with some 7 instructions to spend on each. Two ways:
+multiprocessors 17 weights a cycle, with some 7 instructions to spend on each. Two methods:
 
 * `vector` (1 to 4 rows): a program multiplies a few matrix rows with x and adds up along K, in float32. A scale is
-  applied to the sum over a run of codes that share it, not to every code. A thread holds a run of `RUN` bytes of x;
-  weights are read in the same runs, so that no value changes threads before the last sum.
-* `dot` (more rows): tiles of the matrix become bfloat16 and meet x in the tensor cores.
+  applied to the sum over a run of codes that share it, not to every code. A thread reads a matrix in runs of `RUN`
+  bytes, and x in the same runs, so that no value changes threads before the last sum.
+* `dot` (more rows): tiles of the matrix pass through shared memory, become float16 in registers and meet x in the
+  tensor cores. With few matrix rows K is split as well; a second kernel adds the parts up, always in the same order.
 
 Codes of a matrix (N, K) are split in planes as the file's blocks are (ggml, ``ggml-common.h``):
 
@@ -46,7 +47,7 @@ MAX_ROWS = 32
 
 @dataclass(frozen=True)
 class Config:
-    """rows of a matrix per program; k_block: columns per step; splits of K, added up by a second, small kernel.
+    """rows of a matrix per program; k_block: columns per step; splits: parts of K, added up by a second kernel.
 
     tokens: rows of x per program (vector only: dot takes all).
     """
@@ -472,8 +473,7 @@ def _vector(shape: Shape, config: Config, fmt: Format, tile: _Tile, token: Array
 
 def _dot(shape: Shape, config: Config, fmt: Format, tile: _Tile, tokens: Array, interpret: bool):
     """Tensor cores, all tokens at once (their numbers (T,)): products (R, T) per matrix, Σ x² (T,)."""
-    # float16 holds 3 bits more than bfloat16, and Q8_0 becomes it in the fewest instructions. What is multiplied here
-    # comes from a norm or a clamp, far from its largest number.
+    # float16 holds 3 bits more than bfloat16, and Q8_0 becomes it in the fewest instructions.
     dtype = "bfloat16" if fmt is FORMATS["BF16"] else "float16"
     narrow = fmt is FORMATS["Q8_0"]
     n, rows = config.k_block, tile.row + lax.iota(jnp.int32, tile.rows)
@@ -649,6 +649,7 @@ def matmul(
     weights: per output its one or two matrices, each the planes of a stack, (layers, n, ·); of any format in FORMATS.
     norm, norm_eps: with norm_eps x is RMS-normed first and multiplied by norm[layer[0]], float32 (layers, k), if given.
 
+    `dot` has x and weights in float16 (BF16: bfloat16): x, times the norm's weight, must lie within its ±65504.
     Raises Unsupported for anything else, and for a config that does not fit.
     """
     shape = _shape(x, layer, weights, norm, outputs, norm_eps)
@@ -782,10 +783,11 @@ def configs(shape: Shape) -> list[Config]:
     columns, run, out = _power_of_two(shape.k), _run(shape), [default_config(shape)]
     if shape.m <= 4 or not _takes_dot(shape):
         tokens = max(t for t in (1, 2, 3, 4) if shape.m % t == 0)
+        few = _programs(shape, 1) < 264
         for rows, num_warps, chunks in itertools.product((1, 2, 4, 8), (1, 2, 4, 8, 16), (1, 2, 4, 8)):
-            k_block = 32 * run * num_warps * chunks
-            enough = _programs(shape, rows) >= 264 or rows == 1
-            if k_block <= columns and enough and 4 <= rows * chunks * num_warps and rows * chunks <= 16:
+            k_block, loads = 32 * run * num_warps * chunks, rows * chunks
+            sensible = 4 <= loads <= 8 if num_warps < 16 else few and rows == 1
+            if sensible and k_block <= columns and loads * tokens <= 16 and (few or _programs(shape, rows) >= 264):
                 out.append(Config("vector", rows, k_block, num_warps, tokens=tokens))
     if shape.m >= 2 and _takes_dot(shape):
         every_split = (1, 2, 4, 8, 16) if shape.norm_eps is None else (1,)
