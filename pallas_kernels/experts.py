@@ -1,7 +1,7 @@
 """Routed experts for 1 to 32 tokens: gate and up with their activation, then down with the sum over a token's experts.
 
-Decoding reads each chosen expert once; with 2-bit weights the integer units, not the bytes, are the bound: 132
-multiprocessors of 64 integer lanes do 1.3 operations in the time that 4 TB/s need for one IQ2_XXS weight. Hence:
+Decoding reads each chosen expert once; with 2-bit weights the instructions, not the bytes, are the bound: while 4 TB/s
+bring one IQ2_XXS weight, 132 multiprocessors issue two instructions a lane, one of them integer logic. Hence:
 
 * Activations become 16-bit fixed point, one scale per `Format.unit` of weights (`pack`; its rounding is 2e-5 of the
   norm). `dp2a` multiplies two of them with two 8-bit weights, so that a weight costs half an instruction and no
@@ -28,7 +28,8 @@ takes 8-bit activations.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -140,39 +141,84 @@ class Emulation:
 # ---- formats ---------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Program:
-    """What a program has at hand in one step along the rows.
+    """What a program has at hand. k: the columns of a row; table: the format's."""
 
-    start: the first unit of the step. units: int32 (warps, n), the numbers of its units, the same in every row.
-    """
-
-    start: int
-    units: Array
-    table: Ref | None
-    op: type[Gpu] | type[Emulation]
+    fmt: type[Format]
+    k: int
     config: Config
+    op: type[Gpu] | type[Emulation]
+    table: Ref | None = None
+
+    def units(self, start: Array | int) -> Array:
+        """int32 (warps, n): the numbers of the units of one step along the rows, the same for every warp."""
+        shape = self.config.num_warps, min(self.k // self.fmt.unit, self.fmt.step)
+        return start + lax.broadcasted_iota(jnp.int32, shape, 1)
+
+    def sweep(
+        self, experts: int, expert: Callable, rows: Sequence[tuple[Sequence[Ref], Array]], packed: Ref, tokens: Callable
+    ) -> list[list[Array]]:
+        """[row][token] → float32 (warps, n), what every thread has of sums over experts of rows times activations.
+
+        expert(i), tokens(i): the number of the i-th expert, and which `packed` activations it meets. rows: planes and
+        the first of num_warps rows. The next weights are on their way while these are used; the last are read twice.
+        """
+        units = self.k // self.fmt.unit
+        step = min(units, self.fmt.step)
+        steps = units // step
+        last = experts * steps - 1
+        which = steps.bit_length() - 1  # item i is step i & (steps - 1) of expert i >> which
+
+        def load(i, expert):
+            start = (i & steps - 1) * step
+            loaded = [self.fmt.load(refs, Tile(self, start, expert, row)) for refs, row in rows]
+            self.op.fence()
+            return loaded
+
+        def dot(i, loaded):
+            units = self.units((i & steps - 1) * step)
+            return self.fmt.dot(loaded, [Activations(packed, t, self.fmt, units) for t in tokens(i >> which)], self)
+
+        def body(i, carry):
+            loaded, following, totals = carry
+            ahead = load(jnp.minimum(i + 1, last), following), expert(jnp.minimum(i + 2, last) >> which)
+            return *ahead, jax.tree.map(jnp.add, totals, dot(i, loaded))
+
+        loaded = load(0, expert(0))
+        if last == 0:
+            return dot(0, loaded)
+        zeros = [[jnp.zeros((self.config.num_warps, step), jnp.float32) for _ in tokens(0)] for _ in rows]
+        return lax.fori_loop(0, last + 1, body, (loaded, expert(1 >> which), zeros))[-1]
 
 
 @dataclass(frozen=True)
 class Tile:
-    """Rows `row`, `row` + 1, … of an expert, one for each warp."""
+    """One step, from unit `start` on, along rows `row`, `row` + 1, … of an expert, one for each warp."""
 
     program: Program
+    start: Array | int
     expert: Array
     row: Array
 
     @property
     def units(self) -> Array:
-        return self.program.units
+        return self.program.units(self.start)
 
     def at(self, ref: Ref, columns: Array) -> Array:
         """Of each warp's row the values at `columns`, (warps, units)."""
         return ref[self.expert, self.row + lax.broadcasted_iota(jnp.int32, columns.shape, 0), columns]
 
+    def pair(self, ref: Ref, columns: Array) -> list[Array]:
+        """The values at 2 · columns and at 2 · columns + 1."""
+        shape = *columns.shape, 2
+        warp, which = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 2))
+        both = ref[self.expert, self.row + warp, columns[..., None] * 2 + which]
+        return [p.reshape(columns.shape) for p in lax.split(both, (1, 1), axis=2)]
+
     def quads(self, ref: Ref) -> list[Array]:
         """The four words of each unit, (warps, units) each. A thread loads them as one value of 16 bytes."""
         warps, n = self.units.shape
         size = 16 // ref.dtype.itemsize
-        words = ref[self.expert, pl.ds(self.row, warps), pl.ds(self.program.start * size, n * size)]
+        words = ref[self.expert, pl.ds(self.row, warps), pl.ds(self.start * size, n * size)]
         words = self.program.op.words(words) if words.dtype == jnp.int8 else words
         return [p.reshape(warps, n) for p in lax.split(words.reshape(warps, n, 4), (1,) * 4, axis=2)]
 
@@ -378,9 +424,8 @@ class Q2_K(KQuant):
         scales, q, dm = refs
         # Scale bytes of a run's eight groups are two words; every other byte is this half's.
         shift = (8 * (tile.units & 1)).astype(jnp.uint32)
-        scales = [tile.at(scales, (tile.units & ~1) + i) >> shift for i in range(2)]
-        d, dmin = (tile.at(dm, (tile.units >> 2) * 2 + i) for i in range(2))
-        return tile.quads(q), *scales, d, dmin
+        scales = [word >> shift for word in tile.pair(scales, tile.units >> 1)]
+        return tile.quads(q), *scales, *tile.pair(dm, tile.units >> 2)
 
     @classmethod
     def codes(cls, words, group, program):
@@ -411,7 +456,6 @@ class Q4_K(KQuant):
     def load(cls, refs, tile):
         dm, scales, q = refs
         block, run = tile.units >> 3, tile.units >> 1 & 3
-        d, dmin = (tile.at(dm, block * 2 + i) for i in range(2))
         # Words 0 and 1 hold sc and m of groups 0-3 in six bits and, on top, two bits of those of groups 4-7, whose low
         # nibbles are in word 2. Shifted so that this run's two groups are the low two bytes.
         shift = ((run & 1) * 16).astype(jnp.uint32)
@@ -420,7 +464,7 @@ class Q4_K(KQuant):
         sc = jnp.where(late, low & jnp.uint32(0x0F0F) | sc >> jnp.uint32(2) & jnp.uint32(0x3030), sc & six)
         low = low >> jnp.uint32(4)
         m = jnp.where(late, low & jnp.uint32(0x0F0F) | m >> jnp.uint32(2) & jnp.uint32(0x3030), m & six)
-        return tile.quads(q), sc, m, d, dmin
+        return tile.quads(q), sc, m, *tile.pair(dm, block)
 
     @classmethod
     def codes(cls, words, group, program):
@@ -763,56 +807,19 @@ def _round(x: Array) -> Array:
     return lax.bitcast_convert_type(x + jnp.float32(1.5 * 2**23), jnp.int32) - 0x4B400000
 
 
-@dataclass(frozen=True)
-class Products:
-    """Products of rows of experts with packed activations, in two parts, so that loads can run ahead."""
-
-    fmt: type[Format]
-    k: int
-    config: Config
-    op: type[Gpu] | type[Emulation]
-    table: Ref | None = None
-
-    @property
-    def steps(self) -> list[Program]:
-        units = self.k // self.fmt.unit
-        step = min(units, self.fmt.step)
-        shape = self.config.num_warps, step
-        return [
-            Program(start, start + lax.broadcasted_iota(jnp.int32, shape, 1), self.table, self.op, self.config)
-            for start in range(0, units, step)
-        ]
-
-    def load(self, tiles: Sequence[tuple[Sequence[Ref], Array, Array]]) -> list[list[tuple]]:
-        """Tiles are planes, an expert, and the first of num_warps rows. Returns [step][tile] what `dot` takes."""
-        loaded = [
-            [self.fmt.load(refs, Tile(program, expert, row)) for refs, expert, row in tiles] for program in self.steps
-        ]
-        self.op.fence()
-        return loaded
-
-    def dot(self, loaded: list[list[tuple]], packed: Ref, tokens: Sequence[Array]) -> list[list[Array]]:
-        """[tile][token] → float32 (warps, n), what every thread has of the products with these tokens of `packed`."""
-        totals = None
-        for program, rows in zip(self.steps, loaded, strict=True):
-            parts = self.fmt.dot(rows, [Activations(packed, t, self.fmt, program.units) for t in tokens], program)
-            totals = parts if totals is None else jax.tree.map(jnp.add, totals, parts)
-        return totals
-
-
 @functools.cache
 def _gate_up(fmt: str, S: int, k: int, K: int, F: int, clamp: float, config: Config, interpret: bool):
     planes, warps, tokens = len(FORMATS[fmt].planes), config.num_warps, min(config.tokens, S)
 
     def kernel(x, ids, rank, following, weights, *rest):
         gate, up, (*table, out) = rest[:planes], rest[planes : 2 * planes], rest[2 * planes :]
-        products = Products(FORMATS[fmt], K, config, Emulation if interpret else Gpu, *table)
+        program = Program(FORMATS[fmt], K, config, Emulation if interpret else Gpu, *table)
         pair, first = pl.program_id(0), pl.program_id(1) * warps * config.rows
         starts = [first + warps * i for i in range(config.rows)]
 
         def serve(pairs: list[Array]) -> None:
-            tiles = [(refs, ids[pair], start) for start in starts for refs in (gate, up)]
-            dots = iter(products.dot(products.load(tiles), x, [p // k for p in pairs]))
+            rows = [(refs, start) for start in starts for refs in (gate, up)]
+            dots = iter(program.sweep(1, lambda _: ids[pair], rows, x, lambda _: [p // k for p in pairs]))
             for start in starts:
                 for p, *both in zip(pairs, next(dots), next(dots), strict=True):
                     g, u = (part.sum(1) for part in both)
@@ -852,24 +859,14 @@ def _down(fmt: str, S: int, k: int, F: int, E: int, config: Config, interpret: b
 
     def kernel(act, ids, *rest):
         refs, (*table, out) = rest[:planes], rest[planes:]
-        products = Products(FORMATS[fmt], F, config, Emulation if interpret else Gpu, *table)
+        program = Program(FORMATS[fmt], F, config, Emulation if interpret else Gpu, *table)
         s, first = pl.program_id(0), pl.program_id(1) * warps * config.rows
         starts = [first + warps * i for i in range(config.rows)]
 
         def expert(i):
-            return jnp.maximum(ids[s * k + jnp.minimum(i, k - 1)], 0)
+            return jnp.maximum(ids[s * k + i], 0)
 
-        def load(expert):
-            return products.load([(refs, expert, start) for start in starts])
-
-        def step(i, carry):
-            # The next expert's weights are on their way while this one's are used; the last one's are read twice.
-            loaded, following, totals = carry
-            ahead = load(following), expert(i + 2)
-            return *ahead, jax.tree.map(jnp.add, totals, products.dot(loaded, act, [s * k + i]))
-
-        zeros = [[jnp.zeros(products.steps[0].units.shape, jnp.float32)] for _ in starts]
-        *_, totals = lax.fori_loop(0, k, step, (load(expert(0)), expert(1), zeros))
+        totals = program.sweep(k, expert, [(refs, start) for start in starts], act, lambda i: [s * k + i])
         for start, (total,) in zip(starts, totals, strict=True):
             out[s, pl.ds(start, warps)] = total.sum(1)
 
@@ -897,7 +894,7 @@ def configs(shape: Shape) -> list[Config]:
 
 
 def default_config(shape: Shape) -> Config:
-    rows = 2
-    while shape.n % (4 * rows):
-        rows //= 2
-    return Config(rows=rows, tokens=2 if shape.stage == "gate_up" and shape.tokens > 1 else 1)
+    tokens = 2 if shape.stage == "gate_up" and shape.tokens > 1 else 1
+    # Triton takes a minute to compile the many scales of Q4_K for two rows and two tokens.
+    rows = 1 if shape.fmt == "Q4_K" and tokens > 1 or shape.n % 8 else 2
+    return Config(num_warps=math.gcd(shape.n, 4), rows=rows, tokens=tokens)
