@@ -1,8 +1,8 @@
 """Products of many rows with quantized matrices, for prefill: routed experts, and single matrices.
 
-A program owns a tile: bm rows of x and bn rows of a matrix. It walks along K in steps of bk: loads codes, makes a
-bfloat16 tile of them, and adds a product on the tensor cores to a float32 sum. One kernel serves both uses: a tile of
-rows meets one matrix of a stack, which is the expert of these rows, or the layer.
+A program owns a tile: some rows of x and some of a matrix. It walks along K in steps: loads codes, makes a bfloat16
+tile of them in registers, and adds a product on the tensor cores to a float32 sum. One kernel serves both uses: a tile
+of rows meets one matrix of a stack, which is the expert of these rows, or the layer.
 
 Experts: pairs (token, slot) are sorted by expert, and the kernel gathers the rows of x and scatters the results by
 index, so activations are not copied. Nothing is added atomically: the same input gives the same bits.
@@ -45,19 +45,26 @@ Planes = tuple[Array, ...]
 Kind = Literal["gate_up", "down", "linear"]
 
 
+STEP = 128  # columns of a step along K
+
+
 @dataclass(frozen=True)
 class Config:
-    """Tile of bm rows of x, bn rows of each matrix, bk columns.
+    """Tile of bm rows of x and, for each warp, 16 rows of weights (of gate and up: 8 and 8).
 
-    fused: decode tiles in the kernel; otherwise XLA writes the whole matrix in bfloat16 and multiplies (linear only).
+    splits: of K, added up by XLA (linear only). fused: decode tiles in the kernel; otherwise XLA writes the whole
+    matrix in bfloat16 and multiplies (linear only).
     """
 
     bm: int = 128
-    bn: int = 128
-    bk: int = 64
     num_warps: int = 8
-    num_stages: int = 3
+    num_stages: int = 2
+    splits: int = 1
     fused: bool = True
+
+    def bn(self, matrices: int) -> int:
+        """Columns of the result in a tile."""
+        return 16 * self.num_warps // matrices
 
 
 # ---- shapes --------------------------------------------------------------------------------------------------------
@@ -147,52 +154,51 @@ SHAPES: dict[str, Shape] = (
 
 
 # ---- tile sizes ----------------------------------------------------------------------------------------------------
-def shared_memory(shape: Shape, config: Config) -> int:
-    """Bytes of shared memory that a block needs at most: x and codes of every stage in flight, and one decoded tile."""
+def shared_memory(config: Config) -> int:
+    """Bytes of shared memory of a block: tiles of x in flight, or the result on its way to rows of the output."""
     c = config
-    codes = shape.matrices * c.bn * sum(
-        max(1, c.bk // n * m) * np.dtype(dtype).itemsize for dtype, m, n in FORMATS[shape.fmt].planes
-    )  # fmt: skip
-    return c.num_stages * (2 * c.bm * c.bk + codes) + 2 * c.bn * c.bk
+    return max(c.num_stages * c.bm * STEP * 2, c.bm * c.bn(1) * (2 if c.splits == 1 else 4))
 
 
 def configs(shape: Shape) -> list[Config]:
     """What a sweep tries."""
-    n = shape.n // shape.groups
+    n, steps = shape.n // shape.groups, shape.k // STEP
     out = [Config(fused=False)] if shape.kind == "linear" else []
-    for bm, bn, bk, warps, stages in itertools.product((64, 128, 256), (64, 128), (64, 128), (4, 8), (2, 3)):
-        c = Config(bm, bn, bk, warps, stages)
-        accumulators = bm * bn * shape.matrices // (32 * warps)  # registers of a thread, of 255
-        fits = shared_memory(shape, c) <= SHARED_MEMORY and 32 <= accumulators <= 128
-        if fits and n % bn == 0 and shape.k % bk == 0:
+    splits = [s for s in (1, 2, 4, 8) if steps % s == 0] if shape.kind == "linear" else [1]
+    for bm, warps, stages, split in itertools.product((32, 64, 128), (4, 8, 16), (2, 3), splits):
+        c = Config(bm, warps, stages, split)
+        blocks = n // c.bn(shape.matrices) * -(-shape.m // bm) * split
+        if shared_memory(c) <= SHARED_MEMORY and n % c.bn(shape.matrices) == 0 and (split == 1 or blocks <= 1024):
             out.append(c)
     return out
 
 
 def default_config(shape: Shape) -> Config:
-    """A choice by counting. Rows of an expert decide bm; a large product is worth a decoded copy of the matrix."""
-    if shape.kind == "linear" and shape.m >= 512:
-        return Config(fused=False)
-    rows = shape.m * shape.slots // (shape.stack if shape.kind != "linear" else 1)
-    bm = 64 if rows <= 64 else 128
-    bn = 64 if shape.kind == "gate_up" or bm == 64 or shape.n // shape.groups % 128 else 128
-    long = bn == 64 and FORMATS[shape.fmt].bits < 8  # a step of 128 columns fits beside another
-    return Config(bm, bn, 128 if long else 64, 8 if bm == 128 else 4, 2 if long else 3)
+    """By counting: rows of an expert decide bm, and a large product is worth a decoded copy of the matrix."""
+    if shape.kind == "linear":
+        if shape.m >= 512:
+            return Config(fused=False)
+        blocks = shape.n // 64 * -(-shape.m // 64)
+        splits = next((s for s in (1, 2, 4) if blocks * s >= 264 and shape.k // STEP % s == 0), 8)
+        return Config(64, 4, 2, splits)
+    return Config(64, 8) if shape.m * shape.slots <= 64 * shape.stack else Config(128, 16)
 
 
 # ---- formats -------------------------------------------------------------------------------------------------------
 class Tile(NamedTuple):
-    """What a decoder sees: load(plane, columns) of this program's bn rows, step i of bk columns."""
+    """One step of a program: rows of a matrix, and columns [step · STEP, (step + 1) · STEP) in the format's order.
+
+    load: (plane, columns of the plane) → (rows, columns). table: IQ2_XXS_CODES. fma: a · b + c.
+    """
 
     load: Callable[[int, Array], Array]
     table: Any
     step: Array
-    bk: int
     fma: Callable[[Array, Array, Array], Array]
 
-    def columns(self, per_step: int) -> Array:
-        """The columns of this step in a plane that has `per_step` of them in bk weights: int32 (per_step,)."""
-        return self.step * per_step + jnp.arange(per_step, dtype=jnp.int32)
+    def columns(self, n: int) -> Array:
+        """The columns of this step in a plane that has n of them in STEP weights: int32 (n,)."""
+        return self.step * n + jnp.arange(n, dtype=jnp.int32)
 
 
 def _iq2_xxs_codes() -> np.ndarray:
@@ -229,77 +235,98 @@ def _shift(words: Array, left: int) -> Array:
     return words << left if left >= 0 else words >> -left
 
 
-def _planar(parts: list[Array]) -> Array:
-    """[(bn, r, n)] → (bn, r · parts · n): run r of a row holds the n weights of part 0, then those of part 1, …"""
-    bn, r, n = parts[0].shape
-    return _stack(parts).transpose(0, 1, 3, 2).reshape(bn, r * len(parts) * n)
+# Each format has two parts: what a step loads, a step ahead of its use, and the weights (rows, 4, 32) made of it.
+#
+# The tensor cores take a tile of weights from registers. Of 16 rows, threads 4 r to 4 r + 3 of a warp have rows r and
+# r + 8; of 16 columns, the first of these threads has 0, 1, 8, 9, the second 2, 3, 10, 11, and so on. But a thread
+# should load and decode neighbouring words. So the columns of a step are renumbered, those of x too: thread c decodes
+# the 32 weights w[:, c], in any order that suits it, and columns 16 g + 8 a + 2 c + b of the tile are its weights
+# 4 g + 2 a + b. And rows r and r + 8 are of gate and of up, or of two halves of the tile. Then nothing moves between
+# threads, if a part of 8 rows per warp is loaded with 16 bytes, or one element, by each thread.
+def _load_dense(t: Tile) -> Planes:
+    return tuple(t.load(0, STEP * t.step + 32 * i + jnp.arange(32, dtype=jnp.int32)) for i in range(4))
 
 
-def _decode_dense(t: Tile) -> Array:
-    return t.load(0, t.columns(t.bk)).astype(jnp.bfloat16)
+def _decode_dense(t: Tile, *values: Array) -> Array:
+    return _stack([v.astype(jnp.bfloat16).reshape(-1, 4, 8) for v in values]).swapaxes(2, 3).reshape(-1, 4, 32)
 
 
-def _decode_q8_0(t: Tile) -> Array:
-    d = t.load(0, t.columns(t.bk // 32)).astype(jnp.float32)
-    q = t.load(1, t.columns(t.bk)).astype(jnp.float32)
-    return (q.reshape(*d.shape, 32) * d[..., None]).astype(jnp.bfloat16).reshape(q.shape)
+def _load_q8_0(t: Tile) -> Planes:
+    c = jnp.arange(4, dtype=jnp.int32)
+    d = (t.load(0, 4 * t.step + 2 * i + (c >> 1)) for i in (0, 1))
+    return *d, *(t.load(1, STEP * t.step + 64 * i + jnp.arange(64, dtype=jnp.int32)) for i in (0, 1))
 
 
-def _decode_q4_k(t: Tile) -> Array:
-    # A run of 8 words holds 64 weights: 32 in the low nibbles and 32 in the high, each with a scale and a minimum.
-    run = t.columns(t.bk // 64)
-    block, j = run >> 2, (run & 3).astype(jnp.uint32)
-    q = t.load(2, t.columns(t.bk // 8))
-    q = q.reshape(q.shape[0], -1, 8)
-    d, dmin = (t.load(0, 2 * block + i).astype(jnp.float32) for i in (0, 1))
-    words = [t.load(1, 3 * block + i) for i in range(3)]
-    parts = []
+def _decode_q8_0(t: Tile, *planes: Array) -> Array:
+    w = [
+        q.astype(jnp.float32).reshape(-1, 4, 16) * d.astype(jnp.float32)[..., None]
+        for d, q in zip(planes[:2], planes[2:], strict=True)
+    ]
+    return _stack([v.astype(jnp.bfloat16) for v in w]).swapaxes(2, 3).reshape(-1, 4, 32)
+
+
+# Of a block of Q4_K, a run of 8 words holds 64 weights: 32 in the low nibbles and 32 in the high, each with a scale and
+# a minimum. A step is two runs; a thread has half the words of one.
+def _load_q4_k(t: Tile) -> Planes:
+    block = (t.step >> 1) + jnp.zeros((4,), jnp.int32)
+    dm, scales = (t.load(0, 2 * block + i) for i in (0, 1)), (t.load(1, 3 * block + i) for i in range(3))
+    return *dm, *scales, t.load(2, t.columns(16))
+
+
+def _decode_q4_k(t: Tile, d: Array, dmin: Array, low_sc: Array, low_m: Array, high: Array, q: Array) -> Array:
+    q = q.reshape(*d.shape, 4)
+    d, dmin = d.astype(jnp.float32), dmin.astype(jnp.float32)
+    run = (jnp.arange(4, dtype=jnp.uint32) >> 1)[None, :]
+    late = t.step & 1 == 1  # runs 2 and 3 of a block have their scales elsewhere
+    terms = []
     for h in (0, 1):
-        lo_sc, lo_m, hi = (w >> (16 * (j & 1) + 8 * h)[None, :] for w in words)
-        late = (j >= 2)[None, :]
-        sc = jnp.where(late, (hi & 15) | (lo_sc >> 2 & 48), lo_sc & 63).astype(jnp.float32)
-        m = jnp.where(late, (hi >> 4 & 15) | (lo_m >> 2 & 48), lo_m & 63).astype(jnp.float32)
-        scale = (d * sc)[..., None]
+        sc, m, both = (w >> (16 * run + 8 * h) for w in (low_sc, low_m, high))
+        sc, m = (
+            jnp.where(late, upper & 15 | word >> 2 & 48, word & 63).astype(jnp.float32)
+            for upper, word in ((both, sc), (both >> 4, m))
+        )
         # The code in the upper bits of a significand is 16 + q.
-        offset = -16 * scale - (dmin * m)[..., None]
-        values = [
-            _float(_shift(q, 19 - 4 * h - 8 * c) & _u32(0x780000) | _u32(0x41800000)) for c in range(4)
-        ]  # fmt: skip
-        parts.append(_stack([t.fma(v, scale, offset).astype(jnp.bfloat16) for v in values]))
-    return _planar([p.reshape(*p.shape[:2], 32) for p in parts])
+        terms.append(((d * sc)[..., None], (-16 * (d * sc) - dmin * m)[..., None]))
+    values = []
+    for b, h in itertools.product(range(4), (0, 1)):
+        code = _float(_shift(q, 19 - 4 * h - 8 * b) & _u32(0x780000) | _u32(0x41800000))
+        values.append(t.fma(code, *terms[h]).astype(jnp.bfloat16))
+    return _stack(values).reshape(*d.shape, 32)
 
 
-def _decode_q2_k(t: Tile) -> Array:
-    # A run of 8 words holds 128 weights: 32 in bits 0-1 of the bytes, then bits 2-3, 4-5, 6-7. A group of 16 weights,
-    # which is two bits of four words, has a byte sc | m << 4.
-    shifts = min(4, t.bk // 32)
-    runs = max(1, t.bk // 128)
-    part = t.step * runs if t.bk >= 128 else t.step >> 1  # number of the run
-    q = t.load(1, part * 8 + jnp.arange(8 * runs, dtype=jnp.int32))
-    if t.bk == 64:  # the upper half of a run is bits 4-7
-        q = q >> ((t.step & 1) * 4).astype(jnp.uint32)
-    q = q.reshape(q.shape[0], 2 * runs, 4)
-    half = jnp.arange(2 * runs, dtype=jnp.int32)  # half a run: four words
-    block = (part + (half >> 1)) >> 1
-    d, dmin = (t.load(2, 2 * block + i).astype(jnp.float32) for i in (0, 1))
-    word = t.step if t.bk == 64 else 2 * (part + (half >> 1))
-    words = [t.load(0, word + i + jnp.zeros_like(half)) for i in range(shifts // 2)]
-    parts = []
-    for s in range(shifts):
-        b = words[s // 2] >> (8 * (half & 1) + 16 * (s % 2)).astype(jnp.uint32)[None, :]
-        scale = (d * (b & 15).astype(jnp.float32))[..., None]
+# Of a block of Q2_K, each of two runs of 8 words holds 128 weights: 32 in bits 0-1 of the bytes, then bits 2-3, 4-5,
+# 6-7. A group of 16 weights, which is two bits of four words, has a byte sc | m << 4. A step is half the bits of all
+# words; a thread has half the words of a run.
+def _load_q2_k(t: Tile) -> Planes:
+    block, run = (t.step >> 1) + jnp.zeros((4,), jnp.int32), jnp.arange(4, dtype=jnp.int32) >> 1
+    dm = (t.load(2, 2 * block + i) for i in (0, 1))
+    scales = t.load(0, 4 * block + 2 * run + (t.step & 1))
+    return *dm, scales, t.load(1, (t.step >> 1) * 16 + jnp.arange(16, dtype=jnp.int32))
+
+
+def _decode_q2_k(t: Tile, d: Array, dmin: Array, scales: Array, q: Array) -> Array:
+    q = q.reshape(*d.shape, 4) >> ((t.step & 1) * 4).astype(jnp.uint32)
+    d, dmin = d.astype(jnp.float32), dmin.astype(jnp.float32)
+    scales = scales >> ((jnp.arange(4, dtype=jnp.uint32) & 1) * 8)[None, :]
+    terms = []
+    for s in (0, 1):
+        sc, m = ((scales >> n & 15).astype(jnp.float32) for n in (16 * s, 16 * s + 4))
         # The code in the upper bits of a significand is 4 + q.
-        offset = -4 * scale - (dmin * (b >> 4 & 15).astype(jnp.float32))[..., None]
-        values = [_float(_shift(q, 21 - 2 * s - 8 * c) & _u32(0x600000) | _u32(0x40800000)) for c in range(4)]
-        p = _stack([t.fma(v, scale, offset).astype(jnp.bfloat16) for v in values])
-        parts.append(p.reshape(p.shape[0], runs, 32))
-    return _planar(parts)
+        terms.append(((d * sc)[..., None], (-4 * (d * sc) - dmin * m)[..., None]))
+    values = []
+    for b, s in itertools.product(range(4), (0, 1)):
+        code = _float(_shift(q, 21 - 2 * s - 8 * b) & _u32(0x600000) | _u32(0x40800000))
+        values.append(t.fma(code, *terms[s]).astype(jnp.bfloat16))
+    return _stack(values).reshape(*d.shape, 32)
 
 
-def _decode_iq2_xxs(t: Tile) -> Array:
-    column = t.columns(t.bk // 32)
-    grid, signs = t.load(1, column), t.load(2, column)
-    scale = t.load(0, column >> 3).astype(jnp.float32) * ((signs >> 27 & 30) + 1).astype(jnp.float32) * 0.125
+def _load_iq2_xxs(t: Tile) -> Planes:
+    column = t.columns(4)
+    return t.load(0, column >> 3), t.load(1, column), t.load(2, column)
+
+
+def _decode_iq2_xxs(t: Tile, d: Array, grid: Array, signs: Array) -> Array:
+    scale = d.astype(jnp.float32) * ((signs >> 27 & 30) + 1).astype(jnp.float32) * 0.125
     # The eighth sign of a set is the parity of its seven: of all four sets at once, in bits 0, 7, 14 and 21.
     odd = signs ^ signs >> 1
     odd = odd ^ odd >> 2 ^ odd >> 4 ^ signs >> 6
@@ -314,27 +341,26 @@ def _decode_iq2_xxs(t: Tile) -> Array:
             pair = (codes >> 2 * j & _u32(0x30003)) * _u32(100) + _u32(0x41004100)
             pairs.append(pair ^ sets << (15 - j) & _u32(0x80008000))
         values += [_float(pair << 16) for pair in pairs] + [_float(pair & _u32(0xFFFF0000)) for pair in pairs]
-    w = _stack([(v * scale).astype(jnp.bfloat16) for v in values])
-    return w.reshape(w.shape[0], t.bk)
+    return _stack([(v * scale).astype(jnp.bfloat16) for v in values])
 
 
-def _decode_mxfp4(t: Tile) -> Array:
-    # A block of 32 weights is four words: 16 weights in the low nibbles, 16 in the high ones.
-    e = t.load(0, t.columns(t.bk // 32)).astype(jnp.uint32)
-    q = t.load(1, t.columns(t.bk // 8))
+# A block of MXFP4 is four words: 16 weights in the low nibbles, 16 in the high ones.
+def _load_mxfp4(t: Tile) -> Planes:
+    return t.load(0, t.columns(4)), t.load(1, t.columns(16))
+
+
+def _decode_mxfp4(t: Tile, e: Array, q: Array) -> Array:
     q = q.reshape(*e.shape, 4)
     # E2M1 bits within a float16 make 2^-14 times the value, the subnormal one included.
-    scale = _float(jnp.minimum(e + 14, 254) << 23)[..., None]
-    parts = []
-    for h in (0, 1):
-        pairs = []  # bytes c and c + 2 of each word
-        for c in (0, 1):
-            n = 4 * h + 8 * c
-            pairs.append(_shift(q, 9 - n) & _u32(0x0E000E00) | _shift(q, 12 - n) & _u32(0x80008000))
-        values = [p.astype(jnp.uint16) for p in pairs] + [(p >> 16).astype(jnp.uint16) for p in pairs]
-        values = [lax.bitcast_convert_type(v, jnp.float16).astype(jnp.float32) * scale for v in values]
-        parts.append(_stack([v.astype(jnp.bfloat16) for v in values]).reshape(*e.shape, 16))
-    return _planar(parts)
+    scale = _float(jnp.minimum(e.astype(jnp.uint32) + 14, 254) << 23)[..., None]
+    values = {}
+    for b, h in itertools.product((0, 1), (0, 1)):
+        n = 8 * b + 4 * h
+        pair = _shift(q, 9 - n) & _u32(0x0E000E00) | _shift(q, 12 - n) & _u32(0x80008000)  # of bytes b and b + 2
+        for byte, half in (b, pair), (b + 2, pair >> 16):
+            value = lax.bitcast_convert_type(half.astype(jnp.uint16), jnp.float16).astype(jnp.float32)
+            values[byte, h] = (value * scale).astype(jnp.bfloat16)
+    return _stack([values[key] for key in sorted(values)]).reshape(*e.shape, 32)
 
 
 # The same values in plain XLA, float32: planes (..., N, elements) → (..., N, K).
@@ -397,13 +423,16 @@ def _dequantize_mxfp4(e: Array, q: Array) -> Array:
 class Format:
     """One way to store a matrix (N, K). planes: (dtype, m, n), m elements for every n weights of a row.
 
-    decode: the tile of one step, bfloat16 (bn, bk), in a kernel; bk is in STEPS.
+    load, decode: in a kernel, what a step needs, and the weights bfloat16 (rows, 4, 32) of four threads made of it.
+    order: (dims, axes); K, reshaped to (blocks, *dims) and transposed to (blocks, *axes), has the kernel's order.
     dequantize: planes → float32, of any shape that reshapes to the matrix.
     spread: standard deviation of the weights with random codes and d = 1. center: the dmin that makes their mean 0.
     """
 
     planes: tuple[tuple[Any, int, int], ...]
-    decode: Callable[[Tile], Array]
+    load: Callable[[Tile], Planes]
+    decode: Callable[..., Array]
+    order: tuple[tuple[int, ...], tuple[int, ...]]
     dequantize: Callable[..., Array]
     spread: float
     center: float = 0
@@ -418,17 +447,48 @@ class Format:
         return tuple(jax.ShapeDtypeStruct((*shape[:-1], shape[-1] // n * m), dtype) for dtype, m, n in self.planes)
 
 
-STEPS = (64, 128, 256)
 _F16, _U32 = jnp.float16, jnp.uint32
+_DENSE = (4, 4, 2, 2, 2), (0, 2, 3, 1, 4)  # part, thread, and three bits of eight neighbours
 FORMATS = {
-    "F16": Format(((_F16, 1, 1),), _decode_dense, lambda values: values.astype(jnp.float32), 1),
-    "BF16": Format(((jnp.bfloat16, 1, 1),), _decode_dense, lambda values: values.astype(jnp.float32), 1),
-    "Q8_0": Format(((_F16, 1, 32), (jnp.int8, 1, 1)), _decode_q8_0, _dequantize_q8_0, 74),
-    "Q4_K": Format(((_F16, 2, 256), (_U32, 3, 256), (_U32, 1, 8)), _decode_q4_k, _dequantize_q4_k, 258, 7.5),
-    "Q2_K": Format(((_U32, 1, 64), (_U32, 1, 16), (_F16, 2, 256)), _decode_q2_k, _dequantize_q2_k, 13.9, 1.5),
-    "IQ2_XXS": Format(((_F16, 1, 256), (_U32, 1, 32), (_U32, 1, 32)), _decode_iq2_xxs, _dequantize_iq2_xxs, 43),
-    "MXFP4": Format(((jnp.uint8, 1, 32), (_U32, 1, 8)), _decode_mxfp4, _dequantize_mxfp4, 2.9),
-}
+    "F16": Format(((_F16, 1, 1),), _load_dense, _decode_dense, _DENSE, lambda values: values.astype(jnp.float32), 1),
+    "BF16": Format(
+        ((jnp.bfloat16, 1, 1),), _load_dense, _decode_dense, _DENSE, lambda values: values.astype(jnp.float32), 1
+    ),
+    "Q8_0": Format(((_F16, 1, 32), (jnp.int8, 1, 1)), _load_q8_0, _decode_q8_0,
+        ((2, 4, 4, 2, 2), (0, 2, 3, 1, 4)),  # part, thread, and four bits of sixteen neighbours
+        _dequantize_q8_0, 74),
+    "Q4_K": Format(
+        ((_F16, 2, 256), (_U32, 3, 256), (_U32, 1, 8)), _load_q4_k, _decode_q4_k,
+        ((2, 2, 2, 4, 4), (3, 4, 0, 2, 1)),  # run, nibble, half, word, byte
+        _dequantize_q4_k, 258, 7.5,
+    ),
+    "Q2_K": Format(
+        ((_U32, 1, 64), (_U32, 1, 16), (_F16, 2, 256)), _load_q2_k, _decode_q2_k,
+        ((2, 2, 2, 2, 4, 4), (1, 4, 5, 0, 3, 2)),  # run, step, bits, half, word, byte
+        _dequantize_q2_k, 13.9, 1.5,
+    ),
+    "IQ2_XXS": Format(
+        ((_F16, 1, 256), (_U32, 1, 32), (_U32, 1, 32)), _load_iq2_xxs, _decode_iq2_xxs,
+        ((4, 8, 2, 2), (1, 2, 0, 3)),  # thread, and five bits of 32 neighbours
+        _dequantize_iq2_xxs, 43
+    ),
+    "MXFP4": Format(
+        ((jnp.uint8, 1, 32), (_U32, 1, 8)), _load_mxfp4, _decode_mxfp4,
+        ((4, 2, 4, 4), (2, 3, 0, 1)),  # block, nibble, word, byte
+        _dequantize_mxfp4, 2.9,
+    ),
+}  # fmt: skip
+
+
+def arrange(x: Array, fmt: str) -> Array:
+    """x (..., K) with its columns in the order in which a kernel meets those of a matrix in `fmt`."""
+    if fmt not in FORMATS:
+        raise Unsupported(f"format: found {fmt!r}, expected one of {', '.join(FORMATS)}")
+    (dims, axes), lead = FORMATS[fmt].order, x.ndim - 1
+    if x.shape[-1] % math.prod(dims):
+        raise Unsupported(f"columns for {fmt}: found {x.shape[-1]}, expected a multiple of {math.prod(dims)}")
+    x_ = x.reshape(*x.shape[:-1], -1, *dims)
+    return x_.transpose(*range(lead + 1), *(lead + 1 + a for a in axes)).reshape(x.shape)
 
 
 def dequantize(fmt: str, planes: Planes) -> Array:
@@ -474,7 +534,7 @@ def reference(*args: Any, kind: Kind, fmt: str, clamp: float = 0, groups: int = 
 
         def add(total: Array, e: tuple[Array, Planes]) -> tuple[Array, None]:
             mine = jnp.where((ids == e[0])[..., None], h, 0).sum(1)
-            return total + dot("sk,nk->sn", mine, dequantize(fmt, e[1])), None
+            return total + dot("sk,nk->sn", mine, arrange(dequantize(fmt, e[1]), fmt)), None
 
         return lax.scan(add, jnp.zeros((ids.shape[0], rest[0][0].shape[1]), jnp.float32), (expert, rest[0]))[0]
     weight, *matrices = rest
@@ -540,40 +600,54 @@ def _fma(a: Array, b: Array, c: Array) -> Array:
     )[0]
 
 
-def _kernel(x, tiles, source, target, factor, table, *refs, formats, steps, clamp, config, interpret):
-    """One tile: rows source[...] of x times bn rows of one matrix, or of gate and up, to rows target[...] of out."""
+def _kernel(x, tiles, source, target, columns, factor, table, *refs, formats, steps, clamp, config, interpret):
+    """One tile: some rows of one matrix, or of gate and up, times rows source[...] of x, to rows target[...] of out."""
     c = config
     *planes, out = refs
-    tile = pl.program_id(1)
+    ends = list(itertools.accumulate(len(FORMATS[fmt].planes) for fmt in formats))
+    planes = [planes[a:b] for a, b in zip([0, *ends], ends, strict=False)]
+    column, tile, split = (pl.program_id(i) for i in range(3))
     expert, start, rows = tiles[0, tile], tiles[1, tile], tiles[2, tile]
-    columns = pl.program_id(0) * c.bn + jnp.arange(c.bn, dtype=jnp.int32)
 
     @pl.when(rows > 0)
     def _():
         # A tile that is not full repeats its last row: read again, computed again, and written again with equal bits.
         place = start + jnp.minimum(jnp.arange(c.bm, dtype=jnp.int32), rows - 1)
-        row = source[place]
+        row, row_out = source[place], target[place]
+        half = 8 * c.num_warps
+        n = [
+            column * c.bn(len(formats)) + i * half + jnp.arange(half, dtype=jnp.int32) for i in range(3 - len(formats))
+        ]
+        parts = [(fmt, mine, columns[m]) for fmt, mine in zip(formats, planes, strict=True) for m in n]
+        fma = (lambda a, b, c: a * b + c) if interpret else _fma
 
-        def step(i, sums):
-            k = i * c.bk + jnp.arange(c.bk, dtype=jnp.int32)
-            x_tile = x[row[:, None], k[None, :]]
-            after, first = [], 0
-            for fmt, total in zip(formats, sums, strict=True):
-                mine = planes[first : first + len(FORMATS[fmt].planes)]
-                first += len(mine)
+        def weights(i):
+            for fmt, mine, row_w in parts:
+                load = functools.partial(lambda mine, r, p, k: mine[p][expert, r[:, None], k[None, :]], mine, row_w)
+                yield FORMATS[fmt], Tile(load, table, i, fma)
 
-                def load(plane, columns_, mine=mine):
-                    return mine[plane][expert, columns[:, None], columns_[None, :]]
+        def step(i, carry):
+            total, codes = carry
+            x_tile = x[row[:, None], (i * STEP + jnp.arange(STEP, dtype=jnp.int32))[None, :]]
+            w = [f.decode(t, *mine) for (f, t), mine in zip(weights(i), codes, strict=True)]
+            # The codes of the next step arrive while the tensor cores work.
+            codes = [f.load(t) for f, t in weights(jnp.minimum(i + 1, last))]
+            w = jnp.stack(w, -1).reshape(c.num_warps, 8, 4, 8, 2, 2, 2).transpose(0, 6, 1, 3, 4, 2, 5)
+            w = w.reshape(2 * half, STEP)
+            return total + jnp.dot(w, x_tile.T, preferred_element_type=jnp.float32), codes
 
-                fma = (lambda a, b, c: a * b + c) if interpret else _fma
-                w = FORMATS[fmt].decode(Tile(load, table, i, c.bk, fma))
-                after.append(total + jnp.dot(x_tile, w.T, preferred_element_type=jnp.float32))
-            return tuple(after)
-
-        zero = jnp.zeros((c.bm, c.bn), jnp.float32)
-        sums = lax.fori_loop(0, steps, step, (zero,) * len(formats))
-        y = sums[0] if clamp is None else activation(*sums, clamp) * factor[place][:, None]
-        out[target[place][:, None], columns[None, :]] = y.astype(out.dtype)
+        first = split * (steps // c.splits)
+        last = first + steps // c.splits - 1
+        total = jnp.zeros((2 * half, c.bm), jnp.float32)
+        total, _ = lax.fori_loop(first, last + 1, step, (total, [f.load(t) for f, t in weights(first)]))
+        y = jnp.unstack(total.reshape(c.num_warps, 2, 8, c.bm).transpose(0, 2, 3, 1), axis=-1)
+        if clamp is not None:
+            y = [activation(*y, clamp)]
+        for part, m in zip(y, n, strict=True):
+            part = part.reshape(half, c.bm)
+            if clamp is not None:
+                part = part * factor[place][None, :]
+            out[split, row_out[:, None], m[None, :]] = part.astype(out.dtype).T
 
 
 def activation(gate: Array, up: Array, clamp: float) -> Array:
@@ -583,93 +657,104 @@ def activation(gate: Array, up: Array, clamp: float) -> Array:
 
 
 @functools.cache
-def _call(n: int, k: int, tiles: int, out: jax.ShapeDtypeStruct, formats, clamp, config: Config, interpret: bool):
-    kernel = functools.partial(
-        _kernel, formats=formats, steps=k // config.bk, clamp=clamp, config=config, interpret=interpret
-    )
+def _call(k: int, tiles: int, out: jax.ShapeDtypeStruct, formats, clamp, config: Config, interpret: bool):
     return call(
-        kernel,
+        functools.partial(
+            _kernel, formats=formats, steps=k // STEP, clamp=clamp, config=config, interpret=interpret
+        ),
         name="grouped_gemm",
-        grid=(n // config.bn, tiles),
+        grid=(out.shape[2] // config.bn(len(formats)), tiles, config.splits),
         out_shape=out,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         interpret=interpret,
-    )
+    )  # fmt: skip
 
 
-def _multiply(x, tiles, source, target, factor, matrices, formats, out, clamp, config, interpret) -> Array:
-    n, k = out.shape[1], x.shape[1]
+def _multiply(
+    x: Array, tiles: Array, source: Array, target: Array, matrices: tuple[Planes, ...], formats: tuple[str, ...], *,
+    config: Config, interpret: bool, columns: Array | None = None, factor: Array | None = None,
+    clamp: float | None = None,
+) -> Array:  # fmt: skip
+    """bfloat16 (rows, N): row target[p] is row source[p] of x times a matrix, for the places p in `tiles`.
+
+    x: its columns arranged. columns: int32 (N,), the rows of the matrix in order of the output's columns.
+    """
+    (_, n, _), k = matrices[0][0].shape, x.shape[-1]
     if x.dtype != jnp.bfloat16:
         raise Unsupported(f"x: found {x.dtype}, expected bfloat16")
     for fmt, planes in zip(formats, matrices, strict=True):
-        if fmt not in FORMATS:
-            raise Unsupported(f"format: found {fmt!r}, expected one of {', '.join(FORMATS)}")
-        expected = FORMATS[fmt].structs((*planes[0].shape[:-2], n, k))
+        expected = FORMATS[fmt].structs((planes[0].shape[0], n, k))
         if [(p.shape, p.dtype) for p in planes] != [(p.shape, p.dtype) for p in expected]:
             raise Unsupported(f"planes of {fmt} {(n, k)}: found {planes}, expected {expected}")
-    if config.bk not in STEPS:
-        raise Unsupported(f"bk: found {config.bk}, expected one of {STEPS}")
-    if n % config.bn or k % config.bk:
-        raise Unsupported(f"matrix: found {n} × {k}, expected multiples of {config.bn} and {config.bk}")
-    f = _call(n, k, tiles.shape[1], out, formats, clamp, config, interpret)
+    bn, bk = config.bn(len(formats)), STEP * config.splits
+    if n % bn or k % bk:
+        raise Unsupported(f"matrix: found {n} × {k}, expected multiples of {bn} and {bk}")
+    if columns is None:
+        columns = jnp.arange(n, dtype=jnp.int32)
+    if factor is None:
+        factor = jnp.zeros((1,), jnp.float32)
+    dtype = x.dtype if config.splits == 1 else jnp.float32
+    out = jax.ShapeDtypeStruct((config.splits, target.shape[0], n), dtype)
+    f = _call(k, tiles.shape[1], out, formats, clamp, config, interpret)
     planes = [p for planes in matrices for p in planes]
-    return f(x, tiles, source, target, factor, jnp.asarray(IQ2_XXS_CODES), *planes)
+    y = f(x, tiles, source, target, columns, factor, jnp.asarray(IQ2_XXS_CODES), *planes)
+    return y[0] if config.splits == 1 else y.sum(0).astype(x.dtype)
 
 
 # ---- ops -----------------------------------------------------------------------------------------------------------
 def gate_up(
-    x: Array, weight: Array, routing: Routing, gate: Planes, up: Planes, *, fmts: tuple[str, str], clamp: float,
-    config: Config, interpret: bool = False,
+    x: Array, weight: Array, routing: Routing, gate: Planes, up: Planes, *, fmt: str, clamp: float, config: Config,
+    columns: Array | None = None, interpret: bool = False,
 ) -> Array:  # fmt: skip
     """weight · silu(min(x Gᵀ, clamp)) · clip(x Uᵀ, -clamp, clamp) of every pair, bfloat16 (P, N) in routing's order.
 
-    x: bfloat16 (S, K). weight: float32 (S, slots). gate, up: planes (experts, N, ...). Rows of pairs without an expert
-    are undefined.
+    x: bfloat16 (S, K). weight: float32 (S, slots). gate, up: planes (experts, N, ...). columns: int32 (N,), an order of
+    the result's columns. Rows of pairs without an expert are undefined.
     """
     pairs = weight.size
-    tiles = tile_map(routing.counts, pairs, config.bm)
-    out = jax.ShapeDtypeStruct((pairs, gate[0].shape[1]), x.dtype)
-    source = routing.order // weight.shape[1]
-    target = jnp.arange(pairs, dtype=jnp.int32)
-    factor = weight.reshape(-1)[routing.order]
-    return _multiply(x, tiles, source, target, factor, (gate, up), fmts, out, clamp, config, interpret)
+    return _multiply(
+        arrange(x, fmt), tile_map(routing.counts, pairs, config.bm),
+        routing.order // weight.shape[1], jnp.arange(pairs, dtype=jnp.int32), (gate, up), (fmt, fmt),
+        columns=columns, factor=weight.reshape(-1)[routing.order], clamp=clamp, config=config, interpret=interpret,
+    )  # fmt: skip
 
 
 def down(
     h: Array, ids: Array, routing: Routing, planes: Planes, *, fmt: str, config: Config, interpret: bool = False
 ) -> Array:
-    """Σ over the slots of h Wᵀ, bfloat16 (S, N). h: what `gate_up` returned, bfloat16 (P, K).
+    """Σ over the slots of h Wᵀ, bfloat16 (S, N). h: bfloat16 (P, K) in routing's order, its columns arranged.
 
     The sum has a fixed order, so it repeats bit for bit.
     """
     n_experts, n, _ = planes[0].shape
+    places = jnp.arange(ids.size, dtype=jnp.int32)
     tiles = tile_map(routing.counts, ids.size, config.bm)
-    out = jax.ShapeDtypeStruct((ids.size, n), h.dtype)
-    source = jnp.arange(ids.size, dtype=jnp.int32)
-    factor = jnp.zeros((1,), jnp.float32)
-    y = _multiply(h, tiles, source, routing.order, factor, (planes,), (fmt,), out, None, config, interpret)
+    y = _multiply(h, tiles, places, routing.order, (planes,), (fmt,), config=config, interpret=interpret)
     y = y.reshape(*ids.shape, n).astype(jnp.float32)
     return jnp.where(((ids >= 0) & (ids < n_experts))[..., None], y, 0).sum(1).astype(h.dtype)
 
 
 def experts(
-    x: Array, ids: Array, weight: Array, w: tuple[Planes, Planes, Planes], *, fmts: tuple[str, str, str], clamp: float,
-    configs: tuple[Config, Config] | None = None, interpret: bool = False,
+    x: Array, ids: Array, weight: Array, gate: Planes, up: Planes, down_: Planes, *, fmts: tuple[str, str],
+    clamp: float, configs: tuple[Config, Config] | None = None, interpret: bool = False,
 ) -> Array:  # fmt: skip
     """Σ over the slots of weight · expert(x), bfloat16 (S, E).
 
     x: bfloat16 (S, E). ids: int32 (S, slots); an expert outside the planes' adds nothing. weight: float32 (S, slots).
-    w: planes of gate, up and down. configs: of gate and up, and of down.
+    fmts, configs: of gate and up, and of down.
     """
-    n_experts, n, _ = w[0][0].shape
+    n_experts, n, _ = gate[0].shape
     (s, k), slots = x.shape, ids.shape[1]
     if configs is None:
-        shapes = Shape("gate_up", s, n, k, fmts[0], n_experts, slots), Shape("down", s, k, n, fmts[2], n_experts, slots)
+        shapes = Shape("gate_up", s, n, k, fmts[0], n_experts, slots), Shape("down", s, k, n, fmts[1], n_experts, slots)
         configs = default_config(shapes[0]), default_config(shapes[1])
     routing = route(ids, n_experts)
-    h = gate_up(x, weight, routing, w[0], w[1], fmts=fmts[:2], clamp=clamp, config=configs[0], interpret=interpret)
-    return down(h, ids, routing, w[2], fmt=fmts[2], config=configs[1], interpret=interpret)
+    columns = arrange(jnp.arange(n, dtype=jnp.int32), fmts[1])  # as `down` wants them
+    h = gate_up(
+        x, weight, routing, gate, up, fmt=fmts[0], clamp=clamp, columns=columns, config=configs[0], interpret=interpret
+    )
+    return down(h, ids, routing, down_, fmt=fmts[1], config=configs[1], interpret=interpret)
 
 
 def linear(
@@ -692,31 +777,27 @@ def linear(
     group, start = t % groups, t // groups * config.bm
     tiles = jnp.stack([layer[0] * groups + group, group * m + start, jnp.minimum(m - start, config.bm)])
     rows = (jnp.arange(m, dtype=jnp.int32) * groups + jnp.arange(groups, dtype=jnp.int32)[:, None]).reshape(-1)
-    out = jax.ShapeDtypeStruct((m * groups, n // groups), x.dtype)
-    factor = jnp.zeros((1,), jnp.float32)
-    x = x.reshape(m * groups, k)
-    return _multiply(x, tiles, rows, rows, factor, (planes,), (fmt,), out, None, config, interpret).reshape(m, n)
+    x = arrange(x.reshape(m * groups, k), fmt)
+    return _multiply(x, tiles, rows, rows, (planes,), (fmt,), config=config, interpret=interpret).reshape(m, n)
 
 
 def grouped_gemm(
-    *args: Any, kind: Kind, implementation: Implementation = "pallas", config: Config | None = None,
+    *args: Any, kind: Kind, fmt: str, implementation: Implementation = "pallas", config: Config | None = None,
     interpret: bool = False, **static: Any,
 ) -> Array:  # fmt: skip
     """One op by name, with `Shape.inputs` and `Shape.static`, for tests, sweeps and benchmarks.
 
-    gate_up: x, ids, weight, gate, up → (P, N), sorted by expert. down: h (P, K) sorted by expert, ids, planes → (S, N).
-    linear: x, layer, planes → (M, N).
+    gate_up: x, ids, weight, gate, up → (P, N), sorted by expert. down: h (P, K) sorted by expert, its columns arranged,
+    ids, planes → (S, N). linear: x, layer, planes → (M, N).
     """
     if implementation == "xla":
-        return reference(*args, kind=kind, **static).astype(args[0].dtype)
+        return reference(*args, kind=kind, fmt=fmt, **static).astype(args[0].dtype)
     if kind == "linear":
-        return linear(*args, config=config, interpret=interpret, **static)
+        return linear(*args, fmt=fmt, config=config, interpret=interpret, **static)
     x, ids, *rest = args
     n_experts, n, _ = rest[-1][0].shape
-    m, slots = ids.shape
-    config = config or default_config(Shape(kind, m, n, x.shape[1], static["fmt"], n_experts, slots))
-    routing = route(ids, n_experts)
+    config = config or default_config(Shape(kind, *(ids.shape[0], n, x.shape[1], fmt, n_experts, ids.shape[1])))
+    routing, f = route(ids, n_experts), {"fmt": fmt, "config": config, "interpret": interpret}
     if kind == "down":
-        return down(x, ids, routing, *rest, config=config, interpret=interpret, **static)
-    fmts = (static["fmt"],) * 2
-    return gate_up(x, rest[0], routing, *rest[1:], fmts=fmts, clamp=static["clamp"], config=config, interpret=interpret)
+        return down(x, ids, routing, *rest, **f)
+    return gate_up(x, rest[0], routing, *rest[1:], **f, **static)
