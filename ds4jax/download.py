@@ -19,20 +19,20 @@ from absl import flags
 
 from ds4jax import cli
 from ds4jax.errors import Ds4Error
+from ds4jax.paths import EMBEDDED, embedded_model
 from ds4jax.settings import Settings
-from ds4jax.tiny import tiny_model
 
 MARGIN = 2**30  # bytes of disk that must stay free
 _GIB = 2**30
 
 
 def resolve_model(settings: Settings) -> Path:
-    """The model file on this machine; only the embedded one is made on demand, nothing is ever downloaded.
+    """The model file on this machine; nothing is ever downloaded.
 
     Raises Ds4Error saying how to get the file where it is missing.
     """
-    if settings.model == "tiny":
-        return tiny_model()
+    if settings.model in EMBEDDED:
+        return embedded_model(settings.model)
     if settings.hf_file is None:
         path = Path(settings.model).expanduser()
         if not path.exists():

@@ -30,7 +30,7 @@ _RANGES = {
 class Settings:
     """How to run a model. All keys of a config file; only `model` must be given.
 
-    model: ``tiny`` (embedded), ``hf:OWNER/REPO/FILE`` (see `ds4jax.download`) or the path of a GGUF file
+    model: ``tiny`` or ``tiny_q2`` (embedded), ``hf:OWNER/REPO/FILE`` (see `ds4jax.download`) or the path of a GGUF file
         (from the current directory).
     ctx: tokens that one sequence can hold, prompt and answer together.
     batch: sequences that a batch job decodes together; each has its own cache of `ctx` tokens.
@@ -77,7 +77,7 @@ class Settings:
         if not 0 < self.memory_fraction <= 1:
             return "memory_fraction", self.memory_fraction, "a number above 0, at most 1"
         if not self.model:
-            return "model", self.model, "tiny, hf:OWNER/REPO/FILE or a path"
+            return "model", self.model, "tiny, tiny_q2, hf:OWNER/REPO/FILE or a path"
         if self.model.startswith("hf:") and self.hf_file is None:
             return "model", self.model, "hf:OWNER/REPO/FILE"
         return None
@@ -106,7 +106,7 @@ class Settings:
         if unknown := values.keys() - set(keys):
             raise ConfigError(f"{path}: found unknown key {min(unknown)!r}, expected one of {', '.join(keys)}")
         if "model" not in values:
-            raise ConfigError(f"{path}: model: found nothing, expected tiny, hf:OWNER/REPO/FILE or a path")
+            raise ConfigError(f"{path}: model: found nothing, expected tiny, tiny_q2, hf:OWNER/REPO/FILE or a path")
         try:
             settings = cls(**values)
         except ConfigError as error:

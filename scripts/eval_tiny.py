@@ -1,7 +1,9 @@
-"""What the tiny model can do: ``python scripts/eval_tiny.py --models build/run/tiny-f32.gguf,build/run/tiny.gguf``.
+"""What the embedded models can do: ``python scripts/eval_tiny.py`` prints the table of their cards.
 
-Prints the table of the model card, one column per file. All answers are greedy, and what they are asked was held out of
-training. Needs heldout.json of scripts/tiny_data.py; some minutes on a CPU.
+One column per model: tiny_q2 and tiny as they are shipped; tiny quantized with the q2 recipe here and now, without and
+with its importance matrix, and no training after that; and the float32 weights that tiny was made from, where
+scripts/train_tiny.py has left them. All answers are greedy, and what they are asked was held out of training. Some
+minutes per column on a CPU.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import math
 import random
 import re
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,17 +31,19 @@ from absl import flags  # noqa: E402
 from tiny_dialogues import HELD_OUT, Generator, held_out  # noqa: E402
 
 from ds4jax import cache as kv  # noqa: E402
-from ds4jax import chat, cli  # noqa: E402
+from ds4jax import chat, cli, recipes  # noqa: E402
 from ds4jax.config import ModelConfig  # noqa: E402
+from ds4jax.convert import convert  # noqa: E402
 from ds4jax.load import load  # noqa: E402
 from ds4jax.model import Compute, decode_step, forward, logits, mtp, prefill  # noqa: E402
 from ds4jax.model.transformer import bucket  # noqa: E402
+from ds4jax.paths import EMBEDDED, embedded_model  # noqa: E402
 from ds4jax.tokenizer import Special, Tokenizer  # noqa: E402
 from ds4jax.weights import Weights  # noqa: E402
 
 FLAGS = flags.FlagValues()
-flags.DEFINE_list("models", ["build/run/tiny-f32.gguf", "build/run/tiny.gguf"], "GGUF files.", flag_values=FLAGS)
-flags.DEFINE_string("heldout", "build/tiny/heldout.json", "Text that was not trained on.", flag_values=FLAGS)
+flags.DEFINE_list("models", None, "GGUF files or names of embedded models, instead.", flag_values=FLAGS)
+flags.DEFINE_string("float32", "build/run/tiny-f32.gguf", "The weights as trained, if there.", flag_values=FLAGS)
 flags.DEFINE_bool("verbose", False, "Print what was answered wrong.", flag_values=FLAGS)
 flags.DEFINE_integer("batch", 40, "Sequences at once.", flag_values=FLAGS)
 
@@ -156,7 +161,19 @@ def parse_call(text: str) -> tuple[str, dict[str, Any]] | None:
     return call[1], arguments
 
 
-def evaluate(path: str, texts: list[dict[str, str]], batch: int) -> dict[str, str]:
+class Column(dict[str, str]):
+    """Of the table; says on stderr what is put in."""
+
+    def __init__(self, model: Path):
+        super().__init__()
+        self._model = model
+
+    def __setitem__(self, name: str, value: str) -> None:
+        print(f"{self._model}: {name}: {value}", file=sys.stderr, flush=True)
+        super().__setitem__(name, value)
+
+
+def evaluate(path: Path, texts: list[dict[str, str]], batch: int) -> Column:
     """One column of the table."""
     weights, checkpoint = load(path)
     tok = Tokenizer.from_metadata(checkpoint.file.metadata)
@@ -171,7 +188,8 @@ def evaluate(path: str, texts: list[dict[str, str]], batch: int) -> dict[str, st
         close = tok.special(Special.THINK_CLOSE)
         return tok.decode(ids[ids.index(close) + 1 :] if close in ids else ids)
 
-    row = {"size": f"{Path(path).stat().st_size / 1e6:.2f} MB"}
+    row = Column(path)
+    row["size"] = f"{path.stat().st_size / 1e6:.2f} MB"
     pieces = list(itertools.chain.from_iterable(tiny_data.text_documents(t["text"], tok) for t in texts))
     nats, agreement = observe(model, [d for d in pieces if len(d[0]) > 2], min(batch, 8))
     row["bits per byte, held-out text"] = f"{nats / math.log(2) / sum(len(t['text'].encode()) for t in texts):.4f}"
@@ -254,9 +272,26 @@ def needles(tok: Tokenizer, texts: list[dict[str, str]]) -> list[Item]:
     return out
 
 
+Q2_TYPES = ("mtp.ffn.experts.gate=IQ2_XXS", "mtp.ffn.experts.up=IQ2_XXS", "mtp.ffn.experts.down=Q2_K")
+
+
+def models(folder: Path) -> dict[str, Path]:
+    """Name of a column → its file; those that are not shipped are made in `folder`."""
+    if FLAGS.models:
+        return {Path(m).stem: embedded_model(m) if m in EMBEDDED else Path(m) for m in FLAGS.models}
+    out = {name: embedded_model(name) for name in reversed(EMBEDDED)}
+    for name, imatrix in (("q2, no imatrix", None), ("q2, imatrix", HELD_OUT / "tiny.imatrix.gguf")):
+        out[name] = folder / f"{name}.gguf"
+        convert(out["tiny"], out[name], recipes.RECIPES["q2"], recipes.parse_types(Q2_TYPES), imatrix)
+    if Path(FLAGS.float32).exists():
+        out["float32"] = Path(FLAGS.float32)
+    return out
+
+
 def main() -> None:
-    texts = json.loads(Path(FLAGS.heldout).read_text(encoding="utf-8"))
-    columns = {Path(path).stem: evaluate(path, texts, FLAGS.batch) for path in FLAGS.models}
+    texts = _held_out("heldout")
+    with tempfile.TemporaryDirectory() as folder:
+        columns = {name: evaluate(path, texts, FLAGS.batch) for name, path in models(Path(folder)).items()}
     print("| | " + " | ".join(columns) + " |\n" + "|---" * (len(columns) + 1) + "|")
     for name in next(iter(columns.values())):
         print(f"| {name} | " + " | ".join(column[name] for column in columns.values()) + " |")

@@ -11,14 +11,18 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from gguf import GGUFReader
 
+from ds4jax.checkpoint import open_checkpoint
 from ds4jax.config import ModelConfig
+from ds4jax.paths import embedded_model
 from ds4jax.synthetic import RECIPES, synthetic_config, write_synthetic
+from ds4jax.tokenizer import Tokenizer
 
 DIRECTORY = Path(__file__).parent / "goldens"
 LENGTHS = (
@@ -73,6 +77,30 @@ CASES = (
     Case("odd-f32", "odd", "f32", "plain", 48),
     Case("base-q2-official", "base", "q2", "official", 4),
     Case("odd-q8-official", "odd", "q8", "official", 2),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained(Case):
+    """An embedded model, with text that it was not trained on; seed: how many hundred characters in a prompt starts."""
+
+    @property
+    def cfg(self) -> ModelConfig:
+        return open_checkpoint(embedded_model(self.name)).cfg
+
+    def build(self, path: Path) -> None:
+        shutil.copy(embedded_model(self.name), path)
+
+    def prompt(self, length: int) -> np.ndarray:
+        tokenizer = Tokenizer.from_metadata(open_checkpoint(embedded_model(self.name)).file.metadata)
+        texts = json.loads((DIRECTORY.parent / "tiny" / "heldout.json").read_text(encoding="utf-8"))
+        text = "\n".join(text["text"] for text in texts)[100 * self.seed :]
+        return np.array([tokenizer.bos_id, *tokenizer.encode_text(text[: 12 * length])[: length - 1]], np.int32)
+
+
+CASES = (
+    *CASES,
+    Trained("tiny", "trained", "q8", "plain", 2),
 )
 
 

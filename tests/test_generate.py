@@ -1,7 +1,6 @@
 """ds4jax.generate: its flags, streams, files and exits, on one small model."""
 
 import dataclasses
-import hashlib
 import json
 import os
 import re
@@ -11,16 +10,13 @@ import sys
 
 import numpy as np
 import pytest
+from small import CFG
 
-from ds4jax import chat, cli, generate, synthetic, tiny
+from ds4jax import chat, cli, generate, paths, synthetic
 from ds4jax.engine import runner as engine
-from ds4jax.settings import Settings
 from ds4jax.tokenizer import byte_tokenizer
 
 # Prompts have 9 to 16 tokens throughout, so that one bucket is compiled; that takes most of the time.
-CFG = dataclasses.replace(
-    tiny.CONFIG, n_layers=2, compress_ratios=(4, 128), swiglu_clamp=(10.0,) * 2, n_hash_layers=1, index_top_k=8
-)
 TOKENIZER = byte_tokenizer()
 RUNNER = engine.Runner
 
@@ -344,31 +340,14 @@ def test_help_lists_the_flags(capsys):
     assert out.startswith("Generate text") and all(f"{name}:" in out for name in generate.FLAGS)
 
 
-# ---- the embedded model ----------------------------------------------------------------------------------------------
-def test_the_tiny_models_name_is_its_content(tmp_path):
-    tiny.write(tmp_path / "a.gguf")
-    digest = hashlib.sha256((tmp_path / "a.gguf").read_bytes()).hexdigest()
-    assert tiny.CONTENT == digest[: len(tiny.CONTENT)], "the recipe has changed: state the new content in tiny.py"
-
-
-def test_the_tiny_model_has_every_kind_of_layer():
-    cfg = tiny.CONFIG
-    assert {0, 4, 128} == set(cfg.compress_ratios) and 0 < cfg.n_hash_layers < cfg.n_layers
-    assert cfg.head_dim != cfg.index_head_dim and cfg.o_groups == 8
-    assert cfg.vocab_size == TOKENIZER.vocab_size
-    assert cfg.index_top_k < Settings.load("tiny").ctx // 4
-
-
-def test_the_tiny_model_is_written_once_into_the_users_cache(tmp_path, monkeypatch):
+# ---- the process -----------------------------------------------------------------------------------------------------
+def test_a_cache_directory_that_cannot_be(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    path = tiny.tiny_model()
-    assert path == tmp_path / "ds4jax" / f"tiny-{tiny.CONTENT}.gguf"
-    before = path.stat().st_mtime_ns
-    assert tiny.tiny_model() == path and path.stat().st_mtime_ns == before
+    assert paths.cache_dir() == tmp_path / "ds4jax" and (tmp_path / "ds4jax").is_dir()
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.raises(generate.Ds4Error, match="cannot be created: Not a directory .XDG_CACHE_HOME moves it"):
-        tiny.tiny_model()
+        paths.cache_dir()
 
 
 def test_ctrl_c_in_a_process_of_its_own(model, tmp_path):

@@ -7,17 +7,15 @@ import types
 import jax
 import numpy as np
 import pytest
+from small import CFG
 
 from ds4jax import cache as kv
-from ds4jax import cli, memory, sharding, synthetic, tiny, weights
+from ds4jax import cli, memory, sharding, synthetic, weights
 from ds4jax.engine import runner as engine
 from ds4jax.engine.runner import Programs, Runner
 from ds4jax.errors import ConfigError
 from ds4jax.settings import Settings
 
-CFG = dataclasses.replace(
-    tiny.CONFIG, n_layers=2, compress_ratios=(4, 128), swiglu_clamp=(10.0,) * 2, n_hash_layers=1, index_top_k=8
-)
 MODEL = synthetic.Synthetic(CFG, synthetic.RECIPES["q2"], seed=3)
 SETTINGS = Settings("none", ctx=1024, batch=2, prefill_chunk=16)
 

@@ -6,8 +6,9 @@ import types
 import jax
 import numpy as np
 import pytest
+from small import CFG
 
-from ds4jax import synthetic, tiny
+from ds4jax import synthetic
 from ds4jax.engine import batch
 from ds4jax.engine import runner as engine
 from ds4jax.engine.batch import Request
@@ -17,10 +18,6 @@ from ds4jax.sampling import Sampling
 from ds4jax.settings import Settings
 from ds4jax.tokenizer import byte_tokenizer
 
-# One layer of each kind that compresses, which is what compilation time allows.
-CFG = dataclasses.replace(
-    tiny.CONFIG, n_layers=2, compress_ratios=(4, 128), swiglu_clamp=(10.0,) * 2, n_hash_layers=1, index_top_k=8
-)
 GREEDY = Sampling(temperature=0.0)
 # 134 tokens in chunks of 1, 7, 128 and 129 need the buckets 1, 8, 128 and 256; compiling them takes most of the time.
 TOKENS = np.random.default_rng(5).integers(0, CFG.vocab_size, 134).tolist()

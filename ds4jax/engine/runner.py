@@ -25,10 +25,10 @@ from ds4jax.errors import Ds4Error
 from ds4jax.load import load
 from ds4jax.model import transformer
 from ds4jax.model.transformer import Compute, bucket
+from ds4jax.paths import cache_dir
 from ds4jax.sampling import Sampling
 from ds4jax.settings import Settings
 from ds4jax.synthetic import RECIPES, Synthetic, synthetic_config
-from ds4jax.tiny import cache_dir
 from ds4jax.tokenizer import Tokenizer
 
 Array = jax.Array
