@@ -8,9 +8,9 @@ Experts: pairs (token, slot) are sorted by expert, and the kernel gathers the ro
 index, so activations are not copied. Nothing is added atomically: the same input gives the same bits.
 
 Bounds, for S tokens of DeepSeek-V4-Flash's layer on an H200: 0.30 S GFLOP (1.9 ms for 4096 at 650 TFLOP/s); 6.4 G
-weights to decode once for every bm rows of an expert, at 3.5 to 6 instructions each (1.0 ms at the full issue rate of
-29 T/s); 1.9 GB of codes (0.5 ms). With 96 rows per expert the three are close, so several programs share a
-multiprocessor, and one decodes while another multiplies.
+weights to decode once for every bm rows of an expert, at 7 to 8 instructions each, all told (1.7 ms at the full issue
+rate of 29 T/s); x once for every tile of 128 rows of weights (7.7 GB from the L2 cache, 1.4 ms; the codes are 1.9 GB).
+With 96 rows per expert these are close, so warps that decode and warps that multiply should share a multiprocessor.
 
 Formats as in ggml (``ggml-common.h``), a matrix (N, K) split in planes (dtype, elements per K):
 
@@ -155,20 +155,24 @@ SHAPES: dict[str, Shape] = (
 
 # ---- tile sizes ----------------------------------------------------------------------------------------------------
 def shared_memory(config: Config) -> int:
-    """Bytes of shared memory of a block: tiles of x in flight, or the result on its way to rows of the output."""
-    c = config
-    return max(c.num_stages * c.bm * STEP * 2, c.bm * c.bn(1) * (2 if c.splits == 1 else 4))
+    """Bytes of shared memory that a block needs at most: tiles of x in flight, and half the decoded tile.
+
+    Hopper needs the former only; other GPUs hand weights from thread to thread.
+    """
+    return config.num_stages * config.bm * STEP * 2 + config.num_warps * 16 * STEP
 
 
 def configs(shape: Shape) -> list[Config]:
-    """What a sweep tries."""
+    """What a sweep tries: tiles about as tall as an expert has rows, and splits of K where there are few tiles."""
     n, steps = shape.n // shape.groups, shape.k // STEP
-    out = [Config(fused=False)] if shape.kind == "linear" else []
-    splits = [s for s in (1, 2, 4, 8) if steps % s == 0] if shape.kind == "linear" else [1]
-    for bm, warps, stages, split in itertools.product((32, 64, 128), (4, 8, 16), (2, 3), splits):
+    linear = shape.kind == "linear"
+    rows = shape.m * shape.slots // (1 if linear else shape.stack)
+    heights = [bm for bm in (32, 64, 128) if min(rows, 256) / 4 < bm <= 2 * rows]
+    splits = (1, 2, 4, 8) if linear and rows < 512 else (1,)
+    out = [Config(fused=False)] if linear else []
+    for bm, warps, stages, split in itertools.product(heights, (4, 8, 16), (2,) if linear else (2, 3), splits):
         c = Config(bm, warps, stages, split)
-        blocks = n // c.bn(shape.matrices) * -(-shape.m // bm) * split
-        if shared_memory(c) <= SHARED_MEMORY and n % c.bn(shape.matrices) == 0 and (split == 1 or blocks <= 1024):
+        if shared_memory(c) <= SHARED_MEMORY and n % c.bn(shape.matrices) == 0 and steps % split == 0:
             out.append(c)
     return out
 
