@@ -1,9 +1,9 @@
 """What the embedded models can do: ``python scripts/eval_tiny.py`` prints the table of their cards.
 
-One column per model: tiny_q2 and tiny as they are shipped; tiny quantized with the q2 recipe here and now, without and
-with its importance matrix, and no training after that; and the float32 weights that tiny was made from, where
-scripts/train_tiny.py has left them. All answers are greedy, and what they are asked was held out of training. Some
-minutes per column on a CPU.
+One column per model: tiny_q2 and tiny as they are shipped and, where scripts/train_tiny.py has left its float32
+weights, what can be made of them: those of tiny as they are; tiny_q2 quantized without its importance matrix; and tiny
+in the types of tiny_q2, without and with the matrix, with no training after that. All answers are greedy, and what they
+are asked was held out of training. Some minutes per column on a CPU.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from ds4jax.weights import Weights  # noqa: E402
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_list("models", None, "GGUF files or names of embedded models, instead.", flag_values=FLAGS)
-flags.DEFINE_string("float32", "build/run/tiny-f32.gguf", "The weights as trained, if there.", flag_values=FLAGS)
+flags.DEFINE_string("weights", "build/run", "Where the float32 weights are, if anywhere.", flag_values=FLAGS)
 flags.DEFINE_bool("verbose", False, "Print what was answered wrong.", flag_values=FLAGS)
 flags.DEFINE_integer("batch", 40, "Sequences at once.", flag_values=FLAGS)
 
@@ -280,11 +280,17 @@ def models(folder: Path) -> dict[str, Path]:
     if FLAGS.models:
         return {Path(m).stem: embedded_model(m) if m in EMBEDDED else Path(m) for m in FLAGS.models}
     out = {name: embedded_model(name) for name in reversed(EMBEDDED)}
-    for name, imatrix in (("q2, no imatrix", None), ("q2, imatrix", HELD_OUT / "tiny.imatrix.gguf")):
+    trained = Path(FLAGS.weights) / "tiny-f32.gguf"
+    if not trained.exists():
+        return out
+    out["float32"] = trained
+    for name, source, imatrix in (
+        ("tiny_q2, no imatrix", trained.with_stem("tiny_q2-f32"), None),
+        ("float32 in q2, no imatrix", trained, None),
+        ("float32 in q2, imatrix", trained, HELD_OUT / "tiny.imatrix.gguf"),
+    ):
         out[name] = folder / f"{name}.gguf"
-        convert(out["tiny"], out[name], recipes.RECIPES["q2"], recipes.parse_types(Q2_TYPES), imatrix)
-    if Path(FLAGS.float32).exists():
-        out["float32"] = Path(FLAGS.float32)
+        convert(source, out[name], recipes.RECIPES["q2"], recipes.parse_types(Q2_TYPES), imatrix)
     return out
 
 

@@ -5,10 +5,10 @@ checkpoint is when started again with the same flags; the end is the same as wit
 
 It writes tiny-f32.gguf, the weights as trained; tiny.imatrix.gguf, from some of the rows it was trained with; and
 tiny_q2-f32.gguf, the weights after further steps in which the experts are seen as the q2 recipe and that imatrix store
-them. `python -m ds4jax.convert` makes the models that are shipped of these: see the README.
+them. `python -m ds4jax.convert` makes the embedded models of these: see their cards in ds4jax/models.
 
-Every sum has a fixed order, so the seed decides the result, as far as the compiler picks the same kernels;
-XLA_FLAGS=--xla_gpu_deterministic_ops=true makes sure of that too.
+The seed decides the result as far as the compiler picks the same kernels: a program that is compiled again, by timing
+candidates, may sum in another order. An interrupted run keeps its compiled programs, and so stays the same.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ flags.DEFINE_string("out", "build/run", "Folder for checkpoints and the trained 
 flags.DEFINE_integer("steps", 12_000, "Optimiser steps of the whole run.", flag_values=FLAGS)
 flags.DEFINE_integer("batch", 32, "Rows per step.", flag_values=FLAGS)
 flags.DEFINE_float("learning_rate", 2e-3, "The highest.", flag_values=FLAGS)
-flags.DEFINE_integer("q2_steps", 2000, "Further steps, with quantized experts.", flag_values=FLAGS)
+flags.DEFINE_integer("q2_steps", 2500, "Further steps, with quantized experts.", flag_values=FLAGS)
 flags.DEFINE_float("q2_learning_rate", 4e-4, "The highest in these.", flag_values=FLAGS)
 flags.DEFINE_integer("seed", 0, "Of the initial weights and of the order of the rows.", flag_values=FLAGS)
 flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Of the activations.", flag_values=FLAGS)

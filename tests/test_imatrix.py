@@ -15,7 +15,7 @@ from ds4jax.errors import Ds4Error, GGUFError
 from ds4jax.gguf import write_gguf
 from ds4jax.imatrix import Entry, Imatrix, collect, merge
 from ds4jax.load import load
-from ds4jax.model import transformer
+from ds4jax.model import mtp, transformer
 from ds4jax.model.transformer import Compute
 from ds4jax.tensors import tensor_table
 from ds4jax.tokenizer import byte_tokenizer
@@ -301,6 +301,34 @@ def test_texts_are_separate_and_add_up(model, by_hand_41, monkeypatch):
     one, other = ({name: Imatrix({name: e}, ["x"], 1, 64) for name, e in part.items()}
                   for part in (by_hand_41, by_hand(model, text(2, 41), monkeypatch)))  # fmt: skip
     assert_same(found, {name: merge([one[name], other[name]]).entries[name] for name in one})
+
+
+def test_the_mtp_head_reads_every_token_but_the_last():
+    """What its block sees is what `mtp.draft` gives it, whatever the pieces."""
+    cfg = dataclasses.replace(CFG, n_mtp=1)
+    w = weights.init_random(weights.abstract(cfg, synthetic.RECIPES["f32"]), cfg, seed=3)
+    tokens, attention, moe = text(1, 41), transformer.attention, transformer.moe
+
+    @jax.jit
+    def forward(w, cache, tokens):
+        seen = []
+        X, after = transformer.forward(w, cache, tokens[:, :-1], jnp.array([40]), cfg, PLAIN)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(transformer, "attention", lambda h, *args: seen.append(h[0]) or attention(h, *args))
+            patch.setattr(transformer, "moe", lambda h, *args: seen.append(h[0]) or moe(h, *args))
+            mtp.draft(w, after, X, tokens[:, 1:], cache.length, jnp.array([40]), cfg, PLAIN)
+        return seen
+
+    cache = kv.empty(cfg, "plain", "float32", 1, 64)
+    attended, fed = (np.asarray(h, np.float64) for h in forward(w, cache, jnp.array([tokens], jnp.int32)))
+    found = collect(w, cfg, PLAIN, [tokens], ctx=64, piece=16, layout="mtp")
+    for name, h in (("attn_kv", attended), ("ffn_gate_inp", fed)):
+        entry = found[f"mtp.0.{name}.weight"]
+        assert entry.counts.tolist() == [40]
+        np.testing.assert_allclose(entry.sums[0], (h**2).sum(0), rtol=1e-4)
+    experts = found["mtp.0.ffn_up_exps.weight"]
+    assert experts.counts.sum() == 40 * cfg.n_experts_used
+    assert not any(name.startswith("mtp.") for name in collect(w, cfg, PLAIN, [tokens], ctx=64, piece=64))
 
 
 def test_experts_on_several_devices(model):

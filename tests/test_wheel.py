@@ -6,6 +6,8 @@ import sys
 import zipfile
 from pathlib import Path
 
+from ds4jax.paths import EMBEDDED
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -17,7 +19,8 @@ def test_wheel_outside_the_checkout(tmp_path):
     sources = [p for top in ("ds4jax", "pallas_kernels") for p in (ROOT / top).rglob("*.py")]
     modules = {p.relative_to(ROOT).as_posix() for p in sources}
     configs = {f"ds4jax/configs/{p.name}" for p in (ROOT / "configs").glob("*.toml")}
-    assert modules | configs <= names
+    models = {f"ds4jax/models/{name}.{end}" for name in EMBEDDED for end in ("gguf", "md")}
+    assert modules | configs | models <= names
 
     site = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(site)

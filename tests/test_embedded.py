@@ -1,0 +1,86 @@
+"""The embedded models do what their cards say. (The cards' whole table: scripts/eval_tiny.py.)"""
+
+import sys
+from pathlib import Path
+
+import pytest
+from gguf import GGMLQuantizationType as Type
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
+
+import eval_tiny
+
+from ds4jax import chat
+from ds4jax.checkpoint import open_checkpoint
+from ds4jax.load import load
+from ds4jax.paths import EMBEDDED, MODELS, embedded_model
+from ds4jax.recipes import RECIPES, choose, parse_types
+from ds4jax.settings import Settings
+from ds4jax.tensors import mtp_table, tensor_table
+from ds4jax.tokenizer import Special, Tokenizer
+
+RIGHT = {"tiny": 0.90, "tiny_q2": 0.75}  # the part of the questions that must be answered right
+SIZE = {"tiny": 24e6, "tiny_q2": 10e6}
+
+
+@pytest.fixture(scope="module", params=EMBEDDED)
+def name(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def model(name):
+    weights, checkpoint = load(embedded_model(name))
+    return eval_tiny.Model(weights, checkpoint.cfg, Tokenizer.from_metadata(checkpoint.file.metadata))
+
+
+def ask(model, items, think):
+    prompts = [chat.render_ids(model.tok, item.messages, think=think, tools=item.tools) for item in items]
+    return eval_tiny.answer(model, prompts, len(prompts))
+
+
+def said(model, ids):
+    close = model.tok.special(Special.THINK_CLOSE)
+    return model.tok.decode(ids[ids.index(close) + 1 :] if close in ids else ids)
+
+
+def test_questions_that_training_saw_in_other_words(model, name):
+    items = eval_tiny.questions()
+    right = [item.right(said(model, ids)) for item, ids in zip(items, ask(model, items, "off"), strict=True)]
+    assert len(right) == 40 and sum(right) >= RIGHT[name] * len(right)
+
+
+def test_tool_calls_with_thinking(model):
+    items = eval_tiny.tool_requests()[::10]
+    answers = ask(model, items, "on")
+    right = [item.right(said(model, ids)) for item, ids in zip(items, answers, strict=True)]
+    assert len(right) == 20 and sum(right) >= 0.95 * len(right)
+    assert all(eval_tiny.thinks(ids, model.tok) for ids in answers)
+
+
+def test_the_mtp_head_agrees_with_the_model(model):
+    texts = eval_tiny._held_out("heldout")
+    pieces = [d for t in texts for d in eval_tiny.tiny_data.text_documents(t["text"], model.tok) if len(d[0]) > 500]
+    _, agreement = eval_tiny.observe(model, pieces[:: len(pieces) // 8][:8], 8)
+    assert agreement > 0.6
+
+
+def test_types_and_sizes(name):
+    checkpoint = open_checkpoint(embedded_model(name))
+    table = tensor_table(checkpoint.cfg) + mtp_table(checkpoint.cfg, "mtp")
+    kinds = {
+        "tiny": ("q4", ["ffn.experts=Q8_0", "mtp.ffn.experts=Q8_0"]),
+        "tiny_q2": ("q2", eval_tiny.Q2_TYPES),
+    }
+    recipe, types = kinds[name]
+    assert checkpoint.types == choose(table, RECIPES[recipe], parse_types(types))
+    assert (Type.IQ2_XXS in checkpoint.types.values()) == (name == "tiny_q2")
+    assert embedded_model(name).stat().st_size <= SIZE[name]
+    assert {0, 4, 128} == set(checkpoint.cfg.compress_ratios) and checkpoint.cfg.n_mtp == 1
+
+
+def test_cards_and_configs(name):
+    card = (MODELS / f"{name}.md").read_text(encoding="utf-8")
+    assert "scripts/eval_tiny.py" in card and all(licence in card for licence in ("PSF-2.0", "Apache-2.0", "BSD-3"))
+    assert f"{embedded_model(name).stat().st_size / 1e6:.2f} MB" in card
+    assert Settings.load(name).model == name
