@@ -1,0 +1,587 @@
+"""The disk store: what was put comes back bit for bit or not at all, whatever happens to process, disk and files."""
+
+import errno
+import itertools
+import logging
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ds4jax.engine import store as module
+from ds4jax.engine.store import Store
+from ds4jax.errors import Ds4Error
+
+FP = {"model": "tiny", "layout": 1}
+BIG = 1 << 30
+DTYPES = [
+    "bool", "int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64", "float16", "float32", "float64",
+    "complex64", ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2, ml_dtypes.float8_e8m0fnu,
+    ml_dtypes.int4,
+]  # fmt: skip
+
+
+def content(tokens, size=500):
+    """Planes and extra that belong to these tokens."""
+    rng = np.random.default_rng([len(tokens), *map(int, tokens[-3:])])
+    planes = {
+        "window": rng.integers(0, 256, (3, size), np.uint8),
+        "gate": rng.normal(size=7).astype(ml_dtypes.bfloat16),
+    }
+    return planes, {"length": len(tokens)}
+
+
+def same(loaded, expected):
+    (planes, extra), (want, want_extra) = loaded, expected
+    return (
+        extra == want_extra
+        and list(planes) == list(want)
+        and all(
+            (planes[k].dtype, planes[k].shape, planes[k].tobytes()) == (want[k].dtype, want[k].shape, want[k].tobytes())
+            for k in want
+        )
+    )
+
+
+def put(store, tokens, size=500):
+    return store.put(tokens, *content(tokens, size))
+
+
+def served(store, tokens, size=500):
+    """Whether exactly these tokens are served; what is served must be right."""
+    entry = store.longest(tokens)
+    if entry is None or entry.length < len(tokens):
+        return False
+    loaded = store.load(entry)
+    assert loaded is None or same(loaded, content(tokens, size))
+    return loaded is not None
+
+
+def disk(folder):
+    return sum(f.stat().st_size for f in os.scandir(folder))
+
+
+def files(folder):
+    return sorted(p.name for p in Path(folder).iterdir() if p.name != "lock")
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Seconds that pass only when a test says so."""
+    now = [1_000_000_000.0]
+    monkeypatch.setattr(module.time, "time_ns", lambda: int(now[0] * 1e9))
+    return now
+
+
+# ---- what is stored -----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: np.dtype(d).name)
+def test_round_trip_of_every_dtype(tmp_path, dtype):
+    rng, dtype = np.random.default_rng(0), np.dtype(dtype)
+    planes = {}
+    for shape in [(3, 5, 7), (), (1,), (0, 4), (64,)]:
+        count = int(np.prod(shape))
+        if dtype in (np.dtype(bool), np.dtype(ml_dtypes.int4)):
+            planes[str(shape)] = rng.integers(0, 2, shape).astype(dtype)
+        else:  # any bits, NaNs too
+            planes[str(shape)] = np.frombuffer(rng.bytes(count * dtype.itemsize), dtype).reshape(shape)
+    planes["strided"] = planes["(3, 5, 7)"].transpose(2, 0, 1)[::2]
+    extra = {"text": "ü\n\0", "nested": [1, 2.5, None, {"a": True}]}
+    with Store(tmp_path, BIG, FP) as store:
+        assert store.put([1, 2, 3], planes, extra)
+    with Store(tmp_path, BIG, FP) as store:
+        loaded = store.load(store.longest([1, 2, 3]))
+    assert same(loaded, (planes, extra))
+    assert all(x.ctypes.data % 64 == 0 for x in loaded[0].values() if x.size)
+    with pytest.raises(ValueError, match="read-only"):
+        loaded[0]["(1,)"][0] = 0
+
+
+@pytest.mark.parametrize("plane", [np.zeros(3, ">f4"), np.array([{}]), np.zeros(2, "i4,f4")])
+def test_planes_that_could_not_come_back_are_refused(tmp_path, plane):
+    with Store(tmp_path, BIG, FP) as store, pytest.raises(TypeError, match="plane p"):
+        store.put([1], {"p": plane})
+
+
+def test_no_tokens_no_snapshot(tmp_path):
+    with Store(tmp_path, BIG, FP) as store:
+        with pytest.raises(ValueError, match="at least one token"):
+            store.put([], {})
+        assert store.longest([]) is None
+
+
+def test_the_same_tokens_again_renew_the_use_and_write_nothing(tmp_path, clock):
+    with Store(tmp_path, BIG, FP) as store:
+        put(store, [1, 2])
+        before = store.nbytes
+        clock[0] += 5
+        assert store.put([1, 2], {}, "other")
+        assert (len(store), store.nbytes) == (1, before) == (1, disk(tmp_path))
+        assert served(store, [1, 2])
+        assert store.longest([1, 2]).used == clock[0] * 1e9
+
+
+TOKENS = st.lists(st.integers(0, 1) | st.sampled_from([255, 256, 2**32 - 1]), min_size=1, max_size=6)
+
+
+@settings(max_examples=150, deadline=None)
+@given(stored=st.lists(TOKENS, max_size=12), queries=st.lists(TOKENS, max_size=12), gone=st.sets(st.integers(0, 11)))
+def test_longest_prefix_is_that_of_a_naive_search(tmp_path_factory, stored, queries, gone):
+    store = object.__new__(Store)  # the index alone
+    store._entries, store._lock, store._bytes = [], threading.Lock(), 0
+    entries = {tuple(t): module.Entry(Path(), module._key(t), 1, 0) for t in stored}
+    for entry in entries.values():
+        store._insert(entry)
+    for i, tokens in enumerate(list(entries)):
+        if i in gone:
+            store._forget(entries.pop(tokens))
+    for query in queries + stored:
+        best = max((t for t in entries if tuple(query[: len(t)]) == t), key=len, default=None)
+        assert store.longest(query) is entries.get(best)
+
+
+def test_long_conversations_are_found_fast(tmp_path):
+    rng = np.random.default_rng(1)
+    shared = rng.integers(0, 129280, 10_000)
+    talks = [np.concatenate([shared, rng.integers(0, 129280, 10_000)]) for _ in range(5)]
+    with Store(tmp_path, BIG, FP) as store:
+        for talk, n in itertools.product(talks, (128, 10_000, 10_128, 15_000, 19_968)):
+            put(store, talk[:n])
+        assert len(store) == 2 + 5 * 3
+        start = time.process_time()
+        for _ in range(20):
+            for talk in talks:
+                assert store.longest(talk).length == 19_968
+                assert store.longest(talk[:19_967]).length == 15_000
+                assert store.longest(shared).length == 10_000
+                assert store.longest(shared[:9_999]).length == 128
+                assert store.longest(shared[:127]) is None
+        assert (time.process_time() - start) / 500 < 0.01
+
+
+# ---- trouble with files -------------------------------------------------------------------------------------------
+def one_file(folder, tokens=(1, 2, 3)):
+    with Store(folder, BIG, FP) as store:
+        put(store, list(tokens), size=40)
+        return store.longest(tokens).path
+
+
+@pytest.mark.parametrize("moment", ["before opening", "while open"])
+def test_damage_anywhere_is_never_served(tmp_path, caplog, moment):
+    """Each byte of the file flipped, and the file cut at each length: served is nothing, or what was put."""
+    path = one_file(tmp_path)
+    whole, rng = path.read_bytes(), random.Random(0)
+    damages = [whole[:i] + bytes([whole[i] ^ (1 << rng.randrange(8))]) + whole[i + 1 :] for i in range(len(whole))]
+    damages += [whole[:n] for n in range(0, len(whole), 7)] + [whole + b"\0", whole * 2, bytes(len(whole))]
+    for damaged in rng.sample(damages[: len(whole)], 250) + damages[len(whole) :]:
+        caplog.clear()
+        path.write_bytes(whole if moment == "while open" else damaged)
+        with Store(tmp_path, BIG, FP) as store:
+            if moment == "while open":
+                path.write_bytes(damaged)
+            assert not served(store, [1, 2, 3], size=40)
+            assert (len(store), store.nbytes, path.exists()) == (0, 0, False)
+            assert [r.levelname for r in caplog.records] == ["WARNING"] and str(path) in caplog.text
+
+
+def test_a_damaged_entry_makes_way_for_the_next_and_for_itself(tmp_path):
+    with Store(tmp_path, BIG, FP) as store:
+        put(store, [1])
+        put(store, [1, 2])
+        path = store.longest([1, 2]).path
+        path.write_bytes(path.read_bytes()[:-1])
+        assert store.load(store.longest([1, 2])) is None
+        assert served(store, [1])
+        assert put(store, [1, 2]) and served(store, [1, 2])
+
+
+def test_entries_of_others_are_left_alone(tmp_path, caplog):
+    with Store(tmp_path, BIG, {**FP, "model": "other"}) as store:
+        for i in range(3):
+            put(store, [1, i])
+        store.put_note("call", 1)
+        before = files(tmp_path)
+    with Store(tmp_path, BIG, FP) as store:
+        assert len(store) == store.nbytes == 0
+        assert store.longest([1, 1]) is None and store.note("call") is None
+        assert put(store, [1, 1])
+    assert set(before) < set(files(tmp_path))
+    assert len(caplog.records) == 1
+    assert "(and 2 more files): left alone and not used: model is 'other', here 'tiny'" in caplog.text
+    with Store(tmp_path, BIG, {**FP, "model": "other"}) as store:
+        assert served(store, [1, 1]) and store.note("call") == 1
+
+
+def test_files_of_later_versions_and_strangers_are_left_alone(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(module, "_VERSION", 2)
+    path = one_file(tmp_path)
+    monkeypatch.undo()
+    (tmp_path / "README").write_text("mine")
+    (tmp_path / f"{0:032x}.kv").mkdir()
+    with Store(tmp_path, BIG, FP) as store:
+        assert not len(store)
+    assert path.exists() and (tmp_path / "README").exists()
+    assert "version 2, here 1" in caplog.text
+
+
+def test_an_entry_under_the_name_of_another_is_not_served(tmp_path, caplog):
+    path = one_file(tmp_path)
+    path.rename(path.with_name(f"{7:032x}.kv"))
+    with Store(tmp_path, BIG, FP) as store:
+        assert not len(store)
+    assert "name does not fit" in caplog.text
+
+
+def test_unreadable_entries_are_skipped(tmp_path, caplog, monkeypatch):
+    path = one_file(tmp_path)
+    with Store(tmp_path, BIG, FP) as store:
+        entry = store.longest([1, 2, 3])
+        monkeypatch.setattr(module, "open", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "I/O error")), False)
+        assert store.load(entry) is None and store.longest([1, 2, 3]) is None
+        monkeypatch.undo()
+    assert path.exists() and "I/O error" in caplog.text and len(caplog.records) == 1
+    with Store(tmp_path, BIG, FP) as store:
+        assert served(store, [1, 2, 3], size=40)
+
+
+def test_leftovers_are_deleted_at_start(tmp_path):
+    path = one_file(tmp_path)
+    leftovers = [f"{path.name}.tmp", f"notes-{5:032x}.log.tmp"]
+    for name in leftovers:
+        (tmp_path / name).write_bytes(b"half")
+    (tmp_path / "my.tmp").write_bytes(b"not ours")
+    Store(tmp_path, BIG, FP).close()
+    assert files(tmp_path) == sorted([path.name, "my.tmp"])
+
+
+def test_one_process_at_a_time(tmp_path):
+    code = "import sys; from ds4jax.engine.store import Store; Store(sys.argv[1], 1 << 20, {})"
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with Store(tmp_path, BIG, FP):
+        other = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+        assert other.returncode == 1 and "Ds4Error" in other.stderr and "in use by another process" in other.stderr
+        with pytest.raises(Ds4Error, match="in use"):
+            Store(tmp_path, BIG, FP)
+    Store(tmp_path, BIG, FP).close()
+
+
+def test_a_file_is_not_a_folder(tmp_path):
+    (tmp_path / "f").touch()
+    with pytest.raises(Ds4Error, match="a directory for snapshots is expected"):
+        Store(tmp_path / "f", BIG, FP)
+    with pytest.raises(Ds4Error, match="cannot be used as a store"):
+        Store(tmp_path / "f" / "g", BIG, FP)
+
+
+# ---- trouble with the disk ----------------------------------------------------------------------------------------
+def failing(*_, **__):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("call", ["write", "open", "fsync", "replace", "utime", "_sync_folder"])
+def test_a_failing_put_leaves_nothing_behind(tmp_path, caplog, monkeypatch, call):
+    with Store(tmp_path, BIG, FP) as store:
+        put(store, [1])
+        store.put_note("a", 1)
+        before = files(tmp_path), store.nbytes
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if call == "write":  # a real one: it fails after the first 64 KiB
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, limits[1]))
+        else:
+            monkeypatch.setattr(module if call == "_sync_folder" else module.os, call, failing)
+        try:
+            assert not put(store, [1, 2], size=100_000)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            monkeypatch.undo()
+        assert (files(tmp_path), store.nbytes) == before
+        assert [r.levelname for r in caplog.records] == ["WARNING"] and "not saved" in caplog.text
+        assert served(store, [1]) and put(store, [1, 2]) and served(store, [1, 2])
+
+
+def test_a_folder_that_vanishes(tmp_path, caplog):
+    with Store(tmp_path / "kv", BIG, FP) as store:
+        put(store, [1])
+        shutil.rmtree(tmp_path / "kv")
+        assert not served(store, [1]) and not put(store, [1])
+        store.put_note("a", [1])
+        assert store.note("a") == [1]
+    assert [r.levelname for r in caplog.records] == ["WARNING"] * 3
+
+
+# ---- the budget ---------------------------------------------------------------------------------------------------
+def test_the_budget_is_never_exceeded(tmp_path, monkeypatch):
+    """Looked at whenever something is about to be on disk for good, the files not yet renamed included."""
+    peak, fsync, rng = [0], os.fsync, random.Random(2)
+    monkeypatch.setattr(module.os, "fsync", lambda fd: (peak.__setitem__(0, max(peak[0], disk(tmp_path))), fsync(fd)))
+    budget = 60_000
+    with Store(tmp_path, budget, FP) as store:
+        for i in range(150):
+            tokens = [rng.randrange(3) for _ in range(rng.randrange(1, 9))]
+            put(store, tokens, size=rng.randrange(6000))
+            store.put_note(f"call_{i}", "x" * rng.randrange(200))
+            assert store.nbytes == disk(tmp_path) <= budget
+            assert store.longest(tokens)
+        assert len(store) > 3
+    assert 0.8 * budget < peak[0] <= budget
+    with Store(tmp_path, budget // 3, FP) as store:
+        assert 0 < store.nbytes <= budget // 3 and disk(tmp_path) == store.nbytes
+
+
+def test_what_exceeds_the_budget_is_refused_and_evicts_nothing(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    with Store(tmp_path, 8000, FP) as store:
+        assert put(store, [1])
+        assert not put(store, [2], size=3000)
+        assert served(store, [1]) and len(files(tmp_path)) == 1
+    assert [r.levelname for r in caplog.records] == ["INFO"] and "exceeds the budget" in caplog.text
+
+
+def evicted_in_order(store, probes):
+    """The order in which entries go as one after the other is evicted."""
+    order = []
+    while len(store):
+        store._room = store._bytes - 1
+        store._evict(0)
+        order += [name for name, t in probes.items() if name not in order and not exact(store, t)]
+    return order
+
+
+def exact(store, tokens):
+    entry = store.longest(tokens)
+    return entry is not None and entry.length == len(tokens)
+
+
+@pytest.mark.parametrize("reopened", [False, True])
+def test_least_recently_used_first(tmp_path, clock, reopened):
+    probes = {name: [ord(name)] * 8 for name in "abcd"}
+    store = Store(tmp_path, BIG, FP)
+    for tokens in probes.values():
+        put(store, tokens)
+        clock[0] += 1
+    for name in "ca":
+        assert served(store, probes[name])
+        clock[0] += 1
+    if reopened:  # the last use is kept on disk
+        store.close()
+        store = Store(tmp_path, BIG, FP)
+    assert evicted_in_order(store, probes) == ["b", "d", "c", "a"]
+    store.close()
+
+
+def test_tokens_per_byte_weigh_against_recency(tmp_path, clock):
+    probes = {"long": [1] * 1024, "dear": [2] * 64, "cheap": [3] * 64}
+    with Store(tmp_path, BIG, FP) as store:
+        put(store, probes["long"], size=20_000)
+        clock[0] += 6 * 3600
+        put(store, probes["cheap"], size=20_000)
+        put(store, probes["dear"], size=60_000)
+        # 16 times the tokens per byte, one half-life older; a third of them at the same age.
+        assert evicted_in_order(store, probes) == ["dear", "cheap", "long"]
+
+
+def test_superseded_entries_go_before_others_unless_shared(tmp_path, clock):
+    system, talk = [1] * 64, [1] * 64 + [2] * 8
+    probes = {"other": [9] * 72, "system": system, "talk": talk, "next turn": talk + [3] * 8}
+    with Store(tmp_path, BIG, FP) as store:
+        for tokens in probes.values():
+            put(store, tokens)
+            clock[0] += 1
+        assert evicted_in_order(store, probes) == ["system", "talk", "other", "next turn"]
+    probes["other talk"] = [1] * 64 + [4] * 8
+    with Store(tmp_path, BIG, FP) as store:
+        for tokens in probes.values():
+            put(store, tokens)
+            clock[0] += 1
+        order = evicted_in_order(store, probes)
+        assert order[0] == "talk" and order.index("system") > 0
+        assert served(store, probes["next turn"]) is False
+    with Store(tmp_path, BIG, FP) as store:  # one that was used after its continuation was saved is not superseded
+        put(store, system)
+        put(store, talk)
+        clock[0] += 6 * 3600
+        assert served(store, system)
+        assert evicted_in_order(store, {"system": system, "talk": talk}) == ["talk", "system"]
+
+
+def test_a_clock_that_was_ahead_leaves_no_immortals(tmp_path, clock):
+    probes = {"ahead": [1] * 8, "now": [2] * 8}
+    clock[0] += 1e9
+    with Store(tmp_path, BIG, FP) as store:
+        put(store, probes["ahead"])
+    clock[0] -= 1e9
+    with Store(tmp_path, BIG, FP) as store:
+        clock[0] += 1
+        put(store, probes["now"])
+        assert evicted_in_order(store, probes) == ["ahead", "now"]
+
+
+# ---- notes --------------------------------------------------------------------------------------------------------
+def test_notes_persist_and_the_last_one_counts(tmp_path):
+    value = {"tokens": [1, 2, 3], "text": "<｜DSML｜>\n\r\u2028"}
+    with Store(tmp_path, BIG, FP) as store:
+        store.put_note("ü \n", value)
+        store.put_note("b", 1)
+        store.put_note("b", None)
+        store.put_note("b", 2)
+        size = store.nbytes
+        store.put_note("b", 2)
+        assert store.nbytes == size == disk(tmp_path)
+    with Store(tmp_path, BIG, FP) as store:
+        assert (store.note("ü \n"), store.note("b"), store.note("c")) == (value, 2, None)
+
+
+def test_damaged_notes_are_never_served(tmp_path, caplog):
+    with Store(tmp_path, BIG, FP) as store:
+        for i in range(5):
+            store.put_note(f"call_{i}", i)
+    (path,) = (p for p in tmp_path.iterdir() if p.name.startswith("notes"))
+    whole = path.read_bytes()
+    length = len(whole) // 5
+    for i in range(0, len(whole), 3):
+        caplog.clear()
+        path.write_bytes(whole[:i] + bytes([whole[i] ^ 16]) + whole[i + 1 :])
+        with Store(tmp_path, BIG, FP) as store:
+            notes = [store.note(f"call_{j}") for j in range(5)]
+            assert len(caplog.records) == 1 and str(path) in caplog.text
+            assert all(n in (j, None) for j, n in enumerate(notes)) and notes.count(None) <= 2
+            store.put_note("more", "x")
+        caplog.clear()
+        with Store(tmp_path, BIG, FP) as store:  # the damage is gone
+            assert store.note("more") == "x" and not caplog.records
+    path.write_bytes(whole[:-5])
+    with Store(tmp_path, BIG, FP) as store:
+        assert [store.note(f"call_{j}") for j in range(5)] == [0, 1, 2, 3, None]
+        assert store.nbytes == 4 * length
+
+
+def test_least_recently_used_notes_go_first(tmp_path):
+    room = 16_000
+    with Store(tmp_path, room * module.NOTES_SHARE, FP) as store:
+        for i in range(1000):
+            store.put_note(f"call_{i}", i)
+            assert store.note("call_0") == 0
+            assert store.nbytes == disk(tmp_path) <= room // 2
+        store.put_note("huge", "x" * room)
+        assert store.note("huge") is None
+    with Store(tmp_path, room * module.NOTES_SHARE, FP) as store:
+        kept = [i for i in range(1000) if store.note(f"call_{i}") is not None]
+    assert kept[0] == 0 and kept[1:] == list(range(kept[1], 1000)) and 30 < len(kept) < 200
+
+
+@pytest.mark.parametrize("call", ["write", "open", "fsync"])
+def test_a_failing_note_is_served_from_memory_and_saved_later(tmp_path, caplog, monkeypatch, call):
+    with Store(tmp_path, BIG, FP) as store:
+        store.put_note("a", "x" * 1000)
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if call == "write":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1500, limits[1]))
+        else:
+            monkeypatch.setattr(module.os, call, failing)
+        try:
+            store.put_note("b", "y" * 1000)
+            store.put_note("c", "z" * 1000)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            monkeypatch.undo()
+        assert store.note("b") == "y" * 1000
+        assert {r.levelname for r in caplog.records} == {"WARNING"}
+        caplog.clear()
+        store.put_note("d", 1)
+    with Store(tmp_path, BIG, FP) as store:
+        assert [store.note(k) for k in "abcd"] == ["x" * 1000, "y" * 1000, "z" * 1000, 1]
+    assert not caplog.records and len(files(tmp_path)) == 1
+
+
+# ---- threads and kills --------------------------------------------------------------------------------------------
+def test_threads_put_find_and_load(tmp_path):
+    failures, stop = [], threading.Event()
+
+    def read():
+        rng = random.Random(threading.get_ident())
+        try:
+            while not stop.is_set():
+                if entry := store.longest([rng.randrange(4) for _ in range(6)]):
+                    loaded = store.load(entry)
+                    tokens = np.frombuffer(entry.key, "<u4").tolist()
+                    assert loaded is None or same(loaded, content(tokens))
+        except BaseException as e:
+            failures.append(e)
+
+    with Store(tmp_path, 30_000, FP) as store:
+        threads = [threading.Thread(target=read) for _ in range(3)]
+        for t in threads:
+            t.start()
+        rng = random.Random(3)
+        for _ in range(80):
+            assert put(store, [rng.randrange(4) for _ in range(rng.randrange(1, 5))])
+        stop.set()
+        for t in threads:
+            t.join()
+        assert store.nbytes == disk(tmp_path) <= 30_000
+    assert not failures
+
+
+def writer(folder, budget, first, pipe):
+    """Puts one snapshot and one note after the other, and says so, until it is killed."""
+    with Store(folder, budget, FP) as store:
+        for i in itertools.count(first):
+            os.write(pipe, b"s")
+            assert put(store, [7, i], size=i * 997 % 50_000)
+            store.put_note(f"call_{i}", [i] * 20)
+            os.write(pipe, b"e")
+
+
+def kill_many(folder, budget, kills):
+    """Kills a writer at random moments; → how often in the middle of its work."""
+    rng, n, middle = random.Random(budget), 0, 0
+    for _ in range(kills):
+        r, w = os.pipe()
+        if not (child := os.fork()):
+            try:
+                writer(folder, budget, n, w)
+            finally:
+                os._exit(1)
+        os.close(w)
+        os.read(r, 1)  # it has begun
+        time.sleep(rng.random() * 0.04)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        said = b"s" + os.read(r, 1 << 20)
+        os.close(r)
+        finished = n + said.count(b"e")
+        middle += said.endswith(b"s")
+        assert disk(folder) <= budget
+        with Store(folder, budget, FP) as store:
+            assert store.nbytes == disk(folder) and not [f for f in files(folder) if f.endswith(".tmp")]
+            for i in range(max(0, finished - 20), finished + 1):
+                there = served(store, [7, i], size=i * 997 % 50_000)
+                assert there or i == finished or budget < BIG, f"snapshot {i} of {finished} is lost"
+                note = store.note(f"call_{i}")
+                assert note == [i] * 20 or (note is None and i == finished), f"note {i} of {finished}: {note}"
+        n = finished
+    return middle, n
+
+
+@pytest.mark.parametrize("budget", [BIG, 300_000])
+def test_kill_at_any_moment(tmp_path, budget):
+    """In a process of its own, as it forks. A small budget: so that kills also fall into evictions and rewriting."""
+    code = f"import test_store; print(*test_store.kill_many({str(tmp_path / 'kv')!r}, {budget}, 60))"
+    here = Path(__file__).parent
+    env = {**os.environ, "PYTHONPATH": f"{here}{os.pathsep}{here.parent}"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    middle, n = map(int, done.stdout.split())
+    assert middle > 20 and n > 60
+    assert ".kv" not in done.stderr  # nothing was ever under its name before it was whole: no warnings
