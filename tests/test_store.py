@@ -415,6 +415,16 @@ def test_superseded_entries_go_before_others_unless_shared(tmp_path, clock):
         assert evicted_in_order(store, {"system": system, "talk": talk}) == ["talk", "system"]
 
 
+def test_an_entry_makes_way_for_its_own_continuation(tmp_path, clock):
+    with Store(tmp_path, BIG, FP) as store:
+        for tokens in ([9] * 64, [1] * 64):
+            put(store, tokens)
+            clock[0] += 1
+        store._room = store._bytes + 100
+        put(store, [1] * 65)
+        assert exact(store, [9] * 64) and exact(store, [1] * 65) and store.longest([1] * 64) is None
+
+
 def test_a_clock_that_was_ahead_leaves_no_immortals(tmp_path, clock):
     probes = {"ahead": [1] * 8, "now": [2] * 8}
     clock[0] += 1e9

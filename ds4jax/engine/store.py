@@ -537,12 +537,12 @@ class _Notes:
 
     def _append(self, line: bytes) -> None:
         try:
-            with open(os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "wb", buffering=0) as f:
-                written = f.write(line)
+            with open(os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "wb") as f:
+                f.write(line)
+                f.flush()
                 os.fsync(f.fileno())
             if not self.size:
                 _sync_folder(self._path.parent)
-            self._stale = written != len(line)
         except OSError as e:
             log.warning("%s: note not saved: %s", self._path, e)
             self._stale = True
