@@ -352,7 +352,9 @@ def test_a_cache_directory_that_cannot_be(tmp_path, monkeypatch):
 
 def test_ctrl_c_in_a_process_of_its_own(model, tmp_path):
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "LC_ALL": "C"}
-    command = [sys.executable, "-m", "ds4jax.generate", f"--model={model}", "--prompt=Hi", "--seed=22"]
+    # What is started in the background of a shell ignores SIGINT, and so would what it starts.
+    command = ["env", "--default-signal=INT", sys.executable, "-m", "ds4jax.generate", f"--model={model}"]
+    command += ["--prompt=Hi", "--seed=22"]
     process = subprocess.Popen(
         [*command, "--max_tokens=4000"], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
