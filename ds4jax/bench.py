@@ -38,10 +38,7 @@ if TYPE_CHECKING:  # JAX must not run before `Settings.set_environment`
 WARM = 3  # calls before anything is timed: XLA runs a program op by op first, and records it as a graph then
 
 FLAGS = flags.FlagValues()
-flags.DEFINE_string("config", "tiny", "Name of a config, or path of a TOML file.", flag_values=FLAGS)
-flags.DEFINE_string(
-    "model", None, "Instead of the config's model: a GGUF file, or hf:OWNER/REPO/FILE.", flag_values=FLAGS
-)
+cli.define_model(FLAGS)
 flags.DEFINE_enum(
     "synthetic", None, list(SHAPES), "Instead of a model file: random weights of this shape, in the types of the q2 "
     "file, made on the device; full is DeepSeek-V4-Flash.", flag_values=FLAGS,

@@ -10,6 +10,15 @@ from absl import flags
 
 from ds4jax.errors import ConfigError, Ds4Error
 
+flags.disclaim_key_flags()  # --help lists what is defined here under the tool
+
+
+def define_model(flag_values: flags.FlagValues) -> None:
+    """The flags --config and --model, of every tool that runs or reads a model."""
+    flags.DEFINE_string("config", "tiny", "Name of a config, or path of a TOML file.", flag_values=flag_values)
+    text = "Instead of the config's model: a GGUF file, or hf:OWNER/REPO/FILE."
+    flags.DEFINE_string("model", None, text, flag_values=flag_values)
+
 
 def run(
     tool: Callable[[], int | None], flag_values: flags.FlagValues, usage: str, argv: list[str] | None = None

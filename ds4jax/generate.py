@@ -31,10 +31,7 @@ if TYPE_CHECKING:  # JAX takes a second to import, and must not run before `Sett
 DEFAULT_PROMPT = "Once upon a time"
 
 FLAGS = flags.FlagValues()
-flags.DEFINE_string("config", "tiny", "Name of a config, or path of a TOML file.", flag_values=FLAGS)
-flags.DEFINE_string(
-    "model", None, "Instead of the config's model: a GGUF file, or hf:OWNER/REPO/FILE.", flag_values=FLAGS
-)
+cli.define_model(FLAGS)
 flags.DEFINE_string("prompt", None, f"The user's message. Without any prompt: {DEFAULT_PROMPT!r}.", flag_values=FLAGS)
 flags.DEFINE_string("prompt_file", None, "A UTF-8 file with the user's message.", flag_values=FLAGS)
 flags.DEFINE_string(

@@ -342,9 +342,11 @@ def open_source(folder: str | Path, mtp: Mtp = "keep") -> Source:
         else:
             matrices[spec.name] = [finder.matrix(_names(spec), spec.shape)]
     finder.check_no_others("" if mtp == "only" else "mtp." if mtp == "skip" else None)
-    return Source(
-        cfg, table, matrices, plain, identity, lambda: read_tokenizer(folder, cfg.vocab_size).to_metadata()
-    )  # fmt: skip
+
+    def about() -> dict[str, Any]:
+        return read_tokenizer(folder, cfg.vocab_size).to_metadata()
+
+    return Source(cfg, table, matrices, plain, identity, about)
 
 
 class _Finder:

@@ -331,10 +331,7 @@ def _sharded_weighted(x: Array, ids: Array, weight: Array, w: SwiGLU, clamp: flo
 
 # ---- command line ----------------------------------------------------------------------------------------------------
 FLAGS = flags.FlagValues()
-flags.DEFINE_string("config", "tiny", "Name of a config, or path of a TOML file.", flag_values=FLAGS)
-flags.DEFINE_string(
-    "model", None, "Instead of the config's model: a GGUF file, or hf:OWNER/REPO/FILE.", flag_values=FLAGS
-)
+cli.define_model(FLAGS)
 flags.DEFINE_string("text", None, "A UTF-8 file for the model to read.", flag_values=FLAGS)
 flags.DEFINE_integer("ctx", 512, "Tokens that are read together, the first of them BOS.", flag_values=FLAGS)
 flags.DEFINE_integer("chunks", None, "Read no more than this many times --ctx tokens.", flag_values=FLAGS)

@@ -26,10 +26,7 @@ if TYPE_CHECKING:
 _GIB = 2**30
 
 FLAGS = flags.FlagValues()
-flags.DEFINE_string("config", "tiny", "Name of a config, or path of a TOML file.", flag_values=FLAGS)
-flags.DEFINE_string(
-    "model", None, "Instead of the config's model: a GGUF file, or hf:OWNER/REPO/FILE.", flag_values=FLAGS
-)
+cli.define_model(FLAGS)
 flags.DEFINE_enum(
     "synthetic", None, list(SHAPES), "Instead of a model file: this shape, in the types of the q2 file; full is "
     "DeepSeek-V4-Flash.", flag_values=FLAGS,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +32,11 @@ class Matrix:
 
     def read(self, start: int, stop: int) -> jax.Array:
         """Rows [start, stop), dequantized: float32 (stop - start, columns), exact."""
-        info, raw = self.file.info(self.name), self.file.raw(self.name)
-        raw = raw.reshape(-1, raw.shape[-1])[self.first + start : self.first + stop]
-        fmt = FORMATS[info.type]
-        planes = fmt.from_bytes(raw)
-        self.file.drop_pages(
-            self.name, (self.first + start) * raw.shape[-1], (self.first + stop) * raw.shape[-1]
-        )  # fmt: skip
+        start, stop = self.first + start, self.first + stop
+        raw, fmt = self.file.raw(self.name), FORMATS[self.file.info(self.name).type]
+        row_bytes = raw.shape[-1]
+        planes = fmt.from_bytes(raw.reshape(-1, row_bytes)[start:stop])
+        self.file.drop_pages(self.name, start * row_bytes, stop * row_bytes)
         return _dequantize(fmt(**{name: jnp.asarray(plane) for name, plane in planes.items()}))
 
 
@@ -80,10 +79,10 @@ def open_source(path: str | Path, mtp: Mtp = "keep") -> Source:
             plain[spec.name] = Plain(file, spec.name)
         else:
             rows = spec.shape[-2]
-            count = int(np.prod(spec.shape[:-2], dtype=int))
+            count = math.prod(spec.shape[:-2])
             matrices[spec.name] = [Matrix(file, spec.name, rows, i * rows) for i in range(count)]
-    stat = Path(path).stat()
-    identity = [f"{Path(path).name} {stat.st_size} {stat.st_mtime_ns}"]
+    stat = file.path.stat()
+    identity = [f"{file.path.name} {stat.st_size} {stat.st_mtime_ns}"]
     return Source(cfg, table, matrices, plain, identity, functools.partial(_about, checkpoint))
 
 

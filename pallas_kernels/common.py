@@ -43,7 +43,7 @@ def call(
     """
     specs = {} if in_specs is None else {"in_specs": in_specs}
     specs |= {} if out_specs is None else {"out_specs": out_specs}
-    f = pl.pallas_call(
+    return pl.pallas_call(
         kernel,
         name=name,
         grid=grid,
@@ -53,7 +53,6 @@ def call(
         compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=num_stages),
         **specs,
     )
-    return f
 
 
 def ignore_deprecation() -> None:

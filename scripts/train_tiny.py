@@ -41,47 +41,18 @@ from ds4jax.load import load  # noqa: E402
 from ds4jax.model import Compute  # noqa: E402
 from ds4jax.quant import IQ2_XXS, Q2_K, Quantized  # noqa: E402
 from ds4jax.recipes import RECIPES  # noqa: E402
-from ds4jax.synthetic import storage_type  # noqa: E402
+from ds4jax.synthetic import BASE, storage_type  # noqa: E402
 from ds4jax.tokenizer import Tokenizer, byte_tokenizer  # noqa: E402
 from ds4jax.weights import Hash, Route, SwiGLU, Weights  # noqa: E402
 
 # Every kind of layer, rows of 256 for IQ2_XXS and Q2_K, and 10 MB in the published q2 recipe. It is trained with all
 # compressed rows of its context in sight (512 tokens have 128 of them), and the indexer beside it, to rank them.
-TINY = ModelConfig(
-    n_layers=6,
-    embed_dim=256,
-    vocab_size=tiny_data.VOCAB,
-    n_heads=8,
-    head_dim=96,
-    rope_dim=32,
-    q_lora_rank=96,
-    o_lora_rank=32,
-    o_groups=8,
-    window=128,
-    compress_ratios=(0, 0, 4, 128, 4, 128),
-    index_heads=4,
-    index_head_dim=64,
-    index_top_k=128,
-    rope_base=10000.0,
-    compress_rope_base=160000.0,
-    yarn_factor=2.0,
+TINY = dataclasses.replace(
+    BASE, n_layers=6, compress_ratios=(0, 0, 4, 128, 4, 128), swiglu_clamp=(10.0,) * 6, n_hash_layers=2, n_mtp=1,
+    vocab_size=tiny_data.VOCAB, head_dim=96, rope_dim=32, q_lora_rank=96, o_lora_rank=32, o_groups=8, index_heads=4,
+    index_head_dim=64, index_top_k=128, n_experts=8, n_experts_used=2, yarn_factor=2.0,
     yarn_original_ctx=tiny_data.CONTEXT // 2,
-    yarn_beta_fast=32.0,
-    yarn_beta_slow=1.0,
-    n_experts=8,
-    n_experts_used=2,
-    n_shared_experts=1,
-    expert_dim=256,
-    route_scale=1.5,
-    route_norm=True,
-    n_hash_layers=2,
-    swiglu_clamp=(10.0,) * 6,
-    n_streams=4,
-    sinkhorn_iters=20,
-    hc_eps=1e-6,
-    norm_eps=1e-6,
-    n_mtp=1,
-)
+)  # fmt: skip
 
 Q2_EXPERTS = SwiGLU(gate=IQ2_XXS, up=IQ2_XXS, down=Q2_K)  # of the published q2 file
 CALIBRATION_ROWS = 100  # of the training data, for the importance matrix
@@ -329,9 +300,7 @@ def main() -> int:
             return 0
         export(trained, w, cfg, tok)
     importance = column_importance(w, cfg, tokens[:CALIBRATION_ROWS], out / "tiny.imatrix.gguf")
-    plan = dataclasses.replace(
-        plan, steps=FLAGS.q2_steps, learning_rate=FLAGS.q2_learning_rate, seed=FLAGS.seed + 1
-    )  # fmt: skip
+    plan = dataclasses.replace(plan, steps=FLAGS.q2_steps, learning_rate=FLAGS.q2_learning_rate, seed=FLAGS.seed + 1)
     w = stage(plan, out / "q2", start=w, importance=importance)
     if w is not None:
         export(out / "tiny_q2-f32.gguf", w, cfg, tok)
