@@ -23,6 +23,10 @@ FLASH = ModelConfig(
 )  # fmt: skip
 
 
+def test_the_full_synthetic_shape_is_the_published_one():
+    assert synthetic.FULL == FLASH
+
+
 def test_a_million_tokens_cost_at_most_4_gb():
     size = {ctx: kv.nbytes(kv.abstract(FLASH, "official", "bfloat16", 1, ctx)) for ctx in (2**20, 2**19)}
     assert size[2**20] <= 4.0e9

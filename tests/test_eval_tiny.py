@@ -109,3 +109,20 @@ def test_the_exam_is_complete():
     for item in eval_tiny.tool_requests():
         assert len(chat.render_ids(TOK, item.messages, think="on", tools=item.tools)) < 8 * tiny_data.CONTEXT
         assert not item.right("I do not know.")
+
+
+def test_a_column_for_every_model_there_is(tmp_path, monkeypatch):
+    """The float32 weights only where training has left them; the others are made of these."""
+    made = []
+    monkeypatch.setattr(eval_tiny, "convert", lambda source, out, *_: made.append((source.name, out.name, _[-1])))
+    eval_tiny.FLAGS(["eval_tiny", f"--weights={tmp_path}"])
+    assert list(eval_tiny.models(tmp_path)) == ["tiny_q2", "tiny"] and not made
+    (tmp_path / "tiny-f32.gguf").touch()
+    found = eval_tiny.models(tmp_path)
+    assert found["float32"] == tmp_path / "tiny-f32.gguf" and len(found) == 6
+    assert [(source, imatrix is not None) for source, _, imatrix in made] == [
+        ("tiny_q2-f32.gguf", False), ("tiny-f32.gguf", False), ("tiny-f32.gguf", True)
+    ]  # fmt: skip
+    assert {found[name].name for name in list(found)[3:]} == {out for _, out, _ in made}
+    eval_tiny.FLAGS(["eval_tiny", "--models=tiny,some/other.gguf"])
+    assert eval_tiny.models(tmp_path) == {"tiny": eval_tiny.embedded_model("tiny"), "other": Path("some/other.gguf")}

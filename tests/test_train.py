@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 import train_tiny
 
 from ds4jax import load as loader
+from ds4jax.imatrix import Imatrix
 from ds4jax.tokenizer import Tokenizer, byte_tokenizer
 
 
@@ -49,3 +50,18 @@ def test_every_epoch_has_all_rows_in_another_order():
     epochs = [np.concatenate([train_tiny.rows_of(plan, 10 * epoch + i, 40) for i in range(10)]) for epoch in range(2)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(40))
     assert not np.array_equal(*epochs)
+
+
+def test_importance_of_the_columns_of_every_expert(tmp_path):
+    cfg = train_tiny.MINIATURE
+    w = jax.jit(lambda: train_tiny.training.init(cfg, 1, train_tiny.expert_table(np.arange(cfg.vocab_size), cfg)))()
+    tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, (3, 65)).astype(np.uint16)
+    found = train_tiny.column_importance(w, cfg, tokens, tmp_path / "i.gguf")
+    written = Imatrix.read(tmp_path / "i.gguf")
+    assert (written.chunks, written.chunk_size) == (3, 64)
+    for name in ("gate", "up", "down"):
+        stacked = getattr(found, name)
+        assert stacked.shape[:2] == (cfg.n_layers + 1, cfg.n_experts)
+        for layer, prefix in enumerate(("blk.0", "blk.1", "mtp.0")):
+            expected = written.entries[f"{prefix}.ffn_{name}_exps.weight"].means()
+            np.testing.assert_array_equal(stacked[layer], expected)
