@@ -4,7 +4,8 @@ A format splits each block of the file into planes, one array per kind of conten
 with wide aligned loads; bytes keep the file's order and count (nothing is repacked larger). Every plane has the rank of
 the logical array, and only the last axis is packed: a plane is sharded and indexed like the matrix itself.
 
-Bit layouts: ggml (``ggml-common.h``); `gguf.quants` is the reference that the tests compare with, bit for bit.
+The formulas of the values are in `pallas_kernels.formats`, since the kernels' references need them too; the tests
+compare them with `gguf.quants`, bit for bit.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ import numpy as np
 from flax import struct
 from gguf import GGMLQuantizationType as GGMLType
 from jax import lax
+
+from pallas_kernels import formats
 
 Array = jax.Array
 
@@ -105,27 +108,16 @@ class Quantized:
     # ---- values ----------------------------------------------------------------------------------------------------
     def dequantize(self, dtype=jnp.float32) -> Array:
         """The weights as an array of logical `shape`; exact in float32, rounded once for a narrower dtype."""
-        return self._values().reshape(self.shape).astype(dtype)
+        return self._values().astype(dtype)
 
     def _values(self) -> Array:
-        """float32 of any shape that reshapes to `self.shape`."""
-        raise NotImplementedError
+        """The weights in float32 at least."""
+        return formats.dequantize(type(self).__name__, *(getattr(self, name) for name in self.planes))
 
     @classmethod
     def random(cls, key: Array, shape: tuple[int, ...], std: float) -> Self:
         """Random codes with scales such that the weights have about mean 0 and standard deviation `std`."""
         raise NotImplementedError
-
-
-def _bits(words: Array, width: int) -> Array:
-    """Split uint32 words into fields of `width` bits, lowest first: (..., n) → (..., n, 32 // width) uint32."""
-    shifts = jnp.arange(0, 32, width, dtype=jnp.uint32)
-    return (words[..., None] >> shifts) & jnp.uint32((1 << width) - 1)
-
-
-def _bytes(words: Array) -> Array:
-    """uint32 (..., n) → its bytes in file order, uint32 (..., 4 n)."""
-    return _bits(words, 8).reshape(*words.shape[:-1], -1)
 
 
 def _random_bits(key: Array, shape: tuple[int, ...], dtype) -> Array:
@@ -181,10 +173,6 @@ class Q8_0(Quantized):
     d: Array
     q: Array
 
-    def _values(self):
-        q = self.q.reshape(*self.d.shape, 32).astype(jnp.float32)
-        return q * self.d[..., None].astype(jnp.float32)
-
     @classmethod
     def random(cls, key, shape, std):
         shapes = cls.plane_shapes(shape)
@@ -205,20 +193,6 @@ class Q4_K(Quantized):
     dm: Array
     scales: Array
     q: Array
-
-    def _values(self):
-        lead = (*self.dm.shape[:-1], self.dm.shape[-1] // 2)
-        d, dmin = (self.dm.reshape(*lead, 2)[..., i, None].astype(jnp.float32) for i in (0, 1))
-        # Bytes 0-3 hold the low 6 bits of sc[0:4] and the high bits of sc[4:8]; bytes 4-7 the same for m; bytes 8-11
-        # the low nibbles of sc[4:8] and m[4:8].
-        lo_sc, lo_m, hi = (_bits(self.scales.reshape(*lead, 3)[..., i], 8) for i in range(3))
-        sc = jnp.concatenate([lo_sc & 63, (hi & 15) | (lo_sc >> 2 & 48)], axis=-1).astype(jnp.float32)
-        m = jnp.concatenate([lo_m & 63, (hi >> 4) | (lo_m >> 2 & 48)], axis=-1).astype(jnp.float32)
-        # A run of 32 bytes holds two groups: the low nibbles, then the high ones.
-        bytes_ = _bytes(self.q).reshape(*lead, 4, 1, 32)
-        q = (bytes_ >> jnp.array([0, 4], jnp.uint32)[:, None]) & 15
-        q = q.reshape(*lead, 8, 32).astype(jnp.float32)
-        return (d * sc)[..., None] * q - (dmin * m)[..., None]
 
     @classmethod
     def random(cls, key, shape, std):
@@ -248,17 +222,6 @@ class Q2_K(Quantized):
     q: Array
     dm: Array
 
-    def _values(self):
-        lead = (*self.dm.shape[:-1], self.dm.shape[-1] // 2)
-        d, dmin = (self.dm.reshape(*lead, 2)[..., i, None].astype(jnp.float32) for i in (0, 1))
-        scales = _bytes(self.scales).reshape(*lead, 16)
-        # A run of 32 bytes holds eight groups: bits 0-1 of the bytes, then bits 2-3, 4-5, 6-7.
-        bytes_ = _bytes(self.q).reshape(*lead, 2, 1, 32)
-        q = (bytes_ >> jnp.array([0, 2, 4, 6], jnp.uint32)[:, None]) & 3
-        q = q.reshape(*lead, 16, 16).astype(jnp.float32)
-        sc, m = (scales & 15).astype(jnp.float32), (scales >> 4).astype(jnp.float32)
-        return (d * sc)[..., None] * q - (dmin * m)[..., None]
-
     @classmethod
     def random(cls, key, shape, std):
         shapes = cls.plane_shapes(shape)
@@ -268,16 +231,6 @@ class Q2_K(Quantized):
             q=_random_bits(key, shapes["q"], np.uint32),
             dm=jnp.tile(jnp.array([d, 1.5 * d], jnp.float16), (*shapes["dm"][:-1], shapes["dm"][-1] // 2)),
         )
-
-
-def _iq2_xxs_tables() -> tuple[np.ndarray, np.ndarray]:
-    """The 256 × 8 grid of magnitudes {8, 25, 43} and the 128 sign bytes (7 bits and their parity), as ggml has them."""
-    reference = gguf.quants.IQ2_XXS
-    reference.init_grid()
-    return reference.grid.reshape(256, 8).astype(np.float32), np.frombuffer(reference.ksigns, np.uint8)
-
-
-IQ2_XXS_GRID, IQ2_XXS_SIGNS = _iq2_xxs_tables()
 
 
 @struct.dataclass
@@ -299,23 +252,12 @@ class IQ2_XXS(Quantized):
         # In the file, grid and sign words alternate.
         return [("d", 0, 2)] + [(p, 2 + 8 * i + o, 4) for i in range(8) for p, o in (("grid", 0), ("signs", 4))]
 
-    def _values(self):
-        lead = (*self.d.shape, 8)
-        signs = self.signs.reshape(lead)
-        scale = 0.5 + (signs >> 28).astype(jnp.float32)
-        scale = self.d[..., None].astype(jnp.float32) * scale * 0.25
-        sets = (signs[..., None] >> jnp.array([0, 7, 14, 21], jnp.uint32)) & 127
-        negative = (jnp.asarray(IQ2_XXS_SIGNS)[sets][..., None] >> jnp.arange(8, dtype=jnp.uint8)) & 1
-        magnitude = jnp.asarray(IQ2_XXS_GRID)[_bits(self.grid.reshape(lead), 8)]
-        # The reference multiplies by ±1; a zero scale must give its signed zeros too.
-        return scale[..., None, None] * magnitude * jnp.where(negative == 0, jnp.float32(1), jnp.float32(-1))
-
     @classmethod
     def random(cls, key, shape, std):
         shapes = cls.plane_shapes(shape)
         k1, k2 = jax.random.split(key)
         signs = _random_bits(k2, shapes["signs"], np.uint32) & jnp.uint32((1 << 28) - 1) | jnp.uint32(7 << 28)
-        d = std / (7.5 / 4 * math.sqrt(np.mean(IQ2_XXS_GRID**2)))
+        d = std / (7.5 / 4 * math.sqrt(np.mean(formats.IQ2_XXS_GRID**2)))
         grid = _random_bits(k1, shapes["grid"], np.uint32)
         return cls(d=jnp.full(shapes["d"], d, jnp.float16), grid=grid, signs=signs)
 
@@ -332,37 +274,12 @@ class MXFP4(Quantized):
     e: Array
     q: Array
 
-    def _values(self):
-        bytes_ = _bytes(self.q).reshape(*self.e.shape, 1, 16)
-        code = (bytes_ >> jnp.array([0, 4], jnp.uint32)[:, None]) & 15
-        return _e2m1_bits(code.reshape(*self.e.shape, 32), self.e.astype(jnp.int32)[..., None])
-
     @classmethod
     def random(cls, key, shape, std):
         shapes = cls.plane_shapes(shape)
         rms = math.sqrt(np.mean(np.square([0, 0.5, 1, 1.5, 2, 3, 4, 6])))
         e = jnp.full(shapes["e"], 127 + round(math.log2(std / rms)), jnp.uint8)
         return cls(e=e, q=_random_bits(key, shapes["q"], np.uint32))
-
-
-def _e2m1_bits(code: Array, biased_exponent: Array) -> Array:
-    """E2M1 codes (uint32) times 2^(biased_exponent − 127) as float32, put together from bits.
-
-    Integer arithmetic, because a backend may flush the subnormal results of a product to zero; overflow gives ±inf as
-    the product would.
-    """
-    exponent, mantissa = (code >> 1 & 3).astype(jnp.int32), code & 1
-    # Code 0 is zero and code 1 is 0.5, the one subnormal: 1.0 · 2^-1. Otherwise (1 + mantissa/2) · 2^(exponent - 1).
-    half = code & 7 == 1
-    field = biased_exponent + jnp.where(half, -1, exponent - 1)
-    significand = jnp.where(mantissa.astype(bool) & ~half, jnp.uint32(0xC00000), jnp.uint32(0x800000))
-    normal = (jnp.clip(field, 1, 254).astype(jnp.uint32) << 23) | (significand & jnp.uint32(0x7FFFFF))
-    subnormal = significand >> jnp.clip(1 - field, 0, 24).astype(jnp.uint32)
-    bits = jnp.where(field >= 255, jnp.uint32(0x7F800000), jnp.where(field >= 1, normal, subnormal))
-    bits = jnp.where(code & 7 == 0, jnp.uint32(0), bits)
-    # The reference's zero is positive whatever the code's sign says.
-    sign = jnp.where(code & 7 == 0, jnp.uint32(0), (code >> 3) << 31)
-    return lax.bitcast_convert_type(bits | sign, jnp.float32)
 
 
 def _uniform_std(levels: int) -> float:

@@ -23,7 +23,8 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ds4jax.errors import Ds4Error
-from ds4jax.quant import BF16, F16, F32, IQ2_XXS, IQ2_XXS_GRID, MXFP4, Q2_K, Q4_K, Q8_0, Quantized
+from ds4jax.quant import BF16, F16, F32, IQ2_XXS, MXFP4, Q2_K, Q4_K, Q8_0, Quantized
+from pallas_kernels.formats import IQ2_XXS_GRID
 
 Array = jax.Array
 

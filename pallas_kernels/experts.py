@@ -41,7 +41,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels import common
+from pallas_kernels import common, formats
 from pallas_kernels.common import Implementation, Unsupported
 
 Array = jax.Array
@@ -626,7 +626,7 @@ SHAPES: dict[str, Shape] = _shapes()
 
 # ---- reference -------------------------------------------------------------------------------------------------------
 def _quantized(fmt: str):
-    """The format's class in ds4jax; only what makes inputs and references needs it."""
+    """The format's class in ds4jax; only what makes inputs needs it."""
     from ds4jax import quant
 
     return getattr(quant, fmt)
@@ -654,7 +654,7 @@ def reference_down(act: Array, ids: Array, planes: Sequence[Array], *, fmt: str)
 
 
 def _row_products(planes: Sequence[Array], expert: Array, x: Array, fmt: str) -> Array:
-    matrix = _quantized(fmt)(*(p[jnp.maximum(expert, 0)] for p in planes)).dequantize()
+    matrix = formats.dequantize(fmt, *(p[jnp.maximum(expert, 0)] for p in planes))
     return jnp.matmul(matrix, x, precision=lax.Precision.HIGHEST)
 
 

@@ -38,6 +38,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from pallas_kernels import formats
 from pallas_kernels.common import SHARED_MEMORY, Implementation, Unsupported, call
 
 Array = jax.Array
@@ -367,69 +368,12 @@ def _decode_mxfp4(t: Tile, e: Array, q: Array) -> Array:
     return _stack([values[key] for key in sorted(values)]).reshape(*e.shape, 32)
 
 
-# The same values in plain XLA, float32: planes (..., N, elements) → (..., N, K).
-def _fields(words: Array, width: int) -> Array:
-    """uint32 (..., n) → its fields of `width` bits, lowest first: (..., n, 32 / width)."""
-    return words[..., None] >> jnp.arange(0, 32, width, dtype=jnp.uint32) & _u32((1 << width) - 1)
-
-
-def _bytes(words: Array) -> Array:
-    return _fields(words, 8).reshape(*words.shape[:-1], -1)
-
-
-def _pair(dm: Array) -> tuple[Array, Array]:
-    """d and dmin, float32 (..., blocks, 1)."""
-    dm = dm.astype(jnp.float32).reshape(*dm.shape[:-1], -1, 2)
-    return dm[..., :1], dm[..., 1:]
-
-
-def _dequantize_q8_0(d: Array, q: Array) -> Array:
-    return q.reshape(*d.shape, 32).astype(jnp.float32) * d[..., None].astype(jnp.float32)
-
-
-def _dequantize_q4_k(dm: Array, scales: Array, q: Array) -> Array:
-    d, dmin = _pair(dm)
-    lo_sc, lo_m, hi = (_fields(scales.reshape(*d.shape[:-1], 3)[..., i], 8) for i in range(3))
-    sc = jnp.concatenate([lo_sc & 63, hi & 15 | lo_sc >> 2 & 48], axis=-1)
-    m = jnp.concatenate([lo_m & 63, hi >> 4 | lo_m >> 2 & 48], axis=-1)
-    q = _bytes(q).reshape(*d.shape[:-1], 4, 1, 32) >> jnp.array([[0], [4]], jnp.uint32) & 15
-    q = q.reshape(*sc.shape, 32).astype(jnp.float32)
-    return (d * sc.astype(jnp.float32))[..., None] * q - (dmin * m.astype(jnp.float32))[..., None]
-
-
-def _dequantize_q2_k(scales: Array, q: Array, dm: Array) -> Array:
-    d, dmin = _pair(dm)
-    b = _bytes(scales).reshape(*d.shape[:-1], 16)
-    q = _bytes(q).reshape(*d.shape[:-1], 2, 1, 32) >> jnp.array([[0], [2], [4], [6]], jnp.uint32) & 3
-    q = q.reshape(*b.shape, 16).astype(jnp.float32)
-    return (d * (b & 15).astype(jnp.float32))[..., None] * q - (dmin * (b >> 4).astype(jnp.float32))[..., None]
-
-
-def _dequantize_iq2_xxs(d: Array, grid: Array, signs: Array) -> Array:
-    grid, signs = (p.reshape(*d.shape, 8) for p in (grid, signs))
-    scale = d[..., None].astype(jnp.float32) * (0.5 + (signs >> 28).astype(jnp.float32)) * 0.25
-    sets = signs[..., None] >> jnp.array([0, 7, 14, 21], jnp.uint32) & 127
-    sets = sets | (lax.population_count(sets) & 1) << 7
-    negative = sets[..., None] >> jnp.arange(8, dtype=jnp.uint32) & 1
-    codes = jnp.asarray(IQ2_XXS_CODES)[_fields(grid, 8)].astype(jnp.uint32)
-    codes = codes[..., None] >> 2 * jnp.arange(8, dtype=jnp.uint32) & 3
-    magnitude = jnp.array([8, 0, 25, 43], jnp.float32)[codes]
-    return scale[..., None, None] * jnp.where(negative == 1, -magnitude, magnitude)
-
-
-def _dequantize_mxfp4(e: Array, q: Array) -> Array:
-    code = _bytes(q).reshape(*e.shape, 1, 16) >> jnp.array([[0], [4]], jnp.uint32) & 15
-    e2m1 = jnp.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6], jnp.float32)
-    return e2m1[code].reshape(*e.shape, 32) * _float(e.astype(jnp.uint32) << 23)[..., None]
-
-
 @dataclass(frozen=True)
 class Format:
     """One way to store a matrix (N, K). planes: (dtype, m, n), m elements for every n weights of a row.
 
     load, decode: in a kernel, what a step needs, and the weights bfloat16 (rows, 4, 32) of four threads made of it.
     order: (dims, axes); K, reshaped to (blocks, *dims) and transposed to (blocks, *axes), has the kernel's order.
-    dequantize: planes → float32, of any shape that reshapes to the matrix.
     spread: standard deviation of the weights with random codes and d = 1. center: the dmin that makes their mean 0.
     """
 
@@ -437,7 +381,6 @@ class Format:
     load: Callable[[Tile], Planes]
     decode: Callable[..., Array]
     order: tuple[tuple[int, ...], tuple[int, ...]]
-    dequantize: Callable[..., Array]
     spread: float
     center: float = 0
 
@@ -454,32 +397,32 @@ class Format:
 _F16, _U32 = jnp.float16, jnp.uint32
 _DENSE = (4, 4, 2, 2, 2), (0, 2, 3, 1, 4)  # part, thread, and three bits of eight neighbours
 FORMATS = {
-    "F16": Format(((_F16, 1, 1),), _load_dense, _decode_dense, _DENSE, lambda values: values.astype(jnp.float32), 1),
+    "F16": Format(((_F16, 1, 1),), _load_dense, _decode_dense, _DENSE, 1),
     "BF16": Format(
-        ((jnp.bfloat16, 1, 1),), _load_dense, _decode_dense, _DENSE, lambda values: values.astype(jnp.float32), 1
+        ((jnp.bfloat16, 1, 1),), _load_dense, _decode_dense, _DENSE, 1
     ),
     "Q8_0": Format(((_F16, 1, 32), (jnp.int8, 1, 1)), _load_q8_0, _decode_q8_0,
         ((2, 4, 4, 2, 2), (0, 2, 3, 1, 4)),  # part, thread, and four bits of sixteen neighbours
-        _dequantize_q8_0, 74),
+        74),
     "Q4_K": Format(
         ((_F16, 2, 256), (_U32, 3, 256), (_U32, 1, 8)), _load_q4_k, _decode_q4_k,
         ((2, 2, 2, 4, 4), (3, 4, 0, 2, 1)),  # run, nibble, half, word, byte
-        _dequantize_q4_k, 258, 7.5,
+        258, 7.5,
     ),
     "Q2_K": Format(
         ((_U32, 1, 64), (_U32, 1, 16), (_F16, 2, 256)), _load_q2_k, _decode_q2_k,
         ((2, 2, 2, 2, 4, 4), (1, 4, 5, 0, 3, 2)),  # run, step, bits, half, word, byte
-        _dequantize_q2_k, 13.9, 1.5,
+        13.9, 1.5,
     ),
     "IQ2_XXS": Format(
         ((_F16, 1, 256), (_U32, 1, 32), (_U32, 1, 32)), _load_iq2_xxs, _decode_iq2_xxs,
         ((4, 8, 2, 2), (1, 2, 0, 3)),  # thread, and five bits of 32 neighbours
-        _dequantize_iq2_xxs, 43
+        43
     ),
     "MXFP4": Format(
         ((jnp.uint8, 1, 32), (_U32, 1, 8)), _load_mxfp4, _decode_mxfp4,
         ((4, 2, 4, 4), (2, 3, 0, 1)),  # block, nibble, word, byte
-        _dequantize_mxfp4, 2.9,
+        2.9,
     ),
 }  # fmt: skip
 
@@ -493,12 +436,6 @@ def arrange(x: Array, fmt: str) -> Array:
         raise Unsupported(f"columns for {fmt}: found {x.shape[-1]}, expected a multiple of {math.prod(dims)}")
     x_ = x.reshape(*x.shape[:-1], -1, *dims)
     return x_.transpose(*range(lead + 1), *(lead + 1 + a for a in axes)).reshape(x.shape)
-
-
-def dequantize(fmt: str, planes: Planes) -> Array:
-    """Matrices (..., N, K) in float32, by XLA."""
-    dtype, m, n = FORMATS[fmt].planes[0]
-    return FORMATS[fmt].dequantize(*planes).reshape(*planes[0].shape[:-1], planes[0].shape[-1] * n // m)
 
 
 def random_planes(fmt: str, key: Array, shape: tuple[int, ...], std: float) -> Planes:
@@ -528,7 +465,7 @@ def reference(*args: Any, kind: Kind, fmt: str, clamp: float = 0, groups: int = 
     if kind == "linear":
         x, layer, planes = args
         x = x.reshape(x.shape[0], groups, -1).astype(jnp.float32)
-        w = dequantize(fmt, tuple(p[layer[0]] for p in planes))
+        w = formats.dequantize(fmt, *(p[layer[0]] for p in planes))
         return dot("mgk,gnk->mgn", x, w.reshape(groups, -1, w.shape[-1])).reshape(x.shape[0], -1)
     x, ids, *rest = args
     x, order = x.astype(jnp.float32), jnp.argsort(ids.reshape(-1), stable=True)
@@ -538,13 +475,13 @@ def reference(*args: Any, kind: Kind, fmt: str, clamp: float = 0, groups: int = 
 
         def add(total: Array, e: tuple[Array, Planes]) -> tuple[Array, None]:
             mine = jnp.where((ids == e[0])[..., None], h, 0).sum(1)
-            return total + dot("sk,nk->sn", mine, arrange(dequantize(fmt, e[1]), fmt)), None
+            return total + dot("sk,nk->sn", mine, arrange(formats.dequantize(fmt, *e[1]), fmt)), None
 
         return lax.scan(add, jnp.zeros((ids.shape[0], rest[0][0].shape[1]), jnp.float32), (expert, rest[0]))[0]
     weight, *matrices = rest
 
     def put(y: Array, e: tuple[Array, Planes, Planes]) -> tuple[Array, None]:
-        mine = activation(*(dot("sk,nk->sn", x, dequantize(fmt, w)) for w in e[1:]), clamp)
+        mine = activation(*(dot("sk,nk->sn", x, formats.dequantize(fmt, *w)) for w in e[1:]), clamp)
         return jnp.where((ids == e[0])[..., None], mine[:, None], y), None
 
     y = jnp.zeros((*ids.shape, matrices[0][0].shape[1]), jnp.float32)
@@ -772,7 +709,7 @@ def linear(
     m, k = x.shape[0], x.shape[-1]
     config = config or default_config(Shape("linear", m, n, k, fmt, layers, groups=groups))
     if not config.fused:
-        w = dequantize(fmt, tuple(p[layer[0]] for p in planes)).astype(x.dtype).reshape(groups, n // groups, k)
+        w = formats.dequantize(fmt, *(p[layer[0]] for p in planes)).astype(x.dtype).reshape(groups, n // groups, k)
         y = jnp.einsum("mgk,gnk->mgn", x.reshape(m, groups, k), w, preferred_element_type=jnp.float32)
         return y.reshape(m, n).astype(x.dtype)
     # Group g takes every groups-th row of x seen as (M · groups, K).

@@ -34,7 +34,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels import common
+from pallas_kernels import common, formats
 from pallas_kernels.common import Implementation, Unsupported
 
 Array = jax.Array
@@ -152,7 +152,6 @@ class Loaded(NamedTuple):
 class Format:
     """planes: dtype and elements per block of `block` weights.
 
-    dequantize: planes (..., ·) → float32 (..., K).
     random: key, logical shape, standard deviation → planes.
     load: refs of the planes, layer, row (or rows (R,)), first column, number of columns, columns in a run (c),
     whether in interpret mode.
@@ -161,7 +160,6 @@ class Format:
     block: int
     planes: tuple[tuple[str, int], ...]
     run: int | None  # columns that a thread holds together, where the format decides
-    dequantize: Callable[[Sequence[Array]], Array]
     random: Callable[[Array, tuple[int, ...], float], tuple[Array, ...]]
     load: Callable[..., Loaded]
 
@@ -191,9 +189,6 @@ def _read(plane: Ref, layer: Array, rows: Array, index: Array) -> Array:
 
 
 def _dense(dtype: str) -> Format:
-    def dequantize(planes):
-        return planes[0].astype(jnp.float32)
-
     def random(key, shape, std):
         return ((jax.random.normal(key, shape, jnp.float32) * std).astype(dtype),)
 
@@ -202,7 +197,7 @@ def _dense(dtype: str) -> Format:
         values = _read(planes[0], layer, rows, columns)
         return Loaded([[columns]], lambda _: [Piece([values.astype(jnp.float32)])])
 
-    return Format(1, ((dtype, 1),), None, dequantize, random, load)
+    return Format(1, ((dtype, 1),), None, random, load)
 
 
 def _from_int8(q: Array, dtype: str, interpret: bool) -> Array:
@@ -226,11 +221,6 @@ def _from_int8(q: Array, dtype: str, interpret: bool) -> Array:
 
 
 def _q8_0() -> Format:
-    def dequantize(planes):
-        d, q = planes
-        w = q.reshape(*d.shape, 32).astype(jnp.float32) * d[..., None].astype(jnp.float32)
-        return w.reshape(q.shape)
-
     def random(key, shape, std):
         kd, kq = jax.random.split(key)
         d = jax.random.uniform(kd, (*shape[:-1], shape[-1] // 32), jnp.float32, 0.5, 1.5) * (std / 73)
@@ -243,7 +233,7 @@ def _q8_0() -> Format:
         scale = _read(d, layer, rows, _blocks(first, n, run, 32))
         return Loaded([[columns]], lambda t: [Piece([_from_int8(codes, t, interpret)], scale.astype(t))])
 
-    return Format(32, (("float16", 1), ("int8", 32)), None, dequantize, random, load)
+    return Format(32, (("float16", 1), ("int8", 32)), None, random, load)
 
 
 WORDS = RUN // 4  # of 4-bit codes in a thread's run
@@ -260,20 +250,6 @@ def _nibble(words: Array, i: int) -> Array:
 
 
 def _q4_k() -> Format:
-    def dequantize(planes):
-        dm, scales, q = planes
-        lead = (*dm.shape[:-1], dm.shape[-1] // 2)
-        d, dmin = jnp.moveaxis(dm.reshape(*lead, 2, 1).astype(jnp.float32), -2, 0)
-        word = [scales.reshape(*lead, 3)[..., i, None] >> jnp.arange(0, 32, 8, dtype=jnp.uint32) for i in range(3)]
-        sc = jnp.concatenate([word[0] & 63, (word[2] & 15) | (word[0] >> 2 & 48)], axis=-1).astype(jnp.float32)
-        m = jnp.concatenate([word[1] & 63, (word[2] >> 4 & 15) | (word[1] >> 2 & 48)], axis=-1).astype(jnp.float32)
-        # A run of 8 words holds two groups of 32: the low nibbles of its bytes, then the high ones.
-        code = q.reshape(*lead, 4, 1, 8, 1) >> jnp.arange(0, 32, 8, dtype=jnp.uint32)
-        code = (code >> jnp.array([0, 4], jnp.uint32)[:, None, None]) & 15
-        code = code.reshape(*lead, 8, 32).astype(jnp.float32)
-        w = (d * sc)[..., None] * code - (dmin * m)[..., None]
-        return w.reshape(*lead[:-1], -1)
-
     def random(key, shape, std):
         keys = jax.random.split(key, 3)
         lead, blocks = shape[:-1], shape[-1] // 256
@@ -305,20 +281,10 @@ def _q4_k() -> Format:
 
         return Loaded(columns, lambda _: [piece(0), piece(1)])
 
-    return Format(256, (("float16", 2), ("uint32", 3), ("uint32", 32)), 8 * WORDS, dequantize, random, load)
+    return Format(256, (("float16", 2), ("uint32", 3), ("uint32", 32)), 8 * WORDS, random, load)
 
 
 def _mxfp4() -> Format:
-    table = (0, 0.5, 1, 1.5, 2, 3, 4, 6)
-
-    def dequantize(planes):
-        e, q = planes
-        code = q.reshape(*e.shape, 1, 4, 1) >> jnp.arange(0, 32, 8, dtype=jnp.uint32)
-        code = (code >> jnp.array([0, 4], jnp.uint32)[:, None, None]) & 15
-        w = jnp.array([*table, *(-v for v in table)], jnp.float32)[code.reshape(*e.shape, 32)]
-        w = w * jnp.exp2(e.astype(jnp.float32) - 127)[..., None]
-        return w.reshape(*e.shape[:-1], -1)
-
     def random(key, shape, std):
         ke, kq = jax.random.split(key)
         middle = 127 + round(math.log2(std / 2.9))
@@ -344,7 +310,7 @@ def _mxfp4() -> Format:
 
         return Loaded([[first_column + i // 2 + i % 2 * 16 for i in range(8)]], decode)
 
-    return Format(32, (("uint8", 1), ("uint32", 4)), 8 * WORDS, dequantize, random, load)
+    return Format(32, (("uint8", 1), ("uint32", 4)), 8 * WORDS, random, load)
 
 
 FORMATS: dict[str, Format] = {
@@ -384,7 +350,7 @@ def reference(
     x = x.reshape(x.shape[0], -1, x.shape[-1])
 
     def product(planes, nth):
-        w = FORMATS[outputs[nth].fmt].dequantize([p[layer[nth]] for p in planes])
+        w = formats.dequantize(outputs[nth].fmt, *(p[layer[nth]] for p in planes))
         w = w.reshape(x.shape[1], -1, w.shape[-1])
         y = jnp.einsum("mgk,gnk->mgn", x, w, precision=lax.Precision.HIGHEST)
         return y.reshape(x.shape[0], -1)

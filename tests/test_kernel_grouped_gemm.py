@@ -12,7 +12,7 @@ from gguf import GGMLQuantizationType
 from ds4jax import quant
 from ds4jax.model import moe
 from ds4jax.weights import SwiGLU
-from pallas_kernels import common
+from pallas_kernels import common, formats
 from pallas_kernels import grouped_gemm as gg
 from pallas_kernels.common import Unsupported
 from pallas_kernels.grouped_gemm import SHAPES, Config, Shape
@@ -49,13 +49,13 @@ def error(out, expected) -> float:
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_dequantize_is_the_formats_own(fmt):
     planes = random_bits(fmt, 1, (2, 8, 1024))
-    out, expected = np.asarray(gg.dequantize(fmt, planes)), np.asarray(ds4(fmt, planes).dequantize())
+    out, expected = np.asarray(formats.dequantize(fmt, *planes)), np.asarray(ds4(fmt, planes).dequantize())
     assert np.array_equal(out, expected)
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_random_planes_have_the_asked_spread(fmt):
-    w = np.asarray(gg.dequantize(fmt, gg.random_planes(fmt, jax.random.key(0), (64, 2048), 0.02)))
+    w = np.asarray(formats.dequantize(fmt, *gg.random_planes(fmt, jax.random.key(0), (64, 2048), 0.02)))
     assert abs(w.mean()) < 2e-3
     # MXFP4 takes the next power of two; the others differ by the spread of their own scales.
     assert 0.012 < w.std() < 0.032
@@ -68,7 +68,7 @@ def test_kernel_decodes_every_weight(fmt):
     x = jnp.eye(512, dtype=jnp.bfloat16)
     config = Config(bm=256, num_warps=2, splits=2)
     y = gg.linear(x, jnp.array([1], jnp.int32), planes, fmt=fmt, config=config, interpret=True)
-    expected = np.asarray(gg.dequantize(fmt, planes)[1].T)
+    expected = np.asarray(formats.dequantize(fmt, *planes)[1].T)
     # Half a unit in the last of 8 places; Q4_K and Q2_K add their minimum in float32 first, in another order.
     slack = 2.0**-20 * np.abs(expected).max() if fmt in ("Q4_K", "Q2_K") else 0
     assert np.all(np.abs(np.asarray(y, np.float32) - expected) <= np.abs(expected) * 2.0**-8 + slack)

@@ -17,8 +17,9 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ds4jax.errors import Ds4Error
-from ds4jax.quant import BF16, F16, F32, IQ2_XXS, IQ2_XXS_GRID, MXFP4, Q2_K, Q4_K, Q8_0
+from ds4jax.quant import BF16, F16, F32, IQ2_XXS, MXFP4, Q2_K, Q4_K, Q8_0
 from ds4jax.quantize import check_values, quantize
+from pallas_kernels.formats import IQ2_XXS_GRID
 
 FORMATS = (F32, F16, BF16, Q8_0, Q4_K, Q2_K, IQ2_XXS, MXFP4)
 LOSSY = (Q4_K, Q2_K, IQ2_XXS, MXFP4)
