@@ -1,0 +1,407 @@
+"""The engine: any number of requests at once, each a stream of events. No HTTP and no text here: tokens in and out.
+
+    engine = Engine.open(Settings.load("tiny"), max_seqs=4)
+    async for event in engine.generate(Request(tokens, max_tokens=100)):
+        ...
+    await engine.close()
+
+One thread owns the model. It takes requests from an inbox, asks the scheduler what to compute, and hands the streams
+their tokens; streams are read in event loops. JAX is imported by `Engine.open` only, after the environment is set.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import dataclasses
+import json
+import logging
+import threading
+import time
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self, TextIO
+
+from ds4jax.engine.scheduler import ALIGN, Job, Scheduler
+from ds4jax.errors import Ds4Error
+
+if TYPE_CHECKING:
+    from ds4jax.engine.runner import Runner, Step
+    from ds4jax.sampling import Sampling
+    from ds4jax.settings import Settings
+
+TTFT_BOUNDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+"""Upper bounds of the time-to-first-token histogram, in seconds."""
+
+log = logging.getLogger(__name__)
+
+
+# ---- errors that a stream may raise ----------------------------------------------------------------------------------
+class ContextOverflow(Ds4Error):
+    """The prompt leaves no room for an answer. prompt: its tokens; ctx: what a sequence can hold."""
+
+    def __init__(self, prompt: int, ctx: int):
+        super().__init__(f"prompt: found {prompt} tokens, expected at most {ctx - 1} (ctx is {ctx})")
+        self.prompt, self.ctx = prompt, ctx
+
+
+class Overloaded(Ds4Error):
+    """Too many requests wait already."""
+
+
+class Stopping(Ds4Error):
+    """The engine is being closed."""
+
+
+class EngineFailed(Ds4Error):
+    """The model cannot run any more; only a restart helps."""
+
+
+# ---- requests and events ---------------------------------------------------------------------------------------------
+@dataclasses.dataclass(frozen=True, eq=False)
+class Request:
+    """A prompt, BOS included, and how to continue it.
+
+    max_tokens: as far as there is room in the context. stop_ids: tokens that end the answer; None: the model's EOS.
+    logprobs: None, or how many of the likeliest tokens to report beside each token's own.
+    """
+
+    tokens: Sequence[int]
+    max_tokens: int
+    sampling: Sampling
+    stop_ids: frozenset[int] | None = None
+    logprobs: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Started:
+    """The request has a slot; `cached_tokens` of its prompt need not be computed."""
+
+    cached_tokens: int
+    prompt_tokens: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Prefilled:
+    """`done` of the prompt's `total` tokens are computed."""
+
+    done: int
+    total: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Token:
+    """One token of the answer. logprob, top (id, logprob): as the request asks, of the model's own distribution."""
+
+    id: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Finished:
+    """The answer is complete. stop: its last token is one of `stop_ids`; length: max_tokens or the context ended it."""
+
+    reason: Literal["stop", "length"]
+
+
+Event = Started | Prefilled | Token | Finished
+
+
+class Stream:
+    """The events of one request, an asynchronous iterator for one reader. Raises Ds4Error where the request failed."""
+
+    def __init__(self, cancel):
+        self._on_cancel = cancel
+        self._events: collections.deque[Event | Ds4Error | None] = collections.deque()  # None: the end
+        self._waiter: asyncio.Future | None = None
+        self._lock = threading.Lock()
+        self._over = False
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Event:
+        while not self._over:
+            with self._lock:
+                if self._events:
+                    event = self._events.popleft()
+                    self._over = not isinstance(event, Event)
+                    if isinstance(event, Ds4Error):
+                        raise event
+                    if event is None:
+                        break
+                    return event
+                self._waiter = waiter = asyncio.get_running_loop().create_future()
+            await waiter
+        raise StopAsyncIteration
+
+    def cancel(self) -> None:
+        """End the request: within one step nothing of it runs. Thread-safe; no more events follow."""
+        self._over = True
+        self._on_cancel(self)
+        self._push(None)
+
+    async def aclose(self) -> None:
+        """`cancel`, unless it is over."""
+        if not self._over:
+            self.cancel()
+
+    def _push(self, *events: Event | Ds4Error | None) -> None:
+        with self._lock:
+            self._events += events
+            waiter, self._waiter = self._waiter, None
+        if waiter is not None:
+            try:
+                waiter.get_loop().call_soon_threadsafe(_wake, waiter)
+            except RuntimeError:  # the reader's loop is closed
+                self._on_cancel(self)
+
+
+def _wake(waiter: asyncio.Future) -> None:
+    if not waiter.done():
+        waiter.set_result(None)
+
+
+@dataclasses.dataclass(eq=False, kw_only=True)
+class _Running(Job):
+    """A request on its way: limit is the number of tokens, prompt and answer, at which it ends."""
+
+    request: Request
+    stream: Stream
+    stop_ids: frozenset[int]
+    limit: int
+    submitted: float = dataclasses.field(default_factory=time.perf_counter)
+    cached: int = 0
+    started: float | None = None
+    first_token: float | None = None
+
+
+class Engine:
+    """A model that answers requests.
+
+    Attributes: settings, tokenizer, model_name, ctx (tokens of prompt and answer together), chat_template (the
+    file's, or None).
+    """
+
+    @classmethod
+    def open(
+        cls,
+        settings: Settings,
+        *,
+        max_seqs: int | None = None,
+        trace: str | Path | None = None,
+        progress: bool = False,
+    ) -> Self:
+        """Load the model of `settings`.
+
+        max_seqs: sequences at once, by default the settings' batch. trace: a file to which a JSON line is appended for
+        every request that ends. progress: report loading and compilation on stderr.
+        Raises Ds4Error for what cannot be loaded or does not fit into memory.
+        """
+        settings.set_environment()
+        from ds4jax.engine import runner
+
+        runner.keep_compilations()
+        loaded = runner.Runner.load(settings, max_seqs, progress)
+        return cls(loaded, trace=trace)
+
+    def __init__(self, runner: Runner, *, trace: str | Path | None = None, max_waiting: int = 1024):
+        """An engine of a runner, which from now on is its own. max_waiting: requests without a slot, at most."""
+        self.settings, self.tokenizer = runner.settings, runner.tokenizer
+        self.ctx, self.chat_template = runner.settings.ctx, runner.tokenizer.chat_template
+        self.model_name = Path(runner.settings.model).stem
+        self._runner, self._max_waiting = runner, max_waiting
+        chunk = runner.settings.prefill_chunk
+        # Chunks end at fixed positions, so that the same prompt is always computed in the same pieces.
+        chunk = chunk // ALIGN * ALIGN or 1 << chunk.bit_length() - 1
+        self._scheduler = Scheduler(runner.batch, chunk)
+        self._trace: TextIO | None = open(trace, "a", encoding="utf-8") if trace else None
+        self._inbox: list[tuple[str, Any]] = []
+        self._changed = threading.Condition()  # guards the inbox and the two below
+        self._refusal: Ds4Error | None = None  # why no request is accepted any more
+        self._deadline: float | None = None  # when the engine stops
+        self._jobs: dict[Stream, _Running] = {}
+        self._counts: dict[str, float] = collections.defaultdict(int)
+        self._ttft = [0] * (len(TTFT_BOUNDS) + 1)
+        self._notes: collections.OrderedDict[str, Any] = collections.OrderedDict()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    # ---- for callers, from any thread --------------------------------------------------------------------------------
+    def submit(self, request: Request) -> Stream:
+        """Start a request; what is wrong with it is raised by the stream."""
+        stream = Stream(lambda stream: self._post("cancel", stream))
+        with self._changed:
+            error = self._refusal or self._problem(request)
+            if error is None:
+                self._inbox.append(("submit", (request, stream)))
+                self._changed.notify()
+        if error is not None:
+            stream._push(error)
+        return stream
+
+    async def generate(self, request: Request) -> AsyncIterator[Event]:
+        """The events of a request, which is cancelled if this iterator is closed early."""
+        stream = self.submit(request)
+        try:
+            async for event in stream:
+                yield event
+        finally:
+            stream.cancel()
+
+    async def close(self, grace: float = 0.0) -> None:
+        """Stop: requests that do not end within `grace` seconds raise Stopping, as do new ones from now on."""
+        with self._changed:
+            self._refusal = self._refusal or Stopping("the server is stopping")
+            self._deadline = time.perf_counter() + grace
+            self._changed.notify()
+        await asyncio.to_thread(self._thread.join)
+        if self._trace:
+            self._trace.close()
+
+    def metrics(self) -> dict[str, Any]:
+        """Counters since the start, and the present state. `ttft_counts`: per bound of TTFT_BOUNDS, and above."""
+        stats, counts = self._runner.stats, self._counts
+        return {
+            "waiting": len(self._scheduler.waiting),
+            "prefilling": len(self._scheduler.prefilling),
+            "decoding": len(self._scheduler.decoding),
+            "slots": self._runner.batch,
+            **{key: counts[key] for key in ("requests", "finished", "cancelled", "failed")},
+            **{key: counts[key] for key in ("prompt_tokens", "cached_tokens", "generated_tokens")},
+            **{key: counts[key] for key in ("ttft_seconds", "ttft_count")},
+            "ttft_counts": list(self._ttft),
+            "prefill_tokens": stats.prefill_tokens,
+            "prefill_seconds": stats.prefill_seconds,
+            "decode_tokens": stats.decode_tokens,
+            "decode_seconds": stats.decode_seconds,
+            "compile_seconds": stats.compile_seconds,
+        }
+
+    def put_note(self, key: str, value: Any) -> None:
+        """Keep a small JSON value under `key`."""
+        self._notes[key] = value
+        self._notes.move_to_end(key)
+        while len(self._notes) > 100_000:
+            self._notes.popitem(last=False)
+
+    def note(self, key: str) -> Any:
+        """The value kept under `key`, or None."""
+        return self._notes.get(key)
+
+    def _problem(self, request: Request) -> Ds4Error | None:
+        from ds4jax.engine.runner import check_prompt
+
+        if len(request.tokens) >= self.ctx:
+            return ContextOverflow(len(request.tokens), self.ctx)
+        if request.max_tokens < 1:
+            return Ds4Error(f"max_tokens: found {request.max_tokens}, expected at least 1")
+        if len(self._scheduler.waiting) + len(self._inbox) >= self._max_waiting:
+            return Overloaded(f"{self._max_waiting} requests are waiting already")
+        try:
+            check_prompt(request.tokens, self._runner.cfg, self.ctx)
+        except Ds4Error as error:
+            return error
+        return None
+
+    def _post(self, what: str, value: Any) -> None:
+        with self._changed:
+            self._inbox.append((what, value))
+            self._changed.notify()
+
+    # ---- the engine's thread -----------------------------------------------------------------------------------------
+    def _run(self) -> None:
+        try:
+            while self._take_inbox():
+                self._step()
+            error: Ds4Error = Stopping("the server is stopping")
+        except Exception as e:
+            log.exception("the engine failed")
+            error = EngineFailed(f"the model cannot run any more: {e}")
+        with self._changed:
+            self._refusal = error
+            rest, self._inbox = self._inbox, []
+        streams = [*self._jobs, *(value[1] for what, value in rest if what == "submit")]
+        for stream in streams:
+            stream._push(error)
+
+    def _take_inbox(self) -> bool:
+        """Wait for something to do, and take in what has arrived; → whether to go on."""
+        with self._changed:
+            while not self._inbox and not len(self._scheduler) and self._deadline is None:
+                self._changed.wait()
+            inbox, self._inbox = self._inbox, []
+        for what, value in inbox:
+            getattr(self, f"_{what}")(value)
+        over = self._deadline is not None and (not len(self._scheduler) or time.perf_counter() >= self._deadline)
+        return not over
+
+    def _submit(self, value: tuple[Request, Stream]) -> None:
+        request, stream = value
+        tokens = [int(t) for t in request.tokens]
+        stop_ids = frozenset([self.tokenizer.eos_id]) if request.stop_ids is None else request.stop_ids
+        limit = min(self.ctx, len(tokens) + request.max_tokens)
+        job = _Running(tokens, len(tokens), request=request, stream=stream, stop_ids=stop_ids, limit=limit)
+        self._jobs[stream] = job
+        self._counts["requests"] += 1
+        self._scheduler.add(job)
+
+    def _cancel(self, stream: Stream) -> None:
+        if job := self._jobs.get(stream):
+            self._end(job, "cancelled")
+
+    def _end(self, job: _Running, reason: str) -> None:
+        del self._jobs[job.stream]
+        self._scheduler.remove(job)
+        self._counts["finished" if reason in ("stop", "length") else reason] += 1
+        if self._trace:
+            now = time.perf_counter()
+            record = {
+                "time": round(time.time(), 3),
+                "reason": reason,
+                "prompt_tokens": job.prompt,
+                "cached_tokens": job.cached,
+                "generated_tokens": len(job.tokens) - job.prompt,
+                "queued_seconds": round((job.started or now) - job.submitted, 6),
+                "first_token_seconds": job.first_token and round(job.first_token - job.submitted, 6),
+                "seconds": round(now - job.submitted, 6),
+            }
+            self._trace.write(json.dumps(record) + "\n")
+            self._trace.flush()
+
+    def _step(self) -> None:
+        """At most one chunk of one prompt, then one token of every answer."""
+        for job in self._scheduler.admit(lambda job: 0):
+            job.started = time.perf_counter()
+            self._counts["prompt_tokens"] += job.prompt
+            job.stream._push(Started(job.cached, job.prompt))
+        if chunk := self._scheduler.next_chunk():
+            self._prefill(*chunk)
+        if decoding := self._scheduler.decoding:
+            steps = self._runner.decode({job.slot: job.tokens[-1] for job in decoding})
+            for job in list(decoding):
+                self._scheduler.advance(job, job.done + 1)
+                self._emit(job, steps[job.slot])
+
+    def _prefill(self, job: _Running, end: int) -> None:
+        tokens = job.tokens[job.done : end]
+        step = self._runner.prefill(job.slot, tokens, job.request.sampling, job.done > 0)
+        self._scheduler.advance(job, end)
+        job.stream._push(Prefilled(end, job.prompt))
+        if end == job.prompt:
+            job.first_token = time.perf_counter()
+            seconds = job.first_token - job.submitted
+            self._ttft[sum(seconds > bound for bound in TTFT_BOUNDS)] += 1
+            self._counts["ttft_seconds"] += seconds
+            self._counts["ttft_count"] += 1
+            self._emit(job, step)
+
+    def _emit(self, job: _Running, step: Step) -> None:
+        job.tokens.append(step.token)
+        self._counts["generated_tokens"] += 1
+        job.stream._push(Token(step.token))
+        reason = "stop" if step.token in job.stop_ids else "length" if len(job.tokens) >= job.limit else None
+        if reason:
+            self._end(job, reason)
+            job.stream._push(Finished(reason), None)

@@ -1,0 +1,98 @@
+"""Who computes next: sequences share the slots of one runner. No JAX here, no tensors: only token ids and positions.
+
+Every step of the engine runs at most one chunk of one prompt, and one token of every sequence that is past its prompt.
+So a running answer never waits for more than one chunk, and a prompt never for answers. Slots are given in order of
+arrival; prompts that hold one take turns, chunk by chunk, so that a short one does not wait for a long one to end.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Callable, Iterator
+
+ALIGN = 128
+"""Positions at which a sequence's state can be saved and reused: there every window of every compressor is closed."""
+
+
+@dataclasses.dataclass(eq=False)
+class Job:
+    """One sequence: its token ids, first the prompt, `prompt` of them, then the answer.
+
+    marks: positions in the prompt at which a chunk has to end. slot: where it runs, None while it waits. done: tokens
+    that its slot holds. Once done ≥ prompt it decodes.
+    """
+
+    tokens: list[int]
+    prompt: int
+    marks: set[int] = dataclasses.field(default_factory=set)
+    slot: int | None = None
+    done: int = 0
+
+
+class Scheduler:
+    """The order of things among jobs.
+
+    slots: sequences at once. chunk: tokens of a prompt at once, at most.
+    waiting: jobs without a slot, in order of arrival. prefilling: jobs whose prompt is not done, the next one first.
+    decoding: the others.
+    """
+
+    def __init__(self, slots: int, chunk: int):
+        self.chunk = chunk
+        self.waiting: list[Job] = []
+        self.prefilling: collections.deque[Job] = collections.deque()
+        self.decoding: list[Job] = []
+        self._free = list(range(slots))
+
+    def __iter__(self) -> Iterator[Job]:
+        """All jobs."""
+        return iter([*self.waiting, *self.prefilling, *self.decoding])
+
+    def __len__(self) -> int:
+        return len(self.waiting) + len(self.prefilling) + len(self.decoding)
+
+    def add(self, job: Job) -> None:
+        self.waiting.append(job)
+
+    def remove(self, job: Job) -> None:
+        """Forget a job and free its slot; nothing happens if it is not here."""
+        for jobs in (self.waiting, self.prefilling, self.decoding):
+            if job in jobs:
+                jobs.remove(job)
+                if job.slot is not None:
+                    self._free.append(job.slot)
+                    job.slot = None
+
+    def admit(self, start: Callable[[Job], int | None]) -> list[Job]:
+        """Give free slots to waiting jobs in order of arrival; → those that got one.
+
+        start(job): how many tokens of the prompt it need not compute, or None if it should wait a while longer; those
+        after it then go first.
+        """
+        admitted = []
+        for job in list(self.waiting):
+            if not self._free:
+                break
+            if (done := start(job)) is None:
+                continue
+            self.waiting.remove(job)
+            job.slot, job.done = self._free.pop(0), done
+            (self.prefilling if done < job.prompt else self.decoding).append(job)
+            admitted.append(job)
+        return admitted
+
+    def next_chunk(self) -> tuple[Job, int] | None:
+        """Whose prompt is next, and up to which position: a mark, a multiple of `chunk` or its end."""
+        if not self.prefilling:
+            return None
+        job = self.prefilling[0]
+        ends = {job.prompt, job.done // self.chunk * self.chunk + self.chunk, *job.marks}
+        return job, min(end for end in ends if end > job.done)
+
+    def advance(self, job: Job, done: int) -> None:
+        """The slot of `job` holds this many tokens now. After a chunk, the next prompt has its turn."""
+        job.done = done
+        if job in self.prefilling:
+            self.prefilling.remove(job)
+            (self.prefilling if done < job.prompt else self.decoding).append(job)

@@ -1,0 +1,214 @@
+"""The engine: streams equal solo runs, whatever else runs; cancelled ones leave nothing; bad requests are refused."""
+
+import asyncio
+import json
+import random
+
+import numpy as np
+import pytest
+from small import CFG
+
+from ds4jax import synthetic
+from ds4jax.engine.engine import (
+    ContextOverflow,
+    Engine,
+    EngineFailed,
+    Finished,
+    Overloaded,
+    Prefilled,
+    Request,
+    Started,
+    Stopping,
+    Token,
+)
+from ds4jax.engine.runner import Runner
+from ds4jax.errors import Ds4Error
+from ds4jax.sampling import Sampling
+from ds4jax.settings import Settings
+from ds4jax.tokenizer import byte_tokenizer
+
+GREEDY = Sampling(temperature=0.0)
+TOKENS = np.random.default_rng(5).integers(2, CFG.vocab_size, 700).tolist()
+
+
+@pytest.fixture(scope="module")
+def runner(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "small.gguf"
+    synthetic.write_synthetic(path, CFG, 3, synthetic.RECIPES["q8"], byte_tokenizer().to_metadata())
+    return Runner.load(Settings(str(path), ctx=512, numerics="plain"), batch=3)
+
+
+@pytest.fixture
+def engine(runner, tmp_path):
+    engine = Engine(runner, trace=tmp_path / "trace")
+    yield engine
+    asyncio.run(engine.close())
+
+
+def request(n, max_tokens, sampling=GREEDY, start=0, **rest):
+    return Request(TOKENS[start : start + n], max_tokens, sampling, stop_ids=frozenset(), **rest)
+
+
+async def collect(engine, request):
+    return [event async for event in engine.generate(request)]
+
+
+def ids(events):
+    return [event.id for event in events if isinstance(event, Token)]
+
+
+def test_events_in_order(engine):
+    events = asyncio.run(collect(engine, request(300, 3)))
+    assert events[0] == Started(0, 300)
+    done = [event.done for event in events if isinstance(event, Prefilled)]
+    assert done == sorted(set(done)) and done[-1] == 300 and {e.total for e in events[1 : len(done) + 1]} == {300}
+    assert [type(event) for event in events[len(done) + 1 :]] == [Token] * 3 + [Finished]
+    assert events[-1] == Finished("length")
+
+
+def test_streams_together_equal_each_alone_with_company_that_comes_and_goes(engine):
+    rng = random.Random(7)
+    params = [GREEDY, Sampling(seed=4), Sampling(temperature=0.6, top_k=20, seed=9)]
+    jobs = [request(rng.randrange(1, 300), rng.randrange(1, 40), rng.choice(params), i * 20) for i in range(16)]
+    alone = [ids(asyncio.run(collect(engine, job))) for job in jobs]
+
+    async def leave_early(job, events):
+        seen = []
+        async for event in engine.generate(job):
+            seen.append(event)
+            if len(seen) >= events:
+                break
+        return ids(seen)
+
+    async def together():
+        leaving = [i for i in range(16) if i % 3 == 0]
+        tasks = [leave_early(job, 1 + i % 7) if i in leaving else collect(engine, job) for i, job in enumerate(jobs)]
+        return await asyncio.gather(*tasks)
+
+    for i, (expected, found) in enumerate(zip(alone, asyncio.run(together()), strict=True)):
+        found = found if i % 3 == 0 else ids(found)
+        assert found == expected[: len(found)] and (i % 3 == 0 or len(found) == len(expected))
+
+
+def test_a_stream_that_is_cancelled_leaves_nothing(engine):
+    async def main():
+        streams = [engine.submit(request(200, 300)) for _ in range(8)]  # three run, five wait
+        await anext(streams[0])
+        for stream in streams:
+            await stream.aclose()
+        with pytest.raises(StopAsyncIteration):
+            await anext(streams[0])
+        return await collect(engine, request(5, 2))
+
+    assert asyncio.run(main())[-1] == Finished("length")
+    metrics = engine.metrics()
+    assert metrics["waiting"] == metrics["prefilling"] == metrics["decoding"] == 0
+    assert (metrics["cancelled"], metrics["finished"]) == (8, 1)
+
+
+def test_an_end_token_is_reported(engine):
+    free_run = ids(asyncio.run(collect(engine, request(9, 12))))
+    end = free_run[5]
+    events = asyncio.run(collect(engine, Request(TOKENS[:9], 12, GREEDY, stop_ids=frozenset([end]))))
+    assert ids(events) == free_run[: free_run.index(end) + 1] and events[-1] == Finished("stop")
+
+
+def test_an_answer_ends_where_the_context_does(engine):
+    events = asyncio.run(collect(engine, request(507, 99)))
+    assert len(ids(events)) == 5 and events[-1] == Finished("length")
+
+
+def test_decoding_goes_on_during_a_long_prefill(engine):
+    async def main():
+        short = engine.submit(request(10, 400))
+        while not isinstance(await anext(short), Token):
+            pass
+        chunks = [e async for e in engine.generate(request(500, 1, start=100)) if isinstance(e, Prefilled)]
+        n, seen = len(chunks), engine.metrics()["generated_tokens"]
+        await short.aclose()
+        return n, seen
+
+    chunks, tokens = asyncio.run(main())
+    assert chunks >= 4 and tokens >= chunks
+
+
+@pytest.mark.parametrize(
+    "tokens, max_tokens, kind, problem",
+    [
+        ([1] * 512, 1, ContextOverflow, r"prompt: found 512 tokens, expected at most 511 \(ctx is 512\)"),
+        ([], 1, Ds4Error, "prompt: found 0 tokens"),
+        ([1, CFG.vocab_size], 1, Ds4Error, f"found token id {CFG.vocab_size}"),
+        ([1], 0, Ds4Error, "max_tokens: found 0"),
+    ],
+)
+def test_requests_that_cannot_run(engine, tokens, max_tokens, kind, problem):
+    with pytest.raises(kind, match=problem):
+        asyncio.run(collect(engine, Request(tokens, max_tokens, GREEDY)))
+
+
+def test_too_many_requests_are_refused(runner):
+    engine = Engine(runner, max_waiting=2)
+
+    async def main():
+        streams = [engine.submit(request(100, 400)) for _ in range(9)]
+        with pytest.raises(Overloaded, match="2 requests are waiting"):
+            await anext(streams[-1])
+        await engine.close()
+        with pytest.raises(Stopping):
+            async for _ in streams[0]:
+                pass
+
+    asyncio.run(main())
+
+
+def test_closing_with_grace_lets_answers_end(runner):
+    engine = Engine(runner)
+
+    async def main():
+        stream = engine.submit(request(10, 20))
+        await anext(stream)
+        await engine.close(grace=60)
+        with pytest.raises(Stopping):
+            await anext(engine.submit(request(1, 1)))
+        return [event async for event in stream]
+
+    events = asyncio.run(main())
+    assert len(ids(events)) == 20 and events[-1] == Finished("length")
+
+
+def test_a_failure_reaches_every_stream(runner, monkeypatch):
+    engine = Engine(runner)
+
+    def fail(*_):
+        raise RuntimeError("no device")
+
+    async def main():
+        monkeypatch.setattr(runner, "decode", fail)
+        streams = [engine.submit(request(5, 5)) for _ in range(5)]
+        for stream in [*streams, engine.submit(request(5, 5))]:
+            with pytest.raises(EngineFailed, match="no device"):
+                async for _ in stream:
+                    pass
+        await engine.close()
+
+    asyncio.run(main())
+
+
+def test_metrics_and_trace(runner, tmp_path):
+    engine = Engine(runner, trace=tmp_path / "trace")
+    before = engine.metrics()
+    for _ in range(2):
+        asyncio.run(collect(engine, request(9, 4)))
+    after = engine.metrics()
+    assert after["requests"] == after["finished"] == after["ttft_count"] == sum(after["ttft_counts"]) == 2
+    assert after["prompt_tokens"] == 18 and after["generated_tokens"] == 8
+    assert after["decode_tokens"] - before["decode_tokens"] == 6 and len(after["ttft_counts"]) == 11
+    asyncio.run(engine.close())
+    lines = [json.loads(line) for line in (tmp_path / "trace").read_text().splitlines()]
+    assert [(x["reason"], x["prompt_tokens"], x["generated_tokens"]) for x in lines] == [("length", 9, 4)] * 2
+    assert all(0 <= x["queued_seconds"] <= x["first_token_seconds"] <= x["seconds"] for x in lines)
+
+
+def test_notes_are_kept(engine):
+    engine.put_note("a", {"x": [1]})
+    assert engine.note("a") == {"x": [1]} and engine.note("b") is None
