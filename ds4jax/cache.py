@@ -61,6 +61,10 @@ class Cache:
     def batch(self) -> int:
         return self.length.shape[0]
 
+    def of_ratio(self, ratio: int) -> Compressed:
+        """What layers of that ratio keep of their compressed rows."""
+        return {CSA_RATIO: self.csa, HCA_RATIO: self.hca}[ratio]
+
 
 def abstract(cfg: ModelConfig, numerics: num.Numerics, dtype, batch: int, ctx: int) -> Cache:
     """Shapes and dtypes of a cache for `batch` sequences of up to `ctx` tokens, as `jax.ShapeDtypeStruct`s."""

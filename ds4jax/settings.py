@@ -14,7 +14,7 @@ from ds4jax.errors import ConfigError
 _HERE = Path(__file__).parent
 CONFIG_DIR = _HERE / "configs" if (_HERE / "configs").is_dir() else _HERE.parent / "configs"
 
-_CHOICES = {"numerics": ("official", "plain"), "dtype": ("float32", "bfloat16")}
+_CHOICES = {"numerics": ("official", "plain"), "dtype": ("float32", "bfloat16"), "kernels": ("xla", "pallas")}
 # Smallest and largest value. Nothing near the upper bounds works; they keep a slip of the keyboard from asking for it.
 _RANGES = {
     "ctx": (2, 2**24),
@@ -37,6 +37,7 @@ class Settings:
     max_tokens: the longest answer, unless a request says otherwise.
     numerics: ``official``, the low-precision round trips that the model was trained with, or ``plain``, none.
     dtype: of the activations, ``float32`` or ``bfloat16``. Weights stay as the file has them.
+    kernels: ``pallas``, kernels for NVIDIA GPUs (numerics official, dtype bfloat16, one device), or ``xla``, none.
     tp, ep: the device mesh: tensor-parallel times expert-parallel devices.
     prefill_chunk: tokens per prefill call. More are faster and need more memory for activations.
     memory_fraction: the part of each GPU's memory that JAX may take (XLA_CLIENT_MEM_FRACTION).
@@ -49,6 +50,7 @@ class Settings:
     max_tokens: int = 1024
     numerics: str = "official"
     dtype: str = "float32"
+    kernels: str = "xla"
     tp: int = 1
     ep: int = 1
     prefill_chunk: int = 128

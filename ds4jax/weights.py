@@ -43,11 +43,16 @@ class Stack:
     groups: tuple[Any, ...]
     layers: tuple[tuple[int, ...], ...] = struct.field(pytree_node=False)
 
-    def __getitem__(self, layer: int) -> Quantized | jax.Array:
+    def find(self, layer: int) -> tuple[Quantized | jax.Array, int]:
+        """The group that holds a layer, and where in it: for a kernel, which reads the stack itself."""
         for group, layers in zip(self.groups, self.layers, strict=True):
             if layer in layers:
-                return group[layers.index(layer)]
+                return group, layers.index(layer)
         raise KeyError(f"no weight for layer {layer}; this family has layers {self.layers}")
+
+    def __getitem__(self, layer: int) -> Quantized | jax.Array:
+        group, nth = self.find(layer)
+        return group[nth]
 
 
 class Family:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import jax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
-from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 
 Implementation = Literal["pallas", "xla"]
 
@@ -69,6 +69,7 @@ def lower_for_gpu(f: Callable, *args: Any, device: str = "NVIDIA H200", cores: i
     Raises what Pallas raises for a kernel that Triton cannot take. Every kernel in it is a `__gpu$xla.gpu.triton` call.
     """
     abstract = AbstractDevice(device_kind=device, num_cores=cores, platform="gpu")
-    with warnings.catch_warnings(), use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=abstract)):
+    mesh = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=abstract)
+    with warnings.catch_warnings(), use_abstract_mesh(mesh):
         ignore_deprecation()
         return jax.jit(f).trace(*args).lower(lowering_platforms=("cuda",)).as_text()

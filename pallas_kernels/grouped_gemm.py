@@ -514,8 +514,10 @@ def route(ids: Array, n_experts: int) -> Routing:
     return Routing(order, counts)
 
 
-def tile_map(counts: Array, pairs: int, bm: int) -> Array:
-    """Cuts each expert's rows into tiles of bm: int32 (3, tiles), of expert, first row, and rows (0: nothing to do).
+def tile_map(counts: Array, pairs: int, bm: int, first: int = 0) -> Array:
+    """Cuts each expert's rows into tiles of bm: int32 (3, tiles), of matrix, first row, and rows (0: nothing to do).
+
+    first: the matrix of the first expert.
 
     The number of tiles is static, large enough for every distribution of `pairs` rows.
     """
@@ -526,7 +528,7 @@ def tile_map(counts: Array, pairs: int, bm: int) -> Array:
     expert = jnp.minimum((last <= t[:, None]).sum(-1, dtype=jnp.int32), n_experts - 1)
     offset = (t - (last - tiles)[expert]) * bm  # within the expert's rows
     rows = jnp.clip(counts[expert] - offset, 0, bm)
-    return jnp.stack([expert, (jnp.cumsum(counts) - counts)[expert] + offset, rows])
+    return jnp.stack([first + expert, (jnp.cumsum(counts) - counts)[expert] + offset, rows])
 
 
 # ---- the kernel ----------------------------------------------------------------------------------------------------
@@ -603,7 +605,7 @@ def _call(k: int, tiles: int, out: jax.ShapeDtypeStruct, formats, clamp, config:
         functools.partial(
             _kernel, formats=formats, steps=k // STEP, clamp=clamp, config=config, interpret=interpret
         ),
-        name="grouped_gemm",
+        name=f"grouped_{k}_{out.shape[2]}",  # what a profile shows
         grid=(out.shape[2] // config.bn(len(formats)), tiles, config.splits),
         out_shape=out,
         num_warps=config.num_warps,
@@ -615,11 +617,12 @@ def _call(k: int, tiles: int, out: jax.ShapeDtypeStruct, formats, clamp, config:
 def _multiply(
     x: Array, tiles: Array, source: Array, target: Array, matrices: tuple[Planes, ...], formats: tuple[str, ...], *,
     config: Config, interpret: bool, columns: Array | None = None, factor: Array | None = None,
-    clamp: float | None = None,
+    clamp: float | None = None, dtype: Any = None,
 ) -> Array:  # fmt: skip
-    """bfloat16 (rows, N): row target[p] is row source[p] of x times a matrix, for the places p in `tiles`.
+    """(rows, N): row target[p] is row source[p] of x times a matrix, for the places p in `tiles`.
 
-    x: its columns arranged. columns: int32 (N,), the rows of the matrix in order of the output's columns.
+    x: its columns arranged. dtype: of the result, by default x's. columns: int32 (N,), the rows of the matrix in order
+    of the output's columns.
     """
     (_, n, _), k = matrices[0][0].shape, x.shape[-1]
     if x.dtype != jnp.bfloat16:
@@ -635,42 +638,44 @@ def _multiply(
         columns = jnp.arange(n, dtype=jnp.int32)
     if factor is None:
         factor = jnp.zeros((1,), jnp.float32)
-    dtype = x.dtype if config.splits == 1 else jnp.float32
-    out = jax.ShapeDtypeStruct((config.splits, target.shape[0], n), dtype)
+    dtype = jnp.dtype(dtype or x.dtype)
+    out = jax.ShapeDtypeStruct((config.splits, target.shape[0], n), dtype if config.splits == 1 else jnp.float32)
     f = _call(k, tiles.shape[1], out, formats, clamp, config, interpret)
     planes = [p for planes in matrices for p in planes]
     y = f(x, tiles, source, target, columns, factor, jnp.asarray(IQ2_XXS_CODES), *planes)
-    return y[0] if config.splits == 1 else y.sum(0).astype(x.dtype)
+    return y[0] if config.splits == 1 else y.sum(0).astype(dtype)
 
 
 # ---- ops -----------------------------------------------------------------------------------------------------------
 def gate_up(
     x: Array, weight: Array, routing: Routing, gate: Planes, up: Planes, *, fmt: str, clamp: float, config: Config,
-    columns: Array | None = None, interpret: bool = False,
+    columns: Array | None = None, first: int = 0, interpret: bool = False,
 ) -> Array:  # fmt: skip
     """weight · silu(min(x Gᵀ, clamp)) · clip(x Uᵀ, -clamp, clamp) of every pair, bfloat16 (P, N) in routing's order.
 
-    x: bfloat16 (S, K). weight: float32 (S, slots). gate, up: planes (experts, N, ...). columns: int32 (N,), an order of
-    the result's columns. Rows of pairs without an expert are undefined.
+    x: bfloat16 (S, K). weight: float32 (S, slots). gate, up: planes (matrices, N, ...), where that of the first expert
+    is number `first`. columns: int32 (N,), an order of the result's columns. Rows of pairs without an expert are
+    undefined.
     """
     pairs = weight.size
     return _multiply(
-        arrange(x, fmt), tile_map(routing.counts, pairs, config.bm),
+        arrange(x, fmt), tile_map(routing.counts, pairs, config.bm, first),
         routing.order // weight.shape[1], jnp.arange(pairs, dtype=jnp.int32), (gate, up), (fmt, fmt),
         columns=columns, factor=weight.reshape(-1)[routing.order], clamp=clamp, config=config, interpret=interpret,
     )  # fmt: skip
 
 
 def down(
-    h: Array, ids: Array, routing: Routing, planes: Planes, *, fmt: str, config: Config, interpret: bool = False
-) -> Array:
+    h: Array, ids: Array, routing: Routing, planes: Planes, *, fmt: str, config: Config, first: int = 0,
+    interpret: bool = False,
+) -> Array:  # fmt: skip
     """Σ over the slots of h Wᵀ, bfloat16 (S, N). h: bfloat16 (P, K) in routing's order, its columns arranged.
 
-    The sum has a fixed order, so it repeats bit for bit.
+    planes, first: as for `gate_up`. The sum has a fixed order, so it repeats bit for bit.
     """
-    n_experts, n, _ = planes[0].shape
+    n_experts, n = routing.counts.shape[0], planes[0].shape[1]
     places = jnp.arange(ids.size, dtype=jnp.int32)
-    tiles = tile_map(routing.counts, ids.size, config.bm)
+    tiles = tile_map(routing.counts, ids.size, config.bm, first)
     y = _multiply(h, tiles, places, routing.order, (planes,), (fmt,), config=config, interpret=interpret)
     y = y.reshape(*ids.shape, n).astype(jnp.float32)
     return jnp.where(((ids >= 0) & (ids < n_experts))[..., None], y, 0).sum(1).astype(h.dtype)
@@ -678,14 +683,16 @@ def down(
 
 def experts(
     x: Array, ids: Array, weight: Array, gate: Planes, up: Planes, down_: Planes, *, fmts: tuple[str, str],
-    clamp: float, configs: tuple[Config, Config] | None = None, interpret: bool = False,
+    clamp: float, n_experts: int | None = None, first: tuple[int, int] = (0, 0),
+    configs: tuple[Config, Config] | None = None, interpret: bool = False,
 ) -> Array:  # fmt: skip
     """Σ over the slots of weight · expert(x), bfloat16 (S, E).
 
-    x: bfloat16 (S, E). ids: int32 (S, slots); an expert outside the planes' adds nothing. weight: float32 (S, slots).
-    fmts, configs: of gate and up, and of down.
+    x: bfloat16 (S, E). ids: int32 (S, slots); an expert outside 0 … n_experts - 1 adds nothing. weight: float32
+    (S, slots). fmts, configs: of gate and up, and of down. n_experts, first: of the planes' matrices (by default all of
+    them), and which is the first, again of gate and up, and of down.
     """
-    n_experts, n, _ = gate[0].shape
+    n_experts, n = n_experts or gate[0].shape[0], gate[0].shape[1]
     (s, k), slots = x.shape, ids.shape[1]
     if configs is None:
         shapes = Shape("gate_up", s, n, k, fmts[0], n_experts, slots), Shape("down", s, k, n, fmts[1], n_experts, slots)
@@ -693,16 +700,17 @@ def experts(
     routing = route(ids, n_experts)
     columns = arrange(jnp.arange(n, dtype=jnp.int32), fmts[1])  # as `down` wants them
     h = gate_up(
-        x, weight, routing, gate, up, fmt=fmts[0], clamp=clamp, columns=columns, config=configs[0], interpret=interpret
-    )
-    return down(h, ids, routing, down_, fmt=fmts[1], config=configs[1], interpret=interpret)
+        x, weight, routing, gate, up, fmt=fmts[0], clamp=clamp, columns=columns, first=first[0], config=configs[0],
+        interpret=interpret,
+    )  # fmt: skip
+    return down(h, ids, routing, down_, fmt=fmts[1], first=first[1], config=configs[1], interpret=interpret)
 
 
 def linear(
-    x: Array, layer: Array, planes: Planes, *, fmt: str, groups: int = 1, config: Config | None = None,
-    interpret: bool = False,
+    x: Array, layer: Array, planes: Planes, *, fmt: str, groups: int = 1, dtype: Any = None,
+    config: Config | None = None, interpret: bool = False,
 ) -> Array:  # fmt: skip
-    """x W[layer]ᵀ, bfloat16 (M, N). x: bfloat16 (M, K), or (M, groups, K) where group g meets rows
+    """x W[layer]ᵀ, (M, N) in `dtype`, by default x's. x: bfloat16 (M, K), or (M, groups, K) where group g meets rows
     [g · N/groups, (g + 1) · N/groups). layer: int32 (1,). planes: (layers, N, ...).
     """
     layers, n, _ = planes[0].shape
@@ -711,7 +719,7 @@ def linear(
     if not config.fused:
         w = formats.dequantize(fmt, *(p[layer[0]] for p in planes)).astype(x.dtype).reshape(groups, n // groups, k)
         y = jnp.einsum("mgk,gnk->mgn", x.reshape(m, groups, k), w, preferred_element_type=jnp.float32)
-        return y.reshape(m, n).astype(x.dtype)
+        return y.reshape(m, n).astype(dtype or x.dtype)
     # Group g takes every groups-th row of x seen as (M · groups, K).
     planes = tuple(p.reshape(layers * groups, n // groups, p.shape[-1]) for p in planes)
     t = jnp.arange(-(-m // config.bm) * groups, dtype=jnp.int32)
@@ -719,7 +727,8 @@ def linear(
     tiles = jnp.stack([layer[0] * groups + group, group * m + start, jnp.minimum(m - start, config.bm)])
     rows = (jnp.arange(m, dtype=jnp.int32) * groups + jnp.arange(groups, dtype=jnp.int32)[:, None]).reshape(-1)
     x = arrange(x.reshape(m * groups, k), fmt)
-    return _multiply(x, tiles, rows, rows, (planes,), (fmt,), config=config, interpret=interpret).reshape(m, n)
+    y = _multiply(x, tiles, rows, rows, (planes,), (fmt,), config=config, dtype=dtype, interpret=interpret)
+    return y.reshape(m, n)
 
 
 def grouped_gemm(

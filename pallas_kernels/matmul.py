@@ -548,7 +548,7 @@ def _build(shape: Shape, config: Config, layers: int, interpret: bool) -> Callab
     blocks = shape.m // config.tokens if config.method == "vector" else 1
     return common.call(
         kernel,
-        name="matmul",
+        name=f"matmul_{shape.k}_{sum(out.n for out in shape.outputs)}",  # what a profile shows
         grid=(sum(programs), config.splits, blocks),
         out_shape=out_shape,
         num_warps=config.num_warps,
@@ -586,7 +586,7 @@ def _combine(shape: Shape, splits: int, interpret: bool) -> Callable:
 
     return common.call(
         kernel,
-        name="matmul_combine",
+        name=f"matmul_combine_{shape.k}_{sum(out.n for out in shape.outputs)}",
         grid=(sum(programs), shape.m),
         out_shape=[jax.ShapeDtypeStruct((shape.m, out.n), out.dtype) for out in shape.outputs],
         num_warps=2,

@@ -86,7 +86,7 @@ class Programs:
         numerics.check(self.cfg, settings.numerics)
         mesh = sharding.make_mesh(settings.tp, settings.ep) if settings.tp * settings.ep > 1 else None
         self.everywhere = None if mesh is None else sharding.replicated(mesh)
-        self.compute = Compute(settings.numerics, settings.dtype, mesh)
+        self.compute = Compute(settings.numerics, settings.dtype, mesh, kernels=settings.kernels)
         self.tree = weights.abstract(self.cfg, source.types)
         self.weights = weights.structs(self.tree)
         self.cache = kv.abstract(self.cfg, settings.numerics, settings.dtype, self.batch, settings.ctx)

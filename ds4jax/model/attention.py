@@ -15,9 +15,9 @@ from jax import lax
 
 from ds4jax import numerics as num
 from ds4jax.cache import Cache
-from ds4jax.config import CSA_RATIO, HCA_RATIO, ModelConfig
+from ds4jax.config import CSA_RATIO, ModelConfig
 from ds4jax.model import indexer, rope
-from ds4jax.model.compressor import compress
+from ds4jax.model.compressor import append, compressors, project_tokens
 from ds4jax.model.norm import rms_norm
 from ds4jax.quant import grouped_linear, linear, matmul, wide
 from ds4jax.weights import Attention, Weights
@@ -65,21 +65,15 @@ def compressed_rows(
 
     → the cache, all of the layer's rows as stored (B, N, ·), and in a layer of ratio 4 its index keys (B, N, Di).
     """
-    ratio, dtype = cfg.ratio(layer), h.dtype
-    freq, fmt = rope.frequencies(cfg, ratio), num.kv_row(cfg, numerics, dtype)
+    ratio = cfg.ratio(layer)
+    projected = [project_tokens(h, c, cache.csa.z.dtype) for c in compressors(w, layer, ratio)]
+    cache = append(projected, n, w, cache, layer, cfg, numerics, h.dtype)
     nth = cfg.layers_of_ratio(ratio).index(layer)
-    tokens = h, cache.length, n
-    if ratio == HCA_RATIO:
-        hca = compress(*tokens, w.hca.at(layer).compressor, cache.hca, nth, ratio, fmt, freq, cfg)
-        return cache.replace(hca=hca), jax.tree.map(lambda x: x[nth], hca.rows), None
-    extra, key_fmt = w.csa.at(layer), num.index_row(cfg, numerics, dtype)
-    csa = compress(*tokens, extra.compressor, cache.csa, nth, ratio, fmt, freq, cfg)
-    index = compress(
-        *tokens, extra.indexer.compressor, cache.index, nth, ratio, key_fmt, freq, cfg,
-        finish=lambda row: num.index_rotation(row, numerics),
-    )  # fmt: skip
-    keys = key_fmt.decode(jax.tree.map(lambda x: x[nth], index.rows), dtype)
-    return cache.replace(csa=csa, index=index), jax.tree.map(lambda x: x[nth], csa.rows), keys
+    rows = jax.tree.map(lambda x: x[nth], cache.of_ratio(ratio).rows)
+    if ratio != CSA_RATIO:
+        return cache, rows, None
+    keys = jax.tree.map(lambda x: x[nth], cache.index.rows)
+    return cache, rows, num.index_row(cfg, numerics, h.dtype).decode(keys, h.dtype)
 
 
 def attention(
@@ -105,7 +99,7 @@ def attention(
     position = cache.length[:, None] + jnp.arange(T, dtype=jnp.int32)
 
     r, q, new = project(h, position, a, freq, cfg)
-    cache, window = _slide(cache, layer, fmt.encode(new), n, W)
+    cache, window = slide(cache, layer, fmt.encode(new), n, W)
     window = fmt.decode(window, dtype)  # (B, W + T, D); row j is position length - W + j
     capacity, iq, iw = 0, None, None
     if ratio:
@@ -144,7 +138,7 @@ def attention(
     return linear(o.reshape(B, T, -1), a.o_b), cache
 
 
-def _slide(cache: Cache, layer: int, new: num.Rows, n: Array, W: int) -> tuple[Cache, num.Rows]:
+def slide(cache: Cache, layer: int, new: num.Rows, n: Array, W: int) -> tuple[Cache, num.Rows]:
     """Store the last W of the n real new rows in the ring; → cache, and the rows before and after, (B, W + T, ·)."""
     length = cache.length
     B, T = next(iter(new.values())).shape[:2]

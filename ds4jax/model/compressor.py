@@ -4,18 +4,20 @@ R = 128: the 128 tokens of the window. R = 4 overlaps: a token has two halves, a
 window i - 1 and the b-halves of window i. The indexer has a compressor of its own, of the same kind.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ds4jax.cache import Compressed
-from ds4jax.config import CSA_RATIO, ModelConfig
+from ds4jax import numerics as num
+from ds4jax.cache import Cache, Compressed
+from ds4jax.config import CSA_RATIO, HCA_RATIO, ModelConfig
 from ds4jax.model import rope
 from ds4jax.model.norm import rms_norm
-from ds4jax.numerics import RowFormat
 from ds4jax.quant import linear, lookup
-from ds4jax.weights import Compressor
+from ds4jax.weights import Compressor, Weights
 
 Array = jax.Array
 
@@ -30,23 +32,28 @@ def pool(z: Array, g: Array) -> Array:
     return jnp.sum(z * jax.nn.softmax(g, axis=-2), axis=-2)
 
 
+def project_tokens(h: Array, w: Compressor, dtype) -> tuple[Array, Array]:
+    """New tokens h (B, T, E), normed → their values z and gates g (B, T, c·D), before the gates' position bias."""
+    return linear(h, w.kv, dtype), linear(h, w.gate, dtype)
+
+
 def compress(
-    h: Array,  # (B, T, E) new tokens, normed
+    z: Array,  # (B, T, c·D) values of new tokens, see `project_tokens`
+    g: Array,  # (B, T, c·D) their gates
     length: Array,  # (B,) tokens seen before
     n: Array,  # (B,) how many of the T are real
     w: Compressor,
     kept: Compressed,
     layer: int,  # index among the layers of this kind
     ratio: int,
-    fmt: RowFormat,
+    fmt: num.RowFormat,
     freq: np.ndarray,
     cfg: ModelConfig,
     finish=lambda row: row,  # applied to rows after RoPE, before they are stored
 ) -> Compressed:
     """Append T tokens: store the rows of the windows that they close, and keep the window left open."""
-    B, T, _ = h.shape
+    B, T, _ = z.shape
     R, dtype = ratio, kept.z.dtype
-    z, g = linear(h, w.kv, dtype), linear(h, w.gate, dtype)
     position = length[:, None] + jnp.arange(T, dtype=jnp.int32)
     g = g + lookup(w.ape.dequantize(dtype), lax.rem(position, np.int32(R)))
 
@@ -92,3 +99,33 @@ def compress(
         for name, x in open_window.items()
     }
     return kept.replace(rows=rows, **update)
+
+
+def compressors(w: Weights, layer: int, ratio: int) -> list[Compressor]:
+    """A layer's compressors: that of its rows and, with ratio 4, that of its index keys."""
+    if ratio == HCA_RATIO:
+        return [w.hca.at(layer).compressor]
+    csa = w.csa.at(layer)
+    return [csa.compressor, csa.indexer.compressor]
+
+
+def append(
+    projected: Sequence[tuple[Array, Array]],
+    n: Array,
+    w: Weights,
+    cache: Cache,
+    layer: int,
+    cfg: ModelConfig,
+    numerics: num.Numerics,
+    dtype,
+) -> Cache:
+    """Append n (B,) tokens to each of a layer's `compressors`, of which `projected` has the values and gates."""
+    ratio = cfg.ratio(layer)
+    freq, nth = rope.frequencies(cfg, ratio), cfg.layers_of_ratio(ratio).index(layer)
+    kinds = [("hca" if ratio == HCA_RATIO else "csa", num.kv_row, lambda row: row)]
+    kinds.append(("index", num.index_row, lambda row: num.index_rotation(row, numerics)))
+    for (kind, row_format, finish), (z, g), c in zip(kinds, projected, compressors(w, layer, ratio), strict=False):
+        fmt, kept = row_format(cfg, numerics, dtype), getattr(cache, kind)
+        moved = compress(z, g, cache.length, n, c, kept, nth, ratio, fmt, freq, cfg, finish)
+        cache = cache.replace(**{kind: moved})
+    return cache

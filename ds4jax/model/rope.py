@@ -33,11 +33,21 @@ def frequencies(cfg: ModelConfig, ratio: int) -> np.ndarray:
     return (freq * (1 - slowed) + freq / cfg.yarn_factor * slowed).astype(np.float32)
 
 
-def rotate(x: jax.Array, positions: jax.Array, freq: np.ndarray, *, inverse: bool = False) -> jax.Array:
-    """Rotate the last dims of x (..., heads, n) by the angles of positions (...), int32; `inverse` turns back."""
-    angle = positions[..., None, None].astype(wide(x.dtype)) * jnp.asarray(freq, wide(x.dtype))
-    cos, sin = jnp.cos(angle), jnp.sin(-angle if inverse else angle)
-    nope, rope = jnp.split(x, [x.shape[-1] - 2 * freq.shape[0]], axis=-1)
-    even, odd = (rope[..., i::2].astype(angle.dtype) for i in (0, 1))
+def cos_sin(positions: jax.Array, freq: np.ndarray, dtype=jnp.float32) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine of the angles of positions (...), int32: each (..., rope_dim / 2)."""
+    angle = positions[..., None].astype(dtype) * jnp.asarray(freq, dtype)
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def turn(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotate adjacent pairs of the last dims of x (..., n) by the angles of cos and sin (..., pairs)."""
+    nope, rope = jnp.split(x, [x.shape[-1] - 2 * cos.shape[-1]], axis=-1)
+    even, odd = (rope[..., i::2].astype(cos.dtype) for i in (0, 1))
     turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1).reshape(rope.shape)
     return jnp.concatenate([nope, turned.astype(x.dtype)], axis=-1)
+
+
+def rotate(x: jax.Array, positions: jax.Array, freq: np.ndarray, *, inverse: bool = False) -> jax.Array:
+    """Rotate the last dims of x (..., heads, n) by the angles of positions (...), int32; `inverse` turns back."""
+    cos, sin = cos_sin(positions[..., None], freq, wide(x.dtype))
+    return turn(x, cos, -sin if inverse else sin)

@@ -11,13 +11,14 @@ from jax.sharding import Mesh
 
 from ds4jax.cache import Cache
 from ds4jax.config import ModelConfig
-from ds4jax.model import hyper
+from ds4jax.model import fused, hyper
 from ds4jax.model.attention import attention
 from ds4jax.model.moe import moe
 from ds4jax.model.norm import rms_norm
 from ds4jax.numerics import Numerics
 from ds4jax.quant import linear, wide
 from ds4jax.weights import Weights
+from pallas_kernels.common import Implementation
 
 Array = jax.Array
 
@@ -28,12 +29,14 @@ class Compute:
 
     numerics: see `ds4jax.numerics`. dtype: of activations. mesh: where the weights lie, None for one device.
     query_blocks: how many blocks of queries attention takes at once; more are faster, and need more memory.
+    kernels: "xla" for the functions of this folder as they are, "pallas" for `fused` with the kernels.
     """
 
     numerics: Numerics = "official"
     dtype: str = "float32"
     mesh: Mesh | None = None
     query_blocks: int | None = None  # one
+    kernels: Implementation = "xla"
 
 
 def block(
@@ -90,6 +93,8 @@ def prefill(
     Returns the logits at each sequence's last real token (B, vocab), or at all T positions (B, T, vocab). Where n is
     0 the logits mean nothing.
     """
+    if compute.kernels == "pallas":
+        return fused.forward(w, cache, tokens, n, cfg, compute, all_positions)
     X, cache = forward(w, cache, tokens, n, cfg, compute)
     if not all_positions:
         X = jnp.take_along_axis(X, jnp.maximum(n - 1, 0)[:, None, None, None], axis=1)[:, 0]
