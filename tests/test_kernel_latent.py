@@ -1,0 +1,142 @@
+"""Queries, window row and index queries: interpreted against the model's functions, lowered for GPUs, run on one."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ds4jax import numerics as num
+from ds4jax.model import rope
+from ds4jax.model.norm import rms_norm
+from pallas_kernels import common, latent
+from pallas_kernels.latent import SHAPES, Config, Shape, op
+
+GPUS = ["NVIDIA H200", "NVIDIA RTX PRO 6000 Blackwell", "NVIDIA GB10"]
+
+SMALL = {
+    "csa": (Shape(4, 4, heads=2, dim=128, window=8), Config(2, 2, 4)),
+    "window only": (Shape(2, heads=4, dim=256, window=5, layers=1), Config(1, 1, 1)),
+    "float32": (Shape(3, 2, heads=2, dim=128, index_dim=64, window=8, dtype="float32"), Config(2, 1, 2)),
+}
+
+
+def check(found, expected, shape):
+    """Sums in another order differ in a float32's last bits, which the rounding of about one value in 2⁻²⁴ over the
+    spacing of the format turns into one step: 2e-4 of all in float16, far fewer in E4M3 and E2M1.
+    """
+    assert [(x.shape, x.dtype) for x in jax.tree.leaves(found)] == [
+        (x.shape, x.dtype) for x in jax.tree.leaves(expected)
+    ]
+    found, expected = jax.device_get(found), jax.device_get(expected)
+    q, e = (np.float64(x[0]) for x in (found, expected))
+    assert np.linalg.norm(q - e) < 5e-5 * np.linalg.norm(e)
+    for name, plane in expected[1].items():
+        bits, right = (x.view(np.int16 if name == "rope" else np.uint8).astype(int) for x in (found[1][name], plane))
+        assert np.abs(bits - right).max() <= 1, name
+        assert (bits != right).sum() <= 2e-3 * shape.batch * plane.shape[-1], name
+    if expected[2] is not None:
+        assert (found[2] != expected[2]).mean() < 1e-4
+        np.testing.assert_allclose(found[2].astype(float), expected[2].astype(float), rtol=0.51, atol=0.3)
+
+
+def run(shape, config, inputs, **options):
+    return op(*inputs, **shape.static, config=config, **options)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_interpreted(name):
+    shape, config = SMALL[name]
+    inputs = shape.inputs(jax.random.key(0))
+    found = run(shape, config, inputs, interpret=True)
+    check(found, latent.reference(*inputs, **shape.static), shape)
+    # Another layer's rows, other slots, and the rows of an inactive sequence stay; the others are new.
+    before, after = (np.asarray(w["codes"].astype(jnp.float32)) for w in (inputs[-1], found[1]))
+    changed = {tuple(map(int, x)) for x in np.argwhere((before != after).any(-1))}
+    *_, position, active, layers, _ = inputs
+    at = [(int(layers[1]), b, int(position[b]) % shape.window) for b in range(shape.batch) if active[b]]
+    assert changed == set(at) and 0 < len(at) == shape.batch - shape.batch // 3
+
+
+def test_reference_is_the_model():
+    B, H, D, Hi, Di = 3, 2, 256, 4, 128
+    shape = Shape(B, Hi, H, D, Di, window=4, dtype="float32")
+    q, kv, qi, norm, _, _, position, active, layers, window = shape.inputs(jax.random.key(0))
+    freq = np.linspace(1, 0.01, 32).astype(np.float32)
+    angle = position[:, None].astype(jnp.float32) * freq
+    inputs = q, kv, qi, norm, jnp.cos(angle), jnp.sin(angle), position, active, layers, window
+
+    at = position[:, None]
+    queries = rope.rotate(rms_norm(q.reshape(B, 1, H, D), 1e-6), at, freq)
+    row = rope.rotate(rms_norm(kv, 1e-6, norm[layers[0]])[:, None, None], at, freq)[:, 0, 0]
+    new = num.Fp8Row(D, 64).encode(row)
+    expected = {k: np.array(x) for k, x in window.items()}
+    for b in range(B):
+        if active[b]:
+            for k, plane in expected.items():
+                plane[layers[1], b, position[b] % 4] = new[k][b]
+    rotated = num.index_rotation(rope.rotate(qi.reshape(B, 1, Hi, Di), at, freq), "official")
+    fp4 = num.Fp4Row(Di)
+    index_queries = fp4.decode(fp4.encode(rotated), jnp.float32).astype(jnp.bfloat16)
+    expected = jax.tree.map(jnp.asarray, expected)
+    check(op(*inputs, implementation="xla"), (queries.astype(jnp.float16), expected, index_queries), shape)
+
+
+@pytest.mark.parametrize("exponent", [-100, -20, 0, 20])
+def test_rounding_is_that_of_the_rows(exponent):
+    """Largest values around 448 and 6, times a power of two; beside them every tie of E2M1, and neighbours of both."""
+    ties = np.arange(0, 6.25, 0.25, dtype=np.float32)
+    for block, largest in ((64, 448.0), (32, 6.0)):
+        x = np.zeros((5, block), np.float32)
+        x[:, :25] = ties
+        x[3:, :25] = np.nextafter(ties, np.float32([[0], [9]]))
+        x[:, 25] = np.float32(largest) * np.float32([1, 1 + 2**-23, 1 - 2**-24, 1, 1])
+        x = jnp.asarray(np.concatenate([x, -x]) * np.float32(2.0**exponent))
+        if block == 64:
+            codes, exponents = latent._e4m3(x)
+            expected = num.Fp8Row(128, 64).encode(jnp.concatenate([x, x], axis=-1))
+            np.testing.assert_array_equal(codes.astype(jnp.float32), expected["codes"].astype(jnp.float32))
+            np.testing.assert_array_equal(exponents, expected["exponents"])
+        else:
+            row = num.Fp4Row(32)
+            np.testing.assert_array_equal(latent._e2m1(x), row.decode(row.encode(x), jnp.float32))
+
+
+@pytest.mark.parametrize("device", GPUS)
+def test_lowers_for_gpus(device):
+    for name, shape in SHAPES.items():
+        inputs = jax.eval_shape(shape.inputs, jax.random.key(0))
+        text = common.lower_for_gpu(lambda *a, s=shape: op(*a, **s.static), *inputs, device=device)
+        assert text.count("__gpu$xla.gpu.triton") == 1, name
+
+
+@pytest.mark.parametrize(
+    "shape, change, message",
+    [
+        (Shape(1, dim=192), {}, "heads of 192"),
+        (Shape(1, 4, index_dim=96), {}, "index queries of 96"),
+        (Shape(1, heads=6), {"config": Config(4)}, "6 heads and 0 of the index, expected multiples of 4"),
+        (Shape(1), {"q": jnp.zeros((1, 700))}, "700"),
+        (Shape(1), {"cos": jnp.zeros((1, 16))}, "cos"),
+        (Shape(1), {"window": {"x": jnp.zeros((1, 1, 8, 512))}}, "planes"),
+    ],
+)
+def test_unsupported(shape, change, message):
+    names = "q", "kv", "qi", "norm", "cos", "sin", "position", "active", "layers", "window"
+    args = dict(zip(names, shape.inputs(jax.random.key(0)), strict=True))
+    with pytest.raises(common.Unsupported, match=message):
+        op(**args | change, **shape.static)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", SHAPES)
+def test_gpu(name):
+    shape = SHAPES[name]
+    inputs = shape.inputs(jax.random.key(sum(name.encode())))
+    expected = jax.jit(lambda *a: latent.reference(*a, **shape.static))(*inputs)
+    configs = {latent.default_config(shape), *latent.configs(shape)[::5]}
+    for config in configs:
+        f = jax.jit(lambda *a, c=config: run(shape, c, a))
+        found, again = f(*inputs), f(*inputs)
+        check(found, expected, shape)
+        for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(again), strict=True):
+            np.testing.assert_array_equal(np.asarray(x).view(np.uint8), np.asarray(y).view(np.uint8))
