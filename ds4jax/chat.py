@@ -126,7 +126,11 @@ def render_ids(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], **op
     options: those of `render`, except `profile`.
     Raises Ds4Error as `render` does, and if the vocabulary lacks a control token or the template is V4.1's.
     """
-    segments = render(messages, profile=effort_profile(tokenizer.chat_template), **options)
+    return to_ids(tokenizer, render(messages, profile=effort_profile(tokenizer.chat_template), **options))
+
+
+def to_ids(tokenizer: Tokenizer, segments: Sequence[Segment]) -> list[int]:
+    """The ids of a rendered prompt. Raises Ds4Error if the vocabulary lacks one of its control tokens."""
     return tokenizer.encode_segments(tokenizer.special(s) if isinstance(s, Special) else s for s in segments)
 
 

@@ -120,12 +120,14 @@ class OutputParser:
         thinking: bool,
         tools: Sequence[Mapping[str, Any]] | None = None,
         stop: Sequence[str] = (),
+        raw: bool = False,
         new_id: Callable[[], str] = new_call_id,
     ):
         """thinking: whether the prompt ended with `<think>`.
 
         tools: as given to `chat.render`; without any, or with None where calls are not wanted, their markup is text.
         stop: strings of which the first to be complete ends the text and is cut off; thoughts and calls do not count.
+        raw: the prompt was not a chat, so a stray `</think>` is text too.
         new_id: makes the ids of calls.
         Raises Ds4Error for an empty stop string, tools `chat.normalise_tools` refuses and a vocabulary without control
         tokens.
@@ -135,7 +137,7 @@ class OutputParser:
         self._schemas = {tool["name"]: tool.get("parameters") for tool in chat.normalise_tools(tools or ())}
         self._eos, self._marks = tokenizer.eos_id, {tokenizer.special(s): mark for s, mark in _MARKS.items()}
         self._decoder, self._stop, self._new_id = StreamDecoder(tokenizer), tuple(stop), new_id
-        self.done, self.reasoning_tokens = False, 0
+        self.done, self.reasoning_tokens, self._raw_text = False, 0, raw
 
         self._thinking, self._ids = thinking, []  # of the turn
         self._state = self._opening if thinking else self._text  # consumes from the buffer; true if it is to go on
@@ -216,7 +218,8 @@ class OutputParser:
 
     def _text(self) -> bool:
         """Stray `</think>` vanish; white space before the calls is part of their markup."""
-        self._buffer = self._buffer.replace(_END_THINK, "")
+        if not self._raw_text:
+            self._buffer = self._buffer.replace(_END_THINK, "")
         text, marker = self._buffer, ""
         if self._schemas:
             text, marker, _ = text.partition(_CALLS)

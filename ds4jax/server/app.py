@@ -1,0 +1,321 @@
+"""The application: paths, limits and errors, and the life of a stream to its last byte or a disconnect."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import hmac
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine
+from importlib import resources
+from typing import Any
+
+import prometheus_client
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import HTMLResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from ds4jax import chat as prompt
+from ds4jax.engine.engine import Engine, EngineFailed, Stopping
+from ds4jax.errors import Ds4Error
+from ds4jax.server import conversation, requests
+from ds4jax.server.chat import ChatReply
+from ds4jax.server.completions import CompletionReply
+from ds4jax.server.conversation import Conversation, Idle
+from ds4jax.server.errors import ApiError
+from ds4jax.server.messages import MessagesReply
+from ds4jax.server.metrics import Metrics
+from ds4jax.server.requests import Ask
+from ds4jax.server.responses import ResponsesReply
+from ds4jax.server.sse import Reply, dumps
+
+MAX_COMPLETION = 393216  # tokens: the longest answer that the model was trained for
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How to serve. keep_alive: seconds of silence after which a stream says something. cors: whether pages of any
+    origin may call. api_key: what clients must send as `Authorization: Bearer` or `x-api-key`. max_body: bytes;
+    max_depth: of nested JSON."""
+
+    keep_alive: float = 5.0
+    cors: bool = False
+    api_key: str | None = None
+    max_body: int = 64 << 20
+    max_depth: int = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Api:
+    read: Callable[[dict[str, Any]], Ask]
+    reply: type[Reply]
+
+
+APIS = {
+    "/v1/chat/completions": Api(requests.chat, ChatReply),
+    "/v1/completions": Api(requests.completions, CompletionReply),
+    "/v1/messages": Api(requests.messages, MessagesReply),
+    "/v1/responses": Api(requests.responses, ResponsesReply),
+}
+
+
+def make_app(engine: Engine, options: Options | None = None) -> ASGIApp:
+    """The ASGI application that serves `engine`, which remains the caller's to close."""
+    server = _Server(engine, options or Options())
+    routes = [
+        Route("/", server.page),
+        Route("/health", server.health),
+        Route("/metrics", server.show_metrics),
+        Route("/v1/models", server.models),
+        Route("/v1/models/{id:path}", server.model),
+        Route("/v1/messages/count_tokens", server.count_tokens, methods=["POST"]),
+        *(Route(path, server.answer, methods=["POST"], name=path) for path in APIS),
+    ]
+    app = Starlette(routes=routes, exception_handlers={HTTPException: _http_error})
+    return _Gate(app, server.options)
+
+
+class _Server:
+    def __init__(self, engine: Engine, options: Options):
+        self.engine, self.options = engine, options
+        self.metrics, self._started = Metrics(engine), int(time.time())
+        self._down: Ds4Error | None = None  # why nothing will be answered any more
+
+    # ---- answers -----------------------------------------------------------------------------------------------------
+    async def answer(self, request: Request) -> Response:
+        """One of `APIS`: an object, or a stream of events from before the prompt is computed on."""
+        path, api = request.url.path, APIS[request.url.path]
+        status = 200
+        try:
+            ask = api.read(await self._body(request))
+            started = Conversation.start(
+                self.engine, ask, id_prefix=api.reply.id_prefix, keep_alive=self.options.keep_alive
+            )
+            try:
+                talk = await _unless_gone(request, started)
+            except ApiError as error:
+                # Codex looks for this error among the events only.
+                if not (ask.stream and api.reply is ResponsesReply and error.code == "context_length_exceeded"):
+                    raise
+                return _EventStream(self._failed(ResponsesReply.failed(ask, self._model_of(ask), error)), lambda: None)
+            reply = api.reply(talk, self._model_of(ask))
+            if ask.stream:
+                return _EventStream(self._events(reply), talk.cancel)
+            await _unless_gone(request, talk.run())
+            if talk.finish.reason == "error":
+                raise _unfinished()
+            return _json(reply.whole())
+        except ClientDisconnect:
+            status = 499
+            return Response(status_code=status)
+        except Exception as error:
+            api_error = self._note(error)
+            status = api_error.status
+            return _error(request, api_error)
+        finally:
+            self.metrics.request(path, status)
+
+    def _model_of(self, ask: Ask) -> str:
+        return ask.model or self.engine.model_name
+
+    def _note(self, error: Exception) -> ApiError:
+        if isinstance(error, EngineFailed | Stopping):
+            self._down = error
+        return ApiError.of(error)
+
+    @staticmethod
+    async def _failed(data: bytes) -> AsyncIterator[bytes]:
+        yield data
+
+    async def _events(self, reply: Reply) -> AsyncIterator[bytes]:
+        talk = reply.conversation
+        try:
+            yield reply.begin()
+            async for event in talk:
+                if data := reply.idle(event) if isinstance(event, Idle) else reply.on(event):
+                    yield data
+            if talk.finish.reason == "error":
+                raise _unfinished()
+            yield reply.end()
+        except Exception as error:
+            yield reply.fail(self._note(error))
+
+    async def count_tokens(self, request: Request) -> Response:
+        try:
+            ask = requests.messages(await self._body(request))
+            tokens = await asyncio.to_thread(conversation.render, self.engine, ask)
+            return _json({"input_tokens": len(tokens)})
+        except Exception as error:
+            return _error(request, ApiError.of(error))
+
+    async def _body(self, request: Request) -> dict[str, Any]:
+        """The JSON object that was sent, within the limits."""
+        if request.headers.get("content-encoding", "identity") != "identity":
+            raise ApiError("content-encoding: found a compressed body, expected plain JSON", 415)
+        limit, size, chunks = self.options.max_body, 0, []
+        too_large = ApiError(f"body: found more than {limit} bytes, expected at most that", 413)
+        if (declared := request.headers.get("content-length", "0")).isdecimal() and int(declared) > limit:
+            raise too_large
+        async for chunk in request.stream():
+            size += len(chunk)
+            if size > limit:
+                raise too_large
+            chunks.append(chunk)
+        return await asyncio.to_thread(_parse, b"".join(chunks), self.options.max_depth)
+
+    # ---- the rest ----------------------------------------------------------------------------------------------------
+    async def models(self, request: Request) -> Response:
+        model = self._model(self.engine.model_name)
+        ids = {"first_id": model["id"], "last_id": model["id"], "has_more": False}  # Anthropic's
+        return _json({"object": "list", "data": [model], "models": [], **ids})  # Codex wants `models`, of its own kind
+
+    async def model(self, request: Request) -> Response:
+        return _json(self._model(request.path_params["id"]))
+
+    def _model(self, id: str) -> dict[str, Any]:
+        """Any name is this model. The fields are OpenAI's and Anthropic's."""
+        ctx = self.engine.ctx
+        created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self._started))
+        openai = {"id": id, "object": "model", "created": self._started, "owned_by": "ds4jax"}
+        limits = {"context_length": ctx, "max_completion_tokens": min(MAX_COMPLETION, ctx)}
+        return {**openai, **limits, "type": "model", "display_name": id, "created_at": created}
+
+    async def health(self, request: Request) -> Response:
+        """503 once the engine has refused to work on: it is stopping, or only a restart helps."""
+        if self._down is None:
+            return _json({"status": "ok", "model": self.engine.model_name})
+        return _json({"status": "error", "error": str(self._down)}, 503)
+
+    async def show_metrics(self, request: Request) -> Response:
+        return Response(self.metrics.text(), media_type=prometheus_client.CONTENT_TYPE_PLAIN_0_0_4)
+
+    async def page(self, request: Request) -> Response:
+        policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
+        return HTMLResponse(_page(), headers={"content-security-policy": f"{policy}; img-src data:"})
+
+
+def _page() -> str:
+    return resources.files("ds4jax.server").joinpath("page.html").read_text(encoding="utf-8")
+
+
+def _parse(body: bytes, max_depth: int) -> dict[str, Any]:
+    try:
+        value = prompt.read_json(body.decode())
+    except ValueError as error:  # a UnicodeDecodeError is one too
+        raise ApiError(f"body: not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ApiError(f"body: found a JSON {type(value).__name__}, expected an object")
+    level: list[Any] = [value]
+    for _ in range(max_depth):
+        level = [
+            child
+            for node in level
+            for child in (node.values() if isinstance(node, dict) else node)
+            if isinstance(child, dict | list)
+        ]
+        if not level:
+            return value
+    raise ApiError(f"body: found JSON nested deeper than {max_depth}, expected at most that")
+
+
+def _unfinished() -> ApiError:
+    return ApiError("the model ended its turn inside a tool call", 500)
+
+
+async def _unless_gone[T](request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, which is cancelled if the client disconnects first: then raises ClientDisconnect."""
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    task, watch = asyncio.ensure_future(work), asyncio.ensure_future(gone())
+    try:
+        await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return task.result()
+    finally:
+        task.cancel()
+        watch.cancel()
+
+
+class _EventStream(StreamingResponse):
+    """Server-sent events. However it ends, `done` is called: also when the client goes away while nothing is read."""
+
+    def __init__(self, events: AsyncIterator[bytes], done: Callable[[], None]):
+        headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+        super().__init__(events, media_type="text/event-stream", headers=headers)
+        self._done = done
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._done()
+
+
+class _Gate:
+    """Around the application: the API key and CORS."""
+
+    def __init__(self, app: ASGIApp, options: Options):
+        self._app, self._options = app, options
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        if self._options.cors:
+            send = _with_cors(send)
+        request = Request(scope)
+        if request.method == "OPTIONS":
+            return await Response(status_code=204)(scope, receive, send)
+        if not self._allowed(request):
+            error = ApiError("the API key is missing or wrong", 401, code="invalid_api_key")
+            return await _error(request, error)(scope, receive, send)
+        await self._app(scope, receive, send)
+
+    def _allowed(self, request: Request) -> bool:
+        key = self._options.api_key
+        if key is None or request.url.path in ("/", "/health"):
+            return True
+        bearer = request.headers.get("authorization", "").removeprefix("Bearer ")
+        sent = request.headers.get("x-api-key", bearer)
+        return hmac.compare_digest(sent.encode(), key.encode())
+
+
+def _with_cors(send: Send) -> Send:
+    headers = [
+        (b"access-control-allow-origin", b"*"),
+        (b"access-control-allow-methods", b"GET, POST, OPTIONS"),
+        (b"access-control-allow-headers", b"*, Authorization"),
+    ]
+
+    async def wrapped(message: Any) -> None:
+        if message["type"] == "http.response.start":
+            message = {**message, "headers": [*message.get("headers", ()), *headers]}
+        await send(message)
+
+    return wrapped
+
+
+def _json(value: Any, status: int = 200) -> Response:
+    return Response(dumps(value), status, media_type="application/json")
+
+
+def _error(request: Request, error: ApiError) -> Response:
+    """In Anthropic's form for its paths and its clients, else in OpenAI's."""
+    theirs = request.url.path.startswith("/v1/messages") or "anthropic-version" in request.headers
+    response = _json(error.anthropic() if theirs else error.openai(), error.status)
+    if error.status == 503:
+        response.headers["retry-after"] = "1"
+    return response
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    found = f"{request.method} {request.url.path}"
+    text = f"found {found}, expected another method" if error.status_code == 405 else f"found no {request.url.path}"
+    return _error(request, ApiError(text, error.status_code))

@@ -1,0 +1,60 @@
+"""Completions: `POST /v1/completions`, a raw prompt continued."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+from ds4jax.chat_parser import Event, TextDelta
+from ds4jax.server.chat import DONE, finish_reason, usage
+from ds4jax.server.conversation import Conversation, Logprob
+from ds4jax.server.sse import Reply, event, new_id
+
+
+class CompletionReply(Reply):
+    def __init__(self, conversation: Conversation, model: str):
+        super().__init__(conversation, model)
+        self.id, self._logprobs_sent, self._offset = new_id("cmpl-"), 0, 0
+
+    def begin(self) -> bytes:
+        return self._chunk("", None)
+
+    def on(self, e: Event) -> bytes:
+        return self._chunk(e.text, None) if isinstance(e, TextDelta) else b""
+
+    def end(self) -> bytes:
+        out = self._chunk("", finish_reason(self.conversation.finish))
+        if self.ask.include_usage:
+            out += event(self._head() | {"choices": [], "usage": usage(self.conversation.usage)})
+        return out + DONE
+
+    def whole(self) -> dict[str, Any]:
+        choice = self._choice(self.conversation.message["content"], finish_reason(self.conversation.finish))
+        return self._head() | {"choices": [choice], "usage": usage(self.conversation.usage)}
+
+    def _head(self) -> dict[str, Any]:
+        return {"id": self.id, "object": "text_completion", "created": self.created, "model": self.model}
+
+    def _chunk(self, text: str, finish: str | None) -> bytes:
+        return event(self._head() | {"choices": [self._choice(text, finish)]})
+
+    def _choice(self, text: str, finish: str | None) -> dict[str, Any]:
+        new = self.conversation.logprobs[self._logprobs_sent :]
+        self._logprobs_sent += len(new)
+        return {"text": text, "index": 0, "logprobs": self._logprobs(new), "finish_reason": finish}
+
+    def _logprobs(self, logprobs: list[Logprob]) -> dict[str, Any] | None:
+        if self.ask.logprobs is None:
+            return None
+        tokens = [_text(item.token) for item in logprobs]
+        *offsets, self._offset = itertools.accumulate(map(len, tokens), initial=self._offset)
+        return {
+            "tokens": tokens,
+            "token_logprobs": [item.logprob for item in logprobs],
+            "top_logprobs": [{_text(token): logprob for token, logprob in item.top} for item in logprobs],
+            "text_offset": offsets,
+        }
+
+
+def _text(token: bytes) -> str:
+    return token.decode("utf-8", "replace")

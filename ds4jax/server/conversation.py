@@ -1,0 +1,237 @@
+"""One request from `Ask` to its last event: render, submit, parse, count. All that the APIs share; no HTTP here.
+
+    conversation = await Conversation.start(engine, ask)     # raises ApiError while a status can still be sent
+    async for event in conversation: ...                     # ds4jax.chat_parser's events, and Idle
+    conversation.finish, conversation.usage, conversation.message
+
+A conversation that is dropped or cancelled, at whatever point, gives its place in the engine back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import functools
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from ds4jax import chat, chat_parser
+from ds4jax.chat_parser import Event, Finish, OutputParser, TextDelta
+from ds4jax.engine.engine import Engine, Finished, Prefilled, Request, Started, Token
+from ds4jax.engine.engine import Event as EngineEvent
+from ds4jax.server.errors import ApiError, overflow
+from ds4jax.server.requests import Ask
+from ds4jax.tokenizer import Tokenizer
+
+ADMISSION = 1.0
+"""Seconds to wait for a place in the engine before the first event goes out without the number of cached tokens."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Idle:
+    """Nothing else has happened for a while: the connection is to be kept alive. prefilled: tokens so far, of total."""
+
+    prefilled: int
+    total: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Usage:
+    """Tokens. cached: those of the prompt that were not computed anew. reasoning: those of the completion that thought.
+
+    The token that ends a turn counts as part of the completion.
+    """
+
+    prompt: int
+    cached: int = 0
+    completion: int = 0
+    reasoning: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Logprob:
+    """A token of the text: the bytes it stands for, its log-probability, and the likeliest ones in its place."""
+
+    token: bytes
+    logprob: float
+    top: tuple[tuple[bytes, float], ...]
+
+
+class Conversation:
+    """An async iterator over the events of one answer; see the module.
+
+    Attributes: ask; usage and logprobs (of the text, so far); finish (the last event, once it is out).
+    """
+
+    def __init__(self, engine: Engine, ask: Ask, request: Request, parser: OutputParser, keep_alive: float):
+        self.ask, self.usage, self.finish = ask, Usage(len(request.tokens)), None
+        self.logprobs: list[Logprob] = []
+        self._pending: list[Logprob] = []  # of tokens read, whose text has not been shown
+        self._engine, self._parser, self._keep_alive = engine, parser, keep_alive
+        self._prefilled = 0
+        self._events: list[Event] = []
+        self._stream = engine.submit(request)
+
+    @classmethod
+    async def start(
+        cls, engine: Engine, ask: Ask, *, id_prefix: str = "call_", keep_alive: float = 5.0
+    ) -> Conversation:
+        """Render, check and submit; returns once the engine has admitted the request, or after ADMISSION seconds.
+
+        id_prefix: of the ids of tool calls. keep_alive: seconds of silence between `Idle` events.
+        Raises ApiError, or an error of the engine.
+        """
+        request, parser = await asyncio.to_thread(_prepare, engine, ask, id_prefix)
+        conversation = cls(engine, ask, request, parser, keep_alive)
+        try:
+            if (event := await conversation._receive(ADMISSION)) is not None:
+                await conversation._on(event)
+        except BaseException:
+            conversation.cancel()
+            raise
+        return conversation
+
+    @property
+    def message(self) -> dict[str, Any]:
+        """The answer as an assistant message in Chat Completions' form; see `ds4jax.chat_parser.message`."""
+        return chat_parser.message(self._events)
+
+    def cancel(self) -> None:
+        """Give the place in the engine back. Nothing more comes; may be called at any time, several times."""
+        self._stream.cancel()
+
+    async def __aiter__(self) -> AsyncIterator[Event | Idle]:
+        try:
+            while self.finish is None:
+                if (event := await self._receive(self._keep_alive)) is None:
+                    yield Idle(self._prefilled, self.usage.prompt)
+                    continue
+                for said in await self._on(event):
+                    yield said
+        finally:
+            self.cancel()
+
+    async def run(self) -> None:
+        """Go on to the end."""
+        async for _ in self:
+            pass
+
+    async def _receive(self, seconds: float) -> EngineEvent | None:
+        """The engine's next event, or None if none comes in this time; a stream may be given up while it waits."""
+        try:
+            async with asyncio.timeout(seconds):
+                return await anext(self._stream)
+        except TimeoutError:
+            return None
+
+    async def _on(self, event: EngineEvent) -> list[Event]:
+        match event:
+            case Started(cached):
+                self.usage = dataclasses.replace(self.usage, cached=cached)
+                return []
+            case Prefilled(done):
+                self._prefilled = done
+                return []
+            case Token():
+                events = self._token(event)
+            case Finished(reason):
+                events = self._parser.finish(reason)
+        self._events += events
+        if events and isinstance(events[-1], Finish):
+            self.finish = events[-1]
+            if turn := self.finish.turn:  # kept before the client can know of it
+                note = {"thinking": turn.thinking, "message": turn.message, "ids": list(turn.ids)}
+                await asyncio.to_thread(self._engine.put_note, _key(turn.message), note)
+        return events
+
+    def _token(self, token: Token) -> list[Event]:
+        thought = self._parser.reasoning_tokens
+        events = self._parser.push(token.id)
+        reasoning = self._parser.reasoning_tokens
+        self.usage = dataclasses.replace(self.usage, completion=self.usage.completion + 1, reasoning=reasoning)
+        if token.logprob is not None and reasoning == thought and token.id != self._engine.tokenizer.eos_id:
+            spell = self._engine.tokenizer.id_to_bytes
+            top = tuple((spell(id), logprob) for id, logprob in token.top)
+            self._pending.append(Logprob(spell(token.id), token.logprob, top))
+        if any(isinstance(event, TextDelta) for event in events):  # tokens of a tool call never get here
+            self.logprobs += self._pending
+            self._pending = []
+        return events
+
+
+def render(engine: Engine, ask: Ask) -> list[int]:
+    """The token ids of a request's prompt. Raises Ds4Error."""
+    tokenizer = engine.tokenizer
+    if isinstance(ask.prompt, list):
+        if wrong := [id for id in ask.prompt if not 0 <= id < tokenizer.vocab_size]:
+            raise ApiError(f"prompt: found token id {wrong[0]}, expected 0 to {tokenizer.vocab_size - 1}")
+        return ask.prompt
+    if ask.prompt is not None:
+        _check_size(engine, [ask.prompt])
+        return tokenizer.encode_raw(ask.prompt)
+    segments = chat.render(
+        ask.messages,
+        think=ask.think,
+        profile=chat.effort_profile(tokenizer.chat_template),
+        ctx=engine.ctx,
+        tools=ask.tools,
+        response_format=ask.schema if isinstance(ask.schema, dict) else None,
+        replay=_replay(engine, ask.messages),
+    )
+    _check_size(engine, segments)
+    return chat.to_ids(tokenizer, segments)
+
+
+def _check_size(engine: Engine, segments: Sequence[chat.Segment]) -> None:
+    """Refuses what cannot fit by its mere size, before minutes are spent on cutting it into tokens."""
+    least = sum(len(segment) for segment in segments if isinstance(segment, str)) // _longest(engine.tokenizer)
+    if least >= engine.ctx:
+        raise overflow(least, engine.ctx, " (at least)")
+
+
+@functools.cache
+def _longest(tokenizer: Tokenizer) -> int:
+    """Characters of the longest token, at least."""
+    return max(map(len, tokenizer.tokens))
+
+
+def _prepare(engine: Engine, ask: Ask, id_prefix: str) -> tuple[Request, OutputParser]:
+    raw = ask.prompt is not None
+    if ask.schema is not None:
+        raise ApiError("response_format: found a JSON format, expected text: the engine cannot enforce one")
+    parser = OutputParser(
+        engine.tokenizer,
+        thinking=not raw and ask.think != "off",
+        tools=ask.tools,
+        stop=ask.stop,
+        raw=raw,
+        new_id=lambda: chat_parser.new_call_id(id_prefix),
+    )
+    tokens = render(engine, ask)
+    if len(tokens) >= engine.ctx:
+        raise overflow(len(tokens), engine.ctx)
+    request = Request(
+        tokens=tokens,
+        max_tokens=min(ask.max_tokens or engine.ctx, engine.ctx),
+        sampling=ask.sampling,
+        logprobs=ask.logprobs,
+    )
+    return request, parser
+
+
+# ---- replay: turns with tool calls, as they were sampled -------------------------------------------------------------
+def _key(message: dict[str, Any]) -> str:
+    return f"turn:{message['tool_calls'][0]['id']}"
+
+
+def _replay(engine: Engine, messages: list[Any]) -> dict[str, chat.SampledTurn]:
+    """What is remembered of the turns with calls in `messages`, by the id of each one's first call."""
+    out = {}
+    for message in messages:
+        try:
+            id, key = message["tool_calls"][0]["id"], _key(message)
+        except (TypeError, LookupError):  # no calls, or nothing the renderer will take
+            continue
+        if isinstance(id, str) and (note := engine.note(key)):
+            out[id] = chat.SampledTurn(note["thinking"], note["message"], tuple(note["ids"]))
+    return out

@@ -1,0 +1,65 @@
+"""What goes wrong, as a client sees it: a status, and the error object of the API that was called."""
+
+from __future__ import annotations
+
+import logging
+import re
+from typing import Any
+
+from ds4jax.engine.engine import ContextOverflow, EngineFailed, Overloaded, Stopping
+from ds4jax.errors import Ds4Error
+
+log = logging.getLogger(__name__)
+
+# status: error type of OpenAI's APIs, of Anthropic's
+_TYPES = {
+    400: ("invalid_request_error", "invalid_request_error"),
+    401: ("invalid_request_error", "authentication_error"),
+    404: ("invalid_request_error", "not_found_error"),
+    405: ("invalid_request_error", "invalid_request_error"),
+    413: ("invalid_request_error", "request_too_large"),
+    415: ("invalid_request_error", "invalid_request_error"),
+    500: ("server_error", "api_error"),
+    503: ("server_error", "overloaded_error"),
+}
+_PATH = re.compile(r"[A-Za-z_][\w.\[\]]*(?=: )")  # the beginning of most messages of a Ds4Error
+
+
+class ApiError(Ds4Error):
+    """An error for the client.
+
+    param: the part of the body that is wrong, as a path. code: OpenAI's name for this very error.
+    """
+
+    def __init__(self, message: str, status: int = 400, *, param: str | None = None, code: str | None = None):
+        super().__init__(message)
+        self.message, self.status, self.param, self.code = message, status, param, code
+
+    @classmethod
+    def of(cls, error: BaseException) -> ApiError:
+        """Any exception as an ApiError; what is not the client's doing goes to the log."""
+        match error:
+            case ApiError():
+                return error
+            case ContextOverflow():
+                return overflow(error.prompt, error.ctx)
+            case Overloaded() | Stopping():
+                return cls(str(error), 503, code="overloaded" if isinstance(error, Overloaded) else "stopping")
+            case Ds4Error() if not isinstance(error, EngineFailed):
+                path = _PATH.match(str(error))
+                return cls(str(error), param=path[0] if path else None)
+        log.error("a request failed", exc_info=error)
+        return cls("the server failed; its log says how", 500)
+
+    def openai(self) -> dict[str, Any]:
+        kind = _TYPES[self.status][0]
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+    def anthropic(self) -> dict[str, Any]:
+        return {"type": "error", "error": {"type": _TYPES[self.status][1], "message": self.message}}
+
+
+def overflow(prompt: int, ctx: int, note: str = "") -> ApiError:
+    """A prompt that leaves no room for an answer. Coding agents look for these very words, or for the code."""
+    text = f"prompt is too long: {prompt} tokens > {ctx - 1} maximum{note}"
+    return ApiError(text, param="messages", code="context_length_exceeded")

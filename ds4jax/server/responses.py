@@ -1,0 +1,208 @@
+"""OpenAI's Responses: `POST /v1/responses`. Nothing is stored: every request brings its whole history."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+from ds4jax.chat_parser import Event, TextDelta, ThinkingDelta, ToolCallFinished
+from ds4jax.server.conversation import Conversation, Idle, Usage
+from ds4jax.server.errors import ApiError
+from ds4jax.server.requests import Ask
+from ds4jax.server.sse import Reply, event, new_id
+
+Item = dict[str, Any]
+
+
+class ResponsesReply(Reply):
+    """Output items one after the other: thoughts (if a summary is asked for), text, calls. A call comes once it is
+    whole, its arguments in one delta."""
+
+    def __init__(self, conversation: Conversation, model: str):
+        super().__init__(conversation, model)
+        self._head = _head(self.ask, model)
+        self._events, self._output = _Numbered(), []
+        self._item: Item | None = None  # the one that is being written
+        self._text: list[str] = []  # of it
+
+    def begin(self) -> bytes:
+        return self._events("response.created", response=self._response("in_progress"))
+
+    def idle(self, idle: Idle) -> bytes:
+        return self._events("response.in_progress", response=self._response("in_progress"))
+
+    def on(self, e: Event) -> bytes:
+        match e:
+            case ThinkingDelta(text) if self.ask.summary:
+                out = self._enter("reasoning")
+                self._text.append(text)
+                return out + self._part("reasoning_summary_text.delta", delta=text)
+            case TextDelta(text):
+                out = self._enter("message")
+                self._text.append(text)
+                return out + self._part("output_text.delta", delta=text, logprobs=[])
+            case ToolCallFinished(_, id, name, arguments):
+                return self._close() + self._call(id, name, arguments)
+        return b""
+
+    def end(self) -> bytes:
+        out = self._close("incomplete" if self.conversation.finish.reason == "length" else "completed")
+        response = self._final()
+        return out + self._events(f"response.{response['status']}", response=response)
+
+    def fail(self, error: ApiError) -> bytes:
+        return self._events("response.failed", response=_failed(self._response("failed"), error))
+
+    def whole(self) -> dict[str, Any]:
+        message = self.conversation.message
+        if self.ask.summary and (thoughts := message.get("reasoning_content")):
+            self.on(ThinkingDelta(thoughts))
+        if message["content"]:
+            self.on(TextDelta(message["content"]))
+        for i, call in enumerate(message.get("tool_calls", ())):
+            self.on(ToolCallFinished(i, call["id"], **call["function"]))
+        self.end()
+        return self._final()
+
+    @classmethod
+    def failed(cls, ask: Ask, model: str, error: ApiError) -> bytes:
+        """The events of a request that failed before there was a conversation."""
+        events, head = _Numbered(), _head(ask, model)
+        head |= {"output": [], "usage": None}
+        created = events("response.created", response=head | {"status": "in_progress"})
+        return created + events("response.failed", response=_failed(head, error))
+
+    def _response(self, status: str, usage: dict[str, Any] | None = None) -> dict[str, Any]:
+        return self._head | {"status": status, "output": list(self._output), "usage": usage}
+
+    def _final(self) -> dict[str, Any]:
+        cut = self.conversation.finish.reason == "length"
+        response = self._response("incomplete" if cut else "completed", _usage(self.conversation.usage))
+        return response | ({"incomplete_details": {"reason": "max_output_tokens"}} if cut else {})
+
+    # Items.
+
+    def _enter(self, kind: str) -> bytes:
+        if self._item and self._item["type"] == kind:
+            return b""
+        out = self._close()
+        if kind == "reasoning":
+            item = {"id": new_id("rs_"), "type": "reasoning", "summary": []}
+        else:
+            item = {
+                "id": new_id("msg_"),
+                "type": "message",
+                "role": "assistant",
+                "status": "in_progress",
+                "content": [],
+            }
+        return out + self._open(item) + self._part(f"{_PART[kind]}_part.added", part=_part(kind, ""))
+
+    def _close(self, status: str = "completed") -> bytes:
+        if self._item is None:
+            return b""
+        kind, text = self._item["type"], "".join(self._text)
+        part = _part(kind, text)
+        if kind == "reasoning":
+            out = self._part("reasoning_summary_text.done", text=text)
+            done = self._item | {"summary": [part]}
+        else:
+            out = self._part("output_text.done", text=text, logprobs=[])
+            done = self._item | {"status": status, "content": [part]}
+        return out + self._part(f"{_PART[kind]}_part.done", part=part) + self._done(done)
+
+    def _call(self, id: str, name: str, arguments: str) -> bytes:
+        if name in self.ask.custom_tools:
+            kind, key, value, prefix = "custom_tool_call", "input", _free_text(arguments), "ctc_"
+            deltas = "custom_tool_call_input"
+        else:
+            kind, key, value, prefix = "function_call", "arguments", arguments, "fc_"
+            deltas = "function_call_arguments"
+        item = {"id": new_id(prefix), "type": kind, "status": "in_progress", "call_id": id, "name": name, key: ""}
+        out = self._open(item)
+        out += self._in_item(f"{deltas}.delta", delta=value)
+        out += self._in_item(f"{deltas}.done", **({key: value, "name": name} if key == "arguments" else {key: value}))
+        return out + self._done(item | {"status": "completed", key: value})
+
+    def _open(self, item: Item) -> bytes:
+        self._item, self._text = item, []
+        return self._events("response.output_item.added", output_index=len(self._output), item=item)
+
+    def _done(self, item: Item) -> bytes:
+        out = self._events("response.output_item.done", output_index=len(self._output), item=item)
+        self._output.append(item)
+        self._item = None
+        return out
+
+    def _in_item(self, event_name: str, **data: Any) -> bytes:
+        return self._events(f"response.{event_name}", item_id=self._item["id"], output_index=len(self._output), **data)
+
+    def _part(self, name: str, **data: Any) -> bytes:
+        """An event about the item's only part."""
+        return self._in_item(name, **{_INDEX[self._item["type"]]: 0}, **data)
+
+
+_INDEX = {"reasoning": "summary_index", "message": "content_index"}
+_PART = {"reasoning": "reasoning_summary", "message": "content"}
+
+
+def _part(kind: str, text: str) -> dict[str, Any]:
+    if kind == "reasoning":
+        return {"type": "summary_text", "text": text}
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+
+
+class _Numbered:
+    """Events with their names, numbered from 0."""
+
+    def __init__(self):
+        self._n = -1
+
+    def __call__(self, name: str, /, **data: Any) -> bytes:
+        self._n += 1
+        return event({"type": name, "sequence_number": self._n, **data}, name)
+
+
+def _head(ask: Ask, model: str) -> dict[str, Any]:
+    """What a response says from the beginning; fields that the request gave are repeated."""
+    defaults = {
+        "error": None,
+        "incomplete_details": None,
+        "instructions": None,
+        "max_output_tokens": None,
+        "metadata": {},
+        "parallel_tool_calls": True,
+        "previous_response_id": None,
+        "reasoning": {"effort": None, "summary": None},
+        "store": False,
+        "temperature": ask.sampling.temperature,
+        "text": {"format": {"type": "text"}},
+        "tool_choice": "auto",
+        "tools": [],
+        "top_p": ask.sampling.top_p,
+        "truncation": "disabled",
+    }
+    head = {"id": new_id("resp_"), "object": "response", "created_at": int(time.time()), "model": model}
+    return {**head, **defaults, **ask.echo}
+
+
+def _failed(response: dict[str, Any], error: ApiError) -> dict[str, Any]:
+    code = error.code or ("server_error" if error.status >= 500 else "invalid_prompt")
+    return response | {"status": "failed", "error": {"code": code, "message": error.message}}
+
+
+def _free_text(arguments: str) -> str:
+    """What a tool of free text gets: its one parameter, or whatever the model wrote instead."""
+    value = json.loads(arguments)
+    return value["input"] if isinstance(value.get("input"), str) else arguments
+
+
+def _usage(tokens: Usage) -> dict[str, Any]:
+    return {
+        "input_tokens": tokens.prompt,
+        "input_tokens_details": {"cached_tokens": tokens.cached},
+        "output_tokens": tokens.completion,
+        "output_tokens_details": {"reasoning_tokens": tokens.reasoning},
+        "total_tokens": tokens.prompt + tokens.completion,
+    }

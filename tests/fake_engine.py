@@ -1,0 +1,118 @@
+"""An engine without a model: it plays scripted answers, for tests of what lies above; and a server around an engine."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import re
+import threading
+from collections.abc import Callable, Iterator
+
+import uvicorn
+
+from ds4jax.engine.engine import Finished, Prefilled, Request, Started, Stream, Token
+from ds4jax.server.app import Options, make_app
+from ds4jax.tokenizer import Special, byte_tokenizer
+
+TOKENIZER = byte_tokenizer()
+_SPECIALS = re.compile("(" + "|".join(re.escape(special.value) for special in Special) + ")")
+
+CALL = """<｜DSML｜tool_calls>
+<｜DSML｜invoke name="weather">
+<｜DSML｜parameter name="city" string="true">Oslo</｜DSML｜parameter>
+</｜DSML｜invoke>
+</｜DSML｜tool_calls>"""
+
+
+def ids(text: str) -> list[int]:
+    """Token ids of text in which control tokens are spelled."""
+    parts = _SPECIALS.split(text)
+    return TOKENIZER.encode_segments(TOKENIZER.special(Special(p)) if i % 2 else p for i, p in enumerate(parts) if p)
+
+
+class FakeEngine:
+    """Answers each request with `script(request)`: text with control tokens spelled, EOS added unless the text ends
+    in "…"; an exception is raised by the stream.
+
+    chunks: of the prefill. delay: seconds before the first event, each chunk and each token. cached: tokens.
+    Attributes: requests (all of them), running (streams that are neither finished nor cancelled).
+    """
+
+    def __init__(
+        self,
+        script: Callable[[Request], str | Exception],
+        *,
+        ctx: int = 4096,
+        chunks: int = 1,
+        delay: float = 0.0,
+        cached: int = 0,
+    ):
+        self.script, self.ctx, self._chunks, self._delay, self._cached = script, ctx, chunks, delay, cached
+        self.tokenizer, self.model_name, self.chat_template = TOKENIZER, "fake", None
+        self.requests: list[Request] = []
+        self.running: set[Stream] = set()
+        self.closed = False
+        self._notes: dict = {}
+
+    def submit(self, request: Request) -> Stream:
+        self.requests.append(request)
+        stream = Stream(self.running.discard)
+        self.running.add(stream)
+        asyncio.get_running_loop().create_task(self._play(request, stream))
+        return stream
+
+    async def _play(self, request: Request, stream: Stream) -> None:
+        for event in self._events(request):
+            await asyncio.sleep(self._delay)
+            if stream not in self.running:
+                return
+            stream._push(event)
+        self.running.discard(stream)
+        stream._push(None)
+
+    def _events(self, request: Request) -> Iterator:
+        text = self.script(request)
+        if isinstance(text, Exception):
+            yield text
+            return
+        n = len(request.tokens)
+        yield Started(min(self._cached, n), n)
+        for i in range(self._chunks):
+            yield Prefilled(n * (i + 1) // self._chunks, n)
+        answer = ids(text) if text.endswith("…") else [*ids(text), TOKENIZER.eos_id]
+        for id in answer[: request.max_tokens]:
+            top = () if request.logprobs is None else ((id, -0.5), (65, -2.0))[: request.logprobs]
+            yield Token(id, None if request.logprobs is None else -0.5, top)
+        yield Finished("stop" if len(answer) <= request.max_tokens and answer[-1] == TOKENIZER.eos_id else "length")
+
+    def metrics(self) -> dict:
+        return {"waiting": 0, "decoding": len(self.running), "ttft_seconds": 0.5, "ttft_count": 1} | {
+            "generated_tokens": 7,
+            "ttft_counts": [1] + [0] * 10,
+        }
+
+    def put_note(self, key, value) -> None:
+        self._notes[key] = value
+
+    def note(self, key):
+        return self._notes.get(key)
+
+    async def close(self, grace: float = 0.0) -> None:
+        self.closed = True
+
+
+@contextlib.contextmanager
+def serving(engine, options: Options | None = None) -> Iterator[str]:
+    """The address of a server of `engine`, in a thread of its own for as long as the block runs."""
+    config = uvicorn.Config(make_app(engine, options), port=0, log_level="warning", lifespan="off")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        for _ in itertools.takewhile(lambda _: not server.started and thread.is_alive(), itertools.count()):
+            threading.Event().wait(0.01)
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()

@@ -1,0 +1,470 @@
+"""The protocols, with scripted answers: as the official SDKs see them, and byte by byte where they do not look."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Iterator
+
+import anthropic
+import httpx
+import openai
+import pytest
+from fake_engine import CALL, TOKENIZER, FakeEngine, ids, serving
+
+from ds4jax.engine.engine import EngineFailed, Overloaded, Stopping
+from ds4jax.server.app import Options
+
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "The weather in a city",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+    },
+}
+HI = [{"role": "user", "content": "Hi"}]
+
+
+@contextlib.contextmanager
+def clients(script, options: Options | None = None, **engine) -> Iterator[tuple]:
+    """(OpenAI client, Anthropic client, httpx client, fake engine) of a server that answers as `script` says."""
+    engine = FakeEngine(script if callable(script) else lambda _: script, **engine)
+    with contextlib.ExitStack() as stack:
+        url = stack.enter_context(serving(engine, options))
+        o = stack.enter_context(openai.OpenAI(base_url=f"{url}/v1", api_key="k", max_retries=0, timeout=10))
+        a = stack.enter_context(anthropic.Anthropic(base_url=url, api_key="k", max_retries=0, timeout=10))
+        yield o, a, stack.enter_context(httpx.Client(base_url=url, timeout=10)), engine
+
+
+def prompt(engine: FakeEngine, n: int = -1) -> str:
+    return TOKENIZER.decode(engine.requests[n].tokens)
+
+
+def sse(text: str) -> list[tuple[str | None, dict | str]]:
+    """(event name, data) of a body of server-sent events; comments as ("", text)."""
+    out = []
+    for block in text.strip().split("\n\n"):
+        lines = dict(line.split(": ", 1) for line in block.split("\n"))
+        if "" in lines:
+            out.append(("", lines[""]))
+        else:
+            data = lines["data"]
+            out.append((lines.get("event"), data if data == "[DONE]" else json.loads(data)))
+    return out
+
+
+# ---- Chat Completions ------------------------------------------------------------------------------------------------
+def test_chat_plain():
+    with clients("I think.</think>Hello, world!", cached=3) as (o, _, _, engine):
+        done = o.chat.completions.create(model="m", messages=HI)
+        assert done.choices[0].message.content == "Hello, world!"
+        assert done.choices[0].message.reasoning_content == "I think."
+        assert done.choices[0].finish_reason == "stop" and done.model == "m" and done.choices[0].logprobs is None
+        usage, n = done.usage, len(ids("I think.</think>Hello, world!")) + 1
+        assert usage.prompt_tokens == len(engine.requests[0].tokens) and usage.prompt_tokens_details.cached_tokens == 3
+        assert usage.completion_tokens == n and usage.total_tokens == usage.prompt_tokens + n
+        assert usage.completion_tokens_details.reasoning_tokens == len(ids("I think.</think>"))
+        assert prompt(engine) == "<｜begin▁of▁sentence｜><｜User｜>Hi<｜Assistant｜><think>"
+
+
+def test_chat_streamed():
+    with clients("I think.</think>Hello!") as (o, _, _, _):
+        with o.chat.completions.stream(model="m", messages=HI, stream_options={"include_usage": True}) as stream:
+            kinds = [event.type for event in stream]
+            final = stream.get_final_completion()
+        assert kinds[0] == "chunk" and "content.delta" in kinds and kinds.index("content.done") > kinds.index("chunk")
+        assert final.choices[0].message.content == "Hello!" and final.usage.completion_tokens > 0
+        chunks = list(o.chat.completions.create(model="m", messages=HI, stream=True))
+        assert chunks[0].choices[0].delta.role == "assistant"
+        assert "".join(c.choices[0].delta.model_extra.get("reasoning_content", "") for c in chunks) == "I think."
+        assert chunks[-1].choices[0].finish_reason == "stop"  # no usage unless asked for
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_chat_two_tool_rounds(streamed):
+    """The calls come back as they were sampled, although the client dropped the thoughts and rewrote the JSON."""
+    answers = iter(
+        [f"First.</think>Looking.\n\n{CALL}", f"Again.</think>{CALL.replace('Oslo', '2>&1')}", "Ok.</think>Done."]
+    )
+    with clients(lambda _: next(answers)) as (o, _, _, engine):
+        messages = list(HI)
+        for city in ("Oslo", "2>&1"):
+            kwargs = {"model": "m", "messages": messages, "tools": [WEATHER]}
+            if streamed:
+                with o.chat.completions.stream(**kwargs) as stream:
+                    choice = stream.get_final_completion().choices[0]
+            else:
+                choice = o.chat.completions.create(**kwargs).choices[0]
+            assert choice.finish_reason == "tool_calls"
+            (call,) = choice.message.tool_calls
+            assert call.function.name == "weather" and json.loads(call.function.arguments) == {"city": city}
+            said = {"role": "assistant", "content": choice.message.content}
+            spaced = {"name": "weather", "arguments": json.dumps({"city": city}, indent=1)}
+            said["tool_calls"] = [{"id": call.id, "type": "function", "function": spaced}]
+            messages += [said, {"role": "tool", "tool_call_id": call.id, "content": "sunny"}]
+        done = o.chat.completions.create(model="m", messages=messages, tools=[WEATHER])
+        assert done.choices[0].message.content == "Done."
+        assert f"<think>First.</think>Looking.\n\n{CALL}<｜end▁of▁sentence｜>" in prompt(engine)
+        sampled = [*engine.requests[0].tokens, *ids(f"First.</think>Looking.\n\n{CALL}")]
+        assert engine.requests[1].tokens[: len(sampled)] == sampled
+
+
+def test_chat_calls_are_never_whole_before_the_block_is():
+    broken = CALL.replace("</｜DSML｜invoke>", "")
+    with clients(lambda _: f"</think>{broken}") as (o, _, http, _):
+        body = {"messages": HI, "tools": [WEATHER], "stream": True}
+        events = sse(http.post("/v1/chat/completions", json=body).text)
+        deltas = [data["choices"][0]["delta"] for _, data in events[:-1]]
+        calls = [d["tool_calls"][0]["function"]["arguments"] for d in deltas if "tool_calls" in d]
+        with pytest.raises(json.JSONDecodeError):
+            json.loads("".join(calls))
+        assert "".join(d.get("content", "") for d in deltas) == broken  # as text
+        assert events[-2][1]["choices"][0]["finish_reason"] == "stop"
+        whole = o.chat.completions.create(model="m", messages=HI, tools=[WEATHER])
+        assert whole.choices[0].message.tool_calls is None and whole.choices[0].message.content == broken
+
+
+def test_a_turn_that_ends_inside_a_call_is_an_error():
+    half = CALL[: CALL.index("Oslo") + 2]
+    with clients(f"</think>{half}") as (o, a, _, _):
+        with pytest.raises(openai.InternalServerError):
+            o.chat.completions.create(model="m", messages=HI, tools=[WEATHER])
+        with pytest.raises(openai.APIError, match="inside a tool call"):
+            list(o.chat.completions.create(model="m", messages=HI, tools=[WEATHER], stream=True))
+        tool = {"name": "weather", "input_schema": {"type": "object"}}
+        with pytest.raises(anthropic.APIStatusError, match="inside a tool call"):
+            list(a.messages.create(model="m", max_tokens=99, messages=HI, tools=[tool], stream=True))
+        cut = o.chat.completions.create(model="m", messages=HI, tools=[WEATHER], max_tokens=len(ids(f"</think>{half}")))
+        assert cut.choices[0].finish_reason == "length" and cut.choices[0].message.tool_calls is None
+
+
+def test_chat_options_reach_the_engine():
+    with clients("ZQXJ") as (o, _, http, engine):
+        done = o.chat.completions.create(
+            model="m", messages=HI, reasoning_effort="none", temperature=0.25, top_p=0.5, seed=-1, max_tokens=3,
+            stop=["STOP"], logprobs=True, top_logprobs=2,
+        )  # fmt: skip
+        request = engine.requests[0]
+        assert prompt(engine).endswith("<｜Assistant｜></think>") and request.max_tokens == 3 and request.logprobs == 2
+        sampling = request.sampling
+        assert (sampling.temperature, sampling.top_p, sampling.seed) == (0.25, 0.5, 2**32 - 1)
+        assert done.choices[0].finish_reason == "length"
+        content = done.choices[0].logprobs.content
+        assert b"".join(bytes(t.bytes) for t in content) == done.choices[0].message.content.encode() == b"ZQX"
+        assert [top.token for top in content[0].top_logprobs] == ["Z", "A"]
+        streamed = o.chat.completions.create(
+            model="m", messages=HI, reasoning_effort="none", logprobs=True, top_logprobs=0, stream=True
+        )
+        tokens = [t.token for chunk in streamed for t in chunk.choices[0].logprobs.content]
+        assert "".join(tokens) == "ZQXJ"
+        for body, header in (
+            ({"thinking": False}, "</think>"),
+            ({"thinking": {"type": "disabled"}}, "</think>"),
+            ({"think": True, "model": "deepseek-chat"}, "<think>"),
+            ({"model": "deepseek-chat"}, "</think>"),
+            ({"model": "deepseek-reasoner"}, "<think>"),
+            ({"thinking": {"type": "enabled"}, "unknown": [1]}, "<think>"),
+        ):
+            assert http.post("/v1/chat/completions", json={"messages": HI, **body}).status_code == 200
+            assert prompt(engine).endswith(header)
+        http.post("/v1/chat/completions", json={"messages": HI, "tools": [WEATHER], "tool_choice": "none"})
+        assert "weather" not in prompt(engine)
+
+
+def test_stop_strings():
+    with clients("No stop here</think>One STOP two") as (o, a, _, engine):
+        done = o.chat.completions.create(model="m", messages=HI, stop="STOP")
+        assert done.choices[0].message.content == "One " and done.choices[0].finish_reason == "stop"
+        said = a.messages.create(model="m", max_tokens=99, messages=HI, stop_sequences=["two", "STOP"])
+        assert (said.stop_reason, said.stop_sequence, said.content[-1].text) == ("stop_sequence", "STOP", "One ")
+        assert not engine.running  # the rest is not computed
+
+
+# ---- Completions -----------------------------------------------------------------------------------------------------
+def test_completions():
+    with clients("b</think>c STOP") as (o, _, _, engine):
+        done = o.completions.create(model="m", prompt="a", max_tokens=99, logprobs=1)
+        assert done.choices[0].text == "b</think>c STOP" and prompt(engine) == "<｜begin▁of▁sentence｜>a"
+        assert "".join(done.choices[0].logprobs.tokens) == "b</think>c STOP"
+        offsets = done.choices[0].logprobs.text_offset
+        assert offsets[:3] == [0, 1, 9] and len(offsets) == len(done.choices[0].logprobs.tokens)
+        stream = o.completions.create(
+            model="m", prompt=[TOKENIZER.bos_id, 97], stop=["STOP"], stream=True, stream_options={"include_usage": True}
+        )
+        *chunks, last = stream
+        assert (
+            "".join(c.choices[0].text for c in chunks) == "b</think>c "
+            and chunks[-1].choices[0].finish_reason == "stop"
+        )
+        assert last.usage.prompt_tokens == 2 and engine.requests[-1].max_tokens == 16
+
+
+# ---- Messages --------------------------------------------------------------------------------------------------------
+ANTHROPIC_WEATHER = {"name": "weather", "input_schema": WEATHER["function"]["parameters"]}
+
+
+def test_messages_plain():
+    with clients("I think.</think>Hello!", cached=3) as (_, a, _, engine):
+        system = [{"type": "text", "text": "x-anthropic-billing: 1"}, {"type": "text", "text": "Be brief."}]
+        done = a.messages.create(model="m", max_tokens=99, system=system, messages=HI)
+        thinking, text = done.content
+        assert (thinking.thinking, text.text, done.stop_reason) == ("I think.", "Hello!", "end_turn")
+        n = len(engine.requests[0].tokens)
+        assert done.usage.input_tokens == n - 3 and done.usage.cache_read_input_tokens == 3
+        assert prompt(engine).startswith("<｜begin▁of▁sentence｜>Be brief.<｜User｜>Hi")
+        count = a.messages.count_tokens(model="m", system=system, messages=HI)
+        assert count.input_tokens == n
+
+
+def test_messages_streamed():
+    with clients("I think.</think>Hello!") as (_, a, http, _):
+        with a.messages.stream(model="m", max_tokens=99, messages=HI) as stream:
+            text = "".join(stream.text_stream)
+            final = stream.get_final_message()
+        assert text == final.content[1].text == "Hello!" and final.content[0].thinking == "I think."
+        assert final.content[0].signature and final.stop_reason == "end_turn" and final.usage.output_tokens > 0
+        body = {"messages": HI, "stream": True, "max_tokens": 99}
+        events = sse(http.post("/v1/messages?beta=true", json=body).text)
+        assert all(name == data["type"] for name, data in events)
+        kinds = [(data["type"], data.get("index")) for _, data in events]
+        compact = [kind for i, kind in enumerate(kinds) if i == 0 or kinds[i - 1] != kind]
+        assert compact == [
+            ("message_start", None),
+            ("content_block_start", 0), ("content_block_delta", 0), ("content_block_stop", 0),
+            ("content_block_start", 1), ("content_block_delta", 1), ("content_block_stop", 1),
+            ("message_delta", None), ("message_stop", None),
+        ]  # fmt: skip
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_messages_two_tool_rounds(streamed):
+    answers = iter([f"First.</think>Looking.\n\n{CALL}", f"Again.</think>{CALL}", "Ok.</think>Done."])
+    with clients(lambda _: next(answers)) as (_, a, _, engine):
+        messages = list(HI)
+        for _ in range(2):
+            kwargs = {"model": "m", "max_tokens": 999, "messages": messages, "tools": [ANTHROPIC_WEATHER]}
+            if streamed:
+                with a.messages.stream(**kwargs) as stream:
+                    done = stream.get_final_message()
+            else:
+                done = a.messages.create(**kwargs)
+            assert done.stop_reason == "tool_use"
+            call = done.content[-1]
+            assert call.id.startswith("toolu_") and call.name == "weather" and call.input == {"city": "Oslo"}
+            kept = [block.model_dump(exclude_none=True) for block in done.content if block.type != "thinking"]
+            result = {"type": "tool_result", "tool_use_id": call.id, "content": [{"type": "text", "text": "sunny"}]}
+            messages += [{"role": "assistant", "content": kept}, {"role": "user", "content": [result]}]
+        messages[-1]["content"].append({"type": "text", "text": "And?"})
+        done = a.messages.create(model="m", max_tokens=99, messages=messages, tools=[ANTHROPIC_WEATHER])
+        assert done.content[-1].text == "Done."
+        sampled = [*engine.requests[0].tokens, *ids(f"First.</think>Looking.\n\n{CALL}")]
+        assert engine.requests[1].tokens[: len(sampled)] == sampled
+        assert "<tool_result>sunny</tool_result>\n\nAnd?<｜Assistant｜>" in prompt(engine)
+
+
+# ---- Responses -------------------------------------------------------------------------------------------------------
+RESPONSES_WEATHER = {"type": "function", **WEATHER["function"]}
+
+
+def test_responses_plain():
+    with clients("I think.</think>Hello!", cached=3) as (o, _, _, engine):
+        done = o.responses.create(model="m", input="Hi", instructions="Be brief.", reasoning={"summary": "auto"})
+        assert done.output_text == "Hello!" and done.status == "completed"
+        assert [item.type for item in done.output] == ["reasoning", "message"]
+        assert done.output[0].summary[0].text == "I think."
+        assert done.usage.input_tokens_details.cached_tokens == 3
+        assert done.usage.output_tokens_details.reasoning_tokens == len(ids("I think.</think>"))
+        assert prompt(engine).startswith("<｜begin▁of▁sentence｜>Be brief.<｜User｜>Hi")
+        cut = o.responses.create(model="m", input="Hi", max_output_tokens=2)
+        assert cut.status == "incomplete" and cut.incomplete_details.reason == "max_output_tokens"
+
+
+def test_responses_streamed():
+    with clients("I think.</think>Hello!") as (o, _, http, _):
+        with o.responses.stream(model="m", input="Hi", reasoning={"summary": "auto"}) as stream:
+            text = "".join(event.delta for event in stream if event.type == "response.output_text.delta")
+            final = stream.get_final_response()
+        assert text == final.output_text == "Hello!"
+        body = {"input": "Hi", "stream": True, "reasoning": {"summary": "auto"}}
+        events = sse(http.post("/v1/responses", json=body).text)
+        assert all(name == data["type"] for name, data in events)
+        assert [data["sequence_number"] for _, data in events] == list(range(len(events)))
+        names = [name.removeprefix("response.") for name, _ in events]
+        compact = [name for i, name in enumerate(names) if i == 0 or names[i - 1] != name]
+        assert compact == [
+            "created",
+            "output_item.added", "reasoning_summary_part.added", "reasoning_summary_text.delta",
+            "reasoning_summary_text.done", "reasoning_summary_part.done", "output_item.done",
+            "output_item.added", "content_part.added", "output_text.delta", "output_text.done", "content_part.done",
+            "output_item.done", "completed",
+        ]  # fmt: skip
+        hidden = sse(http.post("/v1/responses", json={"input": "Hi", "stream": True}).text)
+        assert not any("reasoning_summary" in name for name, _ in hidden)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_responses_two_tool_rounds(streamed):
+    answers = iter([f"First.</think>Looking.\n\n{CALL}", f"Again.</think>{CALL}", "Ok.</think>Done."])
+    with clients(lambda _: next(answers)) as (o, _, _, engine):
+        items = [{"role": "user", "content": "Hi"}]
+        for _ in range(2):
+            kwargs = {"model": "m", "input": items, "tools": [RESPONSES_WEATHER]}
+            if streamed:
+                with o.responses.stream(**kwargs) as stream:
+                    kinds = [event.type for event in stream]
+                    done = stream.get_final_response()
+                assert kinds.count("response.function_call_arguments.delta") == 1
+            else:
+                done = o.responses.create(**kwargs)
+            call = done.output[-1]
+            assert call.type == "function_call" and json.loads(call.arguments) == {"city": "Oslo"}
+            items += [item.model_dump(exclude_none=True) for item in done.output]
+            items.append({"type": "function_call_output", "call_id": call.call_id, "output": "sunny"})
+        done = o.responses.create(model="m", input=items, tools=[RESPONSES_WEATHER])
+        assert done.output_text == "Done."
+        sampled = [*engine.requests[0].tokens, *ids(f"First.</think>Looking.\n\n{CALL}")]
+        assert engine.requests[1].tokens[: len(sampled)] == sampled
+
+
+def test_responses_custom_tools():
+    call = CALL.replace("weather", "patch").replace('"city"', '"input"').replace("Oslo", "*** Begin")
+    answers = iter([f"</think>{call}", "</think>Done."])
+    with clients(lambda _: next(answers)) as (o, _, _, engine):
+        tools = [{"type": "custom", "name": "patch", "description": "Patches files"}, {"type": "web_search"}]
+        with o.responses.stream(model="m", input="Hi", tools=tools) as stream:
+            kinds = [event.type for event in stream]
+            done = stream.get_final_response()
+        assert "response.custom_tool_call_input.delta" in kinds
+        (item,) = done.output
+        assert (item.type, item.name, item.input) == ("custom_tool_call", "patch", "*** Begin")
+        said = item.model_dump(exclude_none=True)
+        output = {"type": "custom_tool_call_output", "call_id": item.call_id, "output": "ok"}
+        o.responses.create(model="m", input=[*HI, said, output], tools=tools)
+        assert f"{call}<｜end▁of▁sentence｜><｜User｜><tool_result>ok</tool_result>" in prompt(engine)
+        assert "web_search" not in prompt(engine)
+
+
+# ---- streams: first event, keep-alives, disconnects, failures --------------------------------------------------------
+STREAMS = {
+    "/v1/chat/completions": ({"messages": HI}, b'"role":"assistant"', b": prefill "),
+    "/v1/completions": ({"prompt": "Hi"}, b'"text":""', b": prefill "),
+    "/v1/messages": ({"messages": HI}, b"event: message_start", b"event: ping"),
+    "/v1/responses": ({"input": "Hi"}, b"event: response.created", b"event: response.in_progress"),
+}
+
+
+@pytest.mark.parametrize("path", STREAMS)
+def test_the_first_event_comes_before_the_prefill_and_then_signs_of_life(path):
+    body, first, alive = STREAMS[path]
+    with clients("x", Options(keep_alive=0.05), chunks=2, delay=0.2) as (_, _, http, _):
+        start = time.perf_counter()
+        with http.stream("POST", path, json=body | {"stream": True}) as response:
+            chunks, seen = [], []
+            for chunk in response.iter_raw():
+                chunks.append(chunk)
+                seen.append(time.perf_counter() - start)
+        assert first in chunks[0] and seen[0] < 0.4  # the prefill takes as long, once admitted
+        assert sum(alive in chunk for chunk in chunks) > 4
+
+
+@pytest.mark.parametrize("path", STREAMS)
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_disconnect_frees_the_engine(path, stream):
+    body, _, _ = STREAMS[path]
+    with clients("word " * 500, delay=0.02) as (_, _, http, engine):
+        with contextlib.suppress(httpx.ReadTimeout):
+            with http.stream("POST", path, json=body | {"stream": stream}, timeout=0.5) as response:
+                next(response.iter_raw())
+        deadline = time.monotonic() + 2
+        while engine.running:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert http.get("/health").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "kind"),
+    [
+        (Overloaded("1024 requests are waiting already"), 503, "overloaded_error"),
+        (Stopping("the server is stopping"), 503, "overloaded_error"),
+        (EngineFailed("secret"), 500, "api_error"),
+        (RuntimeError("secret"), 500, "api_error"),
+    ],
+)
+def test_failures_of_the_engine(error, status, kind):
+    with clients(lambda _: error) as (_, _, http, _):
+        for path, (body, _, _) in STREAMS.items():
+            for stream in (False, True):
+                response = http.post(path, json=body | {"stream": stream})
+                assert response.status_code == status and "secret" not in response.text
+                error_type = response.json()["error"]["type"]
+                assert error_type == (kind if path == "/v1/messages" else "server_error")
+        failed = isinstance(error, EngineFailed | Stopping)
+        assert http.get("/health").status_code == (503 if failed else 200)
+
+
+def test_overflow_is_named_as_agents_expect():
+    with clients("x", ctx=64) as (o, a, http, engine):
+        long = [{"role": "user", "content": "word " * 200}]
+        n = a.messages.count_tokens(model="m", messages=long).input_tokens
+        with pytest.raises(openai.BadRequestError) as e:
+            o.chat.completions.create(model="m", messages=long)
+        assert e.value.code == "context_length_exceeded"
+        with pytest.raises(anthropic.BadRequestError, match=f"prompt is too long: {n} tokens > 63 maximum"):
+            a.messages.create(model="m", max_tokens=5, messages=long, stream=True)
+        events = sse(http.post("/v1/responses", json={"input": "word " * 200, "stream": True}).text)
+        assert [name for name, _ in events] == ["response.created", "response.failed"]
+        assert events[1][1]["response"]["error"]["code"] == "context_length_exceeded"
+        assert http.post("/v1/responses", json={"input": "word " * 200}).status_code == 400
+        huge = http.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "x" * 10**7}]})
+        assert huge.status_code == 400 and huge.elapsed.total_seconds() < 2  # refused by its size
+        assert not engine.requests
+
+
+# ---- the rest --------------------------------------------------------------------------------------------------------
+def test_models_health_metrics():
+    with clients("Hi") as (o, a, http, _):
+        (model,) = o.models.list()
+        assert model.id == "fake" and model.context_length == 4096 and o.models.retrieve("any/name").id == "any/name"
+        assert a.models.list().data[0].id == "fake"
+        assert http.get("/health").json()["status"] == "ok"
+        o.chat.completions.create(model="m", messages=HI)
+        text = http.get("/metrics").text
+        for line in (
+            'ds4jax_http_requests_total{path="/v1/chat/completions",status="200"} 1.0',
+            "ds4jax_waiting 0.0",
+            "ds4jax_generated_tokens_total 7.0",
+            'ds4jax_time_to_first_token_seconds_bucket{le="+Inf"} 1.0',
+        ):
+            assert line in text
+
+
+def test_api_key_and_cors():
+    with clients("Hi", Options(api_key="k", cors=True)) as (o, a, http, _):
+        assert o.chat.completions.create(model="m", messages=HI).choices
+        assert a.messages.create(model="m", max_tokens=9, messages=HI).content
+        for path, (body, _, _) in STREAMS.items():
+            for headers in ({}, {"authorization": "Bearer x"}, {"x-api-key": "ключ".encode()}):
+                response = http.post(path, json=body, headers=headers)
+                assert response.status_code == 401 and response.json()["error"]["message"]
+                assert response.headers["access-control-allow-origin"] == "*"
+        assert http.get("/metrics").status_code == 401 and http.get("/health").status_code == 200
+        assert http.get("/").status_code == 200
+        preflight = http.options("/v1/messages", headers={"origin": "https://x.example"})
+        assert preflight.status_code == 204 and "POST" in preflight.headers["access-control-allow-methods"]
+    with clients("Hi") as (_, _, http, _):
+        assert "access-control-allow-origin" not in http.get("/v1/models", headers={"origin": "null"}).headers
+
+
+def test_limits():
+    with clients("Hi", Options(max_body=2000, max_depth=20)) as (_, _, http, _):
+        for path, (body, _, _) in STREAMS.items():
+            large = http.post(path, json=body | {"x": "y" * 2000})
+            chunked = http.post(path, content=iter([b"{", b" " * 3000]))
+            deep = http.post(path, content=b'{"x":' + b"[" * 20 + b"]" * 20 + b"}")
+            packed = http.post(path, content=b"", headers={"content-encoding": "gzip"})
+            codes = [response.status_code for response in (large, chunked, deep, packed)]
+            assert codes == [413, 413, 400, 415]
+            assert http.post(path, json=body | {"x": json.loads("[" * 19 + "]" * 19)}).status_code == 200
