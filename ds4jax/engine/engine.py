@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from ds4jax.sampling import Sampling
     from ds4jax.settings import Settings
 
+SMALLEST_BUCKET = 32  # of a prefill call: fewer shapes to compile, for little more to compute
 TTFT_BOUNDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 """Upper bounds of the time-to-first-token histogram, in seconds."""
 
@@ -193,7 +194,7 @@ class Engine:
         trace: str | Path | None = None,
         progress: bool = False,
     ) -> Self:
-        """Load the model of `settings`.
+        """Load the model of `settings` and compile its steps.
 
         max_seqs: sequences at once, by default the settings' batch. trace: a file to which a JSON line is appended for
         every request that ends. progress: report loading and compilation on stderr.
@@ -204,6 +205,7 @@ class Engine:
 
         runner.keep_compilations()
         loaded = runner.Runner.load(settings, max_seqs, progress)
+        loaded.compile(min(SMALLEST_BUCKET, settings.prefill_chunk))
         return cls(loaded, trace=trace)
 
     def __init__(self, runner: Runner, *, trace: str | Path | None = None, max_waiting: int = 1024):
@@ -215,6 +217,7 @@ class Engine:
         chunk = runner.settings.prefill_chunk
         # Chunks end at fixed positions, so that the same prompt is always computed in the same pieces.
         chunk = chunk // ALIGN * ALIGN or 1 << chunk.bit_length() - 1
+        self._smallest = min(SMALLEST_BUCKET, chunk)
         self._scheduler = Scheduler(runner.batch, chunk)
         self._trace: TextIO | None = open(trace, "a", encoding="utf-8") if trace else None
         self._inbox: list[tuple[str, Any]] = []
@@ -386,7 +389,7 @@ class Engine:
 
     def _prefill(self, job: _Running, end: int) -> None:
         tokens = job.tokens[job.done : end]
-        step = self._runner.prefill(job.slot, tokens, job.request.sampling, job.done > 0)
+        step = self._runner.prefill(job.slot, tokens, job.request.sampling, job.done > 0, self._smallest)
         self._scheduler.advance(job, end)
         job.stream._push(Prefilled(end, job.prompt))
         if end == job.prompt:

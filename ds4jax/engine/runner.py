@@ -178,17 +178,30 @@ class Runner:
         """The tokenizer in the model's file. Raises GGUFError if there is none."""
         return Tokenizer.from_metadata(self.checkpoint.file.metadata)
 
-    def prefill(self, slot: int, tokens: Sequence[int], params: Sampling, append: bool = False) -> Step:
+    def compile(self, smallest: int = 1) -> None:
+        """Compile every step now rather than on first use: decode, and prefill of each bucket from `smallest` on."""
+        before, size = self.programs.seconds, smallest
+        largest = min(self.settings.prefill_chunk, self.settings.ctx - 1)
+        self.programs.compile_largest()
+        while size < largest:
+            one = sampling.batch([Sampling()])
+            self.programs.get("prefill", np.int32(0), np.array([True]), *_pad([0] * size, smallest), one)
+            size *= 2
+        self.stats.compile_seconds += self.programs.seconds - before
+
+    def prefill(
+        self, slot: int, tokens: Sequence[int], params: Sampling, append: bool = False, smallest: int = 1
+    ) -> Step:
         """Start a sequence in `slot`, in place of what was there; → its first token, drawn as `params` say.
 
-        append: continue the sequence that is there instead.
+        append: continue the sequence that is there instead. smallest: the least that a chunk is padded to.
         Raises Ds4Error unless there are 1 to ctx - 1 tokens (with those that are there), all in the vocabulary.
         """
         before = self.lengths[slot] if append else 0
         check_prompt(tokens, self.cfg, self.settings.ctx, before)
         self._sampling[slot], self.lengths[slot] = params, before
         for start in range(0, len(tokens), self.settings.prefill_chunk):
-            padded, n = _pad(tokens[start : start + self.settings.prefill_chunk])
+            padded, n = _pad(tokens[start : start + self.settings.prefill_chunk], smallest)
             fresh = np.array([self.lengths[slot] == 0])
             seconds, sampled, logits = self._run("prefill", np.int32(slot), fresh, padded, n, sampling.batch([params]))
             self.lengths[slot] += int(n[0])
@@ -278,9 +291,9 @@ def _compiler_options() -> dict[str, Any] | None:
     return {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" and not given else None
 
 
-def _pad(tokens: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+def _pad(tokens: Sequence[int], smallest: int = 1) -> tuple[np.ndarray, np.ndarray]:
     """Token ids → int32 (1, T) with T a bucket, and their number (1,)."""
-    padded = np.zeros((1, bucket(len(tokens), _LARGEST_BUCKET)), np.int32)
+    padded = np.zeros((1, bucket(max(len(tokens), smallest), _LARGEST_BUCKET)), np.int32)
     padded[0, : len(tokens)] = tokens
     return padded, np.array([len(tokens)], np.int32)
 
