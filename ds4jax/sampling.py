@@ -1,5 +1,8 @@
 """From logits to the next token: greedy, temperature, top-k, top-p, min-p. Pure functions, run on the device.
 
+Before all that a request may edit the logits (`Edits`): biases, penalties for what was said before, and the tokens that
+a grammar allows. Log-probabilities that are reported are those of the model's own logits.
+
 The logits are divided by the temperature; of the resulting distribution, top-k keeps the k likeliest tokens, top-p the
 shortest run of those, renormalised, that reaches probability p, and min-p those at least min_p times as likely as the
 likeliest. One token is drawn from what is left. (vLLM too has the temperature first; llama.cpp's default has it last.)
@@ -28,6 +31,11 @@ class Sampling:
 
     temperature: 0 takes the likeliest token, and nothing else matters then. top_k: 0 is off. top_p: 1 is off.
     min_p: 0 is off. seed: 0 to 2³² - 1. The same logits, seed and position draw the same token, in any batch.
+
+    The rest edits the logits first. presence_penalty is taken off those of every token of the answer so far,
+    frequency_penalty as often as the token occurs; the logit of every token of prompt and answer is divided by
+    repetition_penalty if it is positive, else multiplied; logit_bias, (id, bias) pairs, is added. min_tokens: before
+    that many, no token may end the answer.
     """
 
     temperature: float = 1.0
@@ -35,6 +43,11 @@ class Sampling:
     top_p: float = 1.0
     min_p: float = 0.05
     seed: int = 0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    min_tokens: int = 0
 
     def __post_init__(self):
         for key, ok, expected in (
@@ -43,6 +56,11 @@ class Sampling:
             ("top_p", 0 < self.top_p <= 1, "a number above 0, at most 1 (off)"),
             ("min_p", 0 <= self.min_p <= 1, "a number from 0 (off) to 1"),
             ("seed", 0 <= self.seed < 2**32, f"0 to {2**32 - 1}"),
+            ("presence_penalty", abs(self.presence_penalty) < math.inf, "a number"),
+            ("frequency_penalty", abs(self.frequency_penalty) < math.inf, "a number"),
+            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "a number above 0"),
+            ("logit_bias", all(abs(bias) < math.inf for _, bias in self.logit_bias), "finite numbers"),
+            ("min_tokens", self.min_tokens >= 0, "a number of at least 0"),
         ):
             if not ok:
                 raise ConfigError(f"{key}: found {getattr(self, key)}, expected {expected}")
@@ -62,7 +80,7 @@ class Batch:
 def batch(params: Sequence[Sampling]) -> Batch:
     """One `Batch` (numpy, ready to be passed to a jitted function) from the parameters of its sequences."""
     dtypes = {"top_k": np.int32, "seed": np.uint32}
-    names = [field.name for field in dataclasses.fields(Sampling)]
+    names = [field.name for field in dataclasses.fields(Batch)]
     return Batch(**{n: np.array([getattr(p, n) for p in params], dtypes.get(n, np.float32)) for n in names})
 
 
@@ -83,6 +101,47 @@ def sample(logits: Array, params: Batch, position: Array) -> Array:
         return jnp.where(params.temperature == 0, greedy, ids.astype(jnp.int32))
 
     return lax.cond((params.temperature > 0).any(), draw, lambda: greedy)
+
+
+@struct.dataclass
+class Edits:
+    """What every sequence of a batch changes in its logits: K of them, and which of all are allowed.
+
+    ids: int32 (B, K), V or more for none. repeat, add: float32 (B, K): a positive logit is divided by `repeat`, others
+    are multiplied; then `add` is added. allowed: uint32 (B, ⌈V / 32⌉), bit i mod 32 of word i // 32 for id i.
+    """
+
+    ids: Array
+    repeat: Array
+    add: Array
+    allowed: Array
+
+
+def edited(logits: Array, edits: Edits) -> Array:
+    """Logits (B, V) with the edits made; those of tokens that are not allowed are -inf."""
+    logits = logits.astype(jnp.float32)
+    at = jnp.arange(len(logits), dtype=jnp.int32)[:, None], edits.ids
+    old = logits.at[at].get(mode="fill", fill_value=0)
+    new = jnp.where(old > 0, old / edits.repeat, old * edits.repeat) + edits.add
+    ids = jnp.arange(logits.shape[-1], dtype=jnp.uint32)
+    bits = edits.allowed[:, ids // 32] >> (ids % 32) & 1
+    return jnp.where(bits == 1, logits.at[at].set(new, mode="drop"), -jnp.inf)
+
+
+MAX_LOGPROBS = 20
+"""Likeliest tokens that `choose` reports."""
+
+
+def choose(logits: Array, params: Batch, edits: Edits, position: Array) -> tuple[Array, Array, Array, Array]:
+    """`sample` of the edited logits, and log-probabilities of the logits as they are.
+
+    → ids int32 (B,), their log-probability float32 (B,), and of the MAX_LOGPROBS likeliest the ids int32 (B, ·) and
+    log-probabilities (B, ·), in order.
+    """
+    ids = sample(edited(logits, edits), params, position)
+    logprobs = jax.nn.log_softmax(logits.astype(jnp.float32))
+    top, top_ids = lax.top_k(logprobs, min(MAX_LOGPROBS, logits.shape[-1]))
+    return ids, jnp.take_along_axis(logprobs, ids[:, None], axis=-1)[:, 0], top_ids, top
 
 
 def tempered(logits: Array, params: Batch) -> Array:

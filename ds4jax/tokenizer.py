@@ -173,6 +173,11 @@ class Tokenizer:
         """Number of ids, control and unused tokens included."""
         return len(self.tokens)
 
+    @property
+    def control_ids(self) -> set[int]:
+        """The ids that no text encodes to."""
+        return set(self._control.values())
+
     def special(self, token: Special | str) -> int:
         """The id of a control token, given as a `Special` or its name (``"user"``, ``"think_open"``, ...).
 

@@ -140,7 +140,7 @@ TOKENS = st.lists(st.integers(0, 1) | st.sampled_from([255, 256, 2**32 - 1]), mi
 def test_longest_prefix_is_that_of_a_naive_search(tmp_path_factory, stored, queries, gone):
     store = object.__new__(Store)  # the index alone
     store._entries, store._lock, store._bytes = [], threading.Lock(), 0
-    entries = {tuple(t): module.Entry(Path(), module._key(t), 1, 0) for t in stored}
+    entries = {tuple(t): module.Entry(Path(), module.key_of(t), 1, 0) for t in stored}
     for entry in entries.values():
         store._insert(entry)
     for i, tokens in enumerate(list(entries)):

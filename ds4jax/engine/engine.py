@@ -18,19 +18,26 @@ import json
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, TextIO
 
+from ds4jax.engine.constraints import Constraints, edits
+from ds4jax.engine.keys import key_of
+from ds4jax.engine.prefix import Prefixes, Snapshot, positions
 from ds4jax.engine.scheduler import ALIGN, Job, Scheduler
+from ds4jax.engine.store import Store
 from ds4jax.errors import Ds4Error
 
 if TYPE_CHECKING:
-    from ds4jax.engine.runner import Runner, Step
+    from ds4jax.engine.grammar import Grammar, Vocabulary
+    from ds4jax.engine.runner import Runner
     from ds4jax.sampling import Sampling
     from ds4jax.settings import Settings
 
 SMALLEST_BUCKET = 32  # of a prefill call: fewer shapes to compile, for little more to compute
+MAX_NOTES = 100_000  # in memory
 TTFT_BOUNDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 """Upper bounds of the time-to-first-token histogram, in seconds."""
 
@@ -64,7 +71,7 @@ class Request:
     """A prompt, BOS included, and how to continue it.
 
     max_tokens: as far as there is room in the context. stop_ids: tokens that end the answer; None: the model's EOS.
-    logprobs: None, or how many of the likeliest tokens to report beside each token's own.
+    logprobs: None, or how many of the likeliest tokens to report beside each token's own. grammar: of `Engine.grammar`.
     """
 
     tokens: Sequence[int]
@@ -72,6 +79,7 @@ class Request:
     sampling: Sampling
     stop_ids: frozenset[int] | None = None
     logprobs: int | None = None
+    grammar: Grammar | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +120,7 @@ Event = Started | Prefilled | Token | Finished
 class Stream:
     """The events of one request, an asynchronous iterator for one reader. Raises Ds4Error where the request failed."""
 
-    def __init__(self, cancel):
+    def __init__(self, cancel: Callable[[Stream], None]):
         self._on_cancel = cancel
         self._events: collections.deque[Event | Ds4Error | None] = collections.deque()  # None: the end
         self._waiter: asyncio.Future | None = None
@@ -172,6 +180,10 @@ class _Running(Job):
     stream: Stream
     stop_ids: frozenset[int]
     limit: int
+    constraints: Constraints | None  # None: no more than the model's own tokens are needed
+    reading: Future[Snapshot | None] | None = None  # from disk
+    base: Snapshot | None = None  # where it starts
+    latest: Snapshot | None = None  # the last one that was taken of it
     submitted: float = dataclasses.field(default_factory=time.perf_counter)
     cached: int = 0
     started: float | None = None
@@ -191,13 +203,17 @@ class Engine:
         settings: Settings,
         *,
         max_seqs: int | None = None,
+        kv_dir: str | Path | None = None,
+        kv_budget_bytes: int = 16 << 30,
+        prefix_budget_bytes: int = 2 << 30,
         trace: str | Path | None = None,
         progress: bool = False,
     ) -> Self:
         """Load the model of `settings` and compile its steps.
 
-        max_seqs: sequences at once, by default the settings' batch. trace: a file to which a JSON line is appended for
-        every request that ends. progress: report loading and compilation on stderr.
+        max_seqs: sequences at once, by default the settings' batch. kv_dir: a folder for prefixes and notes, for this
+        engine alone, of at most kv_budget_bytes. prefix_budget_bytes: of memory, for prefixes. trace: a file to which a
+        JSON line is appended for every request that ends. progress: report loading and compilation on stderr.
         Raises Ds4Error for what cannot be loaded or does not fit into memory.
         """
         settings.set_environment()
@@ -206,14 +222,28 @@ class Engine:
         runner.keep_compilations()
         loaded = runner.Runner.load(settings, max_seqs, progress)
         loaded.compile(min(SMALLEST_BUCKET, settings.prefill_chunk))
-        return cls(loaded, trace=trace)
+        from ds4jax.engine.fingerprint import fingerprint
 
-    def __init__(self, runner: Runner, *, trace: str | Path | None = None, max_waiting: int = 1024):
-        """An engine of a runner, which from now on is its own. max_waiting: requests without a slot, at most."""
+        store = Store(kv_dir, kv_budget_bytes, fingerprint(loaded)) if kv_dir else None
+        return cls(loaded, Prefixes(prefix_budget_bytes, store), trace=trace)
+
+    def __init__(
+        self,
+        runner: Runner,
+        prefixes: Prefixes | None = None,
+        *,
+        trace: str | Path | None = None,
+        max_waiting: int = 1024,
+    ):
+        """An engine of a runner, which from now on is its own, as are the prefixes (None: a few, in memory).
+
+        max_waiting: requests without a slot, at most.
+        """
         self.settings, self.tokenizer = runner.settings, runner.tokenizer
         self.ctx, self.chat_template = runner.settings.ctx, runner.tokenizer.chat_template
         self.model_name = Path(runner.settings.model).stem
         self._runner, self._max_waiting = runner, max_waiting
+        self._prefixes = Prefixes(2 << 30) if prefixes is None else prefixes
         chunk = runner.settings.prefill_chunk
         # Chunks end at fixed positions, so that the same prompt is always computed in the same pieces.
         chunk = chunk // ALIGN * ALIGN or 1 << chunk.bit_length() - 1
@@ -228,6 +258,8 @@ class Engine:
         self._counts: dict[str, float] = collections.defaultdict(int)
         self._ttft = [0] * (len(TTFT_BOUNDS) + 1)
         self._notes: collections.OrderedDict[str, Any] = collections.OrderedDict()
+        self._vocabulary: Vocabulary | None = None
+        self._making_vocabulary = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -253,19 +285,23 @@ class Engine:
         finally:
             stream.cancel()
 
-    async def close(self, grace: float = 0.0) -> None:
-        """Stop: requests that do not end within `grace` seconds raise Stopping, as do new ones from now on."""
+    async def close(self, save: bool = True, grace: float = 0.0) -> None:
+        """Stop: requests that do not end within `grace` seconds raise Stopping, as do new ones from now on.
+
+        save: write all prefixes to disk, if there is a folder for them, those of interrupted requests included.
+        """
         with self._changed:
             self._refusal = self._refusal or Stopping("the server is stopping")
             self._deadline = time.perf_counter() + grace
             self._changed.notify()
         await asyncio.to_thread(self._thread.join)
+        await asyncio.to_thread(self._prefixes.close, save)
         if self._trace:
             self._trace.close()
 
     def metrics(self) -> dict[str, Any]:
         """Counters since the start, and the present state. `ttft_counts`: per bound of TTFT_BOUNDS, and above."""
-        stats, counts = self._runner.stats, self._counts
+        stats, counts, store = self._runner.stats, self._counts, self._prefixes.store
         return {
             "waiting": len(self._scheduler.waiting),
             "prefilling": len(self._scheduler.prefilling),
@@ -280,21 +316,42 @@ class Engine:
             "decode_tokens": stats.decode_tokens,
             "decode_seconds": stats.decode_seconds,
             "compile_seconds": stats.compile_seconds,
+            "prefix_bytes": self._prefixes.nbytes,
+            "prefix_count": len(self._prefixes),
+            "disk_bytes": store.nbytes if store else 0,
+            "disk_count": len(store) if store else 0,
         }
 
+    def grammar(self, schema: Mapping[str, Any] | Literal["json_object"], after: int | None = None) -> Grammar:
+        """What an answer must be: JSON of a schema, or any JSON object. Raises GrammarError (a Ds4Error).
+
+        after: the answer is free up to this token, such as the end of the model's thoughts.
+        """
+        from ds4jax.engine import grammar
+
+        with self._making_vocabulary:
+            if self._vocabulary is None:
+                self._vocabulary = grammar.Vocabulary(self.tokenizer)
+        return grammar.Grammar(self._vocabulary, schema, after)
+
     def put_note(self, key: str, value: Any) -> None:
-        """Keep a small JSON value under `key`."""
+        """Keep a small JSON value under `key`: in the folder for prefixes, or in memory, where the oldest make room."""
+        if store := self._prefixes.store:
+            store.put_note(key, value)
+            return
         self._notes[key] = value
         self._notes.move_to_end(key)
-        while len(self._notes) > 100_000:
+        while len(self._notes) > MAX_NOTES:
             self._notes.popitem(last=False)
 
     def note(self, key: str) -> Any:
         """The value kept under `key`, or None."""
-        return self._notes.get(key)
+        store = self._prefixes.store
+        return store.note(key) if store else self._notes.get(key)
 
     def _problem(self, request: Request) -> Ds4Error | None:
         from ds4jax.engine.runner import check_prompt
+        from ds4jax.sampling import MAX_LOGPROBS
 
         if len(request.tokens) >= self.ctx:
             return ContextOverflow(len(request.tokens), self.ctx)
@@ -302,6 +359,11 @@ class Engine:
             return Ds4Error(f"max_tokens: found {request.max_tokens}, expected at least 1")
         if len(self._scheduler.waiting) + len(self._inbox) >= self._max_waiting:
             return Overloaded(f"{self._max_waiting} requests are waiting already")
+        if (n := request.logprobs) is not None and not 0 <= n <= MAX_LOGPROBS:
+            return Ds4Error(f"logprobs: found {n}, expected 0 to {MAX_LOGPROBS}")
+        for i, _ in request.sampling.logit_bias:
+            if not 0 <= i < self._runner.cfg.vocab_size:
+                return Ds4Error(f"logit_bias: found token id {i}, expected 0 to {self._runner.cfg.vocab_size - 1}")
         try:
             check_prompt(request.tokens, self._runner.cfg, self.ctx)
         except Ds4Error as error:
@@ -316,8 +378,9 @@ class Engine:
     # ---- the engine's thread -----------------------------------------------------------------------------------------
     def _run(self) -> None:
         try:
-            while self._take_inbox():
-                self._step()
+            worked = False
+            while self._take_inbox(worked):
+                worked = self._step()
             error: Ds4Error = Stopping("the server is stopping")
         except Exception as e:
             log.exception("the engine failed")
@@ -325,36 +388,57 @@ class Engine:
         with self._changed:
             self._refusal = error
             rest, self._inbox = self._inbox, []
+        if isinstance(error, Stopping):
+            for job in list(self._jobs.values()):
+                self._end(job, "stopped")
+                job.stream._push(error)
         streams = [*self._jobs, *(value[1] for what, value in rest if what == "submit")]
         for stream in streams:
             stream._push(error)
 
-    def _take_inbox(self) -> bool:
-        """Wait for something to do, and take in what has arrived; → whether to go on."""
+    def _take_inbox(self, busy: bool) -> bool:
+        """Take in what has arrived, having waited for something unless busy; → whether to go on."""
         with self._changed:
-            while not self._inbox and not len(self._scheduler) and self._deadline is None:
-                self._changed.wait()
+            while not self._inbox and not busy and not self._over():
+                self._changed.wait(self._deadline and max(0, self._deadline - time.perf_counter()))
             inbox, self._inbox = self._inbox, []
         for what, value in inbox:
             getattr(self, f"_{what}")(value)
-        over = self._deadline is not None and (not len(self._scheduler) or time.perf_counter() >= self._deadline)
-        return not over
+        return not self._over()
+
+    def _over(self) -> bool:
+        return self._deadline is not None and (not len(self._scheduler) or time.perf_counter() >= self._deadline)
 
     def _submit(self, value: tuple[Request, Stream]) -> None:
         request, stream = value
         tokens = [int(t) for t in request.tokens]
         stop_ids = frozenset([self.tokenizer.eos_id]) if request.stop_ids is None else request.stop_ids
         limit = min(self.ctx, len(tokens) + request.max_tokens)
-        job = _Running(tokens, len(tokens), request=request, stream=stream, stop_ids=stop_ids, limit=limit)
+        constraints = _constraints(request, tokens, stop_ids)
+        job = _Running(
+            tokens, len(tokens), request=request, stream=stream, stop_ids=stop_ids, limit=limit, constraints=constraints
+        )
+        job.marks = positions(job.prompt, self._scheduler.chunk, self._prefixes.shared(tokens))
+        found = self._prefixes.find(tokens)
+        job.reading = self._prefixes.fetch(tokens, found.length if found else 0)
+        if job.reading:
+            job.reading.add_done_callback(lambda _: self._post("wake", None))
         self._jobs[stream] = job
         self._counts["requests"] += 1
         self._scheduler.add(job)
+
+    def _wake(self, _: None) -> None:
+        """The loop goes on."""
 
     def _cancel(self, stream: Stream) -> None:
         if job := self._jobs.get(stream):
             self._end(job, "cancelled")
 
     def _end(self, job: _Running, reason: str) -> None:
+        if job.slot is not None and job.cached < job.done < job.prompt and job.done % ALIGN == 0:
+            self._take(job)  # an interrupted prompt
+        if job.latest:
+            self._prefixes.save(job.latest)
         del self._jobs[job.stream]
         self._scheduler.remove(job)
         self._counts["finished" if reason in ("stop", "length") else reason] += 1
@@ -373,38 +457,123 @@ class Engine:
             self._trace.write(json.dumps(record) + "\n")
             self._trace.flush()
 
-    def _step(self) -> None:
-        """At most one chunk of one prompt, then one token of every answer."""
-        for job in self._scheduler.admit(lambda job: 0):
-            job.started = time.perf_counter()
-            self._counts["prompt_tokens"] += job.prompt
-            job.stream._push(Started(job.cached, job.prompt))
+    def _step(self) -> bool:
+        """At most one chunk of one prompt, then one token of every answer; → whether there was anything to do."""
+        admitted = self._scheduler.admit(self._start)
+        for job in admitted:
+            self._started(job)
         if chunk := self._scheduler.next_chunk():
             self._prefill(*chunk)
         if decoding := self._scheduler.decoding:
             steps = self._runner.decode({job.slot: job.tokens[-1] for job in decoding})
+            special = {job.slot: job for job in decoding if job.constraints}
+            tokens = {slot: Token(step.token) for slot, step in steps.items()}
+            tokens |= self._choose(steps[decoding[0].slot].batch_logits, special, after=1)
             for job in list(decoding):
+                slot = job.slot
                 self._scheduler.advance(job, job.done + 1)
-                self._emit(job, steps[job.slot])
+                if job.done % ALIGN == 0:
+                    before = job.latest
+                    self._take(job)
+                    if before and before.length > job.prompt:
+                        self._prefixes.discard(before)  # of the same answer, only the last one
+                self._emit(job, tokens[slot])
+        return bool(admitted or chunk or decoding)
+
+    def _start(self, job: _Running) -> int | None:
+        """Where a waiting request can start now, or None if it had better wait."""
+        if job.reading:
+            if not job.reading.done():
+                return None
+            if snapshot := job.reading.result():
+                self._prefixes.put(snapshot)
+            job.base, job.reading = snapshot, None
+        found = self._prefixes.find(job.tokens)
+        if found and (job.base is None or found.length > job.base.length):
+            job.base = found
+        have = job.base.length if job.base else 0
+        return None if self._scheduler.should_wait(job, have) else have
+
+    def _started(self, job: _Running) -> None:
+        job.started, job.cached = time.perf_counter(), job.done
+        self._counts["prompt_tokens"] += job.prompt
+        self._counts["cached_tokens"] += job.cached
+        job.stream._push(Started(job.cached, job.prompt))
+        if job.base:
+            self._runner.put(job.slot, job.base.planes, job.request.sampling)
+            if job.base.logits is not None:
+                self._first_token(job, self._choose(job.base.logits[None], {0: job})[0])
 
     def _prefill(self, job: _Running, end: int) -> None:
         tokens = job.tokens[job.done : end]
         step = self._runner.prefill(job.slot, tokens, job.request.sampling, job.done > 0, self._smallest)
         self._scheduler.advance(job, end)
         job.stream._push(Prefilled(end, job.prompt))
+        if end in job.marks:
+            self._take(job)
         if end == job.prompt:
-            job.first_token = time.perf_counter()
-            seconds = job.first_token - job.submitted
-            self._ttft[sum(seconds > bound for bound in TTFT_BOUNDS)] += 1
-            self._counts["ttft_seconds"] += seconds
-            self._counts["ttft_count"] += 1
-            self._emit(job, step)
+            if end >= ALIGN:
+                planes = self._runner.take(job.slot)
+                self._prefixes.put(Snapshot(key_of(job.tokens), planes, step.logits))
+            special = {0: job} if job.constraints else {}
+            self._first_token(job, self._choose(step.batch_logits, special).get(0, Token(step.token)))
 
-    def _emit(self, job: _Running, step: Step) -> None:
-        job.tokens.append(step.token)
+    def _take(self, job: _Running) -> None:
+        job.latest = Snapshot(key_of(job.tokens[: job.done]), self._runner.take(job.slot))
+        self._prefixes.put(job.latest)
+
+    def _choose(self, logits: Any, jobs: dict[int, _Running], after: int = 0) -> dict[int, Token]:
+        """The next tokens of some jobs, by their row of logits (B, vocab), as their constraints want them.
+
+        after: tokens that the jobs' slots hold beyond `done`.
+        """
+        if not jobs:
+            return {}
+        rows = [jobs.get(i) for i in range(len(logits))]
+        one = next(iter(jobs.values())).request.sampling
+        params = [job.request.sampling if job else one for job in rows]
+        changes = edits([job.constraints if job else None for job in rows], logits.shape[1])
+        position = [job.done + after if job else 0 for job in rows]
+        chosen = self._runner.choose(logits, params, changes, position)
+        ids, logprobs, top_ids, top = (x.tolist() for x in chosen)
+        tokens = {}
+        for i, job in jobs.items():
+            n = job.request.logprobs
+            best = () if n is None else tuple(zip(top_ids[i][:n], top[i][:n], strict=True))
+            tokens[i] = Token(ids[i], None if n is None else logprobs[i], best)
+        return tokens
+
+    def _first_token(self, job: _Running, token: Token) -> None:
+        job.first_token = time.perf_counter()
+        seconds = job.first_token - job.submitted
+        self._ttft[sum(seconds > bound for bound in TTFT_BOUNDS)] += 1
+        self._counts["ttft_seconds"] += seconds
+        self._counts["ttft_count"] += 1
+        self._emit(job, token)
+
+    def _emit(self, job: _Running, token: Token) -> None:
+        if job.constraints:
+            job.constraints.push(token.id)
+            if job.constraints.error:
+                self._end(job, "failed")
+                job.stream._push(Ds4Error(f"json_schema: {job.constraints.error}"))
+                return
+        job.tokens.append(token.id)
         self._counts["generated_tokens"] += 1
-        job.stream._push(Token(step.token))
-        reason = "stop" if step.token in job.stop_ids else "length" if len(job.tokens) >= job.limit else None
+        job.stream._push(token)
+        reason = "stop" if token.id in job.stop_ids else "length" if len(job.tokens) >= job.limit else None
         if reason:
             self._end(job, reason)
             job.stream._push(Finished(reason), None)
+
+
+def _constraints(request: Request, prompt: list[int], stop_ids: frozenset[int]) -> Constraints | None:
+    s = request.sampling
+    plain = s.presence_penalty == s.frequency_penalty == 0 and s.repetition_penalty == 1
+    if plain and not s.logit_bias and not s.min_tokens and request.logprobs is None and not request.grammar:
+        return None
+    if request.grammar:
+        from ds4jax.engine.grammar import Matcher
+
+        return Constraints(s, prompt, stop_ids, Matcher(request.grammar))
+    return Constraints(s, prompt, stop_ids, None)

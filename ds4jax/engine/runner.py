@@ -21,6 +21,9 @@ from ds4jax.cache import Cache
 from ds4jax.checkpoint import Checkpoint, open_checkpoint
 from ds4jax.config import ModelConfig
 from ds4jax.download import resolve_model
+from ds4jax.engine import snapshots
+from ds4jax.engine.constraints import edits
+from ds4jax.engine.snapshots import Planes
 from ds4jax.errors import Ds4Error
 from ds4jax.load import load
 from ds4jax.model import transformer
@@ -179,7 +182,7 @@ class Runner:
         return Tokenizer.from_metadata(self.checkpoint.file.metadata)
 
     def compile(self, smallest: int = 1) -> None:
-        """Compile every step now rather than on first use: decode, and prefill of each bucket from `smallest` on."""
+        """Compile now, not on first use: decode, prefill of buckets from `smallest` on, `take`, `put`, `choose`."""
         before, size = self.programs.seconds, smallest
         largest = min(self.settings.prefill_chunk, self.settings.ctx - 1)
         self.programs.compile_largest()
@@ -187,6 +190,10 @@ class Runner:
             one = sampling.batch([Sampling()])
             self.programs.get("prefill", np.int32(0), np.array([True]), *_pad([0] * size, smallest), one)
             size *= 2
+        self.cache = snapshots.compile(self.cache, self.settings.ctx)
+        for rows in (1, self.batch):
+            logits = np.zeros((rows, self.cfg.vocab_size), np.float32)
+            self.choose(logits, [Sampling()] * rows, edits([None] * rows, self.cfg.vocab_size), [0] * rows)
         self.stats.compile_seconds += self.programs.seconds - before
 
     def prefill(
@@ -248,6 +255,21 @@ class Runner:
         self.cache = kv.restore(self.cache, slot, saved)
         self._sampling[slot], self.lengths[slot] = params, int(saved.length[0])
 
+    def take(self, slot: int) -> Planes:
+        """The sequence in `slot` as it is now, in host memory, for `put` (see `ds4jax.engine.snapshots`)."""
+        return snapshots.take(self.cache, slot, self.lengths[slot])
+
+    def put(self, slot: int, planes: Planes, params: Sampling) -> None:
+        """Put a state from `take` into `slot`, in place of what was there; see `restore`."""
+        self.cache = snapshots.put(self.cache, slot, planes)
+        self._sampling[slot], self.lengths[slot] = params, int(planes["length"][0])
+
+    def choose(
+        self, logits: Array | np.ndarray, params: Sequence[Sampling], changes: sampling.Edits, position: Sequence[int]
+    ) -> tuple[np.ndarray, ...]:
+        """`sampling.choose` for logits (B, vocab), with numpy results."""
+        return jax.device_get(_choose(logits, sampling.batch(params), changes, np.array(position, np.int32)))
+
     def _run(self, name: str, *args: Any) -> tuple[float, np.ndarray, Array]:
         """One step on the weights, the cache and numpy arguments: → seconds it took, sampled tokens, logits."""
         try:
@@ -283,6 +305,9 @@ def _decode(w, cache: Cache, tokens, active, params, *, cfg: ModelConfig, comput
     """tokens (B,), appended where active (B,) → sampled tokens (B,), logits (B, vocab), cache."""
     logits, cache = transformer.decode_step(w, cache, tokens, active, cfg=cfg, compute=compute)
     return sampling.sample(logits, params, cache.length), logits, cache
+
+
+_choose = jax.jit(sampling.choose)
 
 
 def _compiler_options() -> dict[str, Any] | None:

@@ -11,6 +11,8 @@ import collections
 import dataclasses
 from collections.abc import Callable, Iterator
 
+from ds4jax.engine.keys import common, key_of
+
 ALIGN = 128
 """Positions at which a sequence's state can be saved and reused: there every window of every compressor is closed."""
 
@@ -20,7 +22,7 @@ class Job:
     """One sequence: its token ids, first the prompt, `prompt` of them, then the answer.
 
     marks: positions in the prompt at which a chunk has to end. slot: where it runs, None while it waits. done: tokens
-    that its slot holds. Once done ≥ prompt it decodes.
+    that its slot holds. Once done ≥ prompt it decodes. key: the prompt's. leader: the job whose prompt it waits for.
     """
 
     tokens: list[int]
@@ -28,6 +30,11 @@ class Job:
     marks: set[int] = dataclasses.field(default_factory=set)
     slot: int | None = None
     done: int = 0
+    key: bytes = dataclasses.field(init=False)
+    leader: Job | None = None
+
+    def __post_init__(self):
+        self.key = key_of(self.tokens[: self.prompt])
 
 
 class Scheduler:
@@ -81,6 +88,23 @@ class Scheduler:
             (self.prefilling if done < job.prompt else self.decoding).append(job)
             admitted.append(job)
         return admitted
+
+    def should_wait(self, job: Job, have: int) -> bool:
+        """Whether a prompt that is being computed will soon be worth more to `job` than the `have` tokens it has.
+
+        If so, that prompt is marked where the two part, or `job` is the same prompt and can start where that one ends.
+        A job waits for one other at most: what comes of it may be lost again before it is its turn.
+        """
+        for other in self.prefilling if job.leader is None else [job.leader] * (job.leader in self.prefilling):
+            target = job.prompt if job.key == other.key else self._parting(job, other)
+            if target > max(have, other.done):
+                job.leader = other
+                other.marks.add(target)
+                return True
+        return False
+
+    def _parting(self, job: Job, other: Job) -> int:
+        return min(common(job.key, other.key) // 4, job.prompt - 1) // ALIGN * ALIGN
 
     def next_chunk(self) -> tuple[Job, int] | None:
         """Whose prompt is next, and up to which position: a mark, a multiple of `chunk` or its end."""

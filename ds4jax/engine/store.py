@@ -32,7 +32,6 @@ value.
 
 from __future__ import annotations
 
-import bisect
 import contextlib
 import dataclasses
 import fcntl
@@ -40,7 +39,6 @@ import hashlib
 import json
 import logging
 import math
-import operator
 import os
 import re
 import struct
@@ -53,6 +51,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from ds4jax.engine.keys import insert, key_of, longest, shared
 from ds4jax.errors import Ds4Error
 
 HALF_LIFE = 6 * 3600
@@ -192,16 +191,13 @@ class Store:
 
     def longest(self, tokens: Sequence[int]) -> Entry | None:
         """The entry with the most tokens among those that `tokens` begins with (or equals), if there is one."""
-        key = _key(tokens)
         with self._lock:
-            # An entry that `key` begins with stands before it, and between the two only others that begin with it.
-            # So the nearest entry before `key` has the same beginning at least as far as the one wanted goes.
-            while i := bisect.bisect_right(self._entries, key, key=operator.attrgetter("key")):
-                near = self._entries[i - 1]
-                if key.startswith(near.key):
-                    return near
-                key = key[: _common(key, near.key)]
-        return None
+            return longest(self._entries, key_of(tokens))
+
+    def shared(self, tokens: Sequence[int]) -> int:
+        """How many tokens, at most, `tokens` and any entry have in common at their beginnings."""
+        with self._lock:
+            return shared(self._entries, key_of(tokens)) // 4
 
     def load(self, entry: Entry) -> tuple[dict[str, np.ndarray], Any] | None:
         """Planes (read-only) and `extra` of an entry, as they were put; counts as a use of it.
@@ -237,7 +233,7 @@ class Store:
         """
         if not len(tokens):
             raise ValueError("a snapshot needs at least one token")
-        key = _key(tokens)
+        key = key_of(tokens)
         with self._writing:
             present = self.longest(tokens)
             if present and present.key == key:
@@ -274,15 +270,15 @@ class Store:
             with self._lock:
                 entries = self._entries.copy()
             if new:
-                bisect.insort(entries, new, key=operator.attrgetter("key"))
-            value = _values(entries)
+                insert(entries, new)
+            value = values(entries)
             victim = min((e for e in entries if e is not new), key=value.__getitem__)
             log.info("%s: evicted, %d tokens", victim.path, victim.length)
             self._drop(victim)
 
     def _insert(self, entry: Entry) -> None:
         with self._lock:
-            bisect.insort(self._entries, entry, key=operator.attrgetter("key"))
+            insert(self._entries, entry)
             self._bytes += entry.nbytes
 
     def _forget(self, entry: Entry) -> bool:
@@ -328,13 +324,14 @@ class Store:
             raise _Damaged("its name does not fit its tokens")
 
 
-def _values(entries: Sequence[Entry]) -> dict[Entry, float]:
+def values(entries: Sequence[Any]) -> dict[Any, float]:
     """The binary logarithm of each entry's value (see the top), but for a term that is the same for all.
 
-    entries: sorted by key. The logarithm is finite at any age, and with it the order does not depend on the time.
+    entries: `Entry`, or what has its key, length, nbytes and used; sorted by key. The logarithm is finite at any age,
+    and with it the order does not depend on the time.
     """
-    nexts: dict[Entry, list[Entry]] = {e: [] for e in entries}  # entry → those that continue it, with none in between
-    chain: list[Entry] = []  # the entries that the last one continues, and itself
+    nexts: dict[Any, list[Any]] = {e: [] for e in entries}  # entry → those that continue it, with none in between
+    chain: list[Any] = []  # the entries that the last one continues, and itself
     for e in entries:
         while chain and not e.key.startswith(chain[-1].key):
             chain.pop()
@@ -342,23 +339,11 @@ def _values(entries: Sequence[Entry]) -> dict[Entry, float]:
             nexts[chain[-1]].append(e)
         chain.append(e)
 
-    def value(e: Entry) -> float:
+    def value(e: Any) -> float:
         superseded = len(nexts[e]) == 1 and nexts[e][0].used >= e.used
         return math.log2(e.length / e.nbytes) + (e.used / 1e9 - superseded * SUPERSEDED) / HALF_LIFE
 
     return {e: value(e) for e in entries}
-
-
-# ---- token keys ---------------------------------------------------------------------------------------------------
-def _key(tokens: Sequence[int]) -> bytes:
-    return np.asarray(tokens, "<u4").tobytes()
-
-
-def _common(a: bytes, b: bytes) -> int:
-    """Bytes of the tokens with which both begin."""
-    n = min(len(a), len(b)) // 4
-    differ = np.frombuffer(a, "<u4", n) != np.frombuffer(b, "<u4", n)
-    return 4 * (int(differ.argmax()) if differ.any() else n)
 
 
 # ---- the file format ----------------------------------------------------------------------------------------------

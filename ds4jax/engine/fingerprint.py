@@ -1,0 +1,41 @@
+"""What must agree for a stored state to be the one that this process would compute."""
+
+from __future__ import annotations
+
+import hashlib
+
+import jax
+import numpy as np
+
+from ds4jax.engine.runner import Runner
+from ds4jax.engine.snapshots import LAYOUT
+from ds4jax.synthetic import Synthetic
+
+SAMPLE = 4096  # bytes of each tensor that are looked at; all of them would take minutes
+
+
+def fingerprint(runner: Runner) -> dict[str, str | int]:
+    """Model (its tokenizer included), numerics, devices, and the layout of snapshots; for `engine.store.Store`."""
+    settings = runner.settings
+    return {
+        "model": _model(runner),
+        "numerics": settings.numerics,
+        "dtype": settings.dtype,
+        "device": jax.devices()[0].device_kind,
+        "mesh": f"tp {settings.tp}, ep {settings.ep}",
+        "layout": LAYOUT,
+    }
+
+
+def _model(runner: Runner) -> str:
+    digest, source = hashlib.blake2b(repr(runner.cfg).encode(), digest_size=16), runner.checkpoint
+    if isinstance(source, Synthetic):
+        digest.update(repr((source.recipe.__name__, source.seed)).encode())
+        return digest.hexdigest()
+    for key, value in sorted(source.file.metadata.items()):
+        digest.update(repr((key, value.tolist() if isinstance(value, np.ndarray) else value)).encode())
+    for name in sorted(source.types):
+        info, data = source.holder(name).info(name), source.holder(name).raw(name).reshape(-1)
+        digest.update(repr((name, info.shape, int(info.type))).encode())
+        digest.update(data[:SAMPLE].tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,168 @@
+"""States of sequences, kept for whoever comes with the same tokens: in memory, and beyond its budget on disk. No JAX.
+
+A compressed state cannot be rewound, so what a prompt shares with an earlier sequence is reused at the last position at
+which a snapshot was taken. Such positions are multiples of 128, where no window is open; `positions` chooses them. A
+*complete* prompt is also kept where it ends, with its logits, for the same prompt again.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import logging
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+
+from ds4jax.engine import keys
+from ds4jax.engine.scheduler import ALIGN
+from ds4jax.engine.store import Store, values
+
+TAIL = 30
+"""A prompt whose last TAIL tokens change is computed anew from at most ALIGN tokens before them."""
+MAX_WRITES = 8  # snapshots that may wait for the disk; each holds memory beyond the budget
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(eq=False)
+class Snapshot:
+    """The state after the tokens of `key`. used: last use, nanoseconds since 1970.
+
+    logits (V,): those that follow a complete prompt, else None.
+    """
+
+    key: bytes
+    planes: dict[str, np.ndarray]
+    logits: np.ndarray | None = None
+    used: int = dataclasses.field(default_factory=time.time_ns)
+    on_disk: bool = False
+
+    @property
+    def length(self) -> int:
+        """How many tokens it holds the state of."""
+        return len(self.key) // 4
+
+    @property
+    def nbytes(self) -> int:
+        rest = 0 if self.logits is None else self.logits.nbytes
+        return len(self.key) + rest + sum(plane.nbytes for plane in self.planes.values())
+
+
+def positions(prompt: int, chunk: int, shared: int) -> set[int]:
+    """Where to take snapshots while a prompt is computed.
+
+    Near its end, for the same prompt with another tail; at chunk · 2^i, so that a prompt of which only the beginning is
+    the same saves half of that at least; and where it parts from what is known, which shares `shared` tokens with it.
+    """
+    last = max(0, prompt - TAIL) // ALIGN * ALIGN
+    marks, double = {last, min(shared, last) // ALIGN * ALIGN}, max(chunk, ALIGN)
+    while double < last:
+        marks.add(double)
+        double *= 2
+    return marks - {0}
+
+
+class Prefixes:
+    """Snapshots within a budget of memory, in front of a `Store` that may be there. For one thread."""
+
+    def __init__(self, budget_bytes: int, store: Store | None = None):
+        """budget_bytes: of memory. store: takes what is evicted, and what `save` is called for."""
+        self.budget, self.store = budget_bytes, store
+        self.nbytes = 0
+        self._aligned: list[Snapshot] = []  # sorted by key
+        self._complete: collections.OrderedDict[bytes, Snapshot] = collections.OrderedDict()  # oldest use first
+        self._complete_bytes = 0
+        self._reader, self._writer = (ThreadPoolExecutor(1, f"prefix-{name}") for name in ("reader", "writer"))
+        self._writes: set[Future] = set()
+
+    def __len__(self) -> int:
+        return len(self._aligned) + len(self._complete)
+
+    def find(self, tokens: Sequence[int]) -> Snapshot | None:
+        """The longest snapshot in memory to start a prompt from: complete, or shorter than the prompt."""
+        key = keys.key_of(tokens)
+        if found := self._complete.get(key):
+            self._complete.move_to_end(key)
+        else:
+            found = keys.longest(self._aligned, key[:-4])
+        if found:
+            found.used = time.time_ns()
+        return found
+
+    def shared(self, tokens: Sequence[int]) -> int:
+        """How many tokens a prompt has in common with anything known."""
+        on_disk = self.store.shared(tokens) if self.store else 0
+        return max(on_disk, keys.shared(self._aligned, keys.key_of(tokens)) // 4)
+
+    def put(self, snapshot: Snapshot) -> None:
+        """Keep a snapshot; what is worth least makes room."""
+        if snapshot.logits is not None:
+            if (old := self._complete.pop(snapshot.key, None)) is not None:
+                self._count(old, -1)
+            self._complete[snapshot.key] = snapshot
+        else:
+            present = keys.longest(self._aligned, snapshot.key)
+            if present and present.key == snapshot.key:
+                present.used = snapshot.used
+                return
+            keys.insert(self._aligned, snapshot)
+        self._count(snapshot, 1)
+        while self._complete_bytes > self.budget // 4:  # they save little: at most 127 tokens more than the others do
+            self._count(self._complete.popitem(last=False)[1], -1)
+        while self.nbytes > self.budget and self._aligned:
+            value = values(self._aligned)
+            victim = min(self._aligned, key=value.__getitem__)
+            self.discard(victim)
+            self.save(victim)
+
+    def discard(self, snapshot: Snapshot) -> None:
+        """Forget an aligned snapshot, if it is still here."""
+        if snapshot in self._aligned:
+            self._aligned.remove(snapshot)
+            self._count(snapshot, -1)
+
+    def save(self, snapshot: Snapshot) -> None:
+        """Write a snapshot to disk, in the background. Without a store, or if too many wait already, it is not kept."""
+        self._writes = {write for write in self._writes if not write.done()}
+        if self.store and not snapshot.on_disk and len(self._writes) < MAX_WRITES:
+            snapshot.on_disk = True
+            self._writes.add(self._writer.submit(self._write, snapshot))
+
+    def fetch(self, tokens: Sequence[int], more_than: int) -> Future[Snapshot | None] | None:
+        """Start to read the longest snapshot on disk that a prompt begins with, if it is longer than `more_than`."""
+        if not self.store or not (entry := self.store.longest(tokens[:-1])) or entry.length <= more_than:
+            return None
+        return self._reader.submit(self._read, tokens[:-1], more_than)
+
+    def close(self, save: bool) -> None:
+        """Wait for the disk. save: write what is in memory too, the most valuable last: it is the last to make room."""
+        if save and self.store:
+            value = values(self._aligned)
+            for snapshot in sorted(self._aligned, key=value.__getitem__):
+                if not snapshot.on_disk:
+                    snapshot.on_disk = True
+                    self._writer.submit(self._write, snapshot)
+        self._reader.shutdown(cancel_futures=True)
+        self._writer.shutdown()
+        if self.store:
+            self.store.close()
+
+    def _count(self, snapshot: Snapshot, sign: int) -> None:
+        self.nbytes += sign * snapshot.nbytes
+        if snapshot.logits is not None:
+            self._complete_bytes += sign * snapshot.nbytes
+
+    def _write(self, snapshot: Snapshot) -> None:
+        try:
+            self.store.put(np.frombuffer(snapshot.key, "<u4"), snapshot.planes)
+        except Exception:
+            log.exception("a snapshot of %d tokens was not saved", snapshot.length)
+
+    def _read(self, tokens: Sequence[int], more_than: int) -> Snapshot | None:
+        while (entry := self.store.longest(tokens)) and entry.length > more_than:
+            if (loaded := self.store.load(entry)) is not None:
+                return Snapshot(entry.key, loaded[0], on_disk=True)
+        return None
