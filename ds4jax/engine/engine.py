@@ -285,7 +285,7 @@ class Engine:
         finally:
             stream.cancel()
 
-    async def close(self, save: bool = True, grace: float = 0.0) -> None:
+    async def close(self, grace: float = 0.0, save: bool = True) -> None:
         """Stop: requests that do not end within `grace` seconds raise Stopping, as do new ones from now on.
 
         save: write all prefixes to disk, if there is a folder for them, those of interrupted requests included.

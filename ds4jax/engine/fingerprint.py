@@ -21,6 +21,7 @@ def fingerprint(runner: Runner) -> dict[str, str | int]:
         "model": _model(runner),
         "numerics": settings.numerics,
         "dtype": settings.dtype,
+        "kernels": settings.kernels,
         "device": jax.devices()[0].device_kind,
         "mesh": f"tp {settings.tp}, ep {settings.ep}",
         "layout": LAYOUT,
