@@ -288,7 +288,7 @@ def configs(shape: Shape) -> list[Config]:
 
 
 def default_config(shape: Shape) -> Config:
-    return Config() if shape.batch < 8 else Config(4, 4, 4)
+    return Config() if shape.batch < 8 else Config(2, 2)
 
 
 def op(
