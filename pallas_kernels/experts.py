@@ -633,9 +633,18 @@ def _quantized(fmt: str):
 
 
 def reference_gate_up(
-    x: Array, ids: Array, weights: Array, gate: Sequence[Array], up: Sequence[Array], *, fmt: str, clamp: float
+    x: Array,
+    ids: Array,
+    weights: Array,
+    gate: Sequence[Array],
+    up: Sequence[Array],
+    *,
+    fmt: str,
+    clamp: float,
+    first: Array | None = None,
 ) -> Array:
     """`gate_up` in XLA, in float32, one pair after the other."""
+    ids = _from(first, ids)
 
     def pair(args):
         x, e, weight = args
@@ -646,11 +655,23 @@ def reference_gate_up(
     return lax.map(pair, (x, ids.reshape(-1), weights.reshape(-1)))
 
 
-def reference_down(act: Array, ids: Array, planes: Sequence[Array], *, fmt: str) -> Array:
+def reference_down(act: Array, ids: Array, planes: Sequence[Array], *, fmt: str, first: Array | None = None) -> Array:
     """`down` in XLA, in float32, one pair after the other."""
-
+    ids = _from(first, ids)
     pairs = lax.map(lambda pair: _row_products(planes, *pair, fmt), (ids.reshape(-1), act.astype(jnp.float32)))
     return pairs.reshape(*ids.shape, -1).sum(1)
+
+
+def _from(first: Array | None, ids: Array) -> Array:
+    """Ids counted from `first` on; negative ones stay negative."""
+    return ids if first is None else jnp.where(ids < 0, ids, ids + first)
+
+
+def reference_pack(x: Array, *, fmt: str) -> Array:
+    """`pack` in XLA."""
+    packing = Packing(fmt, x.shape[1])
+    low, high = packing.order
+    return jax.vmap(lambda x: jnp.concatenate(packing.parts(x[low], x[high])))(x)
 
 
 def _row_products(planes: Sequence[Array], expert: Array, x: Array, fmt: str) -> Array:
@@ -677,19 +698,24 @@ def gate_up(
     *,
     fmt: str,
     clamp: float,
+    first: Array | None = None,
     implementation: Implementation = "pallas",
     config: Config | None = None,
     interpret: bool = False,
 ) -> Array:
     """silu(min(g, clamp)) · clip(u, -clamp, clamp) · weight for each token and each of its experts.
 
-    x (S, K) float; ids (S, k) int32, negative where the expert is held elsewhere; weights (S, k) float32; planes of
-    gate and up, each (experts, F, K) in `fmt`. Returns float32 (S·k, F), the pairs of a token one after the other,
-    zeros for experts held elsewhere. Raises Unsupported.
+    x (S, K) float, or what `pack` makes of it for `fmt`; ids (S, k) int32, negative where the expert is held elsewhere;
+    weights (S, k) float32; planes of gate and up, each (experts, F, K) in `fmt`. first: int32 (1,), the number among
+    these experts that id 0 has, by default 0. Returns float32 (S·k, F), the pairs of a token one after the other, zeros
+    for experts held elsewhere. Raises Unsupported.
     """
+    packed = x.ndim == 3
     if implementation == "xla":
-        return reference_gate_up(x, ids, weights, gate, up, fmt=fmt, clamp=clamp)
-    (S, k), K = ids.shape, x.shape[1]
+        if packed:
+            raise Unsupported("gate_up in XLA: found packed activations, expected floats")
+        return reference_gate_up(x, ids, weights, gate, up, fmt=fmt, clamp=clamp, first=first)
+    (S, k), K = ids.shape, x.shape[2] * FORMATS[fmt].unit if packed and fmt in FORMATS else x.shape[1]
     _, F = _check(fmt, K, S, gate)
     if _check(fmt, K, S, up)[1] != F:
         raise Unsupported(f"gate_up: found gate {gate[0].shape} and up {up[0].shape}, expected equal shapes")
@@ -698,7 +724,9 @@ def gate_up(
     table = FORMATS[fmt].table()
     tables = () if table is None else (jnp.asarray(table),)
     f = _gate_up(fmt, S, k, K, F, clamp, config, interpret)
-    return f(pack(x, fmt=fmt, interpret=interpret), *_groups(ids), weights.reshape(-1), *gate, *up, *tables)
+    x = x if packed else pack(x, fmt=fmt, interpret=interpret)
+    groups = _groups(ids) if min(config.tokens, S) > 1 else ()
+    return f(x, ids.reshape(-1), _first(first), weights.reshape(-1), *groups, *gate, *up, *tables)
 
 
 def down(
@@ -707,17 +735,18 @@ def down(
     planes: Sequence[Array],
     *,
     fmt: str,
+    first: Array | None = None,
     implementation: Implementation = "pallas",
     config: Config | None = None,
     interpret: bool = False,
 ) -> Array:
     """Σ over a token's experts of W act, in the order of `ids`.
 
-    act (S·k, F) float, as `gate_up` returns it; ids as there; planes (experts, E, F) in `fmt`. Returns float32 (S, E).
-    Raises Unsupported.
+    act (S·k, F) float, as `gate_up` returns it; ids and first as there; planes (experts, E, F) in `fmt`. Returns
+    float32 (S, E). Raises Unsupported.
     """
     if implementation == "xla":
-        return reference_down(act, ids, planes, fmt=fmt)
+        return reference_down(act, ids, planes, fmt=fmt, first=first)
     (S, k), F = ids.shape, act.shape[1]
     _, E = _check(fmt, F, S, planes)
     config = config or default_config(Shape("down", fmt, S, F, E, used=k))
@@ -725,7 +754,7 @@ def down(
     table = FORMATS[fmt].table()
     tables = () if table is None else (jnp.asarray(table),)
     f = _down(fmt, S, k, F, E, config, interpret)
-    return f(pack(act, fmt=fmt, interpret=interpret), ids.reshape(-1), *planes, *tables)
+    return f(pack(act, fmt=fmt, interpret=interpret), ids.reshape(-1), _first(first), *planes, *tables)
 
 
 def pack(x: Array, *, fmt: str, interpret: bool = False) -> Array:
@@ -733,7 +762,8 @@ def pack(x: Array, *, fmt: str, interpret: bool = False) -> Array:
 
     Of each unit: unit / 2 words of two values, the sums of its groups, the scale (the bits of a float32).
     """
-    return _pack(fmt, *x.shape, interpret)(x, jnp.asarray(_order(fmt, x.shape[1])))
+    packing = Packing(fmt, x.shape[1])
+    return _pack(packing, len(x), interpret)(x, packing.order)
 
 
 def _check(fmt: str, K: int, S: int, planes: Sequence[Array]) -> tuple[int, int]:
@@ -756,14 +786,18 @@ def _check_config(config: Config, n: int) -> None:
         raise Unsupported(f"rows: found {n}, expected a multiple of {config.num_warps} · {config.rows}, see {config}")
 
 
-def _groups(ids: Array) -> tuple[Array, Array, Array]:
-    """Flat ids; of each pair, how many pairs before it have the same expert, and the next one that has it, or -1."""
+def _first(first: Array | None) -> Array:
+    return jnp.zeros((1,), jnp.int32) if first is None else first
+
+
+def _groups(ids: Array) -> tuple[Array, Array]:
+    """Of each pair, how many pairs before it have the same expert, and the next one that has it, or -1."""
     ids = ids.reshape(-1)
     n = jnp.arange(ids.size, dtype=jnp.int32)
     same = ids[:, None] == ids[None, :]
     rank = (same & (n[None, :] < n[:, None])).sum(1, dtype=jnp.int32)
     following = jnp.where(same & (n[None, :] > n[:, None]), n[None, :], ids.size).min(1)
-    return ids, rank, jnp.where(following < ids.size, following, -1)
+    return rank, jnp.where(following < ids.size, following, -1)
 
 
 # ---- kernels ---------------------------------------------------------------------------------------------------------
@@ -774,29 +808,62 @@ def _order(fmt: str, K: int) -> np.ndarray:
     return np.ascontiguousarray(order.reshape(len(order), -1, 2).T)
 
 
-@functools.cache
-def _pack(fmt: str, S: int, K: int, interpret: bool):
-    unit, groups = FORMATS[fmt].unit, FORMATS[fmt].sums
-    words, units = unit // 2, K // unit
-    block = min(units, 32)
+@dataclass(frozen=True)
+class Packing:
+    """`pack` as a part of a kernel: `programs` programs of one warp make a token's."""
 
-    def kernel(x, order, out):
-        s, here = pl.program_id(0), pl.ds(pl.program_id(1) * block, block)
-        low, high = (x[s, order[i, :, here]].astype(jnp.float32) for i in range(2))
-        largest = jnp.maximum(jnp.abs(low), jnp.abs(high)).max(0)
+    fmt: str
+    K: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of a token: words, units."""
+        form = FORMATS[self.fmt]
+        return form.unit // 2 + form.sums + 1, self.K // form.unit
+
+    @property
+    def order(self) -> Array:
+        """int32 (2, words, units): the column of the low and of the high half of every word."""
+        return jnp.asarray(_order(self.fmt, self.K))
+
+    @property
+    def block(self) -> int:
+        """Units per program."""
+        return min(self.shape[1], 8)
+
+    @property
+    def programs(self) -> int:
+        return self.shape[1] // self.block
+
+    def run(self, x: Ref, order: Ref, out: Ref, s: Array, program: Array) -> None:
+        """Refs: x (S, K), order, out (S, words, units)."""
+        here, row = pl.ds(program * self.block, self.block), 0
+        for part in self.parts(*(x[s, order[i, :, here]] for i in range(2))):
+            out[s, pl.ds(row, len(part)), here] = part
+            row += len(part)
+
+    def parts(self, low: Array, high: Array) -> list[Array]:
+        """Activations of words (words, units), low and high halves → words, sums, if there are any, and scales."""
+        low, high = low.astype(jnp.float32), high.astype(jnp.float32)
+        largest = jnp.maximum(jnp.abs(low), jnp.abs(high)).max(0, keepdims=True)
         factor = jnp.where(largest > 0, FIXED / largest, 0.0)
-        low, high = (_round(v * factor[None]) for v in (low, high))
-        out[s, pl.ds(0, words), here] = low & 0xFFFF | high << 16
-        if groups:
-            out[s, pl.ds(words, groups), here] = (low + high).reshape(groups, -1, block).sum(1)
-        out[s, words + groups, here] = lax.bitcast_convert_type(largest * (1 / FIXED), jnp.int32)
+        low, high = _round(low * factor), _round(high * factor)
+        groups = FORMATS[self.fmt].sums
+        sums = [(low + high).reshape(groups, -1, low.shape[1]).sum(1)] if groups else []
+        return [low & 0xFFFF | high << 16, *sums, lax.bitcast_convert_type(largest * (1 / FIXED), jnp.int32)]
+
+
+@functools.cache
+def _pack(packing: Packing, S: int, interpret: bool):
+    def kernel(x, order, out):
+        packing.run(x, order, out, pl.program_id(0), pl.program_id(1))
 
     return common.call(
         kernel,
-        name=f"pack_{fmt}",
-        grid=(S, units // block),
-        out_shape=jax.ShapeDtypeStruct((S, words + groups + 1, units), jnp.int32),
-        num_warps=4,
+        name=f"pack_{packing.fmt}",
+        grid=(S, packing.programs),
+        out_shape=jax.ShapeDtypeStruct((S, *packing.shape), jnp.int32),
+        num_warps=1,
         num_stages=1,
         interpret=interpret,
     )
@@ -811,7 +878,8 @@ def _round(x: Array) -> Array:
 def _gate_up(fmt: str, S: int, k: int, K: int, F: int, clamp: float, config: Config, interpret: bool):
     planes, warps, tokens = len(FORMATS[fmt].planes), config.num_warps, min(config.tokens, S)
 
-    def kernel(x, ids, rank, following, weights, *rest):
+    def kernel(x, ids, first_expert, weights, *rest):
+        (rank, following), rest = (rest[:2], rest[2:]) if tokens > 1 else ((None, None), rest)
         gate, up, (*table, out) = rest[:planes], rest[planes : 2 * planes], rest[2 * planes :]
         program = Program(FORMATS[fmt], K, config, Emulation if interpret else Gpu, *table)
         pair, first = pl.program_id(0), pl.program_id(1) * warps * config.rows
@@ -819,14 +887,14 @@ def _gate_up(fmt: str, S: int, k: int, K: int, F: int, clamp: float, config: Con
 
         def serve(pairs: list[Array]) -> None:
             rows = [(refs, start) for start in starts for refs in (gate, up)]
-            dots = iter(program.sweep(1, lambda _: ids[pair], rows, x, lambda _: [p // k for p in pairs]))
+            dots = iter(program.sweep(1, lambda _: expert, rows, x, lambda _: [p // k for p in pairs]))
             for start in starts:
                 for p, *both in zip(pairs, next(dots), next(dots), strict=True):
                     g, u = (part.sum(1) for part in both)
                     g = jnp.minimum(g, clamp)
                     out[p, pl.ds(start, warps)] = g / (1 + jnp.exp(-g)) * jnp.clip(u, -clamp, clamp) * weights[p]
 
-        held = ids[pair] >= 0
+        held, expert = ids[pair] >= 0, ids[pair] + first_expert[0]
 
         @pl.when(~held)
         def _():
@@ -857,14 +925,14 @@ def _gate_up(fmt: str, S: int, k: int, K: int, F: int, clamp: float, config: Con
 def _down(fmt: str, S: int, k: int, F: int, E: int, config: Config, interpret: bool):
     planes, warps = len(FORMATS[fmt].planes), config.num_warps
 
-    def kernel(act, ids, *rest):
+    def kernel(act, ids, first_expert, *rest):
         refs, (*table, out) = rest[:planes], rest[planes:]
         program = Program(FORMATS[fmt], F, config, Emulation if interpret else Gpu, *table)
         s, first = pl.program_id(0), pl.program_id(1) * warps * config.rows
-        starts = [first + warps * i for i in range(config.rows)]
+        starts, zero = [first + warps * i for i in range(config.rows)], first_expert[0]
 
         def expert(i):
-            return jnp.maximum(ids[s * k + i], 0)
+            return jnp.maximum(ids[s * k + i], 0) + zero
 
         totals = program.sweep(k, expert, [(refs, start) for start in starts], act, lambda i: [s * k + i])
         for start, (total,) in zip(starts, totals, strict=True):

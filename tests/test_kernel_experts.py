@@ -93,14 +93,13 @@ def test_tokens_of_one_expert_are_served_together():
 
 
 def test_groups():
-    ids, rank, following = experts._groups(jnp.asarray([[3, 1], [1, 3], [2, 1]], jnp.int32))
-    assert ids.tolist() == [3, 1, 1, 3, 2, 1]
+    rank, following = experts._groups(jnp.asarray([[3, 1], [1, 3], [2, 1]], jnp.int32))
     assert rank.tolist() == [0, 0, 1, 1, 0, 2]
     assert following.tolist() == [3, 2, 5, -1, -1, -1]
 
 
 def test_both_stages_are_the_models_experts():
-    """Several tokens, in the types of the published file, some of their experts on another device."""
+    """Several tokens, in the types of the published file, some of their experts on another device; ids from 1 on."""
     S, E, F, held = 2, 256, 256, 3
     keys = jax.random.split(jax.random.key(0), 5)
     types = quant.IQ2_XXS, quant.IQ2_XXS, quant.Q2_K
@@ -112,10 +111,24 @@ def test_both_stages_are_the_models_experts():
     expected = moe.experts(x, ids, weights, w, clamp=2.0)
     gate, up, down = (tuple(jax.tree.leaves(m)) for m in (w.gate, w.up, w.down))
     mine = jnp.where(ids < held, ids, -1)
-    for options in ({"interpret": True, "config": Config(2, rows=2)}, {"implementation": "xla"}):
-        act = experts.gate_up(x, mine, weights, gate, up, fmt="IQ2_XXS", clamp=2.0, **options)
-        y = experts.down(act, mine, down, fmt="Q2_K", **options)
-        assert error(y, expected) < TOLERANCE
+    later = {"first": jnp.array([1], jnp.int32)}
+    for start in ({}, later):
+        if start:
+            gate, up, down = (tuple(jnp.concatenate([p[-1:], p]) for p in planes) for planes in (gate, up, down))
+        for options in ({"interpret": True, "config": Config(2, rows=2)}, {"implementation": "xla"}):
+            act = experts.gate_up(x, mine, weights, gate, up, fmt="IQ2_XXS", clamp=2.0, **start, **options)
+            y = experts.down(act, mine, down, fmt="Q2_K", **start, **options)
+            assert error(y, expected) < TOLERANCE
+
+
+def test_gate_up_takes_packed_activations():
+    shape = small("gate_up", "Q2_K", tokens=2)
+    x, *rest = shape.inputs(jax.random.key(0))
+    packed = experts.pack(x, fmt="Q2_K", interpret=True)
+    found = experts.gate_up(packed, *rest, fmt="Q2_K", clamp=shape.clamp, config=SMALL, interpret=True)
+    np.testing.assert_array_equal(check(shape, SMALL), found)
+    with pytest.raises(Unsupported, match="found packed activations"):
+        experts.gate_up(packed, *rest, fmt="Q2_K", clamp=shape.clamp, implementation="xla")
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
@@ -125,6 +138,7 @@ def test_pack(fmt):
     x = np.array(jax.random.normal(jax.random.key(0), (2, k)) * jnp.geomspace(1e-3, 1e3, k), np.float32)
     x[1, :256] = 0
     packed = np.asarray(experts.pack(jnp.asarray(x), fmt=fmt, interpret=True))
+    np.testing.assert_array_equal(packed, experts.reference_pack(jnp.asarray(x), fmt=fmt))
     words, sums, scale = np.split(packed, [form.unit // 2, form.unit // 2 + form.sums], axis=1)
     values = np.ascontiguousarray(words.transpose(0, 2, 1)).view(np.int16)  # token, unit, position
     scale = scale[:, 0].view(np.float32)
