@@ -768,12 +768,9 @@ def pack(x: Array, *, fmt: str, interpret: bool = False) -> Array:
 
 def _check(fmt: str, K: int, S: int, planes: Sequence[Array]) -> tuple[int, int]:
     """(experts, rows) of a matrix (…, K), or Unsupported."""
-    if fmt not in FORMATS:
-        raise Unsupported(f"format: found {fmt}, expected one of {', '.join(FORMATS)}")
+    Packing(fmt, K)
     if not 1 <= S <= MAX_TOKENS:
         raise Unsupported(f"tokens: found {S}, expected 1 to {MAX_TOKENS}")
-    if K < 256 or K & (K - 1):
-        raise Unsupported(f"columns: found {K}, expected a power of two, 256 at least")
     found = [(p.dtype.name, p.shape[2:]) for p in planes]
     expected = [(dtype, (n * K // 256,)) for dtype, n in FORMATS[fmt].planes]
     if found != expected:
@@ -810,10 +807,16 @@ def _order(fmt: str, K: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Packing:
-    """`pack` as a part of a kernel: `programs` programs of one warp make a token's."""
+    """`pack` as a part of a kernel: `programs` programs of one warp make a token's. Raises Unsupported."""
 
     fmt: str
     K: int
+
+    def __post_init__(self):
+        if self.fmt not in FORMATS:
+            raise Unsupported(f"format: found {self.fmt}, expected one of {', '.join(FORMATS)}")
+        if self.K < 256 or self.K & (self.K - 1):
+            raise Unsupported(f"columns: found {self.K}, expected a power of two, 256 at least")
 
     @property
     def shape(self) -> tuple[int, int]:

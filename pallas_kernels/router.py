@@ -9,7 +9,8 @@ as they do, because a warp has one instruction for the maximum of integers. Weig
 chosen experts, read again, so that both ways of choosing end alike.
 
 Bytes: 1 kB of logits per token and 1 kB of bias. So it is a launch, two loads that wait for each other (the layer's
-number, the bias), and k times two reductions: 2 to 3 µs. Source: ds4jax/model/moe.py, `route`.
+number, the bias), and k times two reductions: 2 to 3 µs. Further programs can pack the activations for the experts in
+the meantime, which saves the launch of `experts.pack`. Source: ds4jax/model/moe.py, `route`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels import common
+from pallas_kernels import common, experts
 from pallas_kernels.common import Implementation, Unsupported
 
 Array = jax.Array
@@ -35,14 +36,17 @@ LOWEST = -(2**31)  # below every score
 
 @dataclass(frozen=True)
 class Config:
-    """num_warps: of a program, which makes one token's choice."""
+    """num_warps: of a program, which makes one token's choice or packs some of its activations."""
 
     num_warps: int = 1
 
 
 @dataclass(frozen=True)
 class Shape:
-    """k of `experts` for each of `tokens`. vocab: of the table, in a layer that routes by token id; otherwise 0."""
+    """k of `experts` for each of `tokens`. vocab: of the table, in a layer that routes by token id; otherwise 0.
+
+    fmt: if not None, `dim` activations of each token are packed for it.
+    """
 
     tokens: int
     vocab: int = 0
@@ -51,27 +55,31 @@ class Shape:
     norm: bool = True
     scale: float = 1.5
     layers: int = 3
+    fmt: str | None = None
+    dim: int = 4096
 
     @property
     def static(self) -> dict[str, Any]:
-        return {"k": self.k, "norm": self.norm, "scale": self.scale}
+        return {"k": self.k, "norm": self.norm, "scale": self.scale, "fmt": self.fmt}
 
     def inputs(self, key: Array) -> tuple[Array, ...]:
         """Logits of both signs. A token's experts are distinct. The bias is of the size of the scores' differences."""
         keys = jax.random.split(key, 4)
+        x = jax.random.normal(keys[3], (self.tokens, self.dim), jnp.bfloat16) if self.fmt else None
         logits = 2 * jax.random.normal(keys[0], (self.tokens, self.experts))
         layer = jnp.array([self.layers - 1], jnp.int32)
         if not self.vocab:
-            return logits, 0.3 * jax.random.normal(keys[1], (self.layers, self.experts)), None, layer
+            return logits, 0.3 * jax.random.normal(keys[1], (self.layers, self.experts)), None, layer, x
         first = jax.random.randint(keys[1], (self.layers, self.vocab, 1), 0, self.experts)
         table = (first + jnp.arange(self.k, dtype=jnp.int32) * (self.experts // self.k)) % self.experts
-        return logits, table, jax.random.randint(keys[2], (self.tokens,), 0, self.vocab), layer
+        return logits, table, jax.random.randint(keys[2], (self.tokens,), 0, self.vocab), layer, x
 
     @property
     def nbytes(self) -> int:
+        packed = 4 * self.tokens * self.dim if self.fmt else 0
         if self.vocab:
-            return 4 * self.tokens * (1 + 4 * self.k)
-        return 4 * (self.tokens * (self.experts + 2 * self.k) + self.experts)
+            return 4 * self.tokens * (1 + 4 * self.k) + packed
+        return 4 * (self.tokens * (self.experts + 2 * self.k) + self.experts) + packed
 
     @property
     def flops(self) -> int:
@@ -82,6 +90,8 @@ SHAPES = {
     "1": Shape(1),
     "16": Shape(16),
     "32": Shape(32),
+    "1 and pack": Shape(1, fmt="IQ2_XXS"),
+    "32 and pack": Shape(32, fmt="IQ2_XXS"),
     "1 by token": Shape(1, vocab=129280),
     "32 by token": Shape(32, vocab=129280),
     "prefill 8192": Shape(8192),
@@ -90,13 +100,23 @@ SHAPES = {
 
 
 def reference(
-    logits: Array, table: Array, tokens: Array | None, layer: Array, *, k: int, norm: bool, scale: float
-) -> tuple[Array, Array]:
+    logits: Array,
+    table: Array,
+    tokens: Array | None,
+    layer: Array,
+    x: Array | None = None,
+    *,
+    k: int,
+    norm: bool,
+    scale: float,
+    fmt: str | None = None,
+) -> tuple[Array, ...]:
     """What `op` computes, in XLA."""
     s, table = _score(logits), table[layer[0]]
     ids = lax.top_k(s + table, k)[1] if tokens is None else table[tokens]
     weight = jnp.take_along_axis(s, ids, axis=-1)
-    return ids, (weight / weight.sum(-1, keepdims=True) if norm else weight) * scale
+    weight = (weight / weight.sum(-1, keepdims=True) if norm else weight) * scale
+    return (ids, weight) if x is None else (ids, weight, experts.reference_pack(x, fmt=fmt))
 
 
 def _score(logit: Array) -> Array:
@@ -117,14 +137,13 @@ def _highest(score: Array, expert: Array, exists: Array, place: Array, k: int) -
     return lax.fori_loop(0, k, choose, (left, jnp.full_like(place, -1)))[1]
 
 
-def _kernel(*refs, k: int, norm: bool, scale: float):
-    """Refs: logits (S, n), table, tokens (S,) unless the table is a bias, layer; → ids (S, k), weights (S, k)."""
-    logits, table, *tokens, layer, ids_out, weight_out = refs
-    s, nth, n = pl.program_id(0), layer[0], logits.shape[1]
+def _route(logits, table, tokens, layer, ids_out, weight_out, *, s: Array, k: int, norm: bool, scale: float):
+    """Refs: logits (S, n), table, tokens (S,) or None, layer; → ids (S, k), weights (S, k), of token s."""
+    nth, n = layer[0], logits.shape[1]
     place = lax.iota(jnp.int32, pl.next_power_of_2(k))
     used = place < k
-    if tokens:
-        ids = plgpu.load(table.at[nth, tokens[0][s], place], mask=used, other=0)
+    if tokens is not None:
+        ids = plgpu.load(table.at[nth, tokens[s], place], mask=used, other=0)
     else:
         expert = lax.iota(jnp.int32, pl.next_power_of_2(n))
         exists = expert < n
@@ -139,12 +158,25 @@ def _kernel(*refs, k: int, norm: bool, scale: float):
 
 
 @functools.cache
-def _call(S: int, k: int, norm: bool, scale: float, c: Config, interpret: bool):
+def _call(S: int, by_token: bool, packing: experts.Packing | None, k: int, c: Config, interpret: bool, **static):
+    """Arguments: logits, table, tokens if `by_token`, layer; and with a packing x, order."""
+
+    def kernel(logits, table, *refs):
+        tokens, layer, *rest = refs if by_token else (None, *refs)
+        *to_pack, ids, weight = rest if packing is None else [*rest[:2], rest[4], *rest[2:4]]
+        s, program = pl.program_id(0), pl.program_id(1)
+        route = functools.partial(_route, logits, table, tokens, layer, ids, weight, s=s, k=k, **static)
+        if packing is None:
+            route()
+        else:
+            lax.cond(program == 0, route, lambda: packing.run(*to_pack, s, program - 1))
+
+    out = [jax.ShapeDtypeStruct((S, k), jnp.int32), jax.ShapeDtypeStruct((S, k), jnp.float32)]
     return common.call(
-        functools.partial(_kernel, k=k, norm=norm, scale=scale),
+        kernel,
         name="router",
-        grid=(S,),
-        out_shape=[jax.ShapeDtypeStruct((S, k), jnp.int32), jax.ShapeDtypeStruct((S, k), jnp.float32)],
+        grid=(S, 1 + (0 if packing is None else packing.programs)),
+        out_shape=out if packing is None else [*out, jax.ShapeDtypeStruct((S, *packing.shape), jnp.int32)],
         num_warps=c.num_warps,
         num_stages=1,
         interpret=interpret,
@@ -165,20 +197,22 @@ def op(
     table: Array,
     tokens: Array | None,
     layer: Array,
+    x: Array | None = None,
     *,
     k: int,
     norm: bool,
     scale: float,
+    fmt: str | None = None,
     implementation: Implementation = "pallas",
     config: Config | None = None,
     interpret: bool = False,
-) -> tuple[Array, Array]:
-    """The experts of each token and what they count: int32 (S, k) and float32 (S, k).
+) -> tuple[Array, ...]:
+    """The experts of each token and what they count: int32 (S, k) and float32 (S, k); with x, `experts.pack` of it.
 
     logits: float32 (S, n), no NaN. Without tokens, table is the bias, float32 (L, n): the experts of the k highest
     scores with bias, as `lax.top_k` orders them. With tokens, int32 (S,) within 0 … V - 1, it is int32 (L, V, k): the
     experts of each token id. layer: int32 (1,), which of the L. The weights are scores without bias, over their sum if
-    `norm`, times `scale`. Raises Unsupported.
+    `norm`, times `scale`. x: float (S, K), to be packed for format `fmt` on the way. Raises Unsupported.
     """
     S, n = logits.shape
     expected = ("float32", (n,)) if tokens is None else ("int32", table.shape[1:2] + (k,))
@@ -188,7 +222,9 @@ def op(
         raise Unsupported(f"router: logits are {logits.dtype}, expected float32")
     if not 0 < k <= n <= MAX_EXPERTS:
         raise Unsupported(f"router: {k} of {n} experts, expected 1 to all of at most {MAX_EXPERTS}")
+    packing = None if x is None else experts.Packing(fmt, x.shape[1])
     if implementation == "xla":
-        return reference(logits, table, tokens, layer, k=k, norm=norm, scale=scale)
+        return reference(logits, table, tokens, layer, x, k=k, norm=norm, scale=scale, fmt=fmt)
+    call = _call(S, tokens is not None, packing, k, config or Config(), interpret, norm=norm, scale=scale)
     chosen_by = (table,) if tokens is None else (table, tokens)
-    return tuple(_call(S, k, norm, scale, config or Config(), interpret)(logits, *chosen_by, layer))
+    return tuple(call(logits, *chosen_by, layer, *(() if packing is None else (x, packing.order))))

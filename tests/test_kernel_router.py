@@ -9,7 +9,7 @@ import pytest
 
 from ds4jax.model import moe
 from ds4jax.quant import F32
-from pallas_kernels import common, router
+from pallas_kernels import common, experts, router
 from pallas_kernels.router import SHAPES, Config, Shape, op
 
 GPUS = ["NVIDIA H200", "NVIDIA RTX PRO 6000 Blackwell", "NVIDIA GB10"]
@@ -29,7 +29,7 @@ SMALL = {
 def test_interpreted(name):
     """The values are those of `route` in the model, of which only the product with the router is left out."""
     shape = SMALL[name]
-    logits, table, tokens, layer = inputs = shape.inputs(jax.random.key(0))
+    logits, table, tokens, layer, _ = inputs = shape.inputs(jax.random.key(0))
     found = op(*inputs, **shape.static, interpret=True)
     nth, experts = int(layer[0]), jnp.eye(shape.experts)
     w = types.SimpleNamespace(
@@ -48,6 +48,16 @@ def test_interpreted(name):
         np.testing.assert_array_equal(found[0], ids)
         np.testing.assert_allclose(found[1], weight, rtol=1e-6)
     assert [x.dtype for x in found] == [jnp.int32, jnp.float32]
+
+
+@pytest.mark.parametrize("vocab", [0, 9])
+def test_packs_meanwhile(vocab):
+    shape = Shape(2, vocab, experts=16, fmt="Q2_K", dim=512)
+    inputs = shape.inputs(jax.random.key(0))
+    found = op(*inputs, **shape.static, interpret=True)
+    for f, e in zip(found, router.reference(*inputs, **shape.static), strict=True):
+        np.testing.assert_allclose(f, e, rtol=1e-6)
+    np.testing.assert_array_equal(found[2], experts.pack(inputs[-1], fmt="Q2_K", interpret=True))
 
 
 def test_ties_and_extremes():
@@ -82,6 +92,7 @@ def test_lowers_for_gpus(device):
         (Shape(1, experts=4, k=2), {"k": 5}, "5 of 4 experts"),
         (Shape(1, experts=16, vocab=9), {"k": 5}, r"\('int32', \(9, 6\)\), expected \('int32', \(9, 5\)\)"),
         (Shape(1), {"table": jnp.zeros((3, 256), jnp.bfloat16)}, "bfloat16"),
+        (Shape(1, fmt="F16"), {}, "format: found F16"),
         (Shape(1), {"logits": jnp.zeros((1, 256), jnp.bfloat16)}, "logits are bfloat16"),
     ],
 )
@@ -105,11 +116,14 @@ def test_gpu(name, warps):
     inputs = shape.inputs(jax.random.key(sum(name.encode())))
     run = jax.jit(lambda *a: op(*a, **shape.static, config=Config(warps)))
     found, again = (jax.device_get(run(*inputs)) for _ in range(2))
-    ids, weight = jax.device_get(jax.jit(lambda *a: router.reference(*a, **shape.static))(*inputs))
+    ids, weight, *packed = jax.device_get(jax.jit(lambda *a: router.reference(*a, **shape.static))(*inputs))
     same = (found[0] == ids).all(1)
     if shape.vocab:
         assert same.all()
     assert (~same).sum() <= shape.tokens / 1000
     np.testing.assert_allclose(found[1][same], weight[same], rtol=5e-6)
+    for f, p in zip(found[2:], packed, strict=True):
+        # A GPU's quick division may turn an activation in the middle between two integers to the other one.
+        assert np.abs(f.view(np.int16).astype(int) - p.view(np.int16)).max() <= 1
     for f, a in zip(found, again, strict=True):
         np.testing.assert_array_equal(f, a)
