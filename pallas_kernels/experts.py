@@ -788,13 +788,15 @@ def _first(first: Array | None) -> Array:
 
 
 def _groups(ids: Array) -> tuple[Array, Array]:
-    """Of each pair, how many pairs before it have the same expert, and the next one that has it, or -1."""
+    """Of each pair, how many pairs before it have the same expert, and the next one that has it, or how many there are.
+
+    Both are a reduction with nothing after it, so that XLA makes them in one kernel.
+    """
     ids = ids.reshape(-1)
     n = jnp.arange(ids.size, dtype=jnp.int32)
     same = ids[:, None] == ids[None, :]
     rank = (same & (n[None, :] < n[:, None])).sum(1, dtype=jnp.int32)
-    following = jnp.where(same & (n[None, :] > n[:, None]), n[None, :], ids.size).min(1)
-    return rank, jnp.where(following < ids.size, following, -1)
+    return rank, jnp.where(same & (n[None, :] > n[:, None]), n[None, :], ids.size).min(1)
 
 
 # ---- kernels ---------------------------------------------------------------------------------------------------------
@@ -907,8 +909,8 @@ def _gate_up(fmt: str, S: int, k: int, K: int, F: int, clamp: float, config: Con
         # Of the pairs of one expert every tokens-th serves itself and those that follow.
         pairs = [pair]
         for _ in range(1, tokens):
-            pairs.append(jnp.where(pairs[-1] < 0, -1, following[jnp.maximum(pairs[-1], 0)]))
-        found = sum((p >= 0).astype(jnp.int32) for p in pairs)
+            pairs.append(jnp.where(pairs[-1] < S * k, following[jnp.minimum(pairs[-1], S * k - 1)], S * k))
+        found = sum((p < S * k).astype(jnp.int32) for p in pairs)
         serves = held & (rank[pair] % tokens == 0) if tokens > 1 else held
         for n in range(1, tokens + 1):
             pl.when(serves & (found == n) if tokens > 1 else serves)(functools.partial(serve, pairs[:n]))

@@ -95,7 +95,7 @@ def test_tokens_of_one_expert_are_served_together():
 def test_groups():
     rank, following = experts._groups(jnp.asarray([[3, 1], [1, 3], [2, 1]], jnp.int32))
     assert rank.tolist() == [0, 0, 1, 1, 0, 2]
-    assert following.tolist() == [3, 2, 5, -1, -1, -1]
+    assert following.tolist() == [3, 2, 5, 6, 6, 6]
 
 
 def test_both_stages_are_the_models_experts():
