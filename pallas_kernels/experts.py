@@ -655,11 +655,21 @@ def reference_gate_up(
     return lax.map(pair, (x, ids.reshape(-1), weights.reshape(-1)))
 
 
-def reference_down(act: Array, ids: Array, planes: Sequence[Array], *, fmt: str, first: Array | None = None) -> Array:
+def reference_down(
+    act: Array,
+    ids: Array,
+    planes: Sequence[Array],
+    plus: Array | None = None,
+    *,
+    fmt: str,
+    first: Array | None = None,
+    dtype: Any = jnp.float32,
+) -> Array:
     """`down` in XLA, in float32, one pair after the other."""
     ids = _from(first, ids)
     pairs = lax.map(lambda pair: _row_products(planes, *pair, fmt), (ids.reshape(-1), act.astype(jnp.float32)))
-    return pairs.reshape(*ids.shape, -1).sum(1)
+    total = pairs.reshape(*ids.shape, -1).sum(1)
+    return (total if plus is None else total + plus).astype(dtype)
 
 
 def _from(first: Array | None, ids: Array) -> Array:
@@ -733,28 +743,31 @@ def down(
     act: Array,
     ids: Array,
     planes: Sequence[Array],
+    plus: Array | None = None,
     *,
     fmt: str,
     first: Array | None = None,
+    dtype: Any = jnp.float32,
     implementation: Implementation = "pallas",
     config: Config | None = None,
     interpret: bool = False,
 ) -> Array:
-    """Σ over a token's experts of W act, in the order of `ids`.
+    """Σ over a token's experts of W act, in the order of `ids`, and what `plus` adds: (S, E) in `dtype`.
 
-    act (S·k, F) float, as `gate_up` returns it; ids and first as there; planes (experts, E, F) in `fmt`. Returns
-    float32 (S, E). Raises Unsupported.
+    act (S·k, F) float, as `gate_up` returns it; ids and first as there; planes (experts, E, F) in `fmt`; plus: float32
+    (S, E) or None. Sums are float32. Raises Unsupported.
     """
     if implementation == "xla":
-        return reference_down(act, ids, planes, fmt=fmt, first=first)
+        return reference_down(act, ids, planes, plus, fmt=fmt, first=first, dtype=dtype)
     (S, k), F = ids.shape, act.shape[1]
     _, E = _check(fmt, F, S, planes)
     config = config or default_config(Shape("down", fmt, S, F, E, used=k))
     _check_config(config, E)
     table = FORMATS[fmt].table()
     tables = () if table is None else (jnp.asarray(table),)
-    f = _down(fmt, S, k, F, E, config, interpret)
-    return f(pack(act, fmt=fmt, interpret=interpret), ids.reshape(-1), _first(first), *planes, *tables)
+    f = _down(fmt, S, k, F, E, plus is not None, jnp.dtype(dtype), config, interpret)
+    act = pack(act, fmt=fmt, interpret=interpret)
+    return f(act, ids.reshape(-1), _first(first), *([] if plus is None else [plus]), *planes, *tables)
 
 
 def pack(x: Array, *, fmt: str, interpret: bool = False) -> Array:
@@ -927,27 +940,29 @@ def _gate_up(fmt: str, S: int, k: int, K: int, F: int, clamp: float, config: Con
 
 
 @functools.cache
-def _down(fmt: str, S: int, k: int, F: int, E: int, config: Config, interpret: bool):
+def _down(fmt: str, S: int, k: int, F: int, E: int, adds: bool, dtype: np.dtype, config: Config, interpret: bool):
     planes, warps = len(FORMATS[fmt].planes), config.num_warps
 
     def kernel(act, ids, first_expert, *rest):
+        plus, rest = (rest[0], rest[1:]) if adds else (None, rest)
         refs, (*table, out) = rest[:planes], rest[planes:]
         program = Program(FORMATS[fmt], F, config, Emulation if interpret else Gpu, *table)
         s, first = pl.program_id(0), pl.program_id(1) * warps * config.rows
         starts, zero = [first + warps * i for i in range(config.rows)], first_expert[0]
+        added = [plus[s, pl.ds(start, warps)] if adds else 0.0 for start in starts]
 
         def expert(i):
             return jnp.maximum(ids[s * k + i], 0) + zero
 
         totals = program.sweep(k, expert, [(refs, start) for start in starts], act, lambda i: [s * k + i])
-        for start, (total,) in zip(starts, totals, strict=True):
-            out[s, pl.ds(start, warps)] = total.sum(1)
+        for start, (total,), more in zip(starts, totals, added, strict=True):
+            out[s, pl.ds(start, warps)] = (total.sum(1) + more).astype(dtype)
 
     return common.call(
         kernel,
         name=f"experts_down_{fmt}",
         grid=(S, E // (warps * config.rows)),
-        out_shape=jax.ShapeDtypeStruct((S, E), jnp.float32),
+        out_shape=jax.ShapeDtypeStruct((S, E), dtype),
         num_warps=warps,
         num_stages=1,
         interpret=interpret,

@@ -121,6 +121,18 @@ def test_both_stages_are_the_models_experts():
             assert error(y, expected) < TOLERANCE
 
 
+def test_down_adds_to_its_sum():
+    shape = small("down", "Q4_K", tokens=2)
+    inputs = shape.inputs(jax.random.key(0))
+    plus = jax.random.normal(jax.random.key(1), (2, shape.n))
+    options = {"config": SMALL, "interpret": True}, {"implementation": "xla"}
+    for more in options:
+        alone, both = (experts.experts(*inputs, p, **shape.static, **more) for p in (None, plus))
+        np.testing.assert_array_equal(both, alone + plus)
+        narrow = experts.experts(*inputs, plus, dtype=jnp.bfloat16, **shape.static, **more)
+        np.testing.assert_array_equal(narrow, both.astype(jnp.bfloat16))
+
+
 def test_gate_up_takes_packed_activations():
     shape = small("gate_up", "Q2_K", tokens=2)
     x, *rest = shape.inputs(jax.random.key(0))
