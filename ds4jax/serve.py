@@ -29,6 +29,8 @@ flags.DEFINE_string("api_key", None, "What clients must send; without it, anyone
 flags.DEFINE_bool("cors", False, "Allow calls from pages of any origin.", flag_values=FLAGS)
 flags.DEFINE_integer("ctx", None, "Tokens of prompt and answer together; by default the config's.", flag_values=FLAGS)
 flags.DEFINE_integer("max_seqs", None, "Answers at once; by default the config's batch.", 1, flag_values=FLAGS)
+flags.DEFINE_string("kv_dir", None, "A folder for prefixes, so that a restart computes none anew.", flag_values=FLAGS)
+flags.DEFINE_float("kv_budget_gb", 16.0, "GiB that --kv_dir may hold.", 0.0, flag_values=FLAGS)
 flags.DEFINE_string("trace", None, "A file to which a JSON line is appended for every request.", flag_values=FLAGS)
 flags.DEFINE_float("keep_alive", 5.0, "Seconds of silence before a stream says something.", 0.01, flag_values=FLAGS)
 flags.DEFINE_float("grace", 30.0, "Seconds that running answers have once asked to stop.", 0.0, flag_values=FLAGS)
@@ -43,7 +45,14 @@ def main() -> int:
 
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     options = Options(keep_alive=FLAGS.keep_alive, cors=FLAGS.cors, api_key=FLAGS.api_key)
-    engine = Engine.open(settings, max_seqs=FLAGS.max_seqs, trace=FLAGS.trace, progress=True)
+    engine = Engine.open(
+        settings,
+        max_seqs=FLAGS.max_seqs,
+        kv_dir=FLAGS.kv_dir,
+        kv_budget_bytes=int(FLAGS.kv_budget_gb * 2**30),
+        trace=FLAGS.trace,
+        progress=True,
+    )
     return asyncio.run(serve(engine, options, FLAGS.host, FLAGS.port, FLAGS.grace))
 
 
@@ -64,7 +73,7 @@ async def serve(engine: Engine, options: Options, host: str, port: int, grace: f
                 print(f"serving {engine.model_name} at http://{address[0]}:{address[1]}", file=sys.stderr, flush=True)
 
         async def shutdown(self, sockets=None):
-            closing = asyncio.create_task(engine.close(grace))
+            closing = asyncio.create_task(engine.close(grace=grace))
             await super().shutdown(sockets)
             await closing
 

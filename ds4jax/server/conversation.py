@@ -19,9 +19,10 @@ from ds4jax import chat, chat_parser
 from ds4jax.chat_parser import Event, Finish, OutputParser, TextDelta
 from ds4jax.engine.engine import Engine, Finished, Prefilled, Request, Started, Token
 from ds4jax.engine.engine import Event as EngineEvent
+from ds4jax.engine.grammar import Grammar
 from ds4jax.server.errors import ApiError, overflow
 from ds4jax.server.requests import Ask
-from ds4jax.tokenizer import Tokenizer
+from ds4jax.tokenizer import Special, Tokenizer
 
 ADMISSION = 1.0
 """Seconds to wait for a place in the engine before the first event goes out without the number of cached tokens."""
@@ -159,6 +160,11 @@ class Conversation:
         return events
 
 
+def _grammar(engine: Engine, ask: Ask) -> Grammar:
+    """What the text must be. Thoughts are free."""
+    return engine.grammar(ask.schema, None if ask.think == "off" else engine.tokenizer.special(Special.THINK_CLOSE))
+
+
 def render(engine: Engine, ask: Ask) -> list[int]:
     """The token ids of a request's prompt. Raises Ds4Error."""
     tokenizer = engine.tokenizer
@@ -197,8 +203,6 @@ def _longest(tokenizer: Tokenizer) -> int:
 
 def _prepare(engine: Engine, ask: Ask, id_prefix: str) -> tuple[Request, OutputParser]:
     raw = ask.prompt is not None
-    if ask.schema is not None:
-        raise ApiError("response_format: found a JSON format, expected text: the engine cannot enforce one")
     parser = OutputParser(
         engine.tokenizer,
         thinking=not raw and ask.think != "off",
@@ -215,6 +219,7 @@ def _prepare(engine: Engine, ask: Ask, id_prefix: str) -> tuple[Request, OutputP
         max_tokens=min(ask.max_tokens or engine.ctx, engine.ctx),
         sampling=ask.sampling,
         logprobs=ask.logprobs,
+        grammar=None if ask.schema is None else _grammar(engine, ask),
     )
     return request, parser
 

@@ -22,6 +22,7 @@ _TYPES = {
     500: ("server_error", "api_error"),
     503: ("server_error", "overloaded_error"),
 }
+MAX_MESSAGE = 500  # characters: an error may quote what it found
 _PATH = re.compile(r"[A-Za-z_][\w.\[\]]*(?=: )")  # the beginning of most messages of a Ds4Error
 
 
@@ -47,7 +48,7 @@ class ApiError(Ds4Error):
                 return cls(str(error), 503, code="overloaded" if isinstance(error, Overloaded) else "stopping")
             case Ds4Error() if not isinstance(error, EngineFailed):
                 path = _PATH.match(str(error))
-                return cls(str(error), param=path[0] if path else None)
+                return cls(str(error)[:MAX_MESSAGE], param=path[0] if path else None)
         log.error("a request failed", exc_info=error)
         return cls("the server failed; its log says how", 500)
 

@@ -70,7 +70,7 @@ def chat(body: Json) -> Ask:
     if not 0 <= top <= MAX_TOP_LOGPROBS:
         raise _wrong("top_logprobs", top, f"0 to {MAX_TOP_LOGPROBS}")
     return Ask(
-        messages=_required(body, "messages", list),
+        messages=_some(body, "messages", list),
         tools=tools or None,
         think=_think(switch, _get(body, "reasoning_effort", str), "reasoning_effort"),
         schema=_format(_get(body, "response_format", dict), "response_format", nested=True),
@@ -122,7 +122,7 @@ def messages(body: Json) -> Ask:
         system = "\n\n".join(text for text in texts if not text.startswith("x-anthropic-"))
     if system:
         history.append({"role": "system", "content": system})
-    for i, message in enumerate(_required(body, "messages", list)):
+    for i, message in enumerate(_some(body, "messages", list)):
         history += _anthropic_message(message, f"messages[{i}]")
     return Ask(
         messages=history,
@@ -200,7 +200,7 @@ def responses(body: Json) -> Ask:
     history: list[Json] = []
     if instructions := _get(body, "instructions", str):
         history.append({"role": "system", "content": instructions})
-    items = _required(body, "input", (str, list))
+    items = _some(body, "input", (str, list))
     if isinstance(items, str):
         history.append({"role": "user", "content": items})
     else:
@@ -317,30 +317,37 @@ def _common(body: Json, stop: str | None = None) -> Json:
 
 
 _NUMBER = (int, float)
-_SAMPLING = {
-    "temperature": _NUMBER,
-    "top_p": _NUMBER,
-    "top_k": int,
-    "min_p": _NUMBER,
-    "presence_penalty": _NUMBER,
-    "frequency_penalty": _NUMBER,
-    "repetition_penalty": _NUMBER,
+_BIAS = 100.0  # as with OpenAI: the largest logit_bias
+# What `Sampling` does not bound itself: a number beyond float32 would only fail on the device.
+_RANGES = {
+    "temperature": (0.0, 100.0),
+    "top_p": (0.0, 1.0),
+    "min_p": (0.0, 1.0),
+    "presence_penalty": (-2.0, 2.0),
+    "frequency_penalty": (-2.0, 2.0),
+    "repetition_penalty": (0.01, 100.0),
 }
 
 
 def _sampling(body: Json) -> Sampling:
-    values = {key: _get(body, key, kind) for key, kind in _SAMPLING.items()}
-    seed = _get(body, "seed", int)
-    bias = {}
-    for id, value in _get(body, "logit_bias", dict, {}).items():
+    values = {key: _number(body.get(key), key, *bounds) for key, bounds in _RANGES.items() if body.get(key) is not None}
+    if (top_k := _get(body, "top_k", int)) is not None:
+        values["top_k"] = top_k
+    bias = _get(body, "logit_bias", dict, {})
+    for id in bias:
         if not (id.isascii() and id.isdecimal() and len(id) < 10):
             raise ApiError(f"logit_bias: found {id[:40]!r}, expected token ids", param="logit_bias")
-        bias[int(id)] = _is(value, _NUMBER, f"logit_bias.{id}")
     if bias:
-        values["logit_bias"] = bias
+        values["logit_bias"] = tuple((int(id), _number(v, "logit_bias", -_BIAS, _BIAS)) for id, v in bias.items())
     # Any integer is a seed to OpenAI; without one, answers differ.
-    values["seed"] = secrets.randbits(32) if seed is None else seed % 2**32
-    return Sampling(**{key: value for key, value in values.items() if value is not None})
+    seed = _get(body, "seed", int)
+    return Sampling(**values, seed=secrets.randbits(32) if seed is None else seed % 2**32)
+
+
+def _number(value: Any, where: str, low: float, high: float) -> float:
+    if not low <= _is(value, _NUMBER, where) <= high:
+        raise _wrong(where, value, f"{low:g} to {high:g}")
+    return float(value)
 
 
 _EFFORTS = {"minimal": "on", "low": "on", "medium": "on", "high": "high", "xhigh": "high", "max": "max", "none": "off"}
@@ -403,6 +410,13 @@ def _is(value: Any, kind: type | tuple[type, ...], where: str) -> Any:
 def _get(body: Json, key: str, kind: type | tuple[type, ...], default: Any = None, where: str = "") -> Any:
     value = body.get(key)
     return default if value is None else _is(value, kind, where + key)
+
+
+def _some(body: Json, key: str, kind: type | tuple[type, ...]) -> Any:
+    """A field that must be there, and not empty."""
+    if not (value := _required(body, key, kind)):
+        raise _wrong(key, value, "at least one message")
+    return value
 
 
 def _required(body: Json, key: str, kind: type | tuple[type, ...], where: str = "") -> Any:
