@@ -92,13 +92,16 @@ class FakeEngine:
             "ttft_counts": [1] + [0] * 10,
         }
 
+    def grammar(self, schema, after=None):
+        return schema, after
+
     def put_note(self, key, value) -> None:
         self._notes[key] = value
 
     def note(self, key):
         return self._notes.get(key)
 
-    async def close(self, grace: float = 0.0) -> None:
+    async def close(self, grace: float = 0.0, save: bool = True) -> None:
         self.closed = True
 
 

@@ -173,6 +173,26 @@ def test_chat_options_reach_the_engine():
         assert "weather" not in prompt(engine)
 
 
+def test_json_formats():
+    schema = {"type": "object", "properties": {"x": {"type": "integer"}}}
+    end = TOKENIZER.special("think_close")
+    with clients("t</think>{}") as (o, a, http, engine):
+        named = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
+        o.chat.completions.create(model="m", messages=HI, response_format=named)
+        assert engine.requests[-1].grammar == (schema, end) and json.dumps(schema) in prompt(engine)
+        o.chat.completions.create(
+            model="m", messages=HI, response_format={"type": "json_object"}, reasoning_effort="none"
+        )
+        assert engine.requests[-1].grammar == ("json_object", None) and "Response Format" not in prompt(engine)
+        flat = {"format": {"type": "json_schema", "name": "n", "schema": schema}}
+        o.responses.create(model="m", input="Hi", text=flat)
+        assert engine.requests[-1].grammar == (schema, end)
+        a.messages.create(model="m", max_tokens=9, messages=HI, extra_body={"output_config": flat})
+        assert engine.requests[-1].grammar == (schema, end)
+        body = {"messages": HI, "tools": [WEATHER], "response_format": named}
+        assert http.post("/v1/chat/completions", json=body).status_code == 400
+
+
 def test_stop_strings():
     with clients("No stop here</think>One STOP two") as (o, a, _, engine):
         done = o.chat.completions.create(model="m", messages=HI, stop="STOP")

@@ -19,7 +19,6 @@ from ds4jax import chat, chat_parser
 from ds4jax.chat_parser import Event, Finish, OutputParser, TextDelta
 from ds4jax.engine.engine import Engine, Finished, Prefilled, Request, Started, Token
 from ds4jax.engine.engine import Event as EngineEvent
-from ds4jax.engine.grammar import Grammar
 from ds4jax.server.errors import ApiError, overflow
 from ds4jax.server.requests import Ask
 from ds4jax.tokenizer import Special, Tokenizer
@@ -160,8 +159,10 @@ class Conversation:
         return events
 
 
-def _grammar(engine: Engine, ask: Ask) -> Grammar:
+def _grammar(engine: Engine, ask: Ask) -> Any:
     """What the text must be. Thoughts are free."""
+    if ask.tools:
+        raise ApiError("tools: found beside a JSON format, expected one of them: a format leaves no room for calls")
     return engine.grammar(ask.schema, None if ask.think == "off" else engine.tokenizer.special(Special.THINK_CLOSE))
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from prometheus_client import CollectorRegistry, Counter, generate_latest
+from prometheus_client import CollectorRegistry, Counter, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
 from ds4jax.engine.engine import TTFT_BOUNDS, Engine
 
 # Of what the engine reports, the present state; all else counts up.
-_GAUGES = ("waiting", "prefilling", "decoding", "slots")
+_GAUGES = ("waiting", "prefilling", "decoding", "slots", "prefix_bytes", "prefix_count", "disk_bytes", "disk_count")
 
 
 class Metrics:
@@ -19,6 +19,7 @@ class Metrics:
         self._requests = Counter(
             "ds4jax_http_requests", "Answers by path and status", ("path", "status"), registry=self._registry
         )
+        ProcessCollector(registry=self._registry)  # this process's memory and time
         self._registry.register(self)
 
     def request(self, path: str, status: int) -> None:
