@@ -1,0 +1,486 @@
+"""The compressors of a layer take in one new token of each sequence: a single launch, the state updated in place.
+
+A token's z and g + ape[t mod R] are stored in slot t mod R of the open window. The token that fills the window closes
+it instead, and the window becomes row t div R:
+
+    row = Σ_slots softmax_slots(g) ⊙ z      per channel
+    row = row / rms(row) · norm             then RoPE on the last 64 dims; for FP4 also a Hadamard rotation
+    codes and exponents of row              E4M3 and float16, or E2M1
+
+HCA pools the 128 tokens of its window. CSA (R = 4) overlaps: a token has two halves, and a row pools the a-halves of
+the window before and the b-halves of its own; the a-halves of a closed window are kept for the next. A CSA layer has
+two compressors, of rows and of the indexer's keys, and the same launch serves both.
+
+A program takes one sequence of one compressor. What bounds it is latency: two trips to memory, as the token's slot and
+its layer must be known first. A token moves 23 kB for both compressors of CSA, 88 kB if it closes a window, and 528 kB
+for HCA. These pass through one multiprocessor, as the norm needs all channels and programs do not wait for each other;
+to split them would take a second launch, in every step, for what one in 128 does.
+
+Source: ds4jax/model/compressor.py with one token; rows are ds4jax/numerics.py's `Fp8Row` and `Fp4Row`.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from pallas_kernels import common
+from pallas_kernels.common import Implementation, Unsupported
+
+Array = jax.Array
+
+ROPE = 64  # dims that are turned, the last of a row; also what shares a scale in FP8
+FP8_BLOCK, FP8_LARGEST, FP8_FLOOR = 64, 448.0, 1e-4
+FP4_BLOCK, FP4_LARGEST, FP4_FLOOR = 32, 6.0, 6.0 * 2.0**-126
+
+
+@dataclass(frozen=True)
+class Config:
+    """slots: of a window, read together."""
+
+    slots: int
+    num_warps: int
+
+
+class State(NamedTuple):
+    """What a compressor keeps: stacks over layers, of ds4jax/cache.py's `Compressed`. D: width of a row.
+
+    rows: planes (L, B, N, ·): E4M3 "codes" (D − 64), uint8 "exponents" (D/64 − 1), float16 "rope" (64); or, of the
+        indexer's keys, uint8 "codes" (D/2) of two E2M1 each and uint8 "exponents" (D/32).
+    z, g: float32 (L, B, R, D), or 2D if overlapping. Of an open window the slots of its tokens so far mean something.
+    prev_z, prev_g: float32 (L, B, R, D), a-halves of the window before, with gates of -inf if there is none;
+        (L, B, 0, D) if not overlapping.
+    """
+
+    rows: dict[str, Array]
+    z: Array
+    g: Array
+    prev_z: Array
+    prev_g: Array
+
+
+@dataclass(frozen=True)
+class Part:
+    """One compressor: `dim` values per row, a row per `ratio` tokens."""
+
+    dim: int
+    ratio: int
+    overlap: bool
+    fp4: bool = False
+
+    @property
+    def width(self) -> int:
+        """Values of a token."""
+        return self.dim * (1 + self.overlap)
+
+    @property
+    def planes(self) -> dict[str, tuple[int, str]]:
+        """Plane → values per row, dtype."""
+        if self.fp4:
+            return {"codes": (self.dim // 2, "uint8"), "exponents": (self.dim // FP4_BLOCK, "uint8")}
+        nope = self.dim - ROPE
+        return {
+            "codes": (nope, "float8_e4m3fn"),
+            "exponents": (nope // FP8_BLOCK, "uint8"),
+            "rope": (ROPE, "float16"),
+        }
+
+
+CSA = Part(512, 4, overlap=True), Part(128, 4, overlap=True, fp4=True)
+HCA = (Part(512, 128, overlap=False),)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A token for each of `batch` sequences, in slot `slot` of its window (-1: the last), or, if None, in various."""
+
+    batch: int
+    parts: tuple[Part, ...]
+    slot: int | None
+    ape: str = "float16"
+    rows: int = 64
+    layers: int = 2
+
+    @property
+    def static(self) -> dict[str, Any]:
+        return {"eps": 1e-6}
+
+    @property
+    def positions(self) -> np.ndarray:
+        """Tokens before this one, int32 (batch)."""
+        R, b = self.parts[0].ratio, np.arange(self.batch, dtype=np.int32)
+        return b % self.rows * R + (b * -(-R // 32) - 1 if self.slot is None else self.slot) % R
+
+    def inputs(self, key: Array) -> tuple[Any, ...]:
+        """Windows full of random values, whichever slot is next; every second sequence has no window before."""
+        keys = iter(jax.random.split(key, 64))
+        L, B, N = self.layers, self.batch, self.rows
+
+        def normal(*shape: int) -> Array:
+            return jax.random.normal(next(keys), shape, jnp.float32)
+
+        def plane(n: int, dtype: str) -> Array:
+            return (4 * jnp.abs(normal(L, B, N, n))).astype(dtype)
+
+        def state(p: Part) -> State:
+            rows = {name: plane(*kind) for name, kind in p.planes.items()}
+            z, g = (normal(L, B, p.ratio, p.width) for _ in range(2))
+            prev_z, prev_g = (normal(L, B, p.ratio if p.overlap else 0, p.dim) for _ in range(2))
+            none_before = (jnp.arange(B) % 2 == 1)[:, None, None]
+            return State(rows, z, g, prev_z, jnp.where(none_before, -jnp.inf, prev_g))
+
+        new = tuple((normal(B, p.width), normal(B, p.width)) for p in self.parts)
+        weights = tuple((normal(L, p.ratio, p.width).astype(self.ape), 1 + normal(L, p.dim) / 8) for p in self.parts)
+        angle = jax.random.uniform(next(keys), (B, ROPE // 2), jnp.float32, 0, 2 * math.pi)
+        index = jnp.array([L - 1], jnp.int32)
+        states = tuple(map(state, self.parts))
+        position, active = jnp.asarray(self.positions), jnp.ones(B, jnp.int32)
+        return new, weights, states, position, active, jnp.cos(angle), jnp.sin(angle), index, index
+
+    def _count(self, each: Any, closing: Any) -> int:
+        """Sum over parts and sequences: each(part) always, closing(part) for a token that fills a window."""
+        total = 0
+        for p in self.parts:
+            closed = int((self.positions % p.ratio == p.ratio - 1).sum())
+            total += self.batch * each(p) + closed * closing(p)
+        return total
+
+    @property
+    def nbytes(self) -> int:
+        def token(p: Part) -> int:
+            return p.width * (16 + jnp.dtype(self.ape).itemsize)
+
+        def window(p: Part) -> int:
+            # Instead of storing the token: the other slots, a-halves of this window and the one before, the row.
+            row = sum(n * jnp.dtype(dtype).itemsize for n, dtype in p.planes.values())
+            return 8 * ((p.ratio - 2) * p.width + 2 * p.overlap * p.ratio * p.dim) + 4 * p.dim + row
+
+        return self._count(token, window)
+
+    @property
+    def flops(self) -> int:
+        """An exponential counts as one."""
+        return self._count(lambda p: p.width, lambda p: 6 * p.ratio * (1 + p.overlap) * p.dim + 16 * p.dim)
+
+
+SHAPES = {
+    f"{kind}/{batch}{', closing' if slot else ''}": Shape(batch, parts, slot)
+    for kind, parts in (("csa", CSA), ("hca", HCA))
+    for batch in (1, 16, 32)
+    for slot in (0, -1)
+} | {"csa/32, various": Shape(32, CSA, None), "hca/32, various": Shape(32, HCA, None)}
+
+
+# ---- from a pooled row to what is stored; for the kernel and for XLA -------------------------------------------------
+def _pairs(x: Array) -> tuple[Array, Array]:
+    """x (..., 2) → x[..., 0], x[..., 1]."""
+    a, b = lax.split(x, (1, 1), axis=x.ndim - 1)
+    return a.reshape(x.shape[:-1]), b.reshape(x.shape[:-1])
+
+
+def _join(even: Array, odd: Array) -> Array:
+    return jnp.stack([even, odd], axis=-1)
+
+
+def _hadamard(x: Array) -> Array:
+    """x (n,) times the n-point Hadamard matrix over √n, the additions in the order of numerics.hadamard."""
+    n, step = x.size, 1
+    while step < n:
+        a, b = _pairs(x.reshape(-1, 2, step).transpose(0, 2, 1))
+        x = _join(a + b, a - b).transpose(0, 2, 1).reshape(n)
+        step *= 2
+    return x * (1 / math.sqrt(n))
+
+
+def _exponents(amax: Array, floor: float, largest: float) -> Array:
+    """ceil(log2(max(amax, floor) / largest)) + 127, int32.
+
+    Of the bits instead of a quotient, which GPUs round in several ways. It is what numerics.py has: the rounded
+    quotient of 448 or 6 is a power of two only if the exact one is.
+    """
+    bits = lax.bitcast_convert_type(jnp.maximum(amax, floor), jnp.int32)
+    return (bits - int(np.float32(largest).view(np.int32)) + 0x7FFFFF >> 23) + 127
+
+
+def _scaled(even: Array, odd: Array, block: int, floor: float, largest: float) -> tuple[Array, Array, Array]:
+    """Pairs → pairs (n / block, block / 2), divided by their block's power of two, and its biased exponents."""
+    even, odd = (x.reshape(-1, block // 2) for x in (even, odd))
+    exponents = _exponents(jnp.maximum(jnp.abs(even), jnp.abs(odd)).max(1), floor, largest)
+    scale = lax.bitcast_convert_type((254 - exponents) << 23, jnp.float32)[:, None]
+    return even * scale, odd * scale, exponents.astype(jnp.uint8)
+
+
+def _e2m1(x: Array) -> Array:
+    """The nearest codes, of ties the even one: int32."""
+    a = jnp.abs(x)
+    code = sum((a > t).astype(jnp.int32) for t in (0.25, 1.25, 2.5, 5.0))
+    code += sum((a >= t).astype(jnp.int32) for t in (0.75, 1.75, 3.5))
+    return code | (x < 0).astype(jnp.int32) << 3
+
+
+def _finish(row: Array, norm: Array, cos: Array, sin: Array, eps: float, fp4: bool) -> dict[str, Array]:
+    """A pooled row (D/2, 2) and norm → values of its planes. cos, sin (D/2,): the last 32 count.
+
+    FP8: codes and rope both have D values and exponents D/64, as block sizes must be powers of two: the first D − 64 of
+    codes count, the last 64 of rope, and all exponents but the last.
+    """
+    D = row.size
+    row = row * lax.rsqrt((row * row).sum(1).sum(0) * (1 / D) + eps) * norm
+    even, odd = _pairs(row)
+    turned = lax.iota(jnp.int32, D // 2) >= (D - ROPE) // 2
+    even, odd = (
+        jnp.where(turned, even * cos - odd * sin, even),
+        jnp.where(turned, even * sin + odd * cos, odd),
+    )
+    if fp4:
+        even, odd = _pairs(_hadamard(_join(even, odd).reshape(D)).reshape(-1, 2))
+        even, odd, exponents = _scaled(even, odd, FP4_BLOCK, FP4_FLOOR, FP4_LARGEST)
+        return {"codes": (_e2m1(even) | _e2m1(odd) << 4).astype(jnp.uint8).reshape(-1), "exponents": exponents}
+    rope = _join(even, odd).astype(jnp.float16).reshape(D)
+    even, odd, exponents = _scaled(even, odd, FP8_BLOCK, FP8_FLOOR, FP8_LARGEST)
+    codes = _join(even, odd).astype(jnp.float8_e4m3fn).reshape(D)
+    return {"codes": codes, "exponents": exponents, "rope": rope}
+
+
+def reference(
+    new: Sequence[tuple[Array, Array]],
+    weights: Sequence[tuple[Array, Array]],
+    states: Sequence[State],
+    position: Array,
+    active: Array,
+    cos: Array,
+    sin: Array,
+    layer: Array,
+    nth: Array,
+    *,
+    eps: float,
+) -> tuple[State, ...]:
+    """What `op` computes, in XLA."""
+    j, i, b = layer[0], nth[0], jnp.arange(position.size)
+
+    def update(part: Part, z: Array, g: Array, ape: Array, norm: Array, old: State) -> State:
+        R, D = part.ratio, part.dim
+        slot, row = position % R, position // R
+        closes = (active != 0) & (slot == R - 1)
+        stores = (active != 0) & (slot != R - 1)
+        window_z = old.z[i].at[b, slot].set(z)
+        window_g = old.g[i].at[b, slot].set(g + ape[j][slot].astype(jnp.float32))
+
+        def select(which: Array, new: Array, old: Array) -> Array:
+            return old.at[i].set(jnp.where(which[:, None, None], new, old[i]))
+
+        slots_z = jnp.concatenate([old.prev_z[i], window_z[..., -D:]], axis=1)
+        slots_g = jnp.concatenate([old.prev_g[i], window_g[..., -D:]], axis=1)
+        pooled = jnp.sum(slots_z * jax.nn.softmax(slots_g, axis=1), axis=1)
+        angles = (jnp.pad(x, ((0, 0), (D // 2 - ROPE // 2, 0))) for x in (cos, sin))
+        finish = functools.partial(_finish, norm=norm[j].reshape(-1, 2), eps=eps, fp4=part.fp4)
+        values = jax.vmap(lambda row, c, s: finish(row, cos=c, sin=s))(pooled.reshape(b.size, -1, 2), *angles)
+        rows = {}
+        for name, plane in old.rows.items():
+            n = plane.shape[-1]
+            value = values[name][:, -n:] if name == "rope" else values[name][:, :n]
+            rows[name] = plane.at[i, b, jnp.where(closes, row, plane.shape[2])].set(value, mode="drop")
+        prev_z, prev_g = old.prev_z, old.prev_g
+        if part.overlap:
+            prev_z, prev_g = select(closes, window_z[..., :D], prev_z), select(closes, window_g[..., :D], prev_g)
+        return State(rows, select(stores, window_z, old.z), select(stores, window_g, old.g), prev_z, prev_g)
+
+    parts = _parts(new, weights, states, position, active, cos, sin)
+    return tuple(update(p, *n, *w, s) for p, n, w, s in zip(parts, new, weights, states, strict=True))
+
+
+# ---- the kernel ------------------------------------------------------------------------------------------------------
+def _take_in(part: Part, eps: float, slots: int, b: Array, token: tuple, new: tuple, weights: tuple, old: State, out):
+    """Sequence b of one compressor. old and out are refs to the same memory."""
+    position, active, cos, sin, layer, nth = token
+    R, D, (ape, norm) = part.ratio, part.dim, weights
+    j, i, p = layer[0], nth[0], position[b]
+    slot, on = lax.rem(p, R), active[b] != 0
+
+    def arrived(slot: Any, channels: Any) -> tuple[Array, Array]:
+        z, g = (x[b, channels] for x in new)
+        return z, g + ape[j, slot, channels].astype(jnp.float32)
+
+    @pl.when(on & (slot != R - 1))
+    def _():
+        out.z[i, b, slot], out.g[i, b, slot] = arrived(slot, pl.ds(0, part.width))
+
+    # A thread has the same channels of all slots, so that they are pooled without any exchange; and pairs of them.
+    first_half = 2 * lax.broadcasted_iota(jnp.int32, (D // 2, 2), 0) + lax.broadcasted_iota(jnp.int32, (D // 2, 2), 1)
+    half = first_half + (part.width - D)
+
+    def read(z: Any, g: Any, first: Any, n: int, channels: Array) -> list[tuple[Array, Array]]:
+        return [(z[i, b, first + k, channels], g[i, b, first + k, channels]) for k in range(n)]
+
+    def pool(pooled: tuple, tokens: list) -> tuple:
+        high, total, row = pooled
+        top = functools.reduce(jnp.maximum, [g for _, g in tokens], high)
+        shrink = jnp.exp(high - top)
+        total, row = total * shrink, row * shrink
+        for z, g in tokens:
+            weight = jnp.exp(g - top)
+            total, row = total + weight, row + weight * z
+        return top, total, row
+
+    @pl.when(on & (slot == R - 1))
+    def _():
+        zeros = jnp.zeros((D // 2, 2), jnp.float32)
+        pooled = zeros - jnp.inf, zeros, zeros
+        if R > slots:
+            pooled = lax.fori_loop(
+                0, R // slots - 1, lambda k, pooled: pool(pooled, read(old.z, old.g, k * slots, slots, half)), pooled
+            )
+        tokens = [*read(old.z, old.g, R - slots, slots - 1, half), arrived(R - 1, half)]
+        if part.overlap:
+            tokens += read(old.prev_z, old.prev_g, 0, R, first_half)
+            first_halves = [*read(old.z, old.g, 0, R - 1, first_half), arrived(R - 1, first_half)]
+        pair = lax.iota(jnp.int32, D // 2) - (D - ROPE) // 2
+        c, s = (plgpu.load(x.at[b, pair], mask=pair >= 0, other=0.0) for x in (cos, sin))
+        scale = norm[j, first_half]
+        _, total, row = pool(pooled, tokens)
+        planes = _finish(row / total, scale, c, s, eps, part.fp4)
+        for name, x in planes.items():
+            plane = out.rows[name]
+            (N, n), nth_row = plane.shape[2:], lax.div(p, R)
+            # What does not count is put beyond the end.
+            at = lax.iota(jnp.int32, x.size) + (n if name == "rope" else 0) & (x.size - 1)
+            plgpu.store(plane.at[i, b, nth_row, at], x, mask=(at < n) & (nth_row < N))
+        if part.overlap:
+            # The norm's sum, for which threads waited for each other, lies between these and the loads.
+            for k, (z, g) in enumerate(first_halves):
+                out.prev_z[i, b, k, first_half] = z
+                out.prev_g[i, b, k, first_half] = g
+
+
+@functools.cache
+def _call(parts: tuple[Part, ...], shapes: Any, eps: float, c: Config, interpret: bool):
+    """shapes: leaves and structure of the states."""
+    leaves, tree = shapes
+    B = leaves[0][0][1]
+
+    def kernel(states, new, weights, token, *out):
+        which, b = pl.program_id(0), pl.program_id(1)
+        for k, part in enumerate(parts):
+            slots = min(c.slots, part.ratio)
+            work = functools.partial(_take_in, part, eps, slots, b, token, new[k], weights[k], states[k], out[k])
+            if len(parts) == 1:
+                work()
+            else:
+                pl.when(which == k)(work)
+
+    return common.call(
+        kernel,
+        name="compressor",
+        grid=(len(parts), B),
+        out_shape=jax.tree.unflatten(tree, [jax.ShapeDtypeStruct(*leaf) for leaf in leaves]),
+        num_warps=c.num_warps,
+        num_stages=1,
+        aliases={k: k for k in range(len(leaves))},
+        interpret=interpret,
+    )
+
+
+def configs(shape: Shape) -> list[Config]:
+    """Candidates of a sweep."""
+    if shape.parts[0].ratio <= 8:
+        return [Config(shape.parts[0].ratio, warps) for warps in (2, 4, 8)]
+    return [Config(slots, warps) for warps in (4, 8, 16) for slots in (8, 16, 32) if slots // warps <= 4]
+
+
+def default_config(shape: Shape) -> Config:
+    return Config(min(32, shape.parts[0].ratio), 8)
+
+
+def op(
+    new: Sequence[tuple[Array, Array]],
+    weights: Sequence[tuple[Array, Array]],
+    states: Sequence[State],
+    position: Array,
+    active: Array,
+    cos: Array,
+    sin: Array,
+    layer: Array,
+    nth: Array,
+    *,
+    eps: float,
+    implementation: Implementation = "pallas",
+    config: Config | None = None,
+    interpret: bool = False,
+) -> tuple[State, ...]:
+    """The states of a layer's compressors after one more token of each active sequence.
+
+    new: per compressor z, g: float32 (B, c·D), the token's projections; c = 2 if overlapping, else 1.
+    weights: per compressor ape, any float (L, R, c·D), and norm, float32 (L, D). states: see `State`.
+    position: int32 (B,), tokens before this one. active: bool or int32 (B,); nothing changes for the others.
+    cos, sin: float32 (B, 32) of the RoPE angles of position R · (position div R), the start of the open window.
+    layer, nth: int32 (1,), the index into the stacks of weights, and of states.
+
+    The results take the place of `states`, without a copy where the caller donates them and uses them no more. A token
+    that closes a window leaves no trace in z and g, which then mean nothing. A row without room is not stored.
+    Raises Unsupported.
+    """
+    parts = _parts(new, weights, states, position, active, cos, sin)
+    args = position, active.astype(jnp.int32), cos, sin, layer, nth
+    if implementation == "xla":
+        return reference(new, weights, states, *args, eps=eps)
+    c = config or default_config(Shape(position.size, parts, None))
+    for name, value in (("slots", c.slots), ("num_warps", c.num_warps)):
+        _check(value > 0 and value & (value - 1) == 0, f"{name} {value}, expected a power of two")
+    # What does not overlap has empty arrays, which a kernel does not take.
+    full = tuple(s if p.overlap else s._replace(prev_z=None, prev_g=None) for p, s in zip(parts, states, strict=True))
+    leaves, tree = jax.tree.flatten(full)
+    shapes = tuple((x.shape, x.dtype) for x in leaves), tree
+    out = _call(parts, shapes, eps, c, interpret)(full, tuple(map(tuple, new)), tuple(map(tuple, weights)), args)
+    return tuple(
+        o if p.overlap else o._replace(prev_z=s.prev_z, prev_g=s.prev_g)
+        for p, s, o in zip(parts, states, out, strict=True)
+    )
+
+
+def _check(condition: bool, what: str) -> None:
+    if not condition:
+        raise Unsupported(f"compressor: {what}")
+
+
+def _parts(new, weights, states, position, active, cos, sin) -> tuple[Part, ...]:
+    """The compressors of a call; raises Unsupported if its arguments contradict each other."""
+    _check(len(new) == len(weights) == len(states), f"{len(new)} new, {len(weights)} weights, {len(states)} states")
+    (B,), parts = position.shape, []
+    any_float = ("float32", "float16", "bfloat16")
+    for (z, g), (ape, norm), s in zip(new, weights, states, strict=True):
+        (R, width), D, N = s.z.shape[2:], norm.shape[-1], next(iter(s.rows.values())).shape[2]
+        part = Part(D, R, overlap=width == 2 * D, fp4="rope" not in s.rows)
+        least = ROPE if part.fp4 else 2 * ROPE
+        _check(D >= least and D & (D - 1) == 0, f"rows of {D}, expected a power of two, {least} at least")
+        _check(R >= 2 and R & (R - 1) == 0, f"{R} tokens per row, expected a power of two, 2 at least")
+        _check(s.rows.keys() == part.planes.keys(), f"planes {[*s.rows]}, expected {[*part.planes]}")
+        width, previous = part.width, (B, R if part.overlap else 0, D)
+        expected = {
+            "z": (z, (B, width), "float32"),
+            "g": (g, (B, width), "float32"),
+            "ape": (ape, (R, width), *any_float),
+            "norm": (norm, (D,), "float32"),
+            "stored z": (s.z, (B, R, width), "float32"),
+            "stored g": (s.g, (B, R, width), "float32"),
+            "prev_z": (s.prev_z, previous, "float32"),
+            "prev_g": (s.prev_g, previous, "float32"),
+            "active": (active, (B,), "int32", "bool"),
+            "position": (position, (B,), "int32"),
+            "cos": (cos, (B, ROPE // 2), "float32"),
+            "sin": (sin, (B, ROPE // 2), "float32"),
+        } | {name: (s.rows[name], (B, N, n), dtype) for name, (n, dtype) in part.planes.items()}
+        for name, (x, shape, *dtypes) in expected.items():
+            good = x.shape[-len(shape) :] == shape and x.dtype in dtypes
+            _check(good, f"{name} is {x.dtype} {x.shape}, expected {' or '.join(dtypes)} (…, {str(shape)[1:]}")
+        parts.append(part)
+    return tuple(parts)

@@ -1,0 +1,229 @@
+"""The compressors' kernel: interpreted against the model's own function, lowered for GPUs, run on one."""
+
+import functools
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ds4jax import numerics as num
+from ds4jax.cache import Compressed
+from ds4jax.model import compressor as model
+from ds4jax.quant import F16, F32
+from ds4jax.weights import Compressor
+from pallas_kernels import common, compressor
+from pallas_kernels.compressor import CSA, HCA, SHAPES, Config, Part, Shape, State, op, reference
+
+GPUS = ["NVIDIA H200", "NVIDIA RTX PRO 6000 Blackwell", "NVIDIA GB10"]
+SMALL_CSA = Part(128, 4, overlap=True), Part(64, 4, overlap=True, fp4=True)
+SMALL_HCA = (Part(256, 128, overlap=False),)
+EPS = Shape(1, HCA, 0).static["eps"]
+
+
+def same_bits(found, expected) -> np.ndarray:
+    """Which elements are equal, NaN and signs of zeros included."""
+    found, expected = np.asarray(found), np.asarray(expected)
+    assert found.shape == expected.shape and found.dtype == expected.dtype
+    bits = f"u{found.dtype.itemsize}"
+    return found.view(bits) == expected.view(bits)
+
+
+def compare(found: tuple[State, ...], expected: tuple[State, ...], exact: bool, closed: int) -> None:
+    """What is only copied is equal. `closed` rows were computed: if not `exact`, few of their values differ.
+
+    Sums in another order move a pooled value by some 2⁻²² of it. The middles between codes lie 2⁻⁴ apart, those
+    between float16 values 2⁻¹¹: one in 10⁵ codes and one in 10³ values of rope should be moved across one.
+    """
+    for f, e in zip(found, expected, strict=True):
+        for name in ("z", "g", "prev_z", "prev_g"):
+            assert same_bits(getattr(f, name), getattr(e, name)).all(), name
+        for name, plane in e.rows.items():
+            differ = np.sum(~same_bits(f.rows[name], plane))
+            share = 0 if exact else {"codes": 1e-3, "exponents": 0, "rope": 1e-2}[name]
+            assert differ <= np.ceil(share * closed * plane.shape[-1]), name
+
+
+def exact(inputs: tuple) -> tuple:
+    """The inputs of a Shape, such that every sum is exact in any order and every turn a multiple of 90°.
+
+    All gates of a window are equal, so that weights are 1 over a power of two, and values are small integers.
+    """
+    new, weights, states, position, active, cos, sin, layer, nth = inputs
+
+    def integers(x):
+        return jnp.round(jnp.clip(x, -1, 1)).astype(jnp.int32).astype(jnp.float32)  # has no negative zeros
+
+    ape = [integers(a.astype(jnp.float32)).astype(a.dtype) for a, _ in weights]
+    slots = [position % s.z.shape[2] for s in states]
+    gates = [3 - a[layer[0]][s].astype(jnp.float32) for a, s in zip(ape, slots, strict=True)]
+    states = [
+        State(s.rows, integers(s.z), s.g * 0 + 3, integers(s.prev_z), jnp.where(jnp.isfinite(s.prev_g), 3, s.prev_g))
+        for s in states
+    ]
+    new = [(integers(z), g) for (z, _), g in zip(new, gates, strict=True)]
+    weights = [(a, norm) for a, (_, norm) in zip(ape, weights, strict=True)]
+    return tuple(new), tuple(weights), tuple(states), position, active, integers(cos), integers(sin), layer, nth
+
+
+def closed(shape: Shape) -> int:
+    R = shape.parts[0].ratio
+    return int(np.sum(shape.positions % R == R - 1))
+
+
+# ---- the same as the model, token by token ---------------------------------------------------------------------------
+@functools.partial(jax.jit, static_argnames=("part", "freq"))
+def model_step(part: Part, freq: tuple, z, g, ape, norm, state: State, length, n) -> State:
+    """The model's own function. Its projections pick z and g out of h = [z, g]."""
+    eye, zero = jnp.eye(part.width), jnp.zeros((part.width, part.width))
+    kv, gate = jnp.concatenate([eye, zero], axis=1), jnp.concatenate([zero, eye], axis=1)
+    fmt = num.Fp4Row(part.dim) if part.fp4 else num.Fp8Row(part.dim, 64)
+    out = model.compress(
+        jnp.concatenate([z, g], axis=1)[:, None], length, n, Compressor(F32(kv), F32(gate), F16(ape[1]), norm[1]),
+        Compressed(**state._asdict()), 1, part.ratio, fmt, np.array(freq, np.float32),
+        types.SimpleNamespace(norm_eps=EPS), num.hadamard if part.fp4 else lambda row: row,
+    )  # fmt: skip
+    return State(out.rows, out.z, out.g, out.prev_z, out.prev_g)
+
+
+@pytest.mark.parametrize("sums_are_exact", [True, False])
+@pytest.mark.parametrize(
+    "parts, first, tokens",
+    [(SMALL_CSA, (0, 1, 2), 11), (SMALL_HCA, (125, 126, 381), 3)],
+    ids=["csa", "hca"],
+)
+def test_token_by_token_as_the_model(parts, first, tokens, sums_are_exact):
+    """Three sequences, one of them without its second token; the last of the rows finds no room."""
+    R = parts[0].ratio
+    shape = Shape(3, parts, None, rows=2)
+    inputs = jax.jit(lambda key: exact(shape.inputs(key)) if sums_are_exact else shape.inputs(key))
+    _, weights, states, *_ = inputs(jax.random.key(0))
+    freq = (0.0,) * 32 if sums_are_exact else tuple(np.linspace(1, 0.01, 32).tolist())
+    run = jax.jit(functools.partial(op, eps=EPS, config=Config(4, 4), interpret=True))
+    length, index, rows = jnp.array(first, jnp.int32), jnp.array([1], jnp.int32), 0
+    for t in range(tokens):
+        active = jnp.array([1, t != 1, 1], jnp.int32)
+        new = inputs(jax.random.key(1 + t))[0]
+        if sums_are_exact:
+            # All gates are 3 again, with the ape of their slot.
+            new = [(z, 3 - w[0][1, length % R].astype(jnp.float32)) for (z, _), w in zip(new, weights, strict=True)]
+        angle = (length // R * R).astype(jnp.float32)[:, None] * jnp.array(freq)
+        expected = tuple(
+            model_step(part, freq, *values, *w, s, length, active)
+            for part, values, w, s in zip(parts, new, weights, states, strict=True)
+        )
+        found = run(new, weights, states, length, active.astype(bool), jnp.cos(angle), jnp.sin(angle), index, index)
+        length += active
+        closes = int(np.sum((length % R == 0) & (active == 1)))
+        rows += closes
+        # Of z and g the open window's tokens matter; others stay as they were, here only.
+        open_slots = (jnp.arange(R) < (length % R)[:, None])[..., None]
+
+        def live(s: State, open_slots=open_slots) -> State:
+            return s._replace(z=jnp.where(open_slots, s.z[1], 0), g=jnp.where(open_slots, s.g[1], 0))
+
+        compare(tuple(map(live, found)), tuple(map(live, expected)), sums_are_exact, closes)
+        states = found
+    assert rows >= 2
+
+
+# ---- the same as the reference ---------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "parts, ape",
+    [(SMALL_CSA, "float16"), (SMALL_CSA[1:], "bfloat16"), (SMALL_HCA, "float32")],
+    ids=["csa", "fp4 alone", "hca"],
+)
+def test_interpreted(parts, ape):
+    shape = Shape(3, parts, -1, ape, rows=4)
+    run = jax.jit(functools.partial(op, eps=EPS, config=Config(8, 4), interpret=True))
+    inputs = shape.inputs(jax.random.key(2))
+    for args, is_exact in ((inputs, False), (exact(inputs), True)):
+        found = run(*args)
+        compare(found, reference(*args, eps=EPS), is_exact, closed(shape))
+        for f, before in zip(found, args[2], strict=True):
+            assert all(not same_bits(x[1], before.rows[name][1]).all() for name, x in f.rows.items())
+
+
+@pytest.mark.parametrize("slot", [1, -1])
+def test_inactive_sequences_keep_everything(slot):
+    shape = Shape(2, SMALL_CSA, slot, rows=3)
+    new, weights, states, position, _, *rest = shape.inputs(jax.random.key(3))
+    run = jax.jit(functools.partial(op, eps=EPS, interpret=True))
+    found = run(new, weights, states, position, jnp.array([False, True]), *rest)
+    for f, before in zip(jax.tree.leaves(found), jax.tree.leaves(states), strict=True):
+        assert same_bits(f[:, 0], before[:, 0]).all() and same_bits(f[0], before[0]).all()
+    changed = [not same_bits(f, s).all() for f, s in zip(jax.tree.leaves(found), jax.tree.leaves(states), strict=True)]
+    is_row_or_previous = [True] * 3 + [False] * 2 + [True] * 2 + [True] * 2 + [False] * 2 + [True] * 2
+    assert changed == [(slot == -1) == closes for closes in is_row_or_previous]
+
+
+@pytest.mark.parametrize("largest, floor", [(448.0, 1e-4), (6.0, 6 * 2.0**-126)])
+def test_exponents_are_those_of_numerics(largest, floor):
+    """At every edge between two, and one float to either side."""
+    edges = np.float32(largest) * np.float32(2) ** np.arange(-126, 118, dtype=np.float32)
+    beside = [np.nextafter(edges, np.float32(end)) for end in (0, np.inf)]
+    x = jnp.asarray(np.concatenate([[0, floor], edges, *beside]), jnp.float32)
+    found, expected = compressor._exponents(x, floor, largest), num._scale_exponent(x, floor, largest) + 127
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("device", GPUS)
+def test_lowers_for_gpus(device):
+    """One kernel, which takes the place of every array of the state."""
+    for name in ("csa/32", "hca/1"):
+        inputs = jax.eval_shape(SHAPES[name].inputs, jax.random.key(0))
+        text = common.lower_for_gpu(functools.partial(op, eps=EPS), *inputs, device=device)
+        assert text.count("__gpu$xla.gpu.triton") == 1
+        assert text.count("output_operand_alias<") == sum(x.size > 0 for x in jax.tree.leaves(inputs[2]))
+
+
+def test_nbytes_counts_tokens_and_windows():
+    assert Shape(2, HCA, 5).nbytes == 2 * 512 * (4 * 4 + 2)
+    # Read: the token and its part of ape, both halves of 3 tokens, 4 a-halves, norm. Written: 4 a-halves, a row.
+    token, window = 1024 * (8 + 2), 8 * (3 * 1024 + 2 * 4 * 512) + 4 * 512 + 448 + 7 + 128
+    assert Shape(1, CSA[:1], -1).nbytes == token + window
+
+
+@pytest.mark.parametrize(
+    "part, change, message",
+    [
+        (Part(96, 4, overlap=True), {}, "rows of 96, expected a power of two, 128 at least"),
+        (Part(128, 3, overlap=True), {}, "3 tokens per row"),
+        (Part(128, 4, overlap=True), {"rows": {"x": jnp.zeros((2, 2, 8, 128))}}, "planes"),
+        (Part(128, 4, overlap=True), {"prev_z": jnp.zeros((2, 2, 0, 128))}, r"prev_z is float32 \(2, 2, 0, 128\)"),
+        (Part(128, 4, overlap=True), {"g": jnp.zeros((2, 2, 4, 256), jnp.bfloat16)}, "stored g is bfloat16"),
+        (Part(128, 8, overlap=False), {"config": Config(3, 4)}, "slots 3, expected a power of two"),
+    ],
+)
+def test_unsupported(part, change, message):
+    new, weights, (state,), *rest = Shape(2, (part,), 0, rows=8).inputs(jax.random.key(0))
+    config = change.pop("config", None)
+    with pytest.raises(common.Unsupported, match=message):
+        op(new, weights, (state._replace(**change),), *rest, eps=EPS, config=config)
+
+
+# ---- on a GPU --------------------------------------------------------------------------------------------------------
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", SHAPES)
+def test_gpu(name):
+    shape = SHAPES[name]
+    inputs = shape.inputs(jax.random.key(sum(name.encode())))
+    expected, expected_exact = (jax.jit(functools.partial(reference, eps=EPS))(*a) for a in (inputs, exact(inputs)))
+    for config in compressor.configs(shape):
+        run = jax.jit(functools.partial(op, eps=EPS, config=config))
+        found, again = run(*inputs), run(*inputs)
+        compare(found, expected, False, closed(shape))
+        compare(run(*exact(inputs)), expected_exact, True, closed(shape))
+        for f, a in zip(jax.tree.leaves(found), jax.tree.leaves(again), strict=True):
+            assert same_bits(f, a).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["csa/16, closing", "hca/16"])
+def test_gpu_updates_in_place(name):
+    inputs = SHAPES[name].inputs(jax.random.key(5))
+    run = jax.jit(functools.partial(op, eps=EPS), donate_argnums=2).lower(*inputs).compile()
+    assert "copy" not in run.as_text()
+    pointers = [x.unsafe_buffer_pointer() for x in jax.tree.leaves(inputs[2]) if x.size]
+    assert [x.unsafe_buffer_pointer() for x in jax.tree.leaves(run(*inputs)) if x.size] == pointers
