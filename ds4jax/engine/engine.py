@@ -245,7 +245,9 @@ class Engine:
         self._runner, self._max_waiting = runner, max_waiting
         self._prefixes = Prefixes(2 << 30) if prefixes is None else prefixes
         chunk = runner.settings.prefill_chunk
-        # Chunks end at fixed positions, so that the same prompt is always computed in the same pieces.
+        # Chunks end at multiples of their size, so that with 128 the same prompt is always computed in the same pieces,
+        # wherever it starts: then what is reused is what a cold run computes, bit for bit. In larger chunks, which a GPU
+        # needs for speed, a token's sums may be added up in another order.
         chunk = chunk // ALIGN * ALIGN or 1 << chunk.bit_length() - 1
         self._smallest = min(SMALLEST_BUCKET, chunk)
         self._scheduler = Scheduler(runner.batch, chunk)
@@ -318,8 +320,8 @@ class Engine:
             "compile_seconds": stats.compile_seconds,
             "prefix_bytes": self._prefixes.nbytes,
             "prefix_count": len(self._prefixes),
-            "disk_bytes": store.nbytes if store else 0,
-            "disk_count": len(store) if store else 0,
+            "disk_bytes": 0 if store is None else store.nbytes,
+            "disk_count": 0 if store is None else len(store),
         }
 
     def grammar(self, schema: Mapping[str, Any] | Literal["json_object"], after: int | None = None) -> Grammar:
@@ -336,7 +338,7 @@ class Engine:
 
     def put_note(self, key: str, value: Any) -> None:
         """Keep a small JSON value under `key`: in the folder for prefixes, or in memory, where the oldest make room."""
-        if store := self._prefixes.store:
+        if (store := self._prefixes.store) is not None:
             store.put_note(key, value)
             return
         self._notes[key] = value
@@ -347,7 +349,7 @@ class Engine:
     def note(self, key: str) -> Any:
         """The value kept under `key`, or None."""
         store = self._prefixes.store
-        return store.note(key) if store else self._notes.get(key)
+        return self._notes.get(key) if store is None else store.note(key)
 
     def _problem(self, request: Request) -> Ds4Error | None:
         from ds4jax.engine.runner import check_prompt

@@ -94,7 +94,7 @@ class Prefixes:
 
     def shared(self, tokens: Sequence[int]) -> int:
         """How many tokens a prompt has in common with anything known."""
-        on_disk = self.store.shared(tokens) if self.store else 0
+        on_disk = self.store.shared(tokens) if self.store is not None else 0
         return max(on_disk, keys.shared(self._aligned, keys.key_of(tokens)) // 4)
 
     def put(self, snapshot: Snapshot) -> None:
@@ -127,19 +127,19 @@ class Prefixes:
     def save(self, snapshot: Snapshot) -> None:
         """Write a snapshot to disk, in the background. Without a store, or if too many wait already, it is not kept."""
         self._writes = {write for write in self._writes if not write.done()}
-        if self.store and not snapshot.on_disk and len(self._writes) < MAX_WRITES:
+        if self.store is not None and not snapshot.on_disk and len(self._writes) < MAX_WRITES:
             snapshot.on_disk = True
             self._writes.add(self._writer.submit(self._write, snapshot))
 
     def fetch(self, tokens: Sequence[int], more_than: int) -> Future[Snapshot | None] | None:
         """Start to read the longest snapshot on disk that a prompt begins with, if it is longer than `more_than`."""
-        if not self.store or not (entry := self.store.longest(tokens[:-1])) or entry.length <= more_than:
+        if self.store is None or not (entry := self.store.longest(tokens[:-1])) or entry.length <= more_than:
             return None
         return self._reader.submit(self._read, tokens[:-1], more_than)
 
     def close(self, save: bool) -> None:
         """Wait for the disk. save: write what is in memory too, the most valuable last: it is the last to make room."""
-        if save and self.store:
+        if save and self.store is not None:
             value = values(self._aligned)
             for snapshot in sorted(self._aligned, key=value.__getitem__):
                 if not snapshot.on_disk:
@@ -147,7 +147,7 @@ class Prefixes:
                     self._writer.submit(self._write, snapshot)
         self._reader.shutdown(cancel_futures=True)
         self._writer.shutdown()
-        if self.store:
+        if self.store is not None:
             self.store.close()
 
     def _count(self, snapshot: Snapshot, sign: int) -> None:

@@ -1,0 +1,320 @@
+"""Prefix reuse: what is reused is bit for bit what would be computed, as much as promised, in memory and on disk."""
+
+import asyncio
+import dataclasses
+import random
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from small import CFG
+
+from ds4jax import synthetic
+from ds4jax.engine.engine import Engine, Finished, Prefilled, Request, Started, Token
+from ds4jax.engine.fingerprint import fingerprint
+from ds4jax.engine.keys import key_of
+from ds4jax.engine.prefix import TAIL, Prefixes, Snapshot, positions
+from ds4jax.engine.runner import Runner
+from ds4jax.engine.scheduler import ALIGN
+from ds4jax.engine.store import Store
+from ds4jax.sampling import Sampling
+from ds4jax.settings import Settings
+from ds4jax.tokenizer import byte_tokenizer
+
+GREEDY = Sampling(temperature=0.0)
+TOKENS = np.random.default_rng(5).integers(2, CFG.vocab_size, 1024).tolist()
+OTHERS = np.random.default_rng(6).integers(2, CFG.vocab_size, 1024).tolist()
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "small.gguf"
+    synthetic.write_synthetic(path, CFG, 3, synthetic.RECIPES["q8"], byte_tokenizer().to_metadata())
+    return path
+
+
+@pytest.fixture(scope="module")
+def runner(path):
+    return Runner.load(Settings(str(path), ctx=768), batch=3)
+
+
+@pytest.fixture
+def engines(runner):
+    """Makes engines on the one runner, one after the other; of each, the function that collects a request's events."""
+    running = []
+
+    def close():
+        while running:
+            asyncio.run(running.pop().close())
+
+    def make(budget=1 << 30, store=None):
+        close()
+        running.append(Engine(runner, Prefixes(budget, store)))
+        return lambda *requests: asyncio.run(collect(running[-1], requests))
+
+    yield make
+    close()
+
+
+async def collect(engine, requests):
+    """The events of requests that run at once; of a single one, its events alone."""
+
+    async def one(request):
+        return [event async for event in engine.generate(request)]
+
+    events = await asyncio.gather(*map(one, requests))
+    return events if len(events) > 1 else events[0]
+
+
+def request(tokens, max_tokens=3):
+    return Request(tokens, max_tokens, GREEDY, stop_ids=frozenset(), logprobs=20)
+
+
+def tokens(events):
+    """Ids with all log-probabilities: as good as the logits themselves for seeing any difference."""
+    return [event for event in events if isinstance(event, Token)]
+
+
+def ids(events):
+    return [event.id for event in tokens(events)]
+
+
+# ---- as much as promised, and exact ----------------------------------------------------------------------------------
+@pytest.mark.parametrize("n", [31, 158, 159, 286, 287, 384, 385, 511, 701])
+def test_a_changed_tail_is_all_that_is_computed(engines, n):
+    prompt = TOKENS[: n - TAIL] + OTHERS[:TAIL]
+    cold = engines(budget=0)(request(prompt))
+    run = engines()
+    run(request(TOKENS[:n], 1))
+    warm = run(request(prompt))
+    assert cold[0] == Started(0, n) and n - warm[0].cached_tokens <= ALIGN + TAIL
+    assert tokens(warm) == tokens(cold)
+
+
+@pytest.mark.parametrize("n", [128, 129, 300, 640])
+def test_the_same_prompt_again_computes_nothing(engines, runner, n):
+    run = engines()
+    cold = run(request(TOKENS[:n]))
+    before = runner.stats.prefill_tokens
+    warm = run(request(TOKENS[:n]))
+    assert cold[0] == Started(0, n) and warm[0] == Started(n, n) and runner.stats.prefill_tokens == before
+    assert tokens(warm) == tokens(cold)
+    assert not any(isinstance(event, Prefilled) for event in warm)
+
+
+def test_a_reused_beginning_gives_a_cold_run_wherever_the_prompts_part(engines):
+    """A prompt that parts where no snapshot is leaves one there, for the next."""
+    run, cold_run = engines(), None
+    run(request(TOKENS[:700], 1))
+    reused = [run(request(TOKENS[:k] + OTHERS[: 720 - k])) for k in (140, 390, 391, 520)]
+    again = [run(request(TOKENS[:k] + OTHERS[3 : 720 - k])) for k in (140, 390, 391, 520)]
+    cold_run = engines(budget=0)
+    for events, k in zip(reused, (140, 390, 391, 520), strict=True):
+        assert tokens(events) == tokens(cold_run(request(TOKENS[:k] + OTHERS[: 720 - k])))
+    for events, k in zip(again, (140, 390, 391, 520), strict=True):
+        assert tokens(events) == tokens(cold_run(request(TOKENS[:k] + OTHERS[3 : 720 - k])))
+    assert [events[0].cached_tokens for events in again] == [128, 384, 384, 512]
+
+
+def test_larger_chunks_reuse_as_much_to_the_last_bits(path):
+    larger = Runner.load(Settings(str(path), ctx=768, prefill_chunk=512), batch=2)
+    prompts = [TOKENS[:k] + OTHERS[: 720 - k] for k in (300, 600)]
+
+    async def main(budget):
+        engine = Engine(larger, Prefixes(budget))
+        events = [await collect(engine, [request(tokens)]) for tokens in [TOKENS[:720], *prompts, *prompts]]
+        await engine.close()
+        return events
+
+    warm, cold = asyncio.run(main(1 << 30)), asyncio.run(main(0))
+    assert [events[0].cached_tokens for events in warm] == [0, 0, 512, 720, 720]
+    for a, b in zip(warm, cold, strict=True):
+        assert ids(a) == ids(b)
+        np.testing.assert_allclose([t.logprob for t in tokens(a)], [t.logprob for t in tokens(b)], atol=0.05)
+
+
+def test_the_next_turn_reuses_prompt_and_answer(engines):
+    run = engines()
+    prompt = TOKENS[:300]
+    answer = ids(run(request(prompt, 140)))  # 440 tokens, of which the last is not in the cache
+    turn = run(request(prompt + answer + OTHERS[:50]))
+    assert turn[0] == Started(384, 490)
+    # An answer is computed token by token, a prompt in chunks, so they agree but for the last bits.
+    cold = engines(budget=0)(request(prompt + answer + OTHERS[:50]))
+    assert ids(turn) == ids(cold)
+    np.testing.assert_allclose([t.logprob for t in tokens(turn)], [t.logprob for t in tokens(cold)], atol=0.05)
+
+
+@pytest.mark.parametrize("n", [1, 3, 4, 127, 128, 131, 300, 512])
+def test_a_state_taken_and_put_elsewhere_goes_on_bit_for_bit(runner, n):
+    runner.prefill(0, TOKENS[:n], GREEDY, smallest=32)
+    planes = runner.take(0)
+    runner.prefill(2, OTHERS[:500], GREEDY, smallest=32)  # what was there leaves no trace
+    runner.put(2, planes, GREEDY)
+    assert all(isinstance(plane, np.ndarray) for plane in planes.values()) and runner.lengths[2] == n
+    for token in OTHERS[:140]:
+        steps = runner.decode({0: token, 2: token})
+    np.testing.assert_array_equal(steps[0].logits, steps[2].logits)
+
+
+# ---- between requests that run at once -------------------------------------------------------------------------------
+def test_requests_at_once_compute_a_shared_prefix_once(engines, runner):
+    shared = TOKENS[:600]
+    requests = [request(shared + OTHERS[10 * i : 10 * i + 40]) for i in range(5)]
+    alone = [engines(budget=0)(r) for r in requests]
+    before, run = runner.stats.prefill_tokens, engines()
+    together = run(*requests)
+    assert runner.stats.prefill_tokens - before <= 640 + 4 * (600 % ALIGN + 40)
+    assert [tokens(events) for events in together] == [tokens(events) for events in alone]
+
+
+def test_equal_requests_at_once_compute_it_all_once(engines, runner):
+    before, run = runner.stats.prefill_tokens, engines()
+    together = run(*[request(TOKENS[:333])] * 7)
+    assert runner.stats.prefill_tokens - before == 333
+    assert all(tokens(events) == tokens(together[0]) for events in together)
+
+
+def test_without_a_budget_no_request_waits_for_ever(engines):
+    together = engines(budget=0)(*[request(TOKENS[:333])] * 7)
+    assert all(events[-1] == Finished("length") and ids(events) == ids(together[0]) for events in together)
+
+
+def test_a_cancelled_prompt_leaves_what_was_computed(runner):
+    async def main():
+        engine = Engine(runner)
+        async for event in engine.submit(request(TOKENS[:700])):
+            if event == Prefilled(256, 700):
+                break
+        stream = engine.submit(request(OTHERS[:10]))
+        await anext(stream)
+        for job in list(engine._jobs):
+            job.cancel()
+        events = await collect(engine, [request(TOKENS[:700])])
+        await engine.close()
+        return events
+
+    assert asyncio.run(main())[0].cached_tokens >= 256
+
+
+# ---- on disk ---------------------------------------------------------------------------------------------------------
+def test_a_restarted_engine_goes_on_with_a_conversation(engines, runner, path, tmp_path):
+    prompt = TOKENS[:500]
+    run = engines(store=Store(tmp_path / "kv", 1 << 30, fingerprint(runner)))
+    first = run(request(prompt, 150))
+    turn = request(prompt + ids(first) + OTHERS[:20])
+    live = run(turn)
+    engines(budget=0)  # closes the first one
+    again = Runner.load(runner.settings, batch=3)
+    store = Store(tmp_path / "kv", 1 << 30, fingerprint(again))
+    warm = engines(store=store)(turn)
+    assert warm[0] == Started(640, 670) and tokens(warm) == tokens(live)
+
+
+def test_a_killed_engine_has_saved_what_ended(engines, runner, tmp_path):
+    store = Store(tmp_path / "kv", 1 << 30, fingerprint(runner))
+    engines(store=store)(request(TOKENS[:400]))
+    deadline = time.monotonic() + 20
+    while not len(store) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert store.longest(TOKENS[:400]).length == 256
+
+
+def test_a_damaged_file_is_computed_anew(engines, runner, tmp_path, caplog):
+    folder = tmp_path / "kv"
+    cold = engines(store=Store(folder, 1 << 30, fingerprint(runner)))(request(TOKENS[:400]))
+    engines(budget=0)
+    for file in folder.glob("*.kv"):
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2] ^= 1
+        file.write_bytes(data)
+    found = engines(store=Store(folder, 1 << 30, fingerprint(runner)))(request(TOKENS[:400]))
+    assert found[0] == Started(0, 400) and tokens(found) == tokens(cold) and "checksum" in caplog.text
+
+
+def test_beyond_the_memory_budget_prefixes_are_read_from_disk(engines, runner, tmp_path):
+    run = engines(budget=0, store=Store(tmp_path / "kv", 1 << 30, fingerprint(runner)))
+    cold = run(request(TOKENS[:400]))
+    deadline = time.monotonic() + 20
+    while (warm := run(request(TOKENS[:400])))[0].cached_tokens == 0 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert warm[0].cached_tokens == 256 and tokens(warm) == tokens(cold)
+
+
+def test_fingerprints_tell_models_and_settings_apart(runner, path, tmp_path):
+    other = tmp_path / "other.gguf"
+    synthetic.write_synthetic(other, CFG, 4, synthetic.RECIPES["q8"], byte_tokenizer().to_metadata())
+    tokenizer = byte_tokenizer().to_metadata() | {"tokenizer.ggml.add_bos_token": False}
+    synthetic.write_synthetic(tmp_path / "bos.gguf", CFG, 3, synthetic.RECIPES["q8"], tokenizer)
+    load = [
+        Settings(str(path), ctx=8),
+        Settings(str(other), ctx=8),
+        Settings(str(tmp_path / "bos.gguf"), ctx=8),
+        Settings(str(path), ctx=8, numerics="plain"),
+        Settings(str(path), ctx=8, numerics="plain", dtype="bfloat16"),
+        Settings(str(path), ctx=8, tp=2),
+    ]
+    found = [str(sorted(fingerprint(Runner.load(settings)).items())) for settings in load]
+    assert len(set(found)) == len(load)
+    assert fingerprint(Runner.load(dataclasses.replace(load[0], ctx=9, batch=2))) == fingerprint(runner)
+
+
+# ---- the parts alone -------------------------------------------------------------------------------------------------
+@given(st.integers(1, 10**6), st.sampled_from([64, 128, 2048]), st.integers(0, 10**6))
+def test_where_snapshots_are_taken(prompt, chunk, shared):
+    found = positions(prompt, chunk, shared)
+    assert all(0 < p < prompt and p % ALIGN == 0 for p in found) and len(found) <= 2 + 20
+    known = [*sorted(found), prompt]
+    assert prompt - max([0, *found]) < ALIGN + TAIL
+    for kept in (prompt - TAIL, prompt // 2, prompt // 3):  # another prompt that shares this much
+        reused = max([p for p in known if p <= kept], default=0)
+        assert reused > kept / 2 or kept < 2 * max(chunk, ALIGN)
+    assert min(shared, prompt - TAIL) - max([0, *(p for p in found if p <= shared)]) < ALIGN + TAIL
+
+
+def snapshot(tokens, nbytes, used=0):
+    return Snapshot(key_of(tokens), {"x": np.zeros(nbytes, np.uint8)}, used=used)
+
+
+@given(st.lists(st.tuples(st.lists(st.integers(0, 1), min_size=1, max_size=6), st.booleans()), max_size=30))
+def test_memory_finds_the_longest_and_stays_within_its_budget(puts):
+    prefixes, budget = Prefixes(1000), 1000
+    for i, (tokens, complete) in enumerate(puts):
+        new = snapshot(tokens, 100, i)
+        prefixes.put(dataclasses.replace(new, logits=np.zeros(4, np.float32)) if complete else new)
+        held = [*prefixes._aligned, *prefixes._complete.values()]
+        assert prefixes.nbytes == sum(s.nbytes for s in held) <= budget and len(prefixes) == len(held)
+        query = [random.Random(i).randrange(2) for _ in range(5)]
+        shorter = [s.length for s in prefixes._aligned if key_of(query[:4]).startswith(s.key)]
+        expected = 5 if key_of(query) in prefixes._complete else max(shorter, default=0)
+        found = prefixes.find(query)
+        assert (found.length if found else 0) == expected
+        same = [sum(1 for _ in iter_common(query, s)) for s in prefixes._aligned]
+        assert prefixes.shared(query) == max(same, default=0)
+    prefixes.close(save=False)
+
+
+def iter_common(query, snapshot):
+    for a, b in zip(query, np.frombuffer(snapshot.key, "<u4"), strict=False):
+        if a != b:
+            return
+        yield a
+
+
+def test_what_is_evicted_goes_to_disk(tmp_path):
+    store = Store(tmp_path, 1 << 20, {"model": "m"})
+    prefixes = Prefixes(250, store)
+    for i in range(4):
+        prefixes.put(snapshot([i, i], 100, i))
+    assert len(prefixes) == 2 and prefixes.find([3, 3, 3]) and not prefixes.find([0, 0, 0])
+    assert prefixes.fetch([3, 3, 3], more_than=0) is None or prefixes.fetch([3, 3, 3], 2) is None
+    for write in list(prefixes._writes):
+        write.result()
+    read = prefixes.fetch([0, 0, 0], more_than=1).result()
+    assert read.key == key_of([0, 0]) and read.planes["x"].shape == (100,)
+    assert prefixes.fetch([0, 0], more_than=0) is None  # as long as the prompt: there would be nothing to compute
+    prefixes.close(save=True)
+    with Store(tmp_path, 1 << 20, {"model": "m"}) as reopened:
+        assert sorted(reopened.longest([i, i]).length for i in range(4)) == [2] * 4
