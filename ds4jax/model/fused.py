@@ -27,8 +27,8 @@ from ds4jax.model import moe, rope
 from ds4jax.model.compressor import append
 from ds4jax.model.norm import rms_norm
 from ds4jax.quant import Quantized
-from ds4jax.weights import HyperConnection, Stack, SwiGLU, Weights
-from pallas_kernels import experts, grouped_gemm, hyper, indexer, matmul, mla, router, topk
+from ds4jax.weights import HyperConnection, Stack, Weights
+from pallas_kernels import experts, grouped_gemm, hyper, indexer, latent, matmul, mla, router, topk
 from pallas_kernels.common import Implementation, Unsupported
 
 if TYPE_CHECKING:
@@ -165,29 +165,36 @@ def attention(
     if choose:
         of_h.append(Product((matrix(w.csa.indexer.proj, layer),), "float32"))
         of_r.append(Product((matrix(w.csa.indexer.q_b, layer),), "float32"))
-    latent, kv, *rest = products(h, of_h, impl)
+    r, kv, *rest = products(h, of_h, impl)
     norms, norm_nth = a.q_a_norm.find(layer)
-    q, *iq = products(latent, of_r, impl, Norm(norms, norm_nth, cfg.norm_eps))
+    q, *iq = products(r, of_r, impl, Norm(norms, norm_nth, cfg.norm_eps))
 
-    # The queries, and the new rows of the window.
-    heads = turn.cos[:, :, None], turn.sin[:, :, None]
-    q = q.reshape(B, T, cfg.n_heads, cfg.head_dim).astype(jnp.float32)
-    q = rope.turn(rms_norm(q, cfg.norm_eps), *heads).astype(jnp.float16)
-    kv = rope.turn(rms_norm(kv, cfg.norm_eps, a.kv_norm[layer]).reshape(B, T, -1), *turn)
-    cache, window = plain.slide(cache, layer, fmt.encode(kv), n, cfg.window)
     if T == 1:
-        window = cache.window
+        norms, norm_nth = a.kv_norm.find(layer)
+        q, window, iq = latent.op(
+            q, kv, *(iq or [None]), norms, turn.cos[:, 0], turn.sin[:, 0], cache.length, n, index(norm_nth, layer),
+            cache.window, eps=cfg.norm_eps, index_dim=cfg.index_head_dim, implementation=impl,
+        )  # fmt: skip
+        cache = cache.replace(window=window)
+    else:
+        heads = turn.cos[:, :, None], turn.sin[:, :, None]
+        q = q.reshape(B, T, cfg.n_heads, cfg.head_dim).astype(jnp.float32)
+        q = rope.turn(rms_norm(q, cfg.norm_eps), *heads).astype(jnp.float16)
+        kv = rope.turn(rms_norm(kv, cfg.norm_eps, a.kv_norm[layer]).reshape(B, T, -1), *turn)
+        cache, window = plain.slide(cache, layer, fmt.encode(kv), n, cfg.window)
+        if choose:
+            key_fmt = num.index_row(cfg, numerics, jnp.float32)
+            iq = rope.turn(iq[0].reshape(B, T, cfg.index_heads, cfg.index_head_dim), *heads)
+            iq = key_fmt.decode(key_fmt.encode(num.index_rotation(iq, numerics)), jnp.bfloat16)
+
     rows = indices = None
     if ratio:
         zg = [x.reshape(B, T, -1) for x in rest[: 2 * len(kinds)]]
         cache = append(list(zip(zg[::2], zg[1::2], strict=True)), n, w, cache, layer, cfg, numerics, dtype)
         rows = cache.of_ratio(ratio).rows
     if choose:
-        weight = rest[-1].reshape(B, T, -1) * (cfg.index_heads * cfg.index_head_dim) ** -0.5
-        key_fmt = num.index_row(cfg, numerics, jnp.float32)
-        iq = rope.turn(iq[0].reshape(B, T, cfg.index_heads, cfg.index_head_dim), *heads)
-        iq = key_fmt.decode(key_fmt.encode(num.index_rotation(iq, numerics)), jnp.bfloat16)
-        indices = _choose(iq, weight, cache, position, nth, cfg, impl)
+        # The heads' weights lack a factor here, (index_heads · index_head_dim)^-½, that no choice depends on.
+        indices = _choose(iq, rest[-1].reshape(B, T, -1), cache, position, nth, cfg, impl)
 
     sinks, sink_nth = a.sinks.find(layer)
     o = mla.op(
@@ -222,29 +229,30 @@ def feed_forward(h: Array, tokens: Array, w: Weights, layer: int, cfg: ModelConf
     (shared,) = products(act, [Product((matrix(f.shared.down, layer),), "float32")], impl)
     by_id = layer < cfg.n_hash_layers
     table, nth = (w.hash.tid2eid if by_id else w.route.bias).find(layer)
-    ids, weight = router.op(
-        scores, table, tokens if by_id else None, index(nth), k=cfg.n_experts_used, norm=cfg.route_norm,
-        scale=cfg.route_scale, implementation=impl,
-    )  # fmt: skip
-    return (_routed(h, ids, weight, f.experts, layer, clamp, cfg, impl).astype(jnp.float32) + shared).astype(h.dtype)
-
-
-def _routed(
-    h: Array, ids: Array, weight: Array, w: SwiGLU, layer: int, clamp: float, cfg: ModelConfig, impl: Implementation
-) -> Array:
-    """Σ over a token's experts, (S, E)."""
-    gate, up, down = (matrix(m, layer) for m in (w.gate, w.up, w.down))
+    gate, up, down = (matrix(m, layer) for m in (f.experts.gate, f.experts.up, f.experts.down))
     if (gate.fmt, gate.nth) != (up.fmt, up.nth):
         raise Unsupported(f"gate and up: found formats {gate.fmt}, {up.fmt}, expected the same for both")
+    few = len(h) <= experts.MAX_TOKENS
+    pack = few and impl == "pallas"  # the activations for the experts, on the way
+    ids, weight, *packed = router.op(
+        scores, table, tokens if by_id else None, index(nth), h if pack else None, k=cfg.n_experts_used,
+        norm=cfg.route_norm, scale=cfg.route_scale, fmt=gate.fmt if pack else None, implementation=impl,
+    )  # fmt: skip
     # A stack of layers of experts is a longer list of experts.
     flat = [tuple(p.reshape(-1, *p.shape[2:]) for p in m.planes) for m in (gate, up, down)]
     first = gate.nth * cfg.n_experts, down.nth * cfg.n_experts
-    if impl == "pallas" and len(h) > experts.MAX_TOKENS:
-        return grouped_gemm.experts(
-            h, ids, weight, *flat, fmts=(gate.fmt, down.fmt), clamp=clamp, n_experts=cfg.n_experts, first=first
+    if few or impl == "xla":
+        routed = experts.gate_up(
+            packed[0] if pack else h, ids, weight, *flat[:2], fmt=gate.fmt, clamp=clamp, first=index(first[0]),
+            implementation=impl,
+        )  # fmt: skip
+        return experts.down(
+            routed, ids, flat[2], shared, fmt=down.fmt, first=index(first[1]), dtype=h.dtype, implementation=impl
         )
-    act = experts.gate_up(h, ids + first[0], weight, *flat[:2], fmt=gate.fmt, clamp=clamp, implementation=impl)
-    return experts.down(act, ids + first[1], flat[2], fmt=down.fmt, implementation=impl)
+    routed = grouped_gemm.experts(
+        h, ids, weight, *flat, fmts=(gate.fmt, down.fmt), clamp=clamp, n_experts=cfg.n_experts, first=first
+    )
+    return (routed.astype(jnp.float32) + shared).astype(h.dtype)
 
 
 # ---- the whole model -------------------------------------------------------------------------------------------------
