@@ -271,8 +271,7 @@ def reference(
     def update(part: Part, z: Array, g: Array, ape: Array, norm: Array, old: State) -> State:
         R, D = part.ratio, part.dim
         slot, row = position % R, position // R
-        closes = (active != 0) & (slot == R - 1)
-        stores = (active != 0) & (slot != R - 1)
+        closes, stores = active.astype(bool) & (slot == R - 1), active.astype(bool) & (slot != R - 1)
         window_z = old.z[i].at[b, slot].set(z)
         window_g = old.g[i].at[b, slot].set(g + ape[j][slot].astype(jnp.float32))
 
@@ -352,8 +351,8 @@ def _take_in(part: Part, eps: float, slots: int, b: Array, token: tuple, new: tu
         for name, x in planes.items():
             plane = out.rows[name]
             (N, n), nth_row = plane.shape[2:], lax.div(p, R)
-            # What does not count is put beyond the end.
-            at = lax.iota(jnp.int32, x.size) + (n if name == "rope" else 0) & (x.size - 1)
+            # The last n values of rope, the first of the others; the rest lies beyond the end.
+            at = (lax.iota(jnp.int32, x.size) + (n if name == "rope" else 0)) & (x.size - 1)
             plgpu.store(plane.at[i, b, nth_row, at], x, mask=(at < n) & (nth_row < N))
         if part.overlap:
             # The norm's sum, for which threads waited for each other, lies between these and the loads.
