@@ -185,12 +185,17 @@ def _generate(runner: Runner, tokens: dict[int, int], n: int) -> tuple[int, floa
     import jax
 
     from ds4jax import cache
+    from ds4jax.engine.runner import BLOCK
     from ds4jax.sampling import Sampling
 
     saved = jax.block_until_ready([runner.snapshot(slot) for slot in range(runner.batch)])
     start = time.perf_counter()
-    for _ in range(n):
-        tokens = {slot: step.token for slot, step in runner.decode(tokens).items()}
+    running = []
+    for done in range(0, n, BLOCK):  # the device is a block ahead of the host
+        running.append(runner.decode_block(tokens if done == 0 else dict.fromkeys(tokens), min(BLOCK, n - done)))
+        if len(running) > 1:
+            running.pop(0).tokens()
+    running.pop().tokens()
     seconds = time.perf_counter() - start
     for slot, state in enumerate(saved):
         runner.restore(slot, state, Sampling(temperature=0.0))

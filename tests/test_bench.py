@@ -23,6 +23,7 @@ from small import CFG
 from ds4jax import bench, cli, synthetic
 from ds4jax import cache as kv
 from ds4jax.engine import runner as engine
+from ds4jax.engine.runner import BLOCK
 from ds4jax.errors import ConfigError
 from ds4jax.sampling import Sampling
 from ds4jax.settings import Settings
@@ -110,20 +111,21 @@ def test_without_a_file_the_table_goes_to_stdout(run):
 
 
 def test_sequences_are_where_the_frontier_is_and_generation_is_taken_back(small, monkeypatch):
-    calls, decode, prefill = [], RUNNER.decode, RUNNER.prefill
+    calls, decode, prefill = [], RUNNER.decode_block, RUNNER.prefill
 
     def log_prefill(self, slot, tokens, params, append=False):
         step = prefill(self, slot, tokens, params, append)
         calls.append(("prefill", slot, list(tokens), append, step.token))
         return step
 
-    def log_decode(self, tokens):
-        calls.append(("decode", list(self.lengths), dict(tokens)))
-        return decode(self, tokens)
+    def log_decode(self, tokens, n):
+        before, block = list(self.lengths), decode(self, tokens, n)
+        calls.append(("decode", before, dict(tokens), n, block.tokens()))
+        return block
 
     monkeypatch.setattr(RUNNER, "prefill", log_prefill)
-    monkeypatch.setattr(RUNNER, "decode", log_decode)
-    rows = list(bench.sweep(small, [8, 16, 20], 3, seed=1))
+    monkeypatch.setattr(RUNNER, "decode_block", log_decode)
+    rows = list(bench.sweep(small, [8, 16, 20], BLOCK + 3, seed=1))
     assert [row.ctx_tokens for row in rows] == [8, 16, 20] and small.lengths == [20, 20]
     monkeypatch.undo()
 
@@ -132,16 +134,19 @@ def test_sequences_are_where_the_frontier_is_and_generation_is_taken_back(small,
     assert all(call[0] == ("prefill" if i < bench.WARM else "decode") for i, call in enumerate(calls[:warm]))
     calls = calls[warm:]
     for before, after in ((0, 8), (8, 16), (16, 20)):
-        timed, calls = calls[:5], calls[5:]
+        timed, calls = calls[:4], calls[4:]
         for slot, call in enumerate(timed[:2]):
             assert call[:4] == ("prefill", slot, text[slot][before:after], before > 0)
-        assert [lengths for _, lengths, _ in timed[2:]] == [[after + i] * 2 for i in range(3)]
-        assert timed[2][2] == {slot: call[4] for slot, call in enumerate(timed[:2])}
+        first = {slot: call[4] for slot, call in enumerate(timed[:2])}
+        assert [call[1:4] for call in timed[2:]] == [
+            ([after] * 2, first, BLOCK),
+            ([after + BLOCK] * 2, dict.fromkeys(first), 3),
+        ]
         # Each sequence continues greedily, as it does alone.
-        alone, token = small.prefill(0, text[1][:after], GREEDY), timed[1][4]
-        assert alone.token == token
-        for i in range(2):
-            assert small.decode({0: timed[2 + i][2][1]})[0].token == timed[3 + i][2][1]
+        found = timed[2][4][1] + timed[3][4][1]
+        small.prefill(0, text[1][:after], GREEDY)
+        for token, following in zip([first[1], *found], found, strict=False):
+            assert small.decode({0: token})[0].token == following
     assert calls == []
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
@@ -29,6 +30,7 @@ from ds4jax.load import load
 from ds4jax.model import transformer
 from ds4jax.model.transformer import Compute, bucket
 from ds4jax.paths import cache_dir
+from ds4jax.quant import wide
 from ds4jax.sampling import Sampling
 from ds4jax.settings import Settings
 from ds4jax.synthetic import RECIPES, Synthetic, synthetic_config
@@ -36,6 +38,7 @@ from ds4jax.tokenizer import Tokenizer
 
 Array = jax.Array
 
+BLOCK = 16  # tokens of a sequence that one call decodes at most
 _LARGEST_BUCKET = 2**20  # no chunk is larger: see Settings
 
 
@@ -62,6 +65,7 @@ class Stats:
     decode_tokens: int = 0
     decode_seconds: float = 0.0
     compile_seconds: float = 0.0
+    decoded_at: float = 0.0  # time.perf_counter() when the last tokens had come
 
 
 def open_model(settings: Settings, synthetic: str | None = None) -> Checkpoint | Synthetic:
@@ -109,7 +113,7 @@ class Programs:
         key = name, *(x.shape for x in jax.tree.leaves(args))
         if key not in self.compiled:
             if self._progress:
-                print(f"compiling {name}, {args[-3].size} tokens ...", file=sys.stderr)
+                print(f"compiling {name}, {args[1 if name == 'decode' else 2].size} tokens ...", file=sys.stderr)
             start = time.perf_counter()
             lowered = self._steps[name].lower(self.weights, self.cache, *args)
             self.compiled[key] = lowered.compile(_compiler_options())
@@ -131,7 +135,7 @@ class Programs:
         one, every = sampling.batch([Sampling()]), sampling.batch([Sampling()] * self.batch)
         padded, n = _pad([0] * min(self.settings.prefill_chunk, self.settings.ctx - 1))
         self.get("prefill", np.int32(0), np.array([True]), padded, n, one)
-        self.get("decode", np.zeros(self.batch, np.int32), np.ones(self.batch, bool), every)
+        self.get("decode", *decode_args(dict.fromkeys(range(self.batch), 0), 1, self.batch, every))
 
 
 def _placed(x: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
@@ -175,6 +179,7 @@ class Runner:
             self.weights, _ = load(checkpoint, self._compute.mesh, progress)
         self.cache = self._empty(self.batch, settings.ctx)
         self._sampling = [Sampling()] * self.batch
+        self._last = np.zeros(self.batch, np.int32)  # sampled by the last block
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
@@ -210,10 +215,12 @@ class Runner:
         for start in range(0, len(tokens), self.settings.prefill_chunk):
             padded, n = _pad(tokens[start : start + self.settings.prefill_chunk], smallest)
             fresh = np.array([self.lengths[slot] == 0])
-            seconds, sampled, logits = self._run("prefill", np.int32(slot), fresh, padded, n, sampling.batch([params]))
+            before = time.perf_counter() - self.stats.compile_seconds
+            sampled, logits = self._run("prefill", np.int32(slot), fresh, padded, n, sampling.batch([params]))
+            sampled.block_until_ready()
             self.lengths[slot] += int(n[0])
             self.stats.prefill_tokens += int(n[0])
-            self.stats.prefill_seconds += seconds
+            self.stats.prefill_seconds += time.perf_counter() - self.stats.compile_seconds - before
         return Step(int(sampled[0]), logits, 0)
 
     def decode(self, tokens: Mapping[int, int]) -> dict[int, Step]:
@@ -221,18 +228,24 @@ class Runner:
 
         Raises Ds4Error if a sequence has ctx tokens already.
         """
+        block = self.decode_block(tokens, 1)
+        return {slot: Step(token, block.batch_logits, slot) for slot, (token,) in block.tokens().items()}
+
+    def decode_block(self, tokens: Mapping[int, int | None], n: int) -> Block:
+        """Append n tokens, 1 to BLOCK, to the sequence of each given slot: its token, then what was sampled from it.
+
+        Nothing is waited for, so that the device goes on while the host reads: for a slot whose token is None the
+        block starts from the last token of the block before. Raises Ds4Error if a sequence has no room for n tokens.
+        """
         for slot in tokens:
-            if self.lengths[slot] >= self.settings.ctx:
+            if self.lengths[slot] + n > self.settings.ctx:
                 raise Ds4Error(f"slot {slot}: the context of {self.settings.ctx} tokens is full")
-        ids, active = np.zeros(self.batch, np.int32), np.zeros(self.batch, bool)
-        for slot, token in tokens.items():
-            ids[slot], active[slot] = token, True
-        seconds, sampled, logits = self._run("decode", ids, active, sampling.batch(self._sampling))
+        args = decode_args(tokens, n, self.batch, sampling.batch(self._sampling))
+        sampled, self._last, logits = self._run("decode", self._last, *args[1:])
         for slot in tokens:
-            self.lengths[slot] += 1
-        self.stats.decode_tokens += len(tokens)
-        self.stats.decode_seconds += seconds
-        return {slot: Step(int(sampled[slot]), logits, slot) for slot in tokens}
+            self.lengths[slot] += n
+        self.stats.decode_tokens += n * len(tokens)
+        return Block(self.stats, sampled, logits, tuple(tokens), n, time.perf_counter())
 
     def logits(self, tokens: Sequence[int]) -> np.ndarray:
         """The logits at every position of a text: float32 (S, vocab). No slot is touched; takes a cache of its own."""
@@ -270,16 +283,14 @@ class Runner:
         """`sampling.choose` for logits (B, vocab), with numpy results."""
         return jax.device_get(_choose(logits, sampling.batch(params), changes, np.array(position, np.int32)))
 
-    def _run(self, name: str, *args: Any) -> tuple[float, np.ndarray, Array]:
-        """One step on the weights, the cache and numpy arguments: → seconds it took, sampled tokens, logits."""
+    def _run(self, name: str, *args: Any) -> list[Array]:
+        """One step on the weights, the cache and numpy arguments: → what it returns beside the cache."""
         try:
             before = self.programs.seconds
             step = self.programs.get(name, *args)
             self.stats.compile_seconds += self.programs.seconds - before
-            start = time.perf_counter()
-            tokens, logits, self.cache = step(self.weights, self.cache, *args)
-            tokens = np.asarray(tokens)  # waits for it
-            return time.perf_counter() - start, tokens, logits
+            *out, self.cache = step(self.weights, self.cache, *args)
+            return out
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
@@ -287,6 +298,35 @@ class Runner:
                 f"{name}: out of device memory; a smaller prefill_chunk, ctx or batch needs less (found "
                 f"{self.settings.prefill_chunk}, {self.settings.ctx}, {self.batch})"
             ) from error
+
+
+@dataclasses.dataclass
+class Block:
+    """Tokens that the device is sampling for some slots, n each. batch_logits (B, vocab): those of the last ones."""
+
+    stats: Stats
+    sampled: Array
+    batch_logits: Array
+    slots: tuple[int, ...]
+    n: int
+    start: float
+
+    def tokens(self) -> dict[int, list[int]]:
+        """By slot; waits for them."""
+        sampled = np.asarray(self.sampled)
+        now = time.perf_counter()
+        # Blocks overlap: what the one before took is not this one's.
+        self.stats.decode_seconds += now - max(self.start, self.stats.decoded_at)
+        self.stats.decoded_at = now
+        return {slot: sampled[: self.n, slot].tolist() for slot in self.slots}
+
+
+def decode_args(tokens: Mapping[int, int | None], n: int, batch: int, params: sampling.Batch) -> tuple[Any, ...]:
+    """The arguments of `_decode` after the cache, for decoding n tokens in some of `batch` slots."""
+    ids, active = np.zeros(batch, np.int32), np.zeros(batch, bool)
+    for slot, token in tokens.items():
+        ids[slot], active[slot] = -1 if token is None else token, True
+    return np.zeros(batch, np.int32), ids, active, np.int32(n), params
 
 
 def _prefill(w, cache: Cache, slot, fresh, tokens, n, params, *, cfg: ModelConfig, compute: Compute):
@@ -301,10 +341,25 @@ def _prefill(w, cache: Cache, slot, fresh, tokens, n, params, *, cfg: ModelConfi
     return sampling.sample(logits, params, one.length), logits, cache
 
 
-def _decode(w, cache: Cache, tokens, active, params, *, cfg: ModelConfig, compute: Compute):
-    """tokens (B,), appended where active (B,) → sampled tokens (B,), logits (B, vocab), cache."""
-    logits, cache = transformer.decode_step(w, cache, tokens, active, cfg=cfg, compute=compute)
-    return sampling.sample(logits, params, cache.length), logits, cache
+def _decode(w, cache: Cache, last, tokens, active, n, params, *, cfg: ModelConfig, compute: Compute):
+    """n tokens, () int32, of every active sequence (B,): tokens (B,), or last (B,) where that is negative, and then
+    the sampled ones. → sampled (BLOCK, B), of which n rows, the last of them (B,), their logits (B, vocab), cache.
+
+    A loop on the device: the host need not be asked between tokens, and what it costs to start a step is paid once.
+    """
+
+    def one(i: Array, carry: tuple) -> tuple:
+        cache, ids, sampled, _ = carry
+        logits, cache = transformer.decode_step(w, cache, ids, active, cfg=cfg, compute=compute)
+        ids = sampling.sample(logits, params, cache.length)
+        return cache, ids, sampled.at[i].set(ids), logits
+
+    B = active.shape[0]
+    sampled = jnp.zeros((BLOCK, B), jnp.int32)
+    logits = jnp.zeros((B, cfg.vocab_size), jnp.dtype(wide(jnp.dtype(compute.dtype))))
+    carry = cache, jnp.where(tokens >= 0, tokens, last), sampled, logits
+    cache, last, sampled, logits = lax.fori_loop(0, n, one, carry)
+    return sampled, last, logits, cache
 
 
 _choose = jax.jit(sampling.choose)

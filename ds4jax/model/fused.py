@@ -27,8 +27,8 @@ from ds4jax.model import moe, rope
 from ds4jax.model.compressor import append
 from ds4jax.model.norm import rms_norm
 from ds4jax.quant import Quantized
-from ds4jax.weights import HyperConnection, Stack, Weights
-from pallas_kernels import experts, grouped_gemm, hyper, indexer, latent, matmul, mla, router, topk
+from ds4jax.weights import Compressor, HyperConnection, Stack, Weights
+from pallas_kernels import compressor, experts, grouped_gemm, hyper, indexer, latent, matmul, mla, router, topk
 from pallas_kernels.common import Implementation, Unsupported
 
 if TYPE_CHECKING:
@@ -138,10 +138,24 @@ def boundary(
 
 # ---- attention -------------------------------------------------------------------------------------------------------
 class Turn(NamedTuple):
-    """Cosines and sines (B, T, rope_dim / 2) of the positions of the new tokens."""
+    """Cosines and sines of RoPE's angles: of the new tokens' positions (B, T, rope_dim / 2), and of that of the
+    compressed row (B, rope_dim / 2) which the first of them goes into."""
 
     cos: Array
     sin: Array
+    row_cos: Array
+    row_sin: Array
+
+
+def turns(cache: Cache, T: int, cfg: ModelConfig) -> dict[int, Turn]:
+    """For layers of each ratio."""
+    position = cache.length[:, None] + jnp.arange(T, dtype=jnp.int32)
+    out, same = {}, rope.cos_sin(position, rope.frequencies(cfg, CSA_RATIO))  # layers that compress share their base
+    for ratio in (0, CSA_RATIO, HCA_RATIO):
+        freq = rope.frequencies(cfg, ratio)
+        row = rope.cos_sin(cache.length // max(1, ratio) * ratio, freq)
+        out[ratio] = Turn(*(same if ratio else rope.cos_sin(position, freq)), *row)
+    return out
 
 
 def attention(
@@ -180,7 +194,7 @@ def attention(
         heads = turn.cos[:, :, None], turn.sin[:, :, None]
         q = q.reshape(B, T, cfg.n_heads, cfg.head_dim).astype(jnp.float32)
         q = rope.turn(rms_norm(q, cfg.norm_eps), *heads).astype(jnp.float16)
-        kv = rope.turn(rms_norm(kv, cfg.norm_eps, a.kv_norm[layer]).reshape(B, T, -1), *turn)
+        kv = rope.turn(rms_norm(kv, cfg.norm_eps, a.kv_norm[layer]).reshape(B, T, -1), turn.cos, turn.sin)
         cache, window = plain.slide(cache, layer, fmt.encode(kv), n, cfg.window)
         if choose:
             key_fmt = num.index_row(cfg, numerics, jnp.float32)
@@ -189,8 +203,12 @@ def attention(
 
     rows = indices = None
     if ratio:
-        zg = [x.reshape(B, T, -1) for x in rest[: 2 * len(kinds)]]
-        cache = append(list(zip(zg[::2], zg[1::2], strict=True)), n, w, cache, layer, cfg, numerics, dtype)
+        projected = list(zip(rest[::2], rest[1::2], strict=False))[: len(kinds)]
+        if T == 1:
+            cache = _append(projected, kinds, n, cache, layer, nth, turn, cfg, impl)
+        else:
+            projected = [(z.reshape(B, T, -1), g.reshape(B, T, -1)) for z, g in projected]
+            cache = append(projected, n, w, cache, layer, cfg, numerics, dtype)
         rows = cache.of_ratio(ratio).rows
     if choose:
         # The heads' weights lack a factor here, (index_heads · index_head_dim)^-½, that no choice depends on.
@@ -198,12 +216,33 @@ def attention(
 
     sinks, sink_nth = a.sinks.find(layer)
     o = mla.op(
-        q, window, rows, indices, cache.length, index(layer, nth, sink_nth), sinks, *turn, ratio=ratio, ring=T == 1,
-        dtype=dtype, implementation=impl,
+        q, window, rows, indices, cache.length, index(layer, nth, sink_nth), sinks, turn.cos, turn.sin, ratio=ratio,
+        ring=T == 1, dtype=dtype, implementation=impl,
     )  # fmt: skip
     (o,) = products(o.reshape(B * T, cfg.o_groups, -1), [Product((matrix(a.o_a, layer),), dtype.name)], impl,
                     groups=cfg.o_groups)  # fmt: skip
     return products(o, [Product((matrix(a.o_b, layer),), dtype.name)], impl)[0], cache
+
+
+def _append(
+    projected: list[tuple[Array, Array]], kinds: list[Compressor], n: Array, cache: Cache, layer: int, nth: int,
+    turn: Turn, cfg: ModelConfig, impl: Implementation,
+) -> Cache:  # fmt: skip
+    """`compressor.append` for one token of each sequence."""
+    names = ("hca",) if len(kinds) == 1 else ("csa", "index")
+    kept = [getattr(cache, name) for name in names]
+    found = [(c.ape.find(layer), c.norm.find(layer)) for c in kinds]
+    at = {place for pair in found for _, place in pair}
+    if len(at) > 1 or not all(hasattr(ape, "values") for (ape, _), _ in found):
+        raise Unsupported(
+            f"compressor_ape: found {[type(a).__name__ for (a, _), _ in found]}, expected F32, F16 or BF16"
+        )
+    states = compressor.op(
+        projected, [(ape.values, norm) for (ape, _), (norm, _) in found],
+        [compressor.State(c.rows, c.z, c.g, c.prev_z, c.prev_g) for c in kept], cache.length, n, turn.row_cos,
+        turn.row_sin, index(*at), index(nth), eps=cfg.norm_eps, implementation=impl,
+    )  # fmt: skip
+    return cache.replace(**{k: c.replace(**s._asdict()) for k, c, s in zip(names, kept, states, strict=True)})
 
 
 def _choose(
@@ -275,15 +314,13 @@ def forward(
         found = f"numerics {compute.numerics!r} on {1 if compute.mesh is None else compute.mesh.size} devices"
         raise ConfigError(f"kernels = 'pallas': found {found}, expected 'official' on one")
     B, T = tokens.shape
-    position = cache.length[:, None] + jnp.arange(T, dtype=jnp.int32)
-    turns = {ratio: Turn(*rope.cos_sin(position, rope.frequencies(cfg, ratio))) for ratio in (0, CSA_RATIO)}
-    turns[HCA_RATIO] = turns[CSA_RATIO]  # the same base and scaling
+    turn = turns(cache, T, cfg)
     flat = tokens.reshape(-1)
     x = w.embed[flat].dequantize(jnp.dtype(compute.dtype))
     s = Streams(jnp.broadcast_to(x[:, None], (B * T, cfg.n_streams, cfg.embed_dim)))
     for layer in range(cfg.n_layers):
         X, h, post, C = boundary(s, w.attn.hc, w.attn.norm, layer, cfg, impl)
-        y, cache = attention(h, n, w, cache, layer, turns[cfg.ratio(layer)], cfg, compute.numerics, impl)
+        y, cache = attention(h, n, w, cache, layer, turn[cfg.ratio(layer)], cfg, compute.numerics, impl)
         X, h, post, C = boundary(Streams(X, (y, post, C)), w.ffn.hc, w.ffn.norm, layer, cfg, impl)
         y = feed_forward(h, flat, w, layer, cfg, impl)
         s = Streams(X, (y, post, C))
