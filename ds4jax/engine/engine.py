@@ -245,8 +245,8 @@ class Engine:
         self._runner, self._max_waiting = runner, max_waiting
         self._prefixes = Prefixes(2 << 30) if prefixes is None else prefixes
         chunk = runner.settings.prefill_chunk
-        # Chunks end at multiples of their size, so that with 128 the same prompt is always computed in the same pieces,
-        # wherever it starts: then what is reused is what a cold run computes, bit for bit. In larger chunks, which a GPU
+        # Chunks end at multiples of their size. With chunks of 128 a prompt is therefore computed in the same pieces
+        # wherever it starts, and what is reused is what a cold run computes, bit for bit. In larger ones, which a GPU
         # needs for speed, a token's sums may be added up in another order.
         chunk = chunk // ALIGN * ALIGN or 1 << chunk.bit_length() - 1
         self._smallest = min(SMALLEST_BUCKET, chunk)

@@ -59,14 +59,17 @@ def put(cache: Cache, slot: int, planes: Planes) -> Cache:
     return kv.restore(cache, slot, jax.tree_util.tree_map_with_path(padded, cache))
 
 
-def compile(cache: Cache, ctx: int) -> Cache:
-    """Compile `take` and `put` for all lengths up to ctx; → `cache` (donated) as it was."""
-    size = room(1)
-    while True:
-        cache = kv.restore(cache, 0, jax.device_get(_take(cache, np.int32(0), size)))
-        if size >= ctx:
-            return cache
-        size *= 2
+def rooms(ctx: int) -> list[int]:
+    """All values of `room` up to that of ctx."""
+    return [SMALLEST_ROOM << i for i in range((room(ctx) // SMALLEST_ROOM).bit_length())]
+
+
+def compile(cache: Cache, tokens: int) -> Cache:
+    """Compile `take` and `put` for lengths of that room; → `cache` (donated) as it was."""
+    saved = jax.device_get(_take(cache, np.int32(0), tokens))
+    for _ in range(2):  # where a step left the cache, and where another `put` did: JAX tells them apart
+        cache = kv.restore(cache, 0, saved)
+    return cache
 
 
 @functools.partial(jax.jit, static_argnames="tokens")
