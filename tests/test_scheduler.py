@@ -1,0 +1,154 @@
+"""The scheduler alone: fair, no job starves, no slot leaks, chunks end where they must, nothing is computed twice."""
+
+import random
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ds4jax.engine.scheduler import ALIGN, Job, Scheduler
+
+
+def job(tokens, **rest):
+    tokens = list(tokens) if not isinstance(tokens, int) else [7] * tokens
+    return Job(tokens, len(tokens), **rest)
+
+
+def step(scheduler, start=lambda job: 0):
+    """One step as the engine makes it; → who was admitted, whose chunk ran and how long it was, who decoded."""
+    admitted = scheduler.admit(start)
+    chunk = scheduler.next_chunk()
+    if chunk:
+        who, end = chunk
+        chunk = who, end - who.done
+        scheduler.advance(who, end)
+    decoded = list(scheduler.decoding)
+    for who in decoded:
+        scheduler.advance(who, who.done + 1)
+    return admitted, chunk, decoded
+
+
+JOBS = st.lists(st.tuples(st.integers(1, 700), st.integers(1, 9)), min_size=1, max_size=12)
+
+
+@given(JOBS, st.integers(1, 4), st.sampled_from([64, 128, 512]), st.randoms(use_true_random=False))
+def test_whatever_comes_and_goes(jobs, slots, chunk, rng):
+    scheduler, arrivals, order, answers = Scheduler(slots, chunk), [], [], {}
+    coming = [(job(n), rng.randrange(6), answer) for n, answer in jobs]
+    steps = 0
+    while coming or len(scheduler):
+        for new in [entry for entry in coming if entry[1] <= steps]:
+            coming.remove(new)
+            answers[new[0]] = new[2]
+            arrivals.append(new[0])
+            scheduler.add(new[0])
+        before = list(scheduler.decoding)
+        admitted, ran, decoded = step(scheduler)
+        order += admitted
+        # Every answer goes on in every step, beside one chunk at most, of at most `chunk` tokens.
+        assert all(who in decoded for who in before) and (not ran or 0 < ran[1] <= chunk)
+        holding = [who.slot for who in scheduler if who.slot is not None]
+        assert len(set(holding)) == len(holding) <= slots and set(holding) <= set(range(slots))
+        assert not scheduler.waiting or len(holding) == slots  # no slot is idle while a job waits
+        for who in decoded:
+            if who.done - who.prompt >= answers[who] or rng.random() < 0.05:
+                scheduler.remove(who)
+        for who in list(scheduler):
+            if rng.random() < 0.02:  # cancelled, wherever it is
+                scheduler.remove(who)
+                arrivals = [other for other in arrivals if other is not who or who in order]
+        steps += 1
+        assert steps < 2000
+    assert order == [who for who in arrivals if who in order]  # slots go by arrival
+    scheduler.add(last := job(1))
+    assert step(scheduler)[0] == [last] and len(scheduler._free) == slots - 1  # all slots came back
+
+
+@given(st.integers(1, 3000), st.integers(0, 2999), st.sampled_from([128, 256, 2048]), st.sets(st.integers(1, 23)))
+def test_chunks_end_at_marks_and_at_fixed_positions(prompt, start, chunk, marks):
+    marks = {ALIGN * m for m in marks if ALIGN * m <= prompt}
+    scheduler, start = Scheduler(1, chunk), min(start // ALIGN * ALIGN, prompt - 1)
+    scheduler.add(one := job(prompt, marks=marks))
+    ends, admitted = [], scheduler.admit(lambda job: start)
+    while scheduler.prefilling:
+        ends.append(scheduler.next_chunk()[1])
+        scheduler.advance(one, ends[-1])
+    fixed = {prompt, *marks, *range(chunk, prompt, chunk)}
+    assert admitted == [one] and ends == sorted(end for end in fixed if end > start)
+
+
+def test_prompts_take_turns():
+    scheduler = Scheduler(3, 128)
+    long, short, third = job(2000), job(300), job(1)
+    for new in (long, short, third):
+        scheduler.add(new)
+    assert [step(scheduler)[1][0] for _ in range(7)] == [long, short, third, long, short, long, short]
+
+
+def test_a_job_that_waits_lets_others_pass_and_keeps_its_place():
+    scheduler = Scheduler(1, 128)
+    first, second = job(10), job(20)
+    scheduler.add(first)
+    scheduler.add(second)
+    assert scheduler.admit(lambda job: None if job is first else 0) == [second]
+    scheduler.remove(second)
+    scheduler.add(job(30))
+    assert scheduler.admit(lambda job: 0) == [first]
+
+
+def test_what_is_known_in_full_decodes_at_once():
+    scheduler = Scheduler(1, 128)
+    scheduler.add(one := job(10))
+    assert step(scheduler, lambda job: 10) == ([one], None, [one])
+
+
+# ---- prompts that have a beginning in common -------------------------------------------------------------------------
+def waits(a, b, have=0, run=0):
+    """Whether b should wait for a, of which `run` chunks have run; and a."""
+    scheduler = Scheduler(2, 128)
+    scheduler.add(one := job(a))
+    scheduler.admit(lambda job: 0)
+    for _ in range(run):
+        scheduler.advance(one, scheduler.next_chunk()[1])
+    return scheduler.should_wait(job(b), have), one
+
+
+def test_a_job_waits_for_a_prefix_that_is_being_computed():
+    shared = list(range(300))
+    waiting, leader = waits(shared + [1] * 200, shared + [2] * 200)
+    assert waiting and leader.marks == {256}
+
+
+def test_it_waits_only_for_what_it_lacks_and_what_is_to_come():
+    shared = list(range(300))
+    a, b = shared + [1] * 200, shared + [2] * 200
+    assert not waits(a, b, have=256)[0] and waits(a, b, have=128)[0]
+    assert not waits(a, b, run=2)[0] and waits(a, b, run=1)[0]
+    assert not waits(list(range(127)) + [1], list(range(127)) + [2])[0]  # nothing to share
+
+
+def test_the_same_prompt_is_waited_for_to_its_end():
+    waiting, leader = waits([5] * 100, [5] * 100)
+    assert waiting and leader.marks == {100}
+
+
+def test_one_token_at_least_is_left_to_compute_of_a_longer_prompt():
+    waiting, leader = waits([5] * 256 + [6], [5] * 256)
+    assert waiting and leader.marks == {128}  # of 256 there would be no logits
+
+
+def test_it_waits_for_one_job_only():
+    """What the first one computed may be gone again; without an end to waiting, a stream of others would pass it."""
+    scheduler, rng = Scheduler(2, 128), random.Random(0)
+    shared = [rng.randrange(9) for _ in range(300)]
+    patient = job(shared + [1])
+    for i in range(5):
+        scheduler.add(other := job(shared + [2, i]))
+        scheduler.admit(lambda job: 0)
+        if i == 0:
+            assert scheduler.should_wait(patient, 0)
+        scheduler.advance(other, other.prompt)
+        scheduler.remove(other)
+        assert not scheduler.should_wait(patient, 0)
+    scheduler.add(other := job(shared + [3]))
+    scheduler.admit(lambda job: 0)
+    assert not scheduler.should_wait(patient, 0)
