@@ -212,3 +212,62 @@ def test_metrics_and_trace(runner, tmp_path):
 def test_notes_are_kept(engine):
     engine.put_note("a", {"x": [1]})
     assert engine.note("a") == {"x": [1]} and engine.note("b") is None
+
+
+# ---- what requests change in the logits ------------------------------------------------------------------------------
+def test_log_probabilities_beside_the_same_tokens(engine):
+    plain = [Sampling(seed=3), GREEDY]
+    free = [ids(asyncio.run(collect(engine, request(40, 8, params)))) for params in plain]
+
+    async def main():
+        return await asyncio.gather(
+            *(collect(engine, request(40, 8, params, logprobs=n)) for n, params in enumerate(plain, 2))
+        )
+
+    for n, events, expected in zip((2, 3), asyncio.run(main()), free, strict=True):
+        tokens = [event for event in events if isinstance(event, Token)]
+        assert [token.id for token in tokens] == expected and {len(token.top) for token in tokens} == {n}
+        assert all(token.logprob == dict(token.top).get(token.id, token.logprob) < 0 for token in tokens)
+        assert n == 2 or all(token.top[0][0] == token.id for token in tokens)
+
+
+def test_edits_apply_from_the_first_token_to_the_last(engine):
+    always = Sampling(temperature=0.0, logit_bias=((77, 1000.0),))
+    assert ids(asyncio.run(collect(engine, request(20, 5, always)))) == [77] * 5
+    never_twice = Sampling(temperature=0.0, logit_bias=((77, 1000.0),), presence_penalty=1000.0)
+    assert ids(asyncio.run(collect(engine, request(20, 5, never_twice)))).count(77) == 1
+    assert ids(asyncio.run(collect(engine, request(200, 5, always)))) == [77] * 5
+    assert ids(asyncio.run(collect(engine, request(200, 5, always)))) == [77] * 5  # from the kept logits, too
+
+
+def test_an_answer_in_a_schema(engine):
+    schema = {
+        "type": "object",
+        "properties": {"n": {"enum": [1, 22]}},
+        "required": ["n"],
+        "additionalProperties": False,
+    }
+    grammar = engine.grammar(schema)
+
+    async def main():
+        answers = [Request(TOKENS[:n], 60, Sampling(seed=n, min_p=0.0), grammar=grammar) for n in (10, 20, 30, 200)]
+        return await asyncio.gather(*(collect(engine, answer) for answer in answers), collect(engine, request(9, 60)))
+
+    *answers, free = asyncio.run(main())
+    for events in answers:
+        text = engine.tokenizer.decode(ids(events)[:-1])
+        assert events[-1] == Finished("length") or json.loads(text)["n"] in (1, 22), text
+    assert sum(events[-1] == Finished("stop") for events in answers) >= 3
+    assert ids(free) == ids(asyncio.run(collect(engine, request(9, 60))))
+
+
+@pytest.mark.parametrize(
+    "rest, problem",
+    [
+        ({"logprobs": 21}, "logprobs: found 21, expected 0 to 20"),
+        ({"sampling": Sampling(logit_bias=((384, 1.0),))}, "logit_bias: found token id 384, expected 0 to 383"),
+    ],
+)
+def test_edits_that_cannot_be(engine, rest, problem):
+    with pytest.raises(Ds4Error, match=problem):
+        asyncio.run(collect(engine, Request(**{"tokens": [1], "max_tokens": 1, "sampling": GREEDY} | rest)))

@@ -1,12 +1,15 @@
 """Sampling against a plain numpy implementation of its definition, and the promises about seeds and batches."""
 
 import itertools
+import re
+from collections import Counter
 
 import jax
 import numpy as np
 import pytest
 
 from ds4jax import sampling
+from ds4jax.engine.constraints import Constraints, edits
 from ds4jax.errors import ConfigError
 from ds4jax.sampling import Sampling
 
@@ -105,4 +108,128 @@ def test_a_filter_that_leaves_the_drawn_token_changes_nothing():
 def test_impossible_values_are_refused(values):
     ((key, value),) = values.items()
     with pytest.raises(ConfigError, match=f"{key}: found {value}, expected"):
+        Sampling(**values)
+
+
+# ---- edits of the logits ---------------------------------------------------------------------------------------------
+choose = jax.jit(sampling.choose)
+
+
+def constrained(x, rows, params=None, at=None):
+    """`sampling.choose` with the constraints of each row, as numpy arrays."""
+    params = params or [Sampling(temperature=0.0)] * len(x)
+    at = positions(at or range(len(x)))
+    return [np.asarray(y) for y in choose(x, sampling.batch(params), edits(rows, x.shape[1]), at)]
+
+
+def told(params, prompt=(), answer=(), stop_ids=(), matcher=None):
+    constraints = Constraints(params, prompt, stop_ids, matcher)
+    for token in answer:
+        constraints.push(token)
+    return constraints
+
+
+class Only:
+    """A grammar that allows some tokens."""
+
+    error = ""
+
+    def __init__(self, *ids):
+        self.ids = ids
+
+    def push(self, token):
+        pass
+
+    def fill(self, allowed):
+        allowed[:] = 0
+        for i in self.ids:
+            allowed[i // 32] |= np.uint32(1 << i % 32)
+
+
+def edited_by_definition(x, params, prompt, answer):
+    """float64 (V,): penalties as OpenAI and Hugging Face define them, then biases."""
+    x = x.astype(np.float64)
+    for i in {*prompt, *answer} if params.repetition_penalty != 1 else ():
+        x[i] = x[i] / params.repetition_penalty if x[i] > 0 else x[i] * params.repetition_penalty
+    for i, n in Counter(answer).items():
+        x[i] -= params.presence_penalty + n * params.frequency_penalty
+    for i, bias in params.logit_bias:
+        x[i] += bias
+    return x
+
+
+EDITING = [
+    Sampling(presence_penalty=1.5),
+    Sampling(frequency_penalty=-0.7),
+    Sampling(repetition_penalty=1.3),
+    Sampling(logit_bias=((3, 4.0), (96, -100.0))),
+    Sampling(presence_penalty=0.4, frequency_penalty=0.9, repetition_penalty=0.8, logit_bias=((5, 1.0), (7, -2.0))),
+]
+
+
+def test_penalties_and_biases_by_their_definition():
+    x, rng = logits(len(EDITING)), np.random.default_rng(1)
+    prompts, answers = (
+        rng.integers(0, 97, (len(EDITING), 30)).tolist(),
+        rng.integers(0, 97, (len(EDITING), 40)).tolist(),
+    )
+    rows = [told(*each) for each in zip(EDITING, prompts, answers, strict=True)]
+    found = np.asarray(jax.jit(sampling.edited)(x, edits(rows, 97)))
+    expected = [edited_by_definition(*each) for each in zip(x, EDITING, prompts, answers, strict=True)]
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)  # float32 against float64
+    assert all((abs(a - b) > 0.1).any() for a, b in zip(x, expected, strict=True))
+
+
+def test_no_edits_change_nothing():
+    x = logits(3)
+    np.testing.assert_array_equal(jax.jit(sampling.edited)(x, edits([None] * 3, 97)), x)
+
+
+def test_a_grammar_leaves_what_it_allows_and_a_bias_does_not_bring_back_the_rest():
+    x = logits(3)
+    x[:, 50] = 30
+    bias = Sampling(logit_bias=((50, 50.0),))
+    ids, *_ = constrained(x, [told(bias, matcher=Only(0, 31, 32, 96)), told(bias, matcher=Only(96)), None])
+    allowed = [0, 31, 32, 96]
+    assert ids.tolist() == [allowed[x[0, allowed].argmax()], 96, 50]
+
+
+def test_no_end_before_min_tokens():
+    x = logits(1)
+    x[0, 9] = 99
+    params = Sampling(min_tokens=2)
+    found = [constrained(x, [told(params, answer=[1] * n, stop_ids=[9])])[0][0] == 9 for n in range(4)]
+    assert found == [False, False, True, True]
+
+
+def test_log_probabilities_are_the_models_own():
+    x = logits(2)
+    ids, logprob, top_ids, top = constrained(x, [told(Sampling(logit_bias=((4, 1000.0),))), None])
+    expected = x - np.log(np.exp(x.astype(np.float64)).sum(1, keepdims=True))
+    assert ids[0] == 4 and top_ids.shape == (2, sampling.MAX_LOGPROBS)
+    np.testing.assert_allclose(logprob, expected[[0, 1], ids], atol=1e-5)
+    order = np.argsort(-x, axis=1)[:, : sampling.MAX_LOGPROBS]
+    np.testing.assert_array_equal(top_ids, order)
+    np.testing.assert_allclose(top, np.take_along_axis(expected, order, 1), atol=1e-5)
+
+
+def test_constraints_of_one_sequence_leave_the_others_draws_alone():
+    x = logits(4, vocab=500) / 10
+    params = [Sampling(seed=s, min_p=0.0) for s in range(4)]
+    free = sample(x, sampling.batch(params), positions(range(4))).tolist()
+    long = told(Sampling(repetition_penalty=1.1), prompt=range(400))  # more entries than the others have room for
+    assert constrained(x, [None] * 4, params)[0].tolist() == free
+    assert constrained(x, [long, None, told(Sampling(logit_bias=((7, 1.0),))), None], params)[0][[1, 3]].tolist() == [
+        free[1],
+        free[3],
+    ]
+
+
+@pytest.mark.parametrize(
+    "values", [{"presence_penalty": float("nan")}, {"frequency_penalty": float("inf")}, {"repetition_penalty": 0.0}]
+    + [{"logit_bias": ((1, float("nan")),)}, {"min_tokens": -1}],
+)  # fmt: skip
+def test_impossible_edits_are_refused(values):
+    ((key, value),) = values.items()
+    with pytest.raises(ConfigError, match=f"{key}: found {re.escape(str(value))}, expected"):
         Sampling(**values)

@@ -77,6 +77,6 @@ class Matcher:
     def fill(self, allowed: np.ndarray) -> None:
         """Clear the bits of tokens that may not come next: uint32 (⌈V / 32⌉,), all ones. At the end only EOS may."""
         if self._after is None and not self.error:
-            mask = np.frombuffer(self._matcher.compute_bitmask(), np.uint32)
+            mask = np.frombuffer(self._matcher.compute_bitmask(), np.uint32)[: len(allowed)]
             allowed[: len(mask)] &= mask
             allowed[len(mask) :] = 0

@@ -1,0 +1,102 @@
+"""Structured output: whatever a model would like to say, what comes out follows the schema."""
+
+import json
+
+import numpy as np
+import pytest
+
+from ds4jax.engine.grammar import Grammar, GrammarError, Matcher, Vocabulary
+from ds4jax.tokenizer import Special, byte_tokenizer
+
+TOKENIZER = byte_tokenizer()
+VOCABULARY = Vocabulary(TOKENIZER)
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "city": {"type": "string", "maxLength": 8},
+        "size": {"type": "integer", "minimum": 0, "maximum": 999},
+        "kind": {"enum": ["big", "small"]},
+        "tags": {"type": "array", "items": {"type": "boolean"}, "maxItems": 3},
+    },
+    "required": ["city", "size", "kind", "tags"],
+    "additionalProperties": False,
+}
+
+
+def allowed(matcher, words=12):
+    bits = np.full(words, 2**32 - 1, np.uint32)
+    matcher.fill(bits)
+    return {i for i in range(32 * words) if bits[i // 32] >> (i % 32) & 1}
+
+
+def talk(matcher, seed, longest=400):
+    """A model that says anything that is allowed, but would rather end; → text, whether it ended."""
+    rng, ids = np.random.default_rng(seed), []
+    for _ in range(longest):
+        choices = sorted(allowed(matcher))
+        token = TOKENIZER.eos_id if TOKENIZER.eos_id in choices else int(rng.choice(choices))
+        matcher.push(token)
+        assert not matcher.error
+        if token == TOKENIZER.eos_id:
+            return TOKENIZER.decode(ids), True
+        ids.append(token)
+    return TOKENIZER.decode(ids), False
+
+
+def test_any_talk_follows_the_schema():
+    start, ended = Grammar(VOCABULARY, SCHEMA), 0
+    for seed in range(30):
+        text, complete = talk(Matcher(start), seed)
+        ended += complete
+        if complete:
+            value = json.loads(text)
+            assert value.keys() == SCHEMA["properties"].keys() and len(value["city"]) <= 8
+            assert 0 <= value["size"] <= 999 and value["kind"] in ("big", "small")
+            assert len(value["tags"]) <= 3 and all(type(tag) is bool for tag in value["tags"])
+    assert ended > 20
+
+
+def test_json_object():
+    for seed in range(10):
+        text, complete = talk(Matcher(Grammar(VOCABULARY, "json_object")), seed)
+        assert text.lstrip().startswith("{") and (not complete or type(json.loads(text)) is dict)
+
+
+def test_control_tokens_are_never_allowed_within():
+    matcher = Matcher(Grammar(VOCABULARY, {"type": "string"}))
+    for token in TOKENIZER.encode_text('"</think> <｜User｜>'):
+        assert token in allowed(matcher)
+        assert not allowed(matcher) & TOKENIZER.control_ids
+        matcher.push(token)
+    matcher.push(TOKENIZER.encode_text('"')[0])
+    assert allowed(matcher) == {TOKENIZER.eos_id}
+
+
+def test_the_answer_is_free_up_to_a_given_token():
+    end = TOKENIZER.special(Special.THINK_CLOSE)
+    matcher = Matcher(Grammar(VOCABULARY, {"const": 1}, after=end))
+    for token in [*TOKENIZER.encode_text("{ no"), end]:
+        assert len(allowed(matcher)) == 32 * 12
+        matcher.push(token)
+    assert all(TOKENIZER.decode([i]).strip() in ("1", "") for i in allowed(matcher))
+
+
+def test_a_token_that_is_not_allowed_is_an_error():
+    matcher = Matcher(Grammar(VOCABULARY, {"type": "integer"}))
+    matcher.push(ord("x"))
+    assert "x" in matcher.error
+    assert len(allowed(matcher)) == 32 * 12  # it masks no more; who follows the answer reads the error
+
+
+def test_requests_share_a_grammar_but_not_its_state():
+    start = Grammar(VOCABULARY, {"type": "integer"})
+    one, two = Matcher(start), Matcher(start)
+    before = allowed(two)
+    one.push(ord("1"))
+    assert allowed(two) == before != allowed(one)
+
+
+@pytest.mark.parametrize("schema", [{"type": "nothing"}, {"type": 3}, [1], {"$ref": "https://x/y"}, {"x": {1}}, "json"])
+def test_schemas_that_cannot_be_enforced(schema):
+    with pytest.raises(GrammarError, match="json_schema: "):
+        Grammar(VOCABULARY, schema)
