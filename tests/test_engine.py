@@ -4,11 +4,13 @@ import asyncio
 import json
 import random
 
+import jax
 import numpy as np
 import pytest
 from small import CFG
 
 from ds4jax import synthetic
+from ds4jax.engine import runner as module
 from ds4jax.engine.engine import (
     ContextOverflow,
     Engine,
@@ -32,10 +34,15 @@ TOKENS = np.random.default_rng(5).integers(2, CFG.vocab_size, 700).tolist()
 
 
 @pytest.fixture(scope="module")
-def runner(tmp_path_factory):
+def path(tmp_path_factory):
     path = tmp_path_factory.mktemp("model") / "small.gguf"
     synthetic.write_synthetic(path, CFG, 3, synthetic.RECIPES["q8"], byte_tokenizer().to_metadata())
-    return Runner.load(Settings(str(path), ctx=512, numerics="plain"), batch=3)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def runner(path):
+    return Runner.load(Settings(path, ctx=512, numerics="plain"), batch=3)
 
 
 @pytest.fixture
@@ -271,3 +278,43 @@ def test_an_answer_in_a_schema(engine):
 def test_edits_that_cannot_be(engine, rest, problem):
     with pytest.raises(Ds4Error, match=problem):
         asyncio.run(collect(engine, Request(**{"tokens": [1], "max_tokens": 1, "sampling": GREEDY} | rest)))
+
+
+# ---- opening ---------------------------------------------------------------------------------------------------------
+def test_nothing_is_compiled_once_it_is_open(path, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(module, "keep_compilations", lambda: None)
+    settings = Settings(path, ctx=2048, numerics="plain", prefill_chunk=128)
+    engine = Engine.open(settings, max_seqs=2, kv_dir=tmp_path / "kv", kv_budget_bytes=1 << 28)
+
+    async def main():
+        prompts = [TOKENS[:n] for n in (1, 33, 140, 500)] + [TOKENS * 2]
+        for tokens in [*prompts, *prompts]:
+            yield await collect(engine, Request(tokens, 3, Sampling(seed=1), stop_ids=frozenset(), logprobs=1))
+
+    async def every():
+        return [events async for events in main()]
+
+    jax.config.update("jax_log_compiles", True)
+    try:
+        found = asyncio.run(every())
+    finally:
+        jax.config.update("jax_log_compiles", False)
+        asyncio.run(engine.close())
+    assert "Compiling" not in caplog.text
+    assert [events[0].cached_tokens for events in found[5:]] == [0, 0, 140, 500, 1400]
+    assert engine.metrics()["disk_count"] > 0
+    with pytest.raises(Stopping):
+        asyncio.run(collect(engine, request(1, 1)))
+
+
+def test_a_folder_in_use_is_refused(path, tmp_path, monkeypatch):
+    monkeypatch.setattr(Runner, "compile", lambda *_: None)
+    settings = Settings(path, ctx=64, numerics="plain")
+    engine = Engine.open(settings, kv_dir=tmp_path)
+    with pytest.raises(Ds4Error, match="in use by another process"):
+        Engine.open(settings, kv_dir=tmp_path)
+    engine.put_note("id", [1, 2])
+    asyncio.run(engine.close())
+    engine = Engine.open(settings, kv_dir=tmp_path)
+    assert engine.note("id") == [1, 2]
+    asyncio.run(engine.close())

@@ -289,10 +289,10 @@ def test_memory_finds_the_longest_and_stays_within_its_budget(puts):
         query = [random.Random(i).randrange(2) for _ in range(5)]
         shorter = [s.length for s in prefixes._aligned if key_of(query[:4]).startswith(s.key)]
         expected = 5 if key_of(query) in prefixes._complete else max(shorter, default=0)
-        found = prefixes.find(query)
+        found = prefixes.find(key_of(query))
         assert (found.length if found else 0) == expected
         same = [sum(1 for _ in iter_common(query, s)) for s in prefixes._aligned]
-        assert prefixes.shared(query) == max(same, default=0)
+        assert prefixes.shared(key_of(query)) == max(same, default=0)
     prefixes.close(save=False)
 
 
@@ -308,13 +308,13 @@ def test_what_is_evicted_goes_to_disk(tmp_path):
     prefixes = Prefixes(250, store)
     for i in range(4):
         prefixes.put(snapshot([i, i], 100, i))
-    assert len(prefixes) == 2 and prefixes.find([3, 3, 3]) and not prefixes.find([0, 0, 0])
-    assert prefixes.fetch([3, 3, 3], more_than=0) is None or prefixes.fetch([3, 3, 3], 2) is None
+    assert len(prefixes) == 2 and prefixes.find(key_of([3, 3, 3])) and not prefixes.find(key_of([0, 0, 0]))
     for write in list(prefixes._writes):
         write.result()
-    read = prefixes.fetch([0, 0, 0], more_than=1).result()
+    assert prefixes.fetch(key_of([0, 0, 0]), more_than=2) is None
+    read = prefixes.fetch(key_of([0, 0, 0]), more_than=1).result()
     assert read.key == key_of([0, 0]) and read.planes["x"].shape == (100,)
-    assert prefixes.fetch([0, 0], more_than=0) is None  # as long as the prompt: there would be nothing to compute
+    assert prefixes.fetch(key_of([0, 0]), more_than=0) is None  # one token has to be computed
     prefixes.close(save=True)
     with Store(tmp_path, 1 << 20, {"model": "m"}) as reopened:
         assert sorted(reopened.longest([i, i]).length for i in range(4)) == [2] * 4

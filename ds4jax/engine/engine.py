@@ -420,9 +420,9 @@ class Engine:
         job = _Running(
             tokens, len(tokens), request=request, stream=stream, stop_ids=stop_ids, limit=limit, constraints=constraints
         )
-        job.marks = positions(job.prompt, self._scheduler.chunk, self._prefixes.shared(tokens))
-        found = self._prefixes.find(tokens)
-        job.reading = self._prefixes.fetch(tokens, found.length if found else 0)
+        job.marks = positions(job.prompt, self._scheduler.chunk, self._prefixes.shared(job.key))
+        found = self._prefixes.find(job.key)
+        job.reading = self._prefixes.fetch(job.key, found.length if found else 0)
         if job.reading:
             job.reading.add_done_callback(lambda _: self._post("wake", None))
         self._jobs[stream] = job
@@ -490,7 +490,9 @@ class Engine:
             if snapshot := job.reading.result():
                 self._prefixes.put(snapshot)
             job.base, job.reading = snapshot, None
-        found = self._prefixes.find(job.tokens)
+        if job.leader and self._scheduler.should_wait(job, 0):
+            return None
+        found = self._prefixes.find(job.key)
         if found and (job.base is None or found.length > job.base.length):
             job.base = found
         have = job.base.length if job.base else 0

@@ -21,6 +21,11 @@ def key_of(tokens: Sequence[int]) -> bytes:
     return np.asarray(tokens, "<u4").tobytes()
 
 
+def tokens_of(key: bytes) -> np.ndarray:
+    """The token ids of a key, u32."""
+    return np.frombuffer(key, "<u4")
+
+
 def common(a: bytes, b: bytes) -> int:
     """Bytes of the tokens with which both begin."""
     n = min(len(a), len(b)) // 4

@@ -11,7 +11,6 @@ import collections
 import dataclasses
 import logging
 import time
-from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -66,7 +65,10 @@ def positions(prompt: int, chunk: int, shared: int) -> set[int]:
 
 
 class Prefixes:
-    """Snapshots within a budget of memory, in front of a `Store` that may be there. For one thread."""
+    """Snapshots within a budget of memory, in front of a `Store` that may be there. For one thread.
+
+    Prompts are given as keys (see `ds4jax.engine.keys`).
+    """
 
     def __init__(self, budget_bytes: int, store: Store | None = None):
         """budget_bytes: of memory. store: takes what is evicted, and what `save` is called for."""
@@ -81,9 +83,8 @@ class Prefixes:
     def __len__(self) -> int:
         return len(self._aligned) + len(self._complete)
 
-    def find(self, tokens: Sequence[int]) -> Snapshot | None:
+    def find(self, key: bytes) -> Snapshot | None:
         """The longest snapshot in memory to start a prompt from: complete, or shorter than the prompt."""
-        key = keys.key_of(tokens)
         if found := self._complete.get(key):
             self._complete.move_to_end(key)
         else:
@@ -92,10 +93,10 @@ class Prefixes:
             found.used = time.time_ns()
         return found
 
-    def shared(self, tokens: Sequence[int]) -> int:
+    def shared(self, key: bytes) -> int:
         """How many tokens a prompt has in common with anything known."""
-        on_disk = self.store.shared(tokens) if self.store is not None else 0
-        return max(on_disk, keys.shared(self._aligned, keys.key_of(tokens)) // 4)
+        on_disk = self.store.shared(keys.tokens_of(key)) if self.store is not None else 0
+        return max(on_disk, keys.shared(self._aligned, key) // 4)
 
     def put(self, snapshot: Snapshot) -> None:
         """Keep a snapshot; what is worth least makes room."""
@@ -131,11 +132,11 @@ class Prefixes:
             snapshot.on_disk = True
             self._writes.add(self._writer.submit(self._write, snapshot))
 
-    def fetch(self, tokens: Sequence[int], more_than: int) -> Future[Snapshot | None] | None:
+    def fetch(self, key: bytes, more_than: int) -> Future[Snapshot | None] | None:
         """Start to read the longest snapshot on disk that a prompt begins with, if it is longer than `more_than`."""
-        if self.store is None or not (entry := self.store.longest(tokens[:-1])) or entry.length <= more_than:
+        if self.store is None or not (entry := self.store.longest(keys.tokens_of(key[:-4]))):
             return None
-        return self._reader.submit(self._read, tokens[:-1], more_than)
+        return self._reader.submit(self._read, key[:-4], more_than) if entry.length > more_than else None
 
     def close(self, save: bool) -> None:
         """Wait for the disk. save: write what is in memory too, the most valuable last: it is the last to make room."""
@@ -157,12 +158,12 @@ class Prefixes:
 
     def _write(self, snapshot: Snapshot) -> None:
         try:
-            self.store.put(np.frombuffer(snapshot.key, "<u4"), snapshot.planes)
+            self.store.put(keys.tokens_of(snapshot.key), snapshot.planes)
         except Exception:
             log.exception("a snapshot of %d tokens was not saved", snapshot.length)
 
-    def _read(self, tokens: Sequence[int], more_than: int) -> Snapshot | None:
-        while (entry := self.store.longest(tokens)) and entry.length > more_than:
+    def _read(self, key: bytes, more_than: int) -> Snapshot | None:
+        while (entry := self.store.longest(keys.tokens_of(key))) and entry.length > more_than:
             if (loaded := self.store.load(entry)) is not None:
                 return Snapshot(entry.key, loaded[0], on_disk=True)
         return None

@@ -195,9 +195,8 @@ class Runner:
             one = sampling.batch([Sampling()])
             self.programs.get("prefill", np.int32(0), np.array([True]), *_pad([0] * size, smallest), one)
             size *= 2
-        nobody = np.zeros(self.batch, np.int32), np.zeros(self.batch, bool), sampling.batch(self._sampling)
         for tokens in snapshots.rooms(self.settings.ctx):
-            self._run("decode", *nobody)
+            self.decode_block({}, 1)
             self.cache = snapshots.compile(self.cache, tokens)
         for rows in (1, self.batch):
             logits = np.zeros((rows, self.cfg.vocab_size), np.float32)
