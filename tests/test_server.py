@@ -389,6 +389,17 @@ def test_the_first_event_comes_before_the_prefill_and_then_signs_of_life(path):
         assert sum(alive in chunk for chunk in chunks) > 4
 
 
+def test_signs_of_life_while_what_is_said_is_hidden():
+    """Thoughts that nobody asked for, and calls that are not whole yet, take long too."""
+    with clients(f"{'Hm. ' * 20}</think>{CALL}", Options(keep_alive=0.1), delay=0.02) as (_, _, http, _):
+        body = {"input": "Hi", "stream": True, "tools": [RESPONSES_WEATHER]}
+        names = [name for name, _ in sse(http.post("/v1/responses", json=body).text)]
+        assert names[1:4] == ["response.in_progress"] * 3
+        body = {"messages": HI, "stream": True, "tools": [ANTHROPIC_WEATHER], "thinking": {"type": "disabled"}}
+        names = [name for name, _ in sse(http.post("/v1/messages", json=body).text)]
+        assert names.count("ping") >= 3
+
+
 @pytest.mark.parametrize("path", STREAMS)
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_disconnect_frees_the_engine(path, stream):

@@ -24,7 +24,7 @@ from ds4jax.errors import Ds4Error
 from ds4jax.server import conversation, requests
 from ds4jax.server.chat import ChatReply
 from ds4jax.server.completions import CompletionReply
-from ds4jax.server.conversation import Conversation, Idle
+from ds4jax.server.conversation import Conversation, Tick
 from ds4jax.server.errors import ApiError
 from ds4jax.server.messages import MessagesReply
 from ds4jax.server.metrics import Metrics
@@ -37,9 +37,12 @@ MAX_COMPLETION = 393216  # tokens: the longest answer that the model was trained
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How to serve. keep_alive: seconds of silence after which a stream says something. cors: whether pages of any
-    origin may call. api_key: what clients must send as `Authorization: Bearer` or `x-api-key`. max_body: bytes;
-    max_depth: of nested JSON."""
+    """How to serve.
+
+    keep_alive: seconds of silence, or up to twice that, after which a stream says something. cors: whether pages of any
+    origin may call. api_key: what clients must send as `Authorization: Bearer` or `x-api-key`. max_body: bytes.
+    max_depth: of nested JSON.
+    """
 
     keep_alive: float = 5.0
     cors: bool = False
@@ -91,9 +94,7 @@ class _Server:
         status = 200
         try:
             ask = api.read(await self._body(request))
-            started = Conversation.start(
-                self.engine, ask, id_prefix=api.reply.id_prefix, keep_alive=self.options.keep_alive
-            )
+            started = Conversation.start(self.engine, ask, id_prefix=api.reply.id_prefix, tick=self.options.keep_alive)
             try:
                 talk = await _unless_gone(request, started)
             except ApiError as error:
@@ -134,9 +135,15 @@ class _Server:
         talk = reply.conversation
         try:
             yield reply.begin()
+            silent = False
             async for event in talk:
-                if data := reply.idle(event) if isinstance(event, Idle) else reply.on(event):
+                if isinstance(event, Tick):
+                    if silent:
+                        yield reply.idle(event)
+                    silent = True
+                elif data := reply.on(event):
                     yield data
+                    silent = False
             if talk.finish.reason == "error":
                 raise _unfinished()
             yield reply.end()

@@ -1,7 +1,7 @@
 """One request from `Ask` to its last event: render, submit, parse, count. All that the APIs share; no HTTP here.
 
     conversation = await Conversation.start(engine, ask)     # raises ApiError while a status can still be sent
-    async for event in conversation: ...                     # ds4jax.chat_parser's events, and Idle
+    async for event in conversation: ...                     # ds4jax.chat_parser's events, and Tick
     conversation.finish, conversation.usage, conversation.message
 
 A conversation that is dropped or cancelled, at whatever point, gives its place in the engine back.
@@ -28,8 +28,9 @@ ADMISSION = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
-class Idle:
-    """Nothing else has happened for a while: the connection is to be kept alive. prefilled: tokens so far, of total."""
+class Tick:
+    """Comes every so many seconds, whatever else does: a stream that said nothing since the last one should give a sign
+    of life. prefilled: tokens of the prompt so far, of total."""
 
     prefilled: int
     total: int
@@ -63,28 +64,26 @@ class Conversation:
     Attributes: ask; usage and logprobs (of the text, so far); finish (the last event, once it is out).
     """
 
-    def __init__(self, engine: Engine, ask: Ask, request: Request, parser: OutputParser, keep_alive: float):
+    def __init__(self, engine: Engine, ask: Ask, request: Request, parser: OutputParser, tick: float):
         self.ask, self.usage, self.finish = ask, Usage(len(request.tokens)), None
         self.logprobs: list[Logprob] = []
         self._pending: list[Logprob] = []  # of tokens read, whose text has not been shown
-        self._engine, self._parser, self._keep_alive = engine, parser, keep_alive
+        self._engine, self._parser, self._tick = engine, parser, tick
         self._prefilled = 0
         self._events: list[Event] = []
         self._stream = engine.submit(request)
 
     @classmethod
-    async def start(
-        cls, engine: Engine, ask: Ask, *, id_prefix: str = "call_", keep_alive: float = 5.0
-    ) -> Conversation:
+    async def start(cls, engine: Engine, ask: Ask, *, id_prefix: str = "call_", tick: float = 5.0) -> Conversation:
         """Render, check and submit; returns once the engine has admitted the request, or after ADMISSION seconds.
 
-        id_prefix: of the ids of tool calls. keep_alive: seconds of silence between `Idle` events.
+        id_prefix: of the ids of tool calls. tick: seconds between `Tick` events.
         Raises ApiError, or an error of the engine.
         """
         request, parser = await asyncio.to_thread(_prepare, engine, ask, id_prefix)
-        conversation = cls(engine, ask, request, parser, keep_alive)
+        conversation = cls(engine, ask, request, parser, tick)
         try:
-            if (event := await conversation._receive(ADMISSION)) is not None:
+            if (event := await conversation._receive(_now() + ADMISSION)) is not None:
                 await conversation._on(event)
         except BaseException:
             conversation.cancel()
@@ -100,11 +99,13 @@ class Conversation:
         """Give the place in the engine back. Nothing more comes; may be called at any time, several times."""
         self._stream.cancel()
 
-    async def __aiter__(self) -> AsyncIterator[Event | Idle]:
+    async def __aiter__(self) -> AsyncIterator[Event | Tick]:
+        next_tick = _now() + self._tick
         try:
             while self.finish is None:
-                if (event := await self._receive(self._keep_alive)) is None:
-                    yield Idle(self._prefilled, self.usage.prompt)
+                if (event := await self._receive(next_tick)) is None:
+                    next_tick = _now() + self._tick
+                    yield Tick(self._prefilled, self.usage.prompt)
                     continue
                 for said in await self._on(event):
                     yield said
@@ -116,10 +117,10 @@ class Conversation:
         async for _ in self:
             pass
 
-    async def _receive(self, seconds: float) -> EngineEvent | None:
-        """The engine's next event, or None if none comes in this time; a stream may be given up while it waits."""
+    async def _receive(self, until: float) -> EngineEvent | None:
+        """The engine's next event, or None if none comes before then; a stream may be given up while it waits."""
         try:
-            async with asyncio.timeout(seconds):
+            async with asyncio.timeout_at(until):
                 return await anext(self._stream)
         except TimeoutError:
             return None
@@ -157,6 +158,10 @@ class Conversation:
             self.logprobs += self._pending
             self._pending = []
         return events
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()
 
 
 def _grammar(engine: Engine, ask: Ask) -> Any:

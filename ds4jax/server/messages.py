@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from ds4jax.chat_parser import Event, Finish, TextDelta, ThinkingDelta, ToolCallFinished
-from ds4jax.server.conversation import Conversation, Idle, Usage
+from ds4jax.server.conversation import Conversation, Tick, Usage
 from ds4jax.server.errors import ApiError
 from ds4jax.server.sse import Reply, event, new_id
 
@@ -49,7 +49,7 @@ class MessagesReply(Reply):
         out = self._close() + _event("message_delta", delta=delta, usage=_usage(self.conversation.usage))
         return out + _event("message_stop")
 
-    def idle(self, idle: Idle) -> bytes:
+    def idle(self, tick: Tick) -> bytes:
         return _event("ping")
 
     def fail(self, error: ApiError) -> bytes:

@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 from ds4jax.chat_parser import Event, TextDelta, ThinkingDelta, ToolCallFinished
-from ds4jax.server.conversation import Conversation, Idle, Usage
+from ds4jax.server.conversation import Conversation, Tick, Usage
 from ds4jax.server.errors import ApiError
 from ds4jax.server.requests import Ask
 from ds4jax.server.sse import Reply, event, new_id
@@ -29,7 +29,7 @@ class ResponsesReply(Reply):
     def begin(self) -> bytes:
         return self._events("response.created", response=self._response("in_progress"))
 
-    def idle(self, idle: Idle) -> bytes:
+    def idle(self, tick: Tick) -> bytes:
         return self._events("response.in_progress", response=self._response("in_progress"))
 
     def on(self, e: Event) -> bytes:

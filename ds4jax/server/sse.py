@@ -8,7 +8,7 @@ import time
 from typing import Any, ClassVar
 
 from ds4jax.chat_parser import Event
-from ds4jax.server.conversation import Conversation, Idle
+from ds4jax.server.conversation import Conversation, Tick
 from ds4jax.server.errors import ApiError
 
 
@@ -47,9 +47,9 @@ class Reply:
     def end(self) -> bytes:
         raise NotImplementedError
 
-    def idle(self, idle: Idle) -> bytes:
+    def idle(self, tick: Tick) -> bytes:
         """A comment, which clients skip."""
-        return f": prefill {idle.prefilled}/{idle.total}\n\n".encode()
+        return f": prefill {tick.prefilled}/{tick.total}\n\n".encode()
 
     def fail(self, error: ApiError) -> bytes:
         return event(error.openai())
