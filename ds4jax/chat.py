@@ -441,3 +441,11 @@ def _in_call_order(blocks: Sequence[str | _Result], call_order: Mapping[str, int
         block if isinstance(block, str) else RESULT_OPEN + escape(next(ordered).text, RESULT_CLOSE) + RESULT_CLOSE
         for block in blocks
     ]
+
+
+if __name__ == "__main__":  # `python -m ds4jax.chat` is the chat in the terminal
+    import sys
+
+    from ds4jax import cli, terminal
+
+    sys.exit(cli.run(terminal.main, terminal.FLAGS, terminal.__doc__))

@@ -1,0 +1,125 @@
+"""Chat in the terminal, with scripted answers."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from fake_engine import FakeEngine
+
+from ds4jax.errors import Ds4Error
+from ds4jax.settings import Settings
+from ds4jax.terminal import FLAGS, Session
+
+
+@pytest.fixture
+def loop() -> Iterator[asyncio.Runner]:
+    FLAGS.unparse_flags()
+    FLAGS(["ds4jax", "--system=Be brief.", "--temperature=0"])
+    with asyncio.Runner() as runner:
+        yield runner
+
+
+def prompt(engine: FakeEngine) -> str:
+    return engine.tokenizer.decode(engine.requests[-1].tokens)
+
+
+def test_turns_and_commands(loop, tmp_path, capsys):
+    engine = FakeEngine(lambda _: "I think.</think>Hello\x1b[2J!")
+    session = Session(loop.run, Settings("tiny"), lambda _: engine)
+    assert session.enter("Hi") and session.enter("   ")
+    out = capsys.readouterr()
+    assert "I think.\n\nHello␛[2J!" in out.out and "tokens used" in out.err
+    assert prompt(engine) == "<｜begin▁of▁sentence｜>Be brief.<｜User｜>Hi<｜Assistant｜><think>"
+    session.enter("/nothink")
+    session.enter(" /not a command")
+    assert prompt(engine).endswith("<｜end▁of▁sentence｜><｜User｜> /not a command<｜Assistant｜></think>")
+    session.enter("/think-max")
+    assert "acts as /think" in capsys.readouterr().err
+    text = tmp_path / "text.txt"
+    text.write_text("From a file")
+    session.enter(f"/read {text}")
+    assert prompt(engine).endswith("<｜User｜>From a file<｜Assistant｜><think>")
+    saved = tmp_path / "saved.json"
+    session.enter(f"/save {saved}")
+    session.enter("/new")
+    assert session.messages == [{"role": "system", "content": "Be brief."}]
+    session.enter(f"/load {saved}")
+    assert [m["role"] for m in session.messages] == ["system", *["user", "assistant"] * 3] and session.think == "max"
+    assert not session.enter("/quit")
+    capsys.readouterr()
+    saved.write_text(json.dumps({"messages": [{"role": "wizard"}], "think": "on"}))
+    for wrong in (
+        "/bogus",
+        "/read",
+        f"/read {tmp_path}",
+        f"/load {text}",
+        f"/load {saved}",
+        "/ctx x",
+        "/ctx 1",
+        "/save",
+    ):
+        n = len(session.messages)
+        assert session.enter(wrong) and capsys.readouterr().err.startswith("error: ") and len(session.messages) == n
+
+
+def test_ctrl_c_stops_the_answer_only(loop, capsys):
+    engine = FakeEngine(lambda _: "</think>" + "word " * 500, delay=0.01)
+
+    def interrupted(coroutine):
+        """As asyncio.Runner does it, 0.4 seconds on."""
+
+        async def run():
+            task = asyncio.create_task(coroutine)
+            await asyncio.sleep(0.4)
+            task.cancel()
+            await asyncio.wait([task])
+
+        loop.run(run())
+        raise KeyboardInterrupt
+
+    session = Session(interrupted, Settings("tiny"), lambda _: engine)
+    assert session.enter("Hi") and "(stopped)" in capsys.readouterr().err and not engine.running
+    assert session.messages[-1]["role"] == "assistant" and session.messages[-1]["content"].startswith("word ")
+
+
+def test_an_answer_that_fails_is_no_turn(loop, capsys):
+    session = Session(loop.run, Settings("tiny"), lambda _: FakeEngine(lambda _: "x", ctx=5))
+    session.enter("Hi, this is too long")
+    assert "prompt is too long" in capsys.readouterr().err and session.messages[-1]["role"] == "system"
+
+
+def test_reopening(loop, capsys):
+    opened = []
+
+    def open_engine(settings):
+        if settings.ctx > 10**6:
+            raise Ds4Error("memory: found too little")
+        opened.append(FakeEngine(lambda _: "</think>x", ctx=settings.ctx))
+        return opened[-1]
+
+    session = Session(loop.run, Settings("tiny"), open_engine)
+    session.enter("Hi")
+    session.enter("/ctx 100")
+    session.enter("/ctx 2000000")
+    assert "too little" in capsys.readouterr().err
+    session.enter("And?")
+    assert [engine.ctx for engine in opened] == [4096, 100, 100] and [e.closed for e in opened] == [True, True, False]
+    assert "<｜User｜>Hi<｜Assistant｜></think>x<｜end▁of▁sentence｜><｜User｜>And?" in prompt(opened[-1])
+
+
+def test_the_module_is_the_chat_and_imports_no_jax():
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    run = [sys.executable, "-m", "ds4jax.chat"]
+    shown = subprocess.run([*run, "--help"], capture_output=True, text=True, env=env)
+    assert shown.returncode == 0 and "/think-max" in shown.stdout and "--kv_dir" in shown.stdout
+    wrong = subprocess.run([*run, "--config=x"], capture_output=True, text=True, env=env)
+    assert wrong.returncode == 1 and wrong.stderr.startswith("error: config: ")
+    code = "import sys, ds4jax.chat, ds4jax.terminal; assert 'jax' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, env=env)
