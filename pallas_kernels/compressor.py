@@ -111,6 +111,8 @@ class Shape:
     rows: int = 64
     layers: int = 2
 
+    in_place = 2, None  # the states
+
     @property
     def static(self) -> dict[str, Any]:
         return {"eps": 1e-6}

@@ -58,6 +58,8 @@ class Shape:
     layers: int = 2
     dtype: str = "bfloat16"
 
+    in_place = 9, 1  # the window
+
     @property
     def static(self) -> dict[str, Any]:
         return {"eps": 1e-6, "index_dim": self.index_dim}

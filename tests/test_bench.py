@@ -17,17 +17,17 @@ from jax.experimental import pallas as pl
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 
-import bench_kernels
+import autotune
 from small import CFG
 
-from ds4jax import bench, cli, synthetic
+from ds4jax import bench, cli, limits, synthetic
 from ds4jax import cache as kv
 from ds4jax.engine import runner as engine
 from ds4jax.engine.runner import BLOCK
 from ds4jax.errors import ConfigError
 from ds4jax.sampling import Sampling
 from ds4jax.settings import Settings
-from pallas_kernels import common
+from pallas_kernels import common, compressor, latent
 
 MODEL = synthetic.Synthetic(CFG, synthetic.RECIPES["q8"], seed=3)
 GREEDY = Sampling(temperature=0.0)
@@ -239,7 +239,7 @@ def test_the_cache_has_room_for_what_is_needed(run, runners, monkeypatch):
     assert asked == [expected]
 
 
-# ---- scripts/bench_kernels.py ----------------------------------------------------------------------------------------
+# ---- scripts/autotune.py ----------------------------------------------------------------------------------------
 @dataclasses.dataclass(frozen=True)
 class ToyConfig:
     block: int
@@ -295,15 +295,16 @@ def toy():
 
 @pytest.fixture
 def sweep_kernels(toy, monkeypatch, capsys, tmp_path):
-    cases = [bench_kernels.Case("toy", name, toy, shape) for name, shape in toy.SHAPES.items()]
-    monkeypatch.setattr(bench_kernels, "discover", lambda ops, shapes: cases)
-    monkeypatch.setattr(bench_kernels, "this_device", lambda: bench_kernels.Device("A GPU", 1e12, 1e12))
-    monkeypatch.setattr(bench_kernels, "ROUND", 1e-4)
-    monkeypatch.setattr(bench_kernels, "CONFIG_DIR", tmp_path)
+    cases = [autotune.Case("toy", name, toy, shape) for name, shape in toy.SHAPES.items()]
+    monkeypatch.setattr(autotune, "discover", lambda ops, shapes: cases)
+    monkeypatch.setattr(limits, "measure", lambda: limits.Device("A GPU", 1e12, 1e12))
+    monkeypatch.setattr(limits, "ROUND", 1e-4)
+    monkeypatch.setattr(autotune, "LAUNCH", 1e-5)  # two turns
+    monkeypatch.setattr(autotune, "CONFIG_DIR", tmp_path)
 
     def call(*argv):
         flags = [f"--out={tmp_path / 'out.json'}", "--repeats=2", *argv]
-        status = cli.run(bench_kernels.main, bench_kernels.FLAGS, "", flags)
+        status = cli.run(autotune.main, autotune.FLAGS, "", flags)
         out, err = capsys.readouterr()
         assert err == ""
         return status, out, json.loads((tmp_path / "out.json").read_text())
@@ -351,15 +352,15 @@ def test_the_sweep_of_a_kernel(sweep_kernels, tmp_path):
 def test_defaults_come_first_when_time_is_short(sweep_kernels, monkeypatch):
     clock = iter(range(0, 10**6, 50))
     fake = types.SimpleNamespace(monotonic=lambda: next(clock), perf_counter=time.perf_counter)
-    monkeypatch.setattr(bench_kernels, "time", fake)
+    monkeypatch.setattr(autotune, "time", fake)
     _, _, report = sweep_kernels("--minutes=2")
     assert [(r["shape"], r["default"]) for r in report["results"]] == [("small", True), ("decode 1", True)]
 
 
 def test_a_shape_that_cannot_be_checked_stops_nothing(sweep_kernels, toy, monkeypatch):
     shapes = toy.SHAPES = {"bad": ToyShape(64, factor=-1.0), **toy.SHAPES}
-    cases = [bench_kernels.Case("toy", name, toy, shape) for name, shape in shapes.items()]
-    monkeypatch.setattr(bench_kernels, "discover", lambda ops, names: cases)
+    cases = [autotune.Case("toy", name, toy, shape) for name, shape in shapes.items()]
+    monkeypatch.setattr(autotune, "discover", lambda ops, names: cases)
     status, out, report = sweep_kernels("--nosweep")
     assert status == 1
     assert [r["failed"] for r in report["results"]] == ["reference: ValueError: no such factor", None, None]
@@ -376,15 +377,15 @@ def test_gpus_share_the_shapes(sweep_kernels, monkeypatch, tmp_path):
 
         def wait(self):
             flags = self.flags
-            bench_kernels.FLAGS.unparse_flags()
-            bench_kernels.FLAGS(["", *flags])
+            autotune.FLAGS.unparse_flags()
+            autotune.FLAGS(["", *flags])
             path = next(flag for flag in flags if flag.startswith("--out=")).removeprefix("--out=")
-            report = bench_kernels.run(bench_kernels.discover((), ()), float("inf"))
-            bench_kernels.save(Path(path), report)
-            bench_kernels.FLAGS.unparse_flags()
-            bench_kernels.FLAGS(["", f"--out={tmp_path / 'out.json'}"])
+            report = autotune.run(autotune.discover((), ()), float("inf"))
+            autotune.save(Path(path), report)
+            autotune.FLAGS.unparse_flags()
+            autotune.FLAGS(["", f"--out={tmp_path / 'out.json'}"])
 
-    monkeypatch.setattr(bench_kernels.subprocess, "Popen", Child)
+    monkeypatch.setattr(autotune.subprocess, "Popen", Child)
     _, _, report = sweep_kernels("--gpus=0,3", "--nosweep")
     assert started == ["0", "3"]
     assert [r["shape"] for r in report["results"]] == ["small", "decode 1"]
@@ -394,8 +395,8 @@ def test_copies_are_distinct_and_as_many_as_needed():
     inputs = (jnp.arange(8), {"w": jnp.ones(3), "none": None})
 
     def pointers(nbytes):
-        sets = bench_kernels.copies(ToyShape(8, nbytes=nbytes), inputs, jnp.zeros(1))
-        assert all(bench_kernels.norm_error(s, inputs) == 0 for s in sets)
+        sets = autotune.copies(ToyShape(8, nbytes=nbytes), inputs, jnp.zeros(1))
+        assert all(autotune.norm_error(s, inputs) == 0 for s in sets)
         return [x.unsafe_buffer_pointer() for s in sets for x in jax.tree.leaves(s)]
 
     for nbytes, n in ((2**27, 4), (2**30, 2), (1, 64)):
@@ -404,7 +405,7 @@ def test_copies_are_distinct_and_as_many_as_needed():
 
 
 def test_errors_of_floats_integers_and_infinities():
-    error, inf = bench_kernels.norm_error, jnp.inf
+    error, inf = autotune.norm_error, jnp.inf
     assert error(jnp.array([3.0, 4.5]), jnp.array([3.0, 4.0])) == pytest.approx(0.1)
     assert error(jnp.array([3, 4], jnp.bfloat16), jnp.array([3.0, 4.0])) == 0
     assert error(jnp.array([1, 2, 3, 4]), jnp.array([1, 2, 4, 3])) == 0.5
@@ -414,24 +415,58 @@ def test_errors_of_floats_integers_and_infinities():
     assert error((jnp.ones(2), jnp.array([True])), [jnp.ones(2), jnp.array([False])]) == 1
     with pytest.raises(ValueError, match=r"results \[\(2,\)\] where the reference has \[\(3,\)\]"):
         error(jnp.ones(2), jnp.ones(3))
-    assert bench_kernels.same_bits([(jnp.array([1.0, jnp.nan]),)] * 3)
-    assert not bench_kernels.same_bits([jnp.ones(2), jnp.ones(2), jnp.array([1.0, 1 + 1e-6])])
+    assert autotune.same_bits([(jnp.array([1.0, jnp.nan]),)] * 3)
+    assert not autotune.same_bits([jnp.ones(2), jnp.ones(2), jnp.array([1.0, 1 + 1e-6])])
+
+
+def test_what_is_updated_in_place_passes_from_turn_to_turn():
+    def part(x, state):
+        return x + 1, {"n": state["n"] + x}
+
+    def whole(state, x):
+        return state["n"] + x, state["n"]
+
+    def last(f, in_place, inputs):
+        return jax.jit(lambda sets: autotune.looped(f, in_place, sets, 4))([inputs])[0]
+
+    x, n = jnp.int32(2), jnp.int32(5)
+    assert last(part, (1, 1), (x, {"n": n})) == (3, {"n": 13})
+    assert last(lambda state, x: {"n": whole(state, x)[0]}, (0, None), ({"n": n}, x)) == {"n": 13}
+
+
+def test_a_kernel_that_updates_in_place_is_compared_with_a_reference_that_does(monkeypatch):
+    device = limits.Device("A GPU", 1e12, 1e12)
+    monkeypatch.setattr(limits, "ROUND", 1e-4)
+    monkeypatch.setattr(autotune, "LAUNCH", 1e-5)
+    monkeypatch.setattr(autotune, "MOST_CALLS", 2)
+    for op, shape in (
+        (latent, latent.Shape(2, heads=2, dim=128, window=8)),
+        (compressor, compressor.Shape(1, (compressor.Part(128, 4, overlap=True),), -1, rows=4)),
+    ):
+        case = autotune.Case(op.__name__.split(".")[1], "", op, shape)
+        (result,) = autotune.measure(case, [op.default_config(shape)], device, 1, float("inf"))
+        assert result.failed is None and result.repeats and result.error < 1e-3
 
 
 def test_the_device_is_measured():
-    device = bench_kernels.this_device()
+    device = limits.measure()
     assert 1e8 < device.bandwidth < 1e13 and 1e7 < device.rate < 1e15
-    floor = bench_kernels.Device("", 2.0, 4.0).floor
-    assert (floor(ToyShape(1, nbytes=6, flops=8)), floor(ToyShape(1, nbytes=6, flops=16))) == (3, 4)
+    floor = limits.Device("", 2.0, 4.0).floor
+    assert (floor(6, 8), floor(6, 16)) == (3, 4)
+
+
+def test_a_loop_is_as_long_as_a_launch_should_take():
+    assert autotune.turns(0.0, 64) == round(0.02 / (64 * autotune.KERNEL)) == 104
+    assert autotune.turns(0.0, 1) == 200 and autotune.turns(1.0, 2) == 2
 
 
 def test_kernels_are_found_by_name_and_pattern():
-    names = [case.name for case in bench_kernels.discover(["topk"], ["decode*", "few visible"])]
+    names = [case.name for case in autotune.discover(["topk"], ["decode*", "few visible"])]
     assert "decode 28k" in names and "few visible" in names and "prefill 1024 at 28k" not in names
-    case = bench_kernels.discover(["topk"], ["decode 28k"])[0]
+    case = autotune.discover(["topk"], ["decode 28k"])[0]
     assert callable(case.op) and case.candidates() == case.candidates()
     assert case.module.default_config(case.shape) not in case.candidates()
     with pytest.raises(ConfigError, match="ops: found 'topkk', expected some of .*topk"):
-        bench_kernels.discover(["topkk"], ["*"])
+        autotune.discover(["topkk"], ["*"])
     with pytest.raises(ConfigError, match=r"shapes: found nothing\*, expected names or patterns"):
-        bench_kernels.discover(["topk"], ["nothing*"])
+        autotune.discover(["topk"], ["nothing*"])

@@ -1,20 +1,24 @@
 """Checks and times the kernels at their real shapes, and sweeps their tile sizes.
 
-    python scripts/bench_kernels.py --minutes 8 --out kernels.json            # every kernel, on the GPU
-    python scripts/bench_kernels.py --ops matmul,topk --shapes 'decode*' --write
-    python scripts/bench_kernels.py --gpus 0,1,2,3 --write                    # the same, dealt out to four GPUs
+    python scripts/autotune.py --minutes 8 --out kernels.json            # every kernel, on the GPU
+    python scripts/autotune.py --ops matmul,topk --shapes 'decode*' --write
+    python scripts/autotune.py --gpus 0,1,2,3 --write                    # the same, dealt out to four GPUs
 
 A kernel is a module of `pallas_kernels` with SHAPES, a call is `op(*shape.inputs(key), **shape.static, config=c)`. The
 default config of every shape comes first, then, while time is left, its other configs in random order, every shape with
 an equal share of the time. A config that cannot be compiled or run is a line of the table, too.
 
-How a call is timed: one compiled program makes as many calls as it takes to read 512 MiB (at most 64), each on its own
-copy of the inputs, so that none finds them in a cache; they run one after the other, recorded as one CUDA graph. The
-program is launched several times, for about 20 ms, before the host waits; the time of a call is the median of a few
-such rounds over the number of calls, with nothing subtracted. "cached" marks shapes so small that all their copies may
-stay in the cache after all. Errors are ‖result - reference‖ / ‖reference‖, or the share of integers that differ.
-"repeats" is whether all copies gave the same result. The floor is the larger of the bytes over the bandwidth and the
-FLOPs over the rate of a bfloat16 matrix product, both measured first.
+How a call is timed: one compiled program is a loop, whose body makes as many calls as it takes to read 512 MiB (at
+most 64), each on its own copy of the inputs, so that none finds them in a cache. They run one after the other, recorded
+as one CUDA graph. The loop is as long as takes some 20 ms, because a launch whose results lie in new places has to
+write every node of the graph anew, 10 to 20 µs each on the host. The time of a call is the median of a few rounds of
+launches over the number of calls, with nothing subtracted. "cached" marks shapes so small that all their copies may
+stay in the cache after all. Errors are ‖result - reference‖ / ‖reference‖, or the share of integers that differ, of the
+loop's last results. "repeats" is whether all copies gave the same result. The floor is the larger of the bytes over the
+bandwidth and the FLOPs over the rate of a bfloat16 matrix product, both measured first.
+
+A shape with `in_place`, (number of an argument, number of the result that takes its place, or None for the whole
+result), has a call that updates memory: each call then takes what the one before it left, and so does the reference.
 """
 
 from __future__ import annotations
@@ -22,13 +26,13 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import fnmatch
+import functools
 import importlib
 import json
 import math
 import os
 import pkgutil
 import random
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -38,7 +42,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import batched
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
@@ -46,11 +50,15 @@ from ds4jax import cli
 from ds4jax.errors import ConfigError
 from ds4jax.settings import CONFIG_DIR
 
+if TYPE_CHECKING:  # JAX comes late, so that --help is quick and --gpus has no device of its own
+    from ds4jax.limits import Device
+
 ROTATE_BYTES = 512 * 2**20  # four times the largest level-2 cache, 128 MiB
 MOST_CALLS = 64
 MEMORY = 24 * 2**30  # for the copies of the inputs and the results
-WARM = 3  # launches until a program runs as a graph
-ROUND = 0.02  # seconds
+LAUNCH = 0.02  # seconds, about
+KERNEL = 3e-6  # seconds of a kernel that does nothing
+MOST_TURNS = 200
 COMPILE_AT_ONCE = 16
 
 FLAGS = flags.FlagValues()
@@ -82,25 +90,21 @@ class Case:
         """The function called ``op``, or as its module is."""
         return getattr(self.module, "op", None) or getattr(self.module, self.op_name)
 
+    @property
+    def in_place(self) -> tuple[int, int | None] | None:
+        """See the top of this file."""
+        return getattr(self.shape, "in_place", None)
+
+    def reference(self, *inputs: Any) -> Any:
+        """What the op computes, in XLA."""
+        return self.module.reference(*inputs, **self.shape.static)
+
     def candidates(self) -> list[Any]:
         """The configs to try besides the default one, in an order that makes any part of them a random sample."""
         default = self.module.default_config(self.shape)
         out = [c for c in self.module.configs(self.shape) if c != default]
         random.Random(0).shuffle(out)
         return out
-
-
-@dataclasses.dataclass(frozen=True)
-class Device:
-    """What bounds a kernel: measured bytes per second of a copy (read and written), and bfloat16 FLOPs per second."""
-
-    name: str
-    bandwidth: float
-    rate: float
-
-    def floor(self, shape: Any) -> float:
-        """Seconds below which a call cannot come."""
-        return max(shape.nbytes / self.bandwidth, shape.flops / self.rate)
 
 
 @dataclasses.dataclass
@@ -163,14 +167,18 @@ def measure(case: Case, configs: Sequence[Any], device: Device, repeats: int, de
     """Check and time `configs` until `deadline` (of `time.monotonic`), but at least the first."""
     import jax
 
+    from ds4jax import limits
+
     default = case.module.default_config(case.shape)
     results = [Result(case.op_name, case.name, dataclasses.asdict(c), c == default) for c in configs]
     if not results:
         return []
     try:
         inputs = jax.block_until_ready(case.shape.inputs(jax.random.key(0)))
-        expected = jax.jit(lambda *a: case.module.reference(*a, **case.shape.static))(*inputs)
-        sets = copies(case.shape, inputs, expected)
+        sets = copies(case.shape, inputs, jax.eval_shape(case.reference, *inputs))
+        n = turns(device.floor(case.shape.nbytes, case.shape.flops) * len(sets), len(sets))
+        reference = jax.jit(lambda sets: looped(case.reference, case.in_place, sets, n if case.in_place else 1))
+        (expected,) = jax.block_until_ready(reference([inputs]))
     except Exception as error:  # whatever is wrong with one shape, the others go on
         return [dataclasses.replace(results[0], failed=f"reference: {_first_line(error)}")]
 
@@ -178,7 +186,7 @@ def measure(case: Case, configs: Sequence[Any], device: Device, repeats: int, de
     for batch in batched(zip(results, configs, strict=True), COMPILE_AT_ONCE):
         if done and time.monotonic() > deadline:
             break
-        programs = compile_all(case, [config for _, config in batch], sets)
+        programs = compile_all(case, [config for _, config in batch], sets, n)
         for (result, _), program in zip(batch, programs, strict=True):
             if done and time.monotonic() > deadline:
                 break
@@ -190,11 +198,11 @@ def measure(case: Case, configs: Sequence[Any], device: Device, repeats: int, de
                 result.error = max(norm_error(out[0], expected), norm_error(out[-1], expected))
                 result.repeats = same_bits(out)
                 del out
-                t = seconds(lambda program=program: program(sets), repeats) / len(sets)
+                t = limits.seconds(lambda program=program: program(sets), repeats) / len(sets) / n
                 result.us = t * 1e6
                 result.gb_per_s = case.shape.nbytes / t / 1e9
                 result.tflop_per_s = case.shape.flops / t / 1e12
-                result.floor_share = device.floor(case.shape) / t
+                result.floor_share = device.floor(case.shape.nbytes, case.shape.flops) / t
                 result.cached = len(sets) * case.shape.nbytes < ROTATE_BYTES / 2
             except Exception as error:
                 result.failed = _first_line(error)
@@ -205,14 +213,45 @@ def copies(shape: Any, inputs: Any, outputs: Any) -> list[Any]:
     """The inputs, as many times as the timing wants and the memory has room for; no two share an array."""
     import jax
 
-    each = sum(x.nbytes for x in jax.tree.leaves((inputs, outputs)))
+    each = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((inputs, outputs)))
     n = min(MOST_CALLS, math.ceil(ROTATE_BYTES / max(1, shape.nbytes)), MEMORY // each)
     again = jax.jit(lambda x: jax.tree.map(jax.numpy.copy, x))
     return [inputs, *(jax.block_until_ready(again(inputs)) for _ in range(max(1, n - 1)))]
 
 
-def compile_all(case: Case, configs: Sequence[Any], sets: list[Any]) -> list[Any]:
-    """A program per config that makes a call on each of `sets`, or the exception that came instead."""
+def turns(floor: float, calls: int) -> int:
+    """How often a loop goes round. floor: seconds that the calls of one turn take at least."""
+    return max(2, min(MOST_TURNS, round(LAUNCH / (floor + calls * KERNEL))))
+
+
+def looped(call: Callable, in_place: Any, sets: list[Any], turns: int) -> list[Any]:
+    """The last results of `turns` times a call on each of `sets`, to be jitted. in_place: see the top of this file."""
+    import jax
+    import jax.numpy as jnp
+    from jax import lax
+
+    def first(inputs: Any) -> Any:
+        """Zeros in place of results; but what the first call updates."""
+        results = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(call, *inputs))
+        if not in_place:
+            return results
+        argument, nth = in_place
+        return inputs[argument] if nth is None else (*results[:nth], inputs[argument], *results[nth + 1 :])
+
+    def after(inputs: Any, results: Any) -> Any:
+        """One more call. It depends on the last one's results, or XLA would make it once, before the loop."""
+        inputs, results = lax.optimization_barrier((inputs, results))
+        if in_place:
+            argument, nth = in_place
+            inputs = *inputs[:argument], results if nth is None else results[nth], *inputs[argument + 1 :]
+        return call(*inputs)
+
+    # The number of turns is static: one that the device knows would be copied to the host in every turn.
+    return lax.fori_loop(0, turns, lambda _, outs: list(map(after, sets, outs)), list(map(first, sets)))
+
+
+def compile_all(case: Case, configs: Sequence[Any], sets: list[Any], turns: int) -> list[Any]:
+    """A program per config that makes `turns` calls on each of `sets`, or the exception that came instead."""
     import jax
 
     cpu = jax.default_backend() == "cpu"
@@ -222,7 +261,8 @@ def compile_all(case: Case, configs: Sequence[Any], sets: list[Any]) -> list[Any
 
     def lowered(config: Any) -> Any:
         try:
-            return jax.jit(lambda sets: [case.op(*inputs, **options, config=config) for inputs in sets]).lower(sets)
+            call = functools.partial(case.op, **options, config=config)
+            return jax.jit(lambda sets: looped(call, case.in_place, sets, turns)).lower(sets)
         except Exception as error:
             return error
 
@@ -234,25 +274,6 @@ def compile_all(case: Case, configs: Sequence[Any], sets: list[Any]) -> list[Any
 
     with ThreadPoolExecutor() as pool:
         return list(pool.map(compiled, [lowered(config) for config in configs]))
-
-
-def seconds(launch: Callable[[], Any], repeats: int) -> float:
-    """The time of a launch: the median of `repeats` rounds of many, each with one wait at its end."""
-    import jax
-
-    for _ in range(WARM):
-        jax.block_until_ready(launch())
-    start = time.perf_counter()
-    jax.block_until_ready(launch())
-    n = min(100, max(1, math.ceil(ROUND / (time.perf_counter() - start))))
-    rounds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        for _ in range(n):
-            out = launch()
-        jax.block_until_ready(out)
-        rounds.append((time.perf_counter() - start) / n)
-    return statistics.median(rounds)
 
 
 def norm_error(found: Any, expected: Any) -> float:
@@ -292,21 +313,6 @@ def same_bits(outs: list[Any]) -> bool:
     return all(compare(outs[0], out).all() for out in outs[1:])
 
 
-def this_device() -> Device:
-    """The device at hand, measured."""
-    import jax
-    import jax.numpy as jnp
-
-    small = jax.default_backend() == "cpu"
-    x = jnp.zeros((2**20 if small else 2**28,), jnp.int32)
-    copy = jax.jit(lambda x: x + 1)
-    bandwidth = 2 * x.nbytes / seconds(lambda: copy(x), 5)
-    n = 256 if small else 8192
-    a = jnp.ones((n, n), jnp.bfloat16)
-    product = jax.jit(lambda a: a @ a)
-    return Device(jax.devices()[0].device_kind, bandwidth, 2 * n**3 / seconds(lambda: product(a), 5))
-
-
 def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"[:300]
 
@@ -330,22 +336,25 @@ def run(cases: list[Case], deadline: float) -> dict[str, Any]:
     """Everything on one device: → what the JSON file holds."""
     import jax
 
+    from ds4jax import limits
+
     part, parts = map(int, FLAGS.part.split("/"))
-    cases, device = cases[part::parts], this_device()
+    cases, device = cases[part::parts], limits.measure()
     report = {
         "device": device.name,
         "bandwidth": device.bandwidth,
         "rate": device.rate,
         "date": datetime.date.today().isoformat(),
         "jax": jax.__version__,
-        "command": " ".join(["python", "scripts/bench_kernels.py", *sys.argv[1:]]),
+        "command": " ".join(["python", "scripts/autotune.py", *sys.argv[1:]]),
         "results": [],
     }
     print(f"{device.name}, jax {jax.__version__}: {device.bandwidth / 1e9:.0f} GB/s, {device.rate / 1e12:.1f} TFLOP/s")
 
     def take(case: Case, configs: Sequence[Any], until: float) -> None:
+        least = device.floor(case.shape.nbytes, case.shape.flops)
         floor = f"{case.shape.nbytes / 1e6:.2f} MB, {case.shape.flops / 1e9:.2f} GFLOP"
-        print(f"{case.op_name}, {case.name}: {floor}, floor {device.floor(case.shape) * 1e6:.2f} µs", flush=True)
+        print(f"{case.op_name}, {case.name}: {floor}, floor {least * 1e6:.2f} µs", flush=True)
         results = sorted(measure(case, configs, device, FLAGS.repeats, until), key=_time)
         print("\n".join(result.line() for result in results), flush=True)
         report["results"] += map(dataclasses.asdict, results)
