@@ -190,7 +190,7 @@ def test_a_failure_reaches_every_stream(runner, monkeypatch):
         raise RuntimeError("no device")
 
     async def main():
-        monkeypatch.setattr(runner, "decode", fail)
+        monkeypatch.setattr(runner, "decode_block", fail)
         streams = [engine.submit(request(5, 5)) for _ in range(5)]
         for stream in [*streams, engine.submit(request(5, 5))]:
             with pytest.raises(EngineFailed, match="no device"):

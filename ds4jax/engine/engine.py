@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 SMALLEST_BUCKET = 32  # of a prefill call: fewer shapes to compile, for little more to compute
 MAX_NOTES = 100_000  # in memory
+BLOCK_SECONDS = 0.04  # of decoding at once, while there is nothing else to do
 TTFT_BOUNDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 """Upper bounds of the time-to-first-token histogram, in seconds."""
 
@@ -239,6 +240,8 @@ class Engine:
 
         max_waiting: requests without a slot, at most.
         """
+        from ds4jax.engine.runner import BLOCK
+
         self.settings, self.tokenizer = runner.settings, runner.tokenizer
         self.ctx, self.chat_template = runner.settings.ctx, runner.tokenizer.chat_template
         self.model_name = Path(runner.settings.model).stem
@@ -257,6 +260,7 @@ class Engine:
         self._refusal: Ds4Error | None = None  # why no request is accepted any more
         self._deadline: float | None = None  # when the engine stops
         self._jobs: dict[Stream, _Running] = {}
+        self._most, self._pace = BLOCK, 0.0  # tokens of each answer at once, at most, and seconds for one of each
         self._counts: dict[str, float] = collections.defaultdict(int)
         self._ttft = [0] * (len(TTFT_BOUNDS) + 1)
         self._notes: collections.OrderedDict[str, Any] = collections.OrderedDict()
@@ -460,26 +464,14 @@ class Engine:
             self._trace.flush()
 
     def _step(self) -> bool:
-        """At most one chunk of one prompt, then one token of every answer; → whether there was anything to do."""
+        """A chunk of one prompt and a token of every answer; without a chunk, a few. → whether there was any work."""
         admitted = self._scheduler.admit(self._start)
         for job in admitted:
             self._started(job)
         if chunk := self._scheduler.next_chunk():
             self._prefill(*chunk)
-        if decoding := self._scheduler.decoding:
-            steps = self._runner.decode({job.slot: job.tokens[-1] for job in decoding})
-            special = {job.slot: job for job in decoding if job.constraints}
-            tokens = {slot: Token(step.token) for slot, step in steps.items()}
-            tokens |= self._choose(steps[decoding[0].slot].batch_logits, special, after=1)
-            for job in list(decoding):
-                slot = job.slot
-                self._scheduler.advance(job, job.done + 1)
-                if job.done % ALIGN == 0:
-                    before = job.latest
-                    self._take(job)
-                    if before and before.length > job.prompt:
-                        self._prefixes.discard(before)  # of the same answer, only the last one
-                self._emit(job, tokens[slot])
+        if decoding := list(self._scheduler.decoding):
+            self._decode(decoding, 1 if chunk else self._block(decoding))
         return bool(admitted or chunk or decoding)
 
     def _start(self, job: _Running) -> int | None:
@@ -522,6 +514,33 @@ class Engine:
             special = {0: job} if job.constraints else {}
             self._first_token(job, self._choose(step.batch_logits, special).get(0, Token(step.token)))
 
+    def _block(self, jobs: list[_Running]) -> int:
+        """How many tokens at once: the device need not wait for the host in between, but streams and arrivals wait."""
+        if any(job.constraints for job in jobs):
+            return 1
+        n = min(self._most, int(BLOCK_SECONDS / self._pace) if self._pace else 1)
+        longest = max(job.limit - len(job.tokens) for job in jobs)
+        room = min(min(ALIGN - job.done % ALIGN, self.ctx - job.done) for job in jobs)  # snapshots are taken in between
+        return max(1, min(n, longest, room))
+
+    def _decode(self, jobs: list[_Running], n: int) -> None:
+        start = time.perf_counter()
+        block = self._runner.decode_block({job.slot: job.tokens[-1] for job in jobs}, n)
+        tokens = {slot: [Token(i) for i in ids] for slot, ids in block.tokens().items()}
+        self._pace = (time.perf_counter() - start) / n
+        special = self._choose(block.batch_logits, {job.slot: job for job in jobs if job.constraints}, after=1)
+        tokens |= {slot: [token] for slot, token in special.items()}
+        for job in jobs:
+            for token in tokens[job.slot]:
+                self._scheduler.advance(job, job.done + 1)
+                if job.done % ALIGN == 0:
+                    before = job.latest
+                    self._take(job)
+                    if before and before.length > job.prompt:
+                        self._prefixes.discard(before)  # of the same answer, only the last one
+                if self._emit(job, token):
+                    break  # what the block has beyond the end is dropped
+
     def _take(self, job: _Running) -> None:
         job.latest = Snapshot(key_of(job.tokens[: job.done]), self._runner.take(job.slot))
         self._prefixes.put(job.latest)
@@ -555,13 +574,14 @@ class Engine:
         self._counts["ttft_count"] += 1
         self._emit(job, token)
 
-    def _emit(self, job: _Running, token: Token) -> None:
+    def _emit(self, job: _Running, token: Token) -> bool:
+        """→ whether it was the last one."""
         if job.constraints:
             job.constraints.push(token.id)
             if job.constraints.error:
                 self._end(job, "failed")
                 job.stream._push(Ds4Error(f"json_schema: {job.constraints.error}"))
-                return
+                return True
         job.tokens.append(token.id)
         self._counts["generated_tokens"] += 1
         job.stream._push(token)
@@ -569,6 +589,7 @@ class Engine:
         if reason:
             self._end(job, reason)
             job.stream._push(Finished(reason), None)
+        return bool(reason)
 
 
 def _constraints(request: Request, prompt: list[int], stop_ids: frozenset[int]) -> Constraints | None:

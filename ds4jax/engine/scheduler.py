@@ -1,8 +1,9 @@
 """Who computes next: sequences share the slots of one runner. No JAX here, no tensors: only token ids and positions.
 
-Every step of the engine runs at most one chunk of one prompt, and one token of every sequence that is past its prompt.
-So a running answer never waits for more than one chunk, and a prompt never for answers. Slots are given in order of
-arrival; prompts that hold one take turns, chunk by chunk, so that a short one does not wait for a long one to end.
+Every step of the engine runs at most one chunk of one prompt, and a token (without a chunk: a few) of every sequence
+that is past its prompt. So a running answer never waits for more than one chunk, and a prompt never for answers. Slots
+are given in order of arrival; prompts that hold one take turns, chunk by chunk, so that a short one does not wait for a
+long one to end.
 """
 
 from __future__ import annotations
