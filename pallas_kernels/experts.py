@@ -949,14 +949,15 @@ def _down(fmt: str, S: int, k: int, F: int, E: int, adds: bool, dtype: np.dtype,
         program = Program(FORMATS[fmt], F, config, Emulation if interpret else Gpu, *table)
         s, first = pl.program_id(0), pl.program_id(1) * warps * config.rows
         starts, zero = [first + warps * i for i in range(config.rows)], first_expert[0]
-        added = [plus[s, pl.ds(start, warps)] if adds else 0.0 for start in starts]
 
         def expert(i):
             return jnp.maximum(ids[s * k + i], 0) + zero
 
         totals = program.sweep(k, expert, [(refs, start) for start in starts], act, lambda i: [s * k + i])
-        for start, (total,), more in zip(starts, totals, added, strict=True):
-            out[s, pl.ds(start, warps)] = (total.sum(1) + more).astype(dtype)
+        for start, (total,) in zip(starts, totals, strict=True):
+            here = s, pl.ds(start, warps)
+            total = total.sum(1)
+            out[here] = (total + plus[here] if adds else total).astype(dtype)
 
     return common.call(
         kernel,

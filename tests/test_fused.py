@@ -1,0 +1,146 @@
+"""The forward pass through the kernels: the mathematics of the plain one; it lowers for GPUs; it runs on one."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ds4jax import cache as kv
+from ds4jax import weights
+from ds4jax.engine import runner
+from ds4jax.errors import ConfigError
+from ds4jax.model import Compute, fused, prefill
+from ds4jax.quant import Q8_0
+from ds4jax.synthetic import FULL, RECIPES, Synthetic, synthetic_config
+from pallas_kernels import common
+from pallas_kernels.common import Unsupported
+
+# As small as the kernels take it: RoPE of 64 dims, powers of two.
+CFG = synthetic_config(
+    {"head_dim": 128, "rope_dim": 64, "n_heads": 16, "index_heads": 32, "index_head_dim": 64, "index_top_k": 32,
+     "n_experts": 16}
+)  # fmt: skip
+DEVICES = {"NVIDIA H200": 132, "NVIDIA RTX PRO 6000 Blackwell Workstation Edition": 188, "NVIDIA GB10": 48}
+
+
+@pytest.fixture(scope="module")
+def model():
+    """Sub-layers change the streams by little, as in a trained model: else a rounding that falls the other way, or a
+    near-tie among rows or experts, changes everything after it."""
+    w = weights.init_random(weights.abstract(CFG, Synthetic(CFG, RECIPES["q2"]).types), CFG)
+
+    def damped(stack):
+        def group(m):
+            scale = "d" if isinstance(m, Q8_0) else "dm"
+            return m.replace(**{scale: getattr(m, scale) / 16})
+
+        return stack.replace(groups=tuple(map(group, stack.groups)))
+
+    ffn = w.ffn.replace(
+        experts=w.ffn.experts.replace(down=damped(w.ffn.experts.down)),
+        shared=w.ffn.shared.replace(down=damped(w.ffn.shared.down)),
+    )
+    return w.replace(attn=w.attn.replace(o_b=damped(w.attn.o_b)), ffn=ffn)
+
+
+def run(model, step, dtype, chunks, ids, ctx=512):
+    """Logits of the real tokens of two sequences, chunk by chunk; the second has one token fewer in each long chunk."""
+    cache, out, start = kv.empty(CFG, "official", dtype, 2, ctx), [], 0
+    for T in chunks:
+        n = jnp.array([T, max(1, T - 1)], jnp.int32)
+        logits, cache = step(model, cache, ids[:, start : start + T], n)
+        out.append(np.asarray(logits)[:, : max(1, T - 1)])
+        start += T
+    return np.concatenate(out, axis=1), cache
+
+
+def errors(found, expected):
+    return np.linalg.norm(found - expected, axis=-1) / np.linalg.norm(expected, axis=-1)
+
+
+CHUNKS = [128, *[4] * 31, *[1] * 8]  # prefill, a few tokens, and decoding until an HCA window closes
+IDS = jnp.asarray(np.random.default_rng(0).integers(CFG.vocab_size, size=(2, sum(CHUNKS))), jnp.int32)
+
+
+def test_agrees_with_the_plain_forward_pass(model):
+    compute = Compute("official", "float32")
+    plain = functools.partial(prefill, cfg=CFG, compute=compute, all_positions=True)
+    ours = jax.jit(functools.partial(fused.forward, cfg=CFG, compute=compute, all_positions=True, impl="xla"))
+    expected, cache = run(model, plain, "float32", CHUNKS, IDS)
+    found, moved = run(model, ours, "float32", CHUNKS, IDS)
+    # Queries are float16 here, 11 bits. Where that tips a choice, more of the logits moves.
+    error = errors(found, expected)
+    assert np.median(error) < 1e-3 and error.max() < 0.05
+    np.testing.assert_array_equal(moved.length, cache.length)
+    for name in ("csa", "hca"):
+        seen = int(cache.length[0]) // {"csa": 4, "hca": 128}[name]
+        a, b = (np.asarray(getattr(c, name).rows["codes"][:, 0, :seen], np.float32) for c in (moved, cache))
+        assert (a != b).mean() < 0.01
+
+
+def test_refuses_what_it_has_no_kernels_for(model):
+    cache, ids, n = kv.empty(CFG, "plain", "float32", 1, 128), jnp.zeros((1, 1), jnp.int32), jnp.ones((1,), jnp.int32)
+    with pytest.raises(ConfigError, match="kernels = 'pallas': found numerics 'plain' on 1 devices"):
+        prefill(model, cache, ids, n, cfg=CFG, compute=Compute("plain", "bfloat16", kernels="pallas"))
+    odd = dataclasses.replace(CFG, rope_dim=32)
+    w = weights.structs(weights.abstract(odd, Synthetic(odd, RECIPES["q2"]).types))
+    form = kv.abstract(odd, "official", "bfloat16", 1, 128)
+    step = functools.partial(fused.forward, cfg=odd, compute=Compute("official", "bfloat16"))
+    with pytest.raises(Unsupported, match="latent"):
+        jax.eval_shape(step, w, form, ids, n)
+
+
+# ---- the full shape, in five layers of all kinds ---------------------------------------------------------------------
+SHORT = dataclasses.replace(
+    FULL, n_layers=5, compress_ratios=FULL.compress_ratios[:5], swiglu_clamp=FULL.swiglu_clamp[:5]
+)
+
+
+def steps(T, B=1, ctx=32768):
+    """A step of the full shape, and the structures of its arguments."""
+    w = weights.structs(weights.abstract(SHORT, Synthetic(SHORT, RECIPES["q2"]).types))
+    cache = kv.abstract(SHORT, "official", "bfloat16", B, ctx)
+    f = functools.partial(fused.forward, cfg=SHORT, compute=Compute("official", "bfloat16"))
+    return f, (w, cache, jax.ShapeDtypeStruct((B, T), jnp.int32), jax.ShapeDtypeStruct((B,), jnp.int32))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_decoding_lowers_for_gpus_in_few_launches(device):
+    f, args = steps(1)
+    text = common.lower_for_gpu(f, *args, device=device, cores=DEVICES[device])
+    # Per layer: two boundaries of 2, five products, latent, compressor, 2 of attention, router, 3 of experts.
+    kernels = text.count("__gpu$xla.gpu.triton")
+    assert 5 * 17 <= kernels <= 5 * 21 + 3
+
+
+def test_prefill_lowers_for_gpus():
+    f, args = steps(2048)
+    assert common.lower_for_gpu(f, *args).count("__gpu$xla.gpu.triton") >= 5 * 7
+
+
+# ---- on a GPU --------------------------------------------------------------------------------------------------------
+@pytest.mark.gpu
+def test_kernels_agree_with_xla_on_the_gpu(model):
+    """In bfloat16 both: a rounding is 2⁻⁹, and what the two round is not the same."""
+    compute = Compute("official", "bfloat16")
+    f = functools.partial(fused.forward, cfg=CFG, compute=compute, all_positions=True)
+    expected, _ = run(model, jax.jit(functools.partial(f, impl="xla")), "bfloat16", CHUNKS, IDS)
+    found, _ = run(model, jax.jit(f), "bfloat16", CHUNKS, IDS)
+    again, _ = run(model, jax.jit(f), "bfloat16", CHUNKS, IDS)
+    np.testing.assert_array_equal(found, again)
+    error = errors(found, expected)
+    assert np.median(error) < 0.02 and np.quantile(error, 0.95) < 0.1
+
+
+@pytest.mark.gpu
+def test_no_weight_is_copied_and_the_cache_stays_in_place():
+    f, (w, cache, *_) = steps(1)
+    decode = functools.partial(runner._decode, cfg=SHORT, compute=Compute("official", "bfloat16", kernels="pallas"))
+    args = runner.decode_args({0: 0}, 1, 1, runner.sampling.batch([runner.Sampling()]))
+    stats = jax.jit(decode, donate_argnums=1).lower(w, cache, *args).compile().memory_analysis()
+    smallest = min(x.size * x.dtype.itemsize for x in jax.tree.leaves(w.ffn.experts))
+    assert stats.temp_size_in_bytes < smallest
+    assert stats.alias_size_in_bytes == kv.nbytes(cache)
