@@ -24,7 +24,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -34,7 +34,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels import common
+from pallas_kernels import common, tuned
 from pallas_kernels.common import Implementation, Unsupported
 
 Array = jax.Array
@@ -112,6 +112,11 @@ class Shape:
     layers: int = 2
 
     in_place = 2, None  # the states
+
+    @property
+    def key(self) -> Shape:
+        """Of calls that share a tuned config, see `tuned`: any slot, any stacks."""
+        return replace(self, slot=None, rows=0, layers=0)
 
     @property
     def static(self) -> dict[str, Any]:
@@ -434,7 +439,7 @@ def op(
     args = position, active.astype(jnp.int32), cos, sin, layer, nth
     if implementation == "xla":
         return reference(new, weights, states, *args, eps=eps)
-    c = config or default_config(Shape(position.size, parts, None))
+    c = config or tuned.config_for(__name__, Shape(position.size, parts, None, weights[0][0].dtype.name))
     for name, value in (("slots", c.slots), ("num_warps", c.num_warps)):
         _check(value > 0 and value & (value - 1) == 0, f"{name} {value}, expected a power of two")
     # What does not overlap has empty arrays, which a kernel does not take.

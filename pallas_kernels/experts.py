@@ -30,7 +30,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import gguf
@@ -41,7 +41,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels import common, formats
+from pallas_kernels import common, formats, tuned
 from pallas_kernels.common import Implementation, Unsupported
 
 Array = jax.Array
@@ -585,6 +585,11 @@ class Shape:
         return x, ids, weights, matrix(keys[2]), matrix(keys[3])
 
     @property
+    def key(self) -> Shape:
+        """Of calls that share a tuned config, see `tuned`: any stacks, and any limit."""
+        return replace(self, experts=0, clamp=0.0)
+
+    @property
     def static(self) -> dict:
         """Keyword arguments of `experts` besides the arrays."""
         return {"stage": self.stage, "fmt": self.fmt} | ({"clamp": self.clamp} if self.stage == "gate_up" else {})
@@ -729,7 +734,7 @@ def gate_up(
     _, F = _check(fmt, K, S, gate)
     if _check(fmt, K, S, up)[1] != F:
         raise Unsupported(f"gate_up: found gate {gate[0].shape} and up {up[0].shape}, expected equal shapes")
-    config = config or default_config(Shape("gate_up", fmt, S, K, F, used=k, clamp=clamp))
+    config = config or tuned.config_for(__name__, Shape("gate_up", fmt, S, K, F, used=k))
     _check_config(config, F)
     table = FORMATS[fmt].table()
     tables = () if table is None else (jnp.asarray(table),)
@@ -761,7 +766,7 @@ def down(
         return reference_down(act, ids, planes, plus, fmt=fmt, first=first, dtype=dtype)
     (S, k), F = ids.shape, act.shape[1]
     _, E = _check(fmt, F, S, planes)
-    config = config or default_config(Shape("down", fmt, S, F, E, used=k))
+    config = config or tuned.config_for(__name__, Shape("down", fmt, S, F, E, used=k))
     _check_config(config, E)
     table = FORMATS[fmt].table()
     tables = () if table is None else (jnp.asarray(table),)

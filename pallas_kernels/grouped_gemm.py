@@ -27,7 +27,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import gguf
@@ -38,7 +38,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels import formats
+from pallas_kernels import formats, tuned
 from pallas_kernels.common import SHARED_MEMORY, Implementation, Unsupported, call
 
 Array = jax.Array
@@ -99,6 +99,11 @@ class Shape:
         score = jax.random.normal(keys[3], (self.m, self.stack)) + jax.random.normal(keys[4], (self.stack,)) / 2
         score, ids = lax.top_k(score, self.slots)
         return (x, ids, jax.nn.softmax(score), *w) if self.kind == "gate_up" else (x, ids, w[0])
+
+    @property
+    def key(self) -> Shape:
+        """Of calls that share a tuned config, see `tuned`: any number of layers, and any limit."""
+        return replace(self, stack=0 if self.kind == "linear" else self.stack, clamp=0.0)
 
     @property
     def static(self) -> dict[str, Any]:
@@ -696,7 +701,7 @@ def experts(
     (s, k), slots = x.shape, ids.shape[1]
     if configs is None:
         shapes = Shape("gate_up", s, n, k, fmts[0], n_experts, slots), Shape("down", s, k, n, fmts[1], n_experts, slots)
-        configs = default_config(shapes[0]), default_config(shapes[1])
+        configs = tuple(tuned.config_for(__name__, shape) for shape in shapes)
     routing = route(ids, n_experts)
     columns = arrange(jnp.arange(n, dtype=jnp.int32), fmts[1])  # as `down` wants them
     h = gate_up(
@@ -715,7 +720,7 @@ def linear(
     """
     layers, n, _ = planes[0].shape
     m, k = x.shape[0], x.shape[-1]
-    config = config or default_config(Shape("linear", m, n, k, fmt, layers, groups=groups))
+    config = config or tuned.config_for(__name__, Shape("linear", m, n, k, fmt, layers, groups=groups))
     if not config.fused:
         w = formats.dequantize(fmt, *(p[layer[0]] for p in planes)).astype(x.dtype).reshape(groups, n // groups, k)
         y = jnp.einsum("mgk,gnk->mgn", x.reshape(m, groups, k), w, preferred_element_type=jnp.float32)
@@ -746,7 +751,8 @@ def grouped_gemm(
         return linear(*args, fmt=fmt, config=config, interpret=interpret, **static)
     x, ids, *rest = args
     n_experts, n, _ = rest[-1][0].shape
-    config = config or default_config(Shape(kind, *(ids.shape[0], n, x.shape[1], fmt, n_experts, ids.shape[1])))
+    shape = Shape(kind, ids.shape[0], n, x.shape[1], fmt, n_experts, ids.shape[1])
+    config = config or tuned.config_for(__name__, shape)
     routing, f = route(ids, n_experts), {"fmt": fmt, "config": config, "interpret": interpret}
     if kind == "down":
         return down(x, ids, routing, *rest, **f)

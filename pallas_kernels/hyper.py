@@ -16,7 +16,7 @@ latency are what it costs, 2 to 4 µs a kernel. Source: ds4jax/model/hyper.py, `
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -25,7 +25,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels import common
+from pallas_kernels import common, tuned
 from pallas_kernels.common import Implementation, Unsupported
 
 Array = jax.Array
@@ -70,6 +70,11 @@ class Shape:
     layers: int = 3
 
     @property
+    def key(self) -> Shape:
+        """Of calls that share a tuned config, see `tuned`: any stacks."""
+        return replace(self, layers=0)
+
+    @property
     def static(self) -> dict[str, Any]:
         return {}
 
@@ -111,6 +116,8 @@ SHAPES = {
     "1 head": Shape(1, head=True, layers=1),
     "4": Shape(4),
     "16": Shape(16),
+    "16 first": Shape(16, first=True),
+    "16 head": Shape(16, head=True, layers=1),
     "32": Shape(32),
     "1 float32": Shape(1, dtype="float32"),
     "prefill 2048": Shape(2048),
@@ -344,7 +351,7 @@ def op(
         return reference(X, mixed, fn, base, scale, norm, layer, numbers=numbers)
     S, N, E = X.shape
     L, M, K = fn.shape
-    c = config or default_config(Shape(S, dim=E))
+    c = config or tuned.config_for(__name__, Shape(S, mixed is None, M == N, N, E, X.dtype.name))
     if N & (N - 1) or E & (E - 1):
         raise Unsupported(f"hyper: {N} streams of {E}, expected powers of two")
     if K != N * E or M not in (N, 2 * N + N * N) or M >= PARTS:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -25,7 +25,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels import common
+from pallas_kernels import common, tuned
 from pallas_kernels.common import Implementation, Unsupported
 
 Array = jax.Array
@@ -57,6 +57,11 @@ class Shape:
     dim: int = 128
     layers: int = 2
     ratio: int = 4
+
+    @property
+    def key(self) -> Shape:
+        """Of calls that share a tuned config, see `tuned`: any number of visible keys."""
+        return replace(self, keys=tuned.magnitude(self.keys), position=0, layers=0)
 
     @property
     def static(self) -> dict[str, Any]:
@@ -98,7 +103,7 @@ SHAPES = {
     "decode 28k of 256k": Shape(1, 1, 65536, 28671),
     "decode 256k": Shape(1, 1, 65536, 262143),
     "decode 1M": Shape(1, 1, 262144, 1048575),
-    "decode 16 × 2k": Shape(16, 1, 1024, 2047),
+    "decode 16 × 2k": Shape(16, 1, 544, 2047),
     "decode 32 × 28k": Shape(32, 1, 7168, 28671),
     "verify 4 at 28k": Shape(1, 4, 7168, 28668),
     "prefill 128 at 28k": Shape(1, 128, 7168, 28544),
@@ -251,7 +256,7 @@ def op(
     for name, n in (("heads", H), ("dims", D)):
         if n < BLOCK or n & (n - 1):
             raise Unsupported(f"indexer: {n} {name}, expected a power of two, {BLOCK} at least")
-    c = config or default_config(Shape(B, T, N, 0, H, D, L, ratio))
+    c = config or tuned.config_for(__name__, Shape(B, T, N, 0, H, D, L, ratio))
     if T % c.queries:
         raise Unsupported(f"indexer: {T} queries, expected a multiple of the {c.queries} that a program takes")
     q, weight = q.reshape(B, T * H, D), weight.reshape(B, T * H)

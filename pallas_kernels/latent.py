@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -26,7 +26,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels import common
+from pallas_kernels import common, tuned
 from pallas_kernels.common import Implementation, Unsupported
 
 Array = jax.Array
@@ -59,6 +59,11 @@ class Shape:
     dtype: str = "bfloat16"
 
     in_place = 9, 1  # the window
+
+    @property
+    def key(self) -> Shape:
+        """Of calls that share a tuned config, see `tuned`: any stacks."""
+        return replace(self, window=0, layers=0)
 
     @property
     def static(self) -> dict[str, Any]:
@@ -338,7 +343,7 @@ def op(
         raise Unsupported(f"latent: cos {cos.shape} and sin {sin.shape}, expected {(B, BLOCK // 2)}")
     if implementation == "xla":
         return reference(q, kv, qi, norm, cos, sin, position, active, layers, window, eps=eps, index_dim=index_dim)
-    c = config or default_config(Shape(B, Hi, H, D, index_dim))
+    c = config or tuned.config_for(__name__, Shape(B, Hi, H, D, index_dim, dtype=q.dtype.name))
     if H % c.heads or Hi % c.index_heads:
         raise Unsupported(f"latent: {H} heads and {Hi} of the index, expected multiples of {c.heads}, {c.index_heads}")
     planes = [window[k] for k in expected]

@@ -24,7 +24,7 @@ import itertools
 import math
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -34,7 +34,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels import common, formats
+from pallas_kernels import common, formats, tuned
 from pallas_kernels.common import Implementation, Unsupported
 
 Array = jax.Array
@@ -106,6 +106,11 @@ class Shape:
         )
         norm = 1 + jax.random.normal(next(keys), (self.layers, self.k), jnp.float32) / 4 if self.norm_weight else None
         return x, jnp.full((1,), self.layers - 1, jnp.int32), weights, norm
+
+    @property
+    def key(self) -> Shape:
+        """Of calls that share a tuned config, see `tuned`: any stacks."""
+        return replace(self, layers=0)
 
     @property
     def static(self) -> dict:
@@ -621,7 +626,7 @@ def matmul(
     shape = _shape(x, layer, weights, norm, outputs, norm_eps)
     if implementation == "xla":
         return reference(x, layer, weights, norm, outputs=outputs, norm_eps=norm_eps)
-    config = config or default_config(shape)
+    config = config or tuned.config_for(__name__, shape)
     check(shape, config)
     weights = tuple(tuple(tuple(planes) for planes in w) for w in weights)
     ys = _build(shape, config, layer.size, interpret)(layer, x, weights, norm)
@@ -768,10 +773,10 @@ def configs(shape: Shape) -> list[Config]:
 
 def _shapes() -> dict[str, Shape]:
     """The products of DeepSeek-V4-Flash with 1, 4 and 16 tokens; what shares an input is one call."""
-    latent = Output(1024, "Q8_0"), Output(512, "Q8_0")  # q_a, kv
+    latent = Output(1024, "Q8_0"), Output(512, "Q8_0", "float32")  # q_a, kv
     csa = tuple(Output(n, "F16", "float32") for n in (1024, 1024, 256, 256, 64))  # compressor, indexer's, head weights
     hca = tuple(Output(512, "F16", "float32") for _ in range(2))
-    q_b, index_q = Output(32768, "Q8_0"), Output(8192, "F16")
+    q_b, index_q = Output(32768, "Q8_0"), Output(8192, "F16", "float32")
     shared, router = Output(2048, "Q8_0", clamp=10.0), Output(256, "F16", "float32")
     norm = {"norm_eps": 1e-6, "norm_weight": True}
     out = {}
@@ -786,7 +791,7 @@ def _shapes() -> dict[str, Shape]:
             f"o_b/{m}": Shape(m, 8192, (Output(4096, "Q8_0"),)),
             f"shared gate+up/{m}": Shape(m, 4096, (shared,)),
             f"shared gate+up+router/{m}": Shape(m, 4096, (shared, router)),
-            f"shared down/{m}": Shape(m, 2048, (Output(4096, "Q8_0"),)),
+            f"shared down/{m}": Shape(m, 2048, (Output(4096, "Q8_0", "float32"),)),
             f"mhc/{m}": Shape(m, 16384, (Output(24, "F16", "float32"),), "float32", norm_eps=1e-6),
             f"head/{m}": Shape(m, 4096, (Output(129280, "Q8_0", "float32"),), layers=1),
         }

@@ -30,7 +30,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels import common
+from pallas_kernels import common, tuned
 
 Array = jax.Array
 Planes = dict[str, Array]  # "codes" E4M3 (..., D - 64), "exponents" uint8 (..., D / 64 - 1), "rope" (..., 64)
@@ -66,6 +66,15 @@ class Shape:
     dim: int = 512
     window: int = 128
     layers: int = 2
+
+    @property
+    def key(self) -> Shape:
+        """Of calls that share a tuned config, see `tuned`: any stacks, and of all rows that there may be, any number.
+
+        What counts is how many that may be: `chosen`, or else the capacity.
+        """
+        n = (self.context + self.queries) // self.ratio if self.ratio and not self.chosen else 0
+        return dataclasses.replace(self, context=tuned.magnitude(n), layers=0)
 
     @property
     def static(self) -> dict[str, Any]:
@@ -139,6 +148,7 @@ SHAPES = {
     "decode csa 262k": Shape(1, 1, 262143, 4, 512),
     "decode hca 28k": Shape(1, 1, 28671, 128),
     "decode hca 262k": Shape(1, 1, 262143, 128),
+    "decode window, batch 16": Shape(16, 1, 2047, 0),
     "decode csa 2k, batch 16": Shape(16, 1, 2047, 4, 512),
     "decode hca 2k, batch 16": Shape(16, 1, 2047, 128),
     "decode csa 2k, batch 32": Shape(32, 1, 2047, 4, 512),
@@ -482,7 +492,8 @@ def op(
     W = window["codes"].shape[2] - (0 if ring else T)
     N = 0 if rows is None else rows["codes"].shape[2] if indices is None else indices.shape[-1]
     if config is None:
-        config = default_config(Shape(B, T, max(ratio, 1) * max(N, W), ratio, None if indices is None else N, H, D, W))
+        context = max(ratio * N - T, 0) if ratio else B * W  # with which all rows are seen
+        config = tuned.config_for(__name__, Shape(B, T, context, ratio, None if indices is None else N, H, D, W))
     for name, least in (("heads", 16), ("rows", 16), ("num_warps", 1)):
         value = getattr(config, name)
         _check(value >= least and value & (value - 1) == 0, f"{name} {value}, expected a power of two from {least} on")

@@ -16,7 +16,7 @@ the meantime, which saves the launch of `experts.pack`. Source: ds4jax/model/moe
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -25,7 +25,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels import common, experts
+from pallas_kernels import common, experts, tuned
 from pallas_kernels.common import Implementation, Unsupported
 
 Array = jax.Array
@@ -57,6 +57,11 @@ class Shape:
     layers: int = 3
     fmt: str | None = None
     dim: int = 4096
+
+    @property
+    def key(self) -> Shape:
+        """Of calls that share a tuned config, see `tuned`: any stacks."""
+        return replace(self, layers=0)
 
     @property
     def static(self) -> dict[str, Any]:
@@ -92,7 +97,10 @@ SHAPES = {
     "32": Shape(32),
     "1 and pack": Shape(1, fmt="IQ2_XXS"),
     "32 and pack": Shape(32, fmt="IQ2_XXS"),
+    "16 and pack": Shape(16, fmt="IQ2_XXS"),
     "1 by token": Shape(1, vocab=129280),
+    "1 by token and pack": Shape(1, vocab=129280, fmt="IQ2_XXS"),
+    "16 by token and pack": Shape(16, vocab=129280, fmt="IQ2_XXS"),
     "32 by token": Shape(32, vocab=129280),
     "prefill 8192": Shape(8192),
     "prefill 8192 by token": Shape(8192, vocab=129280),
@@ -225,6 +233,9 @@ def op(
     packing = None if x is None else experts.Packing(fmt, x.shape[1])
     if implementation == "xla":
         return reference(logits, table, tokens, layer, x, k=k, norm=norm, scale=scale, fmt=fmt)
-    call = _call(S, tokens is not None, packing, k, config or Config(), interpret, norm=norm, scale=scale)
+    shape = Shape(S, 0 if tokens is None else table.shape[1], n, k, norm, scale, fmt=fmt)
+    shape = shape if x is None else replace(shape, dim=x.shape[1])
+    config = config or tuned.config_for(__name__, shape)
+    call = _call(S, tokens is not None, packing, k, config, interpret, norm=norm, scale=scale)
     chosen_by = (table,) if tokens is None else (table, tokens)
     return tuple(call(logits, *chosen_by, layer, *(() if packing is None else (x, packing.order))))

@@ -14,7 +14,7 @@ Source: ds4jax/model/indexer.py, `select`, which leaves the choice to `lax.top_k
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -24,7 +24,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels import common
+from pallas_kernels import common, tuned
 from pallas_kernels.common import Implementation, Unsupported
 
 Array = jax.Array
@@ -49,6 +49,11 @@ class Shape:
     n: int
     visible: int
     k: int = 512
+
+    @property
+    def key(self) -> Shape:
+        """Of calls that share a tuned config, see `tuned`: any number of visible scores."""
+        return replace(self, n=tuned.magnitude(self.n), visible=0)
 
     @property
     def static(self) -> dict[str, Any]:
@@ -77,6 +82,7 @@ SHAPES = {
     "decode 28k of 256k": Shape(1, 65536, 7100),
     "decode 256k": Shape(1, 65536, 65536),
     "decode 1M": Shape(1, 262144, 262144),
+    "decode 16 × 2k": Shape(16, 544, 512),
     "decode 32 × 28k": Shape(32, 7168, 7100),
     "few visible": Shape(4, 7168, 300),
     "prefill 1024 at 28k": Shape(1024, 7168, 7168),
@@ -186,7 +192,7 @@ def op(
     if implementation == "xla":
         return reference(score, k=k)
     rows, n = score.shape
-    c = config or default_config(Shape(rows, n, n, k))
+    c = config or tuned.config_for(__name__, Shape(rows, n, n, k))
     if score.dtype != jnp.float32:
         raise Unsupported(f"topk: scores are {score.dtype}, expected float32")
     if not 0 < k <= n:

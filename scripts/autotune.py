@@ -33,6 +33,7 @@ import math
 import os
 import pkgutil
 import random
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -48,7 +49,6 @@ from absl import flags
 
 from ds4jax import cli
 from ds4jax.errors import ConfigError
-from ds4jax.settings import CONFIG_DIR
 
 if TYPE_CHECKING:  # JAX comes late, so that --help is quick and --gpus has no device of its own
     from ds4jax.limits import Device
@@ -327,8 +327,10 @@ def main() -> int:
         save(Path(FLAGS.out), report)
     print(summary(report["results"]))
     if FLAGS.write:
-        path = CONFIG_DIR / "tuned" / f"{report['device'].lower().replace(' ', '_')}.json"
-        print(f"{write_winners(path, report['results'], FLAGS.max_error)} configs written to {path}")
+        from pallas_kernels import tuned
+
+        path = tuned.path_of(report["device"])
+        print(f"{write_winners(path, cases, report['results'], FLAGS.max_error)} configs written to {path}")
     return int(any(r["default"] and r["us"] is None for r in report["results"]))
 
 
@@ -406,20 +408,37 @@ def summary(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def write_winners(path: Path, results: list[dict[str, Any]], max_error: float) -> int:
+def write_winners(path: Path, cases: Sequence[Case], results: list[dict[str, Any]], max_error: float) -> int:
     """Put each shape's fastest config that is correct and repeats into `path`, beside what is there; → how many.
 
-    The file: {op: {name of the shape: fields of the config}}.
+    Shapes that `pallas_kernels.tuned` cannot tell apart get one config, under the first one's name: the one with the
+    smallest time, as a share of the default one's and averaged (geometrically) over the shapes that it was tried on.
     """
-    tuned = json.loads(path.read_text()) if path.exists() else {}
-    n = 0
-    for (op, shape), group in _by_shape(results).items():
-        good = [r for r in group if r["us"] is not None and r["repeats"] and r["error"] <= max_error]
-        if good:
-            tuned.setdefault(op, {})[shape] = min(good, key=lambda r: r["us"])["config"]
+    from pallas_kernels import tuned
+
+    groups: dict[tuple[str, Any], list[Case]] = {}
+    for case in cases:
+        groups.setdefault((case.op_name, tuned.key(case.shape)), []).append(case)
+    by_shape, content, n = _by_shape(results), json.loads(path.read_text()) if path.exists() else {}, 0
+    for (op, key), group in groups.items():
+        shares: dict[str, list[float]] = {}
+        for case in group:
+            tried = by_shape.get((op, case.name), [])
+            good = [r["us"] is not None and r["repeats"] and r["error"] <= max_error for r in tried]
+            times = [r["us"] if ok else math.inf for r, ok in zip(tried, good, strict=True)]
+            default = (t for r, t in zip(tried, times, strict=True) if r["default"] and t < math.inf)
+            unit = next(default, min(times, default=math.inf))
+            for r, t in zip(tried, times, strict=True):
+                shares.setdefault(json.dumps(r["config"]), []).append(math.log(t / unit) if t < math.inf else math.inf)
+        mean = {config: statistics.mean(of_shapes) for config, of_shapes in shares.items()}
+        best = min(mean, key=mean.__getitem__, default=None)
+        if best is not None and mean[best] < math.inf:
+            names = [name for name, shape in group[0].module.SHAPES.items() if tuned.key(shape) == key]
+            rest = {name: c for name, c in content.get(op, {}).items() if name not in names}
+            content[op] = rest | {names[0]: json.loads(best)}
             n += 1
     path.parent.mkdir(parents=True, exist_ok=True)
-    save(path, {op: dict(sorted(shapes.items())) for op, shapes in sorted(tuned.items())})
+    save(path, {op: dict(sorted(shapes.items())) for op, shapes in sorted(content.items())})
     return n
 
 

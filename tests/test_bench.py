@@ -27,7 +27,7 @@ from ds4jax.engine.runner import BLOCK
 from ds4jax.errors import ConfigError
 from ds4jax.sampling import Sampling
 from ds4jax.settings import Settings
-from pallas_kernels import common, compressor, latent
+from pallas_kernels import common, compressor, latent, tuned
 
 MODEL = synthetic.Synthetic(CFG, synthetic.RECIPES["q8"], seed=3)
 GREEDY = Sampling(temperature=0.0)
@@ -300,7 +300,7 @@ def sweep_kernels(toy, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(limits, "measure", lambda: limits.Device("A GPU", 1e12, 1e12))
     monkeypatch.setattr(limits, "ROUND", 1e-4)
     monkeypatch.setattr(autotune, "LAUNCH", 1e-5)  # two turns
-    monkeypatch.setattr(autotune, "CONFIG_DIR", tmp_path)
+    monkeypatch.setattr(tuned, "CONFIG_DIR", tmp_path)
 
     def call(*argv):
         flags = [f"--out={tmp_path / 'out.json'}", "--repeats=2", *argv]
@@ -347,6 +347,38 @@ def test_the_sweep_of_a_kernel(sweep_kernels, tmp_path):
         "other": {"s": {"block": 1}},
         "toy": dict.fromkeys(("decode 1", "small"), {"block": 32, "how": "right"}),
     }
+
+
+def test_shapes_that_are_one_call_get_one_config(toy, tmp_path):
+    @dataclasses.dataclass(frozen=True)
+    class Shape:
+        n: int
+        key = "equal"
+
+    toy.SHAPES = {"first": Shape(1), "second": Shape(2), "third": Shape(3)}
+    cases = [autotune.Case("toy", name, toy, shape) for name, shape in toy.SHAPES.items()][:2]
+
+    def result(shape, block, us, **changes):
+        fields = {"us": us, "repeats": True, "error": 0.0, "default": block == 1} | changes
+        return fields | {"op": "toy", "shape": shape, "config": {"block": block}}
+
+    def winner(*results):
+        path = tmp_path / "tuned.json"
+        path.write_text(json.dumps({"toy": {"third": {"block": 99}, "other": {"block": 7}}}))
+        n = autotune.write_winners(path, cases, list(results), 0.02)
+        written = json.loads(path.read_text())["toy"]
+        assert written.pop("other") == {"block": 7}  # a shape of another call
+        return n, written
+
+    one, two = result("first", 1, 10.0), result("second", 1, 100.0)
+    # 2 gains most on the first, but loses on the second; 4 gains on both; 8 was tried on one only.
+    tried = [result("first", 2, 4.0), result("second", 2, 300.0), result("first", 4, 8.0), result("second", 4, 70.0)]
+    assert winner(one, two, *tried) == (1, {"first": {"block": 4}})
+    assert winner(one, two, *tried, result("second", 8, 60.0)) == (1, {"first": {"block": 8}})
+    assert winner(one, two, *tried[2:], result("first", 2, 4.0), result("second", 2, 5.0, error=0.5))[1] == {
+        "first": {"block": 4}
+    }
+    assert winner(result("first", 1, None)) == (0, {"third": {"block": 99}})
 
 
 def test_defaults_come_first_when_time_is_short(sweep_kernels, monkeypatch):

@@ -1,0 +1,86 @@
+"""Tile sizes that a sweep has found to be the fastest, per device kind: ``configs/tuned/DEVICE.json``.
+
+    {op: {name of a shape in the op's SHAPES: fields of its Config}}
+
+`scripts/autotune.py --write` makes the file; an op that is called without a config looks here. A tuned config serves
+the calls whose shape has the same `key` as the one it was measured for, and nothing in between: any other call takes
+the op's `default_config`, which was made to be good everywhere.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jax
+
+from ds4jax.errors import ConfigError
+from ds4jax.settings import CONFIG_DIR
+
+
+def path_of(device_kind: str) -> Path:
+    """Where the tuned configs of a device kind are, if there are any."""
+    return CONFIG_DIR / "tuned" / f"{device_kind.lower().replace(' ', '_')}.json"
+
+
+def device_kind() -> str:
+    """Of the device that a program is being compiled for: one that JAX was told to assume, or else the first here."""
+    assumed = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.devices()[0].device_kind if assumed is None else assumed.device_kind
+
+
+def config_for(module_name: str, shape: Any) -> Any:
+    """The config of an op, of module `module_name`, for a call of this shape. Raises ConfigError for a broken file."""
+    module = sys.modules[module_name]
+    found = _table(path_of(device_kind()), module).get(key(shape))
+    return module.default_config(shape) if found is None else found
+
+
+def key(shape: Any) -> Any:
+    """What of a shape a config may depend on."""
+    return getattr(shape, "key", shape)
+
+
+def magnitude(n: int) -> int:
+    """The nearest power of two, of 0 it is 0: for a capacity, of which any part may be in use."""
+    return 2 ** round(math.log2(n)) if n else 0
+
+
+@functools.cache
+def _table(path: Path, module: ModuleType) -> dict[Any, Any]:
+    """key of a shape → config of one op."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise ConfigError(f"{path}: found {error}, expected JSON") from None
+    op, table = module.__name__.rpartition(".")[2], {}
+    shapes = content.get(op, {}) if isinstance(content, dict) else content
+    if not isinstance(shapes, dict):
+        raise ConfigError(f"{path}: {op}: found {shapes}, expected configs by the names of shapes")
+    for name, fields in shapes.items():
+        what = f"{path}: {op}, {name}"
+        if name not in module.SHAPES:
+            raise ConfigError(f"{what}: found no such shape, expected one of {', '.join(module.SHAPES)}")
+        shape = module.SHAPES[name]
+        config, which = _config(what, fields, module.default_config(shape)), key(shape)
+        if table.setdefault(which, config) != config:
+            raise ConfigError(f"{what}: found {config}, expected {table[which]}, as of another shape with equal calls")
+    return table
+
+
+def _config(what: str, fields: Any, like: Any) -> Any:
+    """A config of these fields; like: one of the kind."""
+    if not isinstance(fields, dict):
+        raise ConfigError(f"{what}: found {fields}, expected the fields of a config")
+    expected = {name: type(value).__name__ for name, value in vars(like).items()}
+    found = {name: type(value).__name__ for name, value in fields.items()}
+    if found != expected:
+        raise ConfigError(f"{what}: found fields {found}, expected {expected}")
+    return type(like)(**fields)
