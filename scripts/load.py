@@ -1,0 +1,145 @@
+"""Decode rate and token gaps through HTTP: ``python scripts/load.py --streams 16 --prompt 2048 --answer 128``.
+
+--streams answers of --answer tokens each, to different prompts of --prompt tokens, at once: the rate is what they get
+together while all of them decode. Then one stream goes on while a prompt of --long tokens is read: the longest gap
+between two of its tokens. Without --url a server is started, with `--synthetic` on random weights of that shape.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import random
+import sys
+import time
+
+import httpx
+import serving
+from absl import flags
+
+from ds4jax import cli
+from ds4jax.settings import Settings
+from ds4jax.synthetic import SHAPES
+
+FLAGS = flags.FlagValues()
+cli.define_model(FLAGS)
+flags.DEFINE_string("url", None, "A running server; by default one is started.", flag_values=FLAGS)
+flags.DEFINE_enum(
+    "synthetic", None, list(SHAPES), "Random weights of this shape instead of a model.", flag_values=FLAGS
+)
+flags.DEFINE_integer("streams", 16, "How many at once.", 1, flag_values=FLAGS)
+flags.DEFINE_integer("prompt", 2048, "Tokens of each prompt.", 1, flag_values=FLAGS)
+flags.DEFINE_integer("answer", 128, "Tokens of each answer.", 2, flag_values=FLAGS)
+flags.DEFINE_integer("long", 28_000, "Tokens of the prompt beside which the gap is measured.", 1, flag_values=FLAGS)
+flags.DEFINE_integer("ctx", None, "Of the server that is started; by default what this takes.", flag_values=FLAGS)
+flags.DEFINE_bool("serve", False, "Be the synthetic server that this script starts.", flag_values=FLAGS)
+
+IDS = range(32, 127)  # of the prompts' tokens: text, with any tokenizer
+
+
+async def stream(client: httpx.AsyncClient, times: list[float], prompt: int, answer: int, seed: int) -> int:
+    """Appends to `times` when each piece of text came, in seconds; → how many tokens it was. The prompt is random."""
+    body = {"prompt": random.Random(seed).choices(IDS, k=prompt), "max_tokens": answer, "temperature": 0}
+    body |= {"stream": True, "stream_options": {"include_usage": True}}
+    async with client.stream("POST", "/v1/completions", json=body) as response:
+        if response.status_code != 200:
+            raise SystemExit(f"error: {(await response.aread()).decode()}")
+        async for event in serving.events(response):
+            if "error" in event:
+                raise SystemExit(f"error: {event['error']['message']}")
+            if any(choice["text"] for choice in event["choices"]):
+                times.append(time.perf_counter())
+    return event["usage"]["completion_tokens"]
+
+
+async def load(url: str, *, streams: int, prompt: int, answer: int, long: int) -> dict[str, float | None]:
+    """What the module says, in seconds and tokens; None where nothing could be measured."""
+    async with httpx.AsyncClient(base_url=url, timeout=None, limits=httpx.Limits()) as client:
+        await stream(client, [], prompt, 2, 0)  # whatever is compiled or allocated at first use
+        start, times = time.perf_counter(), [[] for _ in range(streams)]
+        tokens = await asyncio.gather(*(stream(client, t, prompt, answer, i + 1) for i, t in enumerate(times)))
+        seconds = time.perf_counter() - start
+        # All decode from the last first token to the first last one. A piece of text is a token, or nearly.
+        begin, end = max(t[0] for t in times), min(t[-1] for t in times)
+        counts = [sum(begin < at <= end for at in t) * n / len(t) for t, n in zip(times, tokens, strict=True)]
+
+        beside: list[float] = []
+        other = asyncio.create_task(stream(client, beside, 64, 10**6, -1))
+        while len(beside) < 20 and not other.done():
+            await asyncio.sleep(0.01)
+        start_long = time.perf_counter()
+        await stream(client, [], long, 1, -2)
+        end_long = time.perf_counter()
+        other.cancel()
+        gaps = [(b - a, b) for a, b in itertools.pairwise(beside)]
+        during = [gap for gap, at in gaps if start_long < at <= end_long]
+        before = [gap for gap, at in gaps if at <= start_long]
+    return {
+        "tokens": sum(tokens),
+        "seconds": round(seconds, 3),
+        "seconds_to_last_first_token": round(begin - start, 3),
+        "decode_tokens_per_second": round(sum(counts) / (end - begin), 2) if end > begin else None,
+        "long_prompt_seconds": round(end_long - start_long, 3),
+        "longest_gap_before_seconds": round(max(before), 4) if before else None,
+        "longest_gap_beside_long_prompt_seconds": round(max(during), 4) if during else None,
+    }
+
+
+def serve_synthetic() -> int:
+    """A server of random weights, with a tokenizer in which every id is text."""
+    settings = _settings()
+    settings.set_environment()
+    from ds4jax import serve, tokenizer
+    from ds4jax.engine import runner
+    from ds4jax.engine.engine import Engine
+    from ds4jax.server.app import Options
+
+    class Runner(runner.Runner):
+        @property
+        def tokenizer(self):
+            small = tokenizer.byte_tokenizer().to_metadata()
+            control = small["tokenizer.ggml.token_type"][-1]
+            rest = range(len(small["tokenizer.ggml.tokens"]), self.cfg.vocab_size)
+            more = {
+                "tokenizer.ggml.tokens": [f"[{id}]" for id in rest],
+                "tokenizer.ggml.token_type": [control] * len(rest),
+            }
+            return tokenizer.Tokenizer.from_metadata(small | {key: small[key] + more[key] for key in more})
+
+    runner.keep_compilations()
+    loaded = Runner(runner.open_model(settings, FLAGS.synthetic), settings, FLAGS.streams + 1, progress=True)
+    loaded.compile()
+    return asyncio.run(serve.serve(Engine(loaded), Options(), "127.0.0.1", 0, 0.0))
+
+
+def _settings() -> Settings:
+    room = max(FLAGS.prompt + FLAGS.answer, FLAGS.long + 2, 4096)
+    return Settings.load(FLAGS.config, model=FLAGS.model, ctx=FLAGS.ctx or -(-room // 128) * 128)
+
+
+async def run() -> None:
+    options = {key: FLAGS[key].value for key in ("streams", "prompt", "answer", "long")}
+    if FLAGS.url:
+        print(json.dumps(await load(FLAGS.url, **options)))
+        return
+    if FLAGS.synthetic:
+        command = [__file__, "--serve", *(f"--{key}={value}" for key, value in options.items())]
+        command.append(f"--synthetic={FLAGS.synthetic}")
+    else:
+        command = ["-m", "ds4jax.serve", "--port=0", f"--max_seqs={FLAGS.streams + 1}"]
+    command += [f"--config={FLAGS.config}", f"--ctx={_settings().ctx}"]
+    command += [f"--model={FLAGS.model}"] if FLAGS.model else []
+    async with serving.server(command) as url:
+        print(json.dumps(await load(url, **options)))
+
+
+def main() -> int:
+    if FLAGS.serve:
+        return serve_synthetic()
+    asyncio.run(run())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main, FLAGS, __doc__))
