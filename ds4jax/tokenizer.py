@@ -264,11 +264,12 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return _lay_out(merges)
 
 
-def _lay_out(merges: Sequence[tuple[str, str]]) -> Tokenizer:
-    """Ids 0 to 255 are the byte values; then come the merged tokens, then `Special`."""
+def _lay_out(merges: Sequence[tuple[str, str]], vocab_size: int = 0) -> Tokenizer:
+    """Ids 0 to 255 are the byte values; then come the merged tokens, then `Special`, then unused ones."""
     text = list(dict.fromkeys([*_BYTE_CHARS, *map("".join, merges)]))  # two merges may make one token
     tokens = text + [special.value for special in Special]
-    types = [_NORMAL] * len(text) + [_CONTROL] * len(Special)
+    tokens += [f"<unused {i}>" for i in range(len(tokens), vocab_size)]
+    types = [_NORMAL] * len(text) + [_CONTROL] * (len(tokens) - len(text))
     bos, eos = (tokens.index(special.value) for special in (Special.BOS, Special.EOS))
     return Tokenizer(tokens, [" ".join(pair) for pair in merges], types, bos_id=bos, eos_id=eos)
 
@@ -312,11 +313,11 @@ if __name__ == "__main__":
 _SAMPLE_MERGES = 120  # makes 384 tokens in all
 
 
-def byte_tokenizer() -> Tokenizer:
-    """A small complete tokenizer for tests and the built-in tiny model: 384 ids, the same on every machine.
+def byte_tokenizer(vocab_size: int = 0) -> Tokenizer:
+    """A small complete tokenizer for tests and models of random weights: 384 ids, the same on every machine.
 
     Ids 0 to 255 are the byte values; then come merges learned from an embedded sample of English and Python; the last
-    are `Special`, spelled as in the real vocabulary.
+    are `Special`, spelled as in the real vocabulary. vocab_size: as many ids at least, those at the end unused.
     """
     pieces = Counter(tuple(piece) for piece, _ in _pre_tokenizer().pre_tokenize_str(_SAMPLE))
     merges: list[tuple[str, str]] = []
@@ -328,7 +329,7 @@ def byte_tokenizer() -> Tokenizer:
         best = max(pairs, key=lambda pair: (pairs[pair], pair))
         merges.append(best)
         pieces = Counter({_merge(piece, best): n for piece, n in pieces.items()})
-    return _lay_out(merges)
+    return _lay_out(merges, vocab_size)
 
 
 def _merge(piece: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:

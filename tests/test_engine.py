@@ -1,6 +1,7 @@
 """The engine: streams equal solo runs, whatever else runs; cancelled ones leave nothing; bad requests are refused."""
 
 import asyncio
+import dataclasses
 import json
 import random
 
@@ -317,4 +318,14 @@ def test_a_folder_in_use_is_refused(path, tmp_path, monkeypatch):
     asyncio.run(engine.close())
     engine = Engine.open(settings, kv_dir=tmp_path)
     assert engine.note("id") == [1, 2]
+    asyncio.run(engine.close())
+
+
+def test_a_model_of_random_weights_answers(path, monkeypatch):
+    monkeypatch.setattr(Runner, "compile", lambda *_: None)
+    monkeypatch.setitem(synthetic.SHAPES, "small", dataclasses.replace(CFG, vocab_size=400))
+    engine = Engine.open(Settings(path, ctx=64, numerics="plain", prefill_chunk=32), synthetic="small")
+    events = asyncio.run(collect(engine, Request(engine.tokenizer.encode_raw("Hi"), 3, GREEDY)))
+    assert engine.model_name == "synthetic-small" and engine.tokenizer.vocab_size == 400
+    assert engine.tokenizer.decode([399]) == "<unused 399>" and isinstance(events[-1], Finished)
     asyncio.run(engine.close())

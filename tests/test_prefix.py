@@ -257,7 +257,9 @@ def test_fingerprints_tell_models_and_settings_apart(runner, path, tmp_path):
         Settings(str(path), ctx=8, tp=2),
     ]
     found = [str(sorted(fingerprint(Runner.load(settings)).items())) for settings in load]
-    assert len(set(found)) == len(load)
+    random = [synthetic.Synthetic(CFG, synthetic.RECIPES[r], seed) for r, seed in (("q8", 0), ("q8", 1), ("q2", 0))]
+    random = [str(sorted(fingerprint(Runner(source, load[0])).items())) for source in random]
+    assert len({*found, *random}) == len(load) + 3
     assert fingerprint(Runner.load(dataclasses.replace(load[0], ctx=9, batch=2))) == fingerprint(runner)
 
 

@@ -203,6 +203,7 @@ class Engine:
         cls,
         settings: Settings,
         *,
+        synthetic: str | None = None,
         max_seqs: int | None = None,
         kv_dir: str | Path | None = None,
         kv_budget_bytes: int = 16 << 30,
@@ -210,7 +211,7 @@ class Engine:
         trace: str | Path | None = None,
         progress: bool = False,
     ) -> Self:
-        """Load the model of `settings` and compile its steps.
+        """Load the model of `settings`, or a synthetic one (see `runner.open_model`), and compile its steps.
 
         max_seqs: sequences at once, by default the settings' batch. kv_dir: a folder for prefixes and notes, for this
         engine alone, of at most kv_budget_bytes. prefix_budget_bytes: of memory, for prefixes. trace: a file to which a
@@ -219,32 +220,33 @@ class Engine:
         """
         settings.set_environment()
         from ds4jax.engine import runner
-
-        runner.keep_compilations()
-        loaded = runner.Runner.load(settings, max_seqs, progress)
-        loaded.compile(min(SMALLEST_BUCKET, settings.prefill_chunk))
         from ds4jax.engine.fingerprint import fingerprint
 
+        runner.keep_compilations()
+        loaded = runner.Runner(runner.open_model(settings, synthetic), settings, max_seqs, progress)
+        loaded.compile(min(SMALLEST_BUCKET, settings.prefill_chunk))
         store = Store(kv_dir, kv_budget_bytes, fingerprint(loaded)) if kv_dir else None
-        return cls(loaded, Prefixes(prefix_budget_bytes, store), trace=trace)
+        name = f"synthetic-{synthetic}" if synthetic else Path(settings.model).stem
+        return cls(loaded, Prefixes(prefix_budget_bytes, store), name=name, trace=trace)
 
     def __init__(
         self,
         runner: Runner,
         prefixes: Prefixes | None = None,
         *,
+        name: str = "model",
         trace: str | Path | None = None,
         max_waiting: int = 1024,
     ):
         """An engine of a runner, which from now on is its own, as are the prefixes (None: a few, in memory).
 
-        max_waiting: requests without a slot, at most.
+        name: of the model, for clients. max_waiting: requests without a slot, at most.
         """
         from ds4jax.engine.runner import BLOCK
 
         self.settings, self.tokenizer = runner.settings, runner.tokenizer
         self.ctx, self.chat_template = runner.settings.ctx, runner.tokenizer.chat_template
-        self.model_name = Path(runner.settings.model).stem
+        self.model_name = name
         self._runner, self._max_waiting = runner, max_waiting
         self._prefixes = Prefixes(2 << 30) if prefixes is None else prefixes
         chunk = runner.settings.prefill_chunk

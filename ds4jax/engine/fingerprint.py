@@ -10,6 +10,7 @@ import numpy as np
 from ds4jax.engine.runner import Runner
 from ds4jax.engine.snapshots import LAYOUT
 from ds4jax.synthetic import Synthetic
+from ds4jax.tensors import tensor_table
 
 SAMPLE = 4096  # bytes of each tensor that are looked at; all of them would take minutes
 
@@ -31,7 +32,8 @@ def fingerprint(runner: Runner) -> dict[str, str | int]:
 def _model(runner: Runner) -> str:
     digest, source = hashlib.blake2b(repr(runner.cfg).encode(), digest_size=16), runner.checkpoint
     if isinstance(source, Synthetic):
-        digest.update(repr((source.recipe.__name__, source.seed)).encode())
+        types = [(spec.name, int(source.types(spec))) for spec in tensor_table(runner.cfg)]
+        digest.update(repr((types, source.seed)).encode())
         return digest.hexdigest()
     for key, value in sorted(source.file.metadata.items()):
         digest.update(repr((key, value.tolist() if isinstance(value, np.ndarray) else value)).encode())

@@ -34,7 +34,7 @@ from ds4jax.quant import wide
 from ds4jax.sampling import Sampling
 from ds4jax.settings import Settings
 from ds4jax.synthetic import RECIPES, Synthetic, synthetic_config
-from ds4jax.tokenizer import Tokenizer
+from ds4jax.tokenizer import Tokenizer, byte_tokenizer
 
 Array = jax.Array
 
@@ -183,7 +183,9 @@ class Runner:
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer in the model's file. Raises GGUFError if there is none."""
+        """The tokenizer in the model's file (GGUFError if there is none), or one for a model of random weights."""
+        if isinstance(self.checkpoint, Synthetic):
+            return byte_tokenizer(self.cfg.vocab_size)
         return Tokenizer.from_metadata(self.checkpoint.file.metadata)
 
     def compile(self, smallest: int = 1) -> None:
