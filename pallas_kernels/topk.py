@@ -117,7 +117,8 @@ def _kernel(*refs, k: int, n: int, block: int, last: bool):
     # The k-th highest lies in [low, high): at least k are at or above `low`, fewer at or above `high`. Of what is not
     # seen, -inf, there may be much, and the way from there to the other scores is long.
     seen = bits > LOWEST
-    enough = jnp.sum(seen.astype(jnp.int32)) >= k
+    found = jnp.sum(seen.astype(jnp.int32))
+    enough = found >= k
     low = jnp.where(enough, jnp.min(jnp.where(seen, bits, 2**31 - 1)), LOWEST)
     high = jnp.where(enough, jnp.max(bits), LOWEST) + 1
 
@@ -131,7 +132,7 @@ def _kernel(*refs, k: int, n: int, block: int, last: bool):
         low, high, found = state
         return (high - low != 1) & (found != k)
 
-    threshold, _, _ = lax.while_loop(unsettled, step, (low, high, jnp.int32(0)))
+    threshold, _, _ = lax.while_loop(unsettled, step, (low, high, found))  # just k seen: nothing to bisect
 
     above, equal = bits > threshold, bits == threshold
     wanted = k - count(threshold + 1)  # of those equal to the threshold, the first ones
