@@ -1,0 +1,262 @@
+"""What a step reads and computes, which component a kernel belongs to, and the table."""
+
+import csv
+import dataclasses
+import functools
+import types
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from small import CFG
+
+from ds4jax import cli, limits, roofline, weights
+from ds4jax.engine import runner
+from ds4jax.errors import ConfigError
+from ds4jax.model import Compute, transformer
+from ds4jax.settings import Settings
+from ds4jax.synthetic import BASE, FULL, RECIPES, Synthetic
+
+# The longest kernels of a decoded token, µs of all their calls, as a profile of the full shape on an H200 names them.
+DECODE = {
+    "experts_gate_up_IQ2_XXS": 790.8, "experts_down_Q2_K": 669.5, "matmul_8192_4096": 579.8,
+    "matmul_4096_8192": 562.6, "matmul_1024_40960": 387.2, "matmul_4096_2304": 382.2, "hyper_collapse": 373.3,
+    "matmul_1024_32768": 309.1, "topk": 257.1, "hyper_expand__1": 228.5, "matmul_4096_4160": 213.7,
+    "matmul_2048_4096": 202.5, "matmul_4096_129280": 142.0, "matmul_4096_2560": 130.3, "mla_attend__1": 121.9,
+    "mla_attend__2": 111.8, "router__1": 97.6, "pack_Q2_K": 85.9, "indexer_scores": 81.2, "mla_combine__1": 63.6,
+    "compressor": 53.0, "latent__1": 46.1, "latent": 45.3, "mla_combine__2": 40.9, "compressor__1": 34.0,
+    "experts_gate_up_IQ2_XXS__1": 18.8, "experts_down_Q2_K__1": 15.7, "mla_attend": 10.4, "matmul_4096_1536": 8.7,
+    "router": 6.2, "MemcpyD2H": 5.7, "mla_combine": 3.9, "hyper_collapse__1": 3.3, "input_reduce_fusion_7": 3.2,
+    "loop_cosine_fusion": 2.7,
+}  # fmt: skip
+
+
+def programs(cfg, recipe="q2", ctx=4096, batch=1):
+    settings = Settings.load("h200", ctx=ctx, batch=batch)
+    return runner.Programs(Synthetic(cfg, RECIPES[recipe]), settings)
+
+
+@pytest.fixture(scope="module")
+def full():
+    return programs(FULL)
+
+
+def sums(works, field="nbytes"):
+    out = {}
+    for w in works:
+        out[w.component] = out.get(w.component, 0) + getattr(w, field)
+    return out
+
+
+# ---- counting --------------------------------------------------------------------------------------------------------
+def test_many_tokens_read_all_weights_and_one_reads_what_it_needs():
+    p = programs(BASE, "q8")
+    every = weights.nbytes(p.tree)
+    read = sum(w.nbytes for w in roofline.count(p, 0, 10**6, 1) if w.shape)
+    assert read == pytest.approx(every, rel=1e-9)
+
+    one = roofline.count(p, 0, 1, 1)
+    experts = sum(w.nbytes for w in one if w.component == "experts")
+    of_all = sum(w.nbytes for w in roofline.count(p, 0, 10**6, 1) if w.component == "experts")
+    assert experts == pytest.approx(of_all * BASE.n_experts_used / BASE.n_experts)
+    table = BASE.vocab_size * (BASE.n_hash_layers * BASE.n_experts_used * 4)
+    embedding = next(s.nbytes for s in jax.tree.leaves(p.tree) if s.tensors[0].family == "embed")
+    slots = sum(s.nbytes * (1 - 1 / s.shape[1]) for s in jax.tree.leaves(p.tree) if s.tensors[0].family.endswith("ape"))
+    unread = of_all - experts + (table + embedding) * (1 - 1 / BASE.vocab_size) + slots
+    assert sum(w.nbytes for w in one if w.shape) == pytest.approx(every - unread)
+
+
+def test_what_a_token_of_the_full_shape_reads(full):
+    """The published shape: 9.55 GB, and FLOPs of two for each of 13 billion active weights."""
+    works = roofline.count(full, 2048, 1, 1)
+    assert sum(w.nbytes for w in works) == pytest.approx(9.55e9, rel=0.01)
+    flops = sums([w for w in works if w.shape], "flops")
+    assert sum(flops.values()) / 2 == pytest.approx(13e9, rel=0.03)
+    sixteen = roofline.count(full, 2048, 1, 16)
+    assert sums(sixteen)["experts"] / sums(works)["experts"] == pytest.approx(256 * (1 - (250 / 256) ** 16) / 6)
+    assert sums(sixteen)["projections"] == sums(works)["projections"]
+    assert sums(sixteen, "flops")["projections"] == 16 * sums(works, "flops")["projections"]
+
+
+def test_stored_rows_that_are_read(full):
+    cfg, row = FULL, 448 + 7 + 128  # as pallas_kernels/mla.py has them
+    csa, hca = (sum(r == ratio for r in cfg.compress_ratios) for ratio in (4, 128))
+
+    def attention(context, tokens=1, sequences=1):
+        works = [w for w in roofline.count(full, context, tokens, sequences) if w.family == "rows"]
+        return sums(works)["attention"], sums(works, "flops")["attention"]
+
+    n = 43 * 128 + csa * min(512, 3001 // 4) + hca * (3001 // 128)
+    assert attention(3000) == (n * row, 4 * 64 * 512 * n) and attention(3000, sequences=3)[0] == 3 * n * row
+    n = 43 * 11 + csa * (11 // 4)
+    assert attention(10)[0] == n * row
+    # A chunk reads each row once, but every query meets its own.
+    rows = 43 * (128 + 512) + csa * (3512 // 4) + hca * (3512 // 128)
+    pairs = sum(43 * 128 + csa * 512 + hca * ((at + 1) // 128) for at in range(3000, 3512))
+    assert attention(3000, 512) == (rows * row, 4 * 64 * 512 * pairs)
+    (keys,) = {w.nbytes for w in roofline.count(full, 3000, 1, 1) if w.family == "keys"}
+    assert keys == 3001 // 4 * (64 + 4)
+    # With room for fewer rows than are chosen, all are read and the indexer has nothing to do.
+    assert "indexer" not in sums(roofline.count(programs(FULL, ctx=2048), 1000, 1, 1))
+
+
+# ---- attribution -----------------------------------------------------------------------------------------------------
+def test_kernels_of_a_profile(full):
+    works = roofline.count(full, 2048, 1, 1)
+    found = roofline.attribute(DECODE, works)
+    assert sum(found.values()) == pytest.approx(sum(DECODE.values()))
+
+    def alone(*names):
+        return sum(DECODE[name] for name in names)
+
+    assert found["rest"] == pytest.approx(alone("MemcpyD2H", "input_reduce_fusion_7", "loop_cosine_fusion"))
+    assert found["head"] == pytest.approx(alone("matmul_4096_129280"))
+    assert found["streams"] == pytest.approx(sum(t for name, t in DECODE.items() if name.startswith("hyper")))
+    assert found["experts"] == pytest.approx(sum(t for n, t in DECODE.items() if n.startswith(("experts", "pack"))))
+    # Gate and up of the shared expert in Q8_0, and the router's rows in F16, are one kernel.
+    shared, router = 2 * 2048 * 34 / 32, 256 * 2
+    assert found["router"] == pytest.approx(alone("router", "router__1") + 382.2 * router / (router + shared))
+    assert found["shared expert"] == pytest.approx(202.5 + 382.2 * shared / (router + shared))
+    assert found["indexer"] > alone("topk", "indexer_scores") + 100  # its queries
+
+
+def test_products_of_a_prefill(full):
+    works = roofline.count(full, 0, 2048, 1)
+    names = {"grouped_4096_2048": 125.0, "grouped_2048_4096__1": 56.0, "nvjet_sm90_tss_144x128_64x6_1x2_h_bz_TNN": 5.0,
+             "gemm_fusion_dot_510": 8.0, "triton_softmax_383": 4.0}  # fmt: skip
+    found = roofline.attribute(names, works)
+    assert sum(found.values()) == pytest.approx(198) and found["rest"] == 4
+    assert found["experts"] / 181 > 0.8
+    flops = sums(works, "flops")
+    assert found["projections"] / found["compressors"] == pytest.approx(flops["projections"] / flops["compressors"])
+
+
+def kernel_names(jaxpr):
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "pallas_call":
+            yield eqn.params["name"]
+        for inner in jax.tree.leaves(list(eqn.params.values())):
+            if hasattr(inner := getattr(inner, "jaxpr", inner), "eqns"):
+                yield from kernel_names(inner)
+
+
+@pytest.mark.parametrize("batch", [1, 16])
+def test_every_kernel_of_a_decoded_token_has_a_component(batch):
+    cfg = dataclasses.replace(FULL, n_layers=5, compress_ratios=FULL.compress_ratios[:5])
+    p = programs(cfg, batch=batch)
+    compute = Compute("official", "bfloat16", kernels="pallas")
+    step = functools.partial(transformer.prefill.__wrapped__, cfg=cfg, compute=compute)
+    ints = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((batch, 1), (batch,)))
+    names = set(kernel_names(jax.make_jaxpr(step)(p.weights, p.cache, *ints).jaxpr))
+    assert len(names) > 15
+    works = roofline.count(p, 2048, 1, batch)
+    for name in names:
+        assert "rest" not in roofline.attribute({name: 1.0}, works), name
+
+
+def test_a_trace_is_read(tmp_path, monkeypatch):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x.xplane.pb").write_bytes(b"")
+
+    def line(name, *events):
+        return types.SimpleNamespace(
+            name=name, events=[types.SimpleNamespace(name=n, duration_ns=ns) for n, ns in events]
+        )
+
+    gpu = [line("Stream #7(Compute)", ("topk", 1000), ("topk", 3000), ("latent", 500)), line("XLA Ops", ("topk", 9))]
+    planes = [types.SimpleNamespace(name="/device:GPU:0", lines=gpu),
+              types.SimpleNamespace(name="/host:CPU", lines=[line("Stream", ("python", 5))])]  # fmt: skip
+    fake = types.SimpleNamespace(from_file=lambda path: types.SimpleNamespace(planes=planes))
+    monkeypatch.setattr(jax.profiler, "ProfileData", fake)
+    assert roofline.kernel_times(tmp_path, 2) == pytest.approx({"topk": 2e-6, "latent": 0.25e-6})
+
+
+def test_steps_are_timed_at_their_context(monkeypatch):
+    monkeypatch.setattr(roofline, "BLOCKS", 2)
+    monkeypatch.setattr(roofline, "WARM", 1)
+    settings = Settings.load("tiny", ctx=256, batch=2, prefill_chunk=8)
+    small = runner.Runner(Synthetic(CFG, RECIPES["q8"]), settings)
+    lengths, run = [], small._run
+
+    def log(name, *args):
+        lengths.append((name, list(small.lengths)))
+        return run(name, *args)
+
+    monkeypatch.setattr(small, "_run", log)
+    for prefill, expected in (
+        (8, [("prefill", [100, 100])]),
+        (None, [("decode", [100, 100]), ("decode", [116, 116])]),
+    ):
+        lengths.clear()
+        seconds, times = roofline.measure(small, 100, prefill, seed=0)
+        assert 0 < seconds < 10 and times == {}  # no GPU
+        assert lengths == expected * (len(lengths) // len(expected)) and len(lengths) > 4
+
+
+# ---- the table -------------------------------------------------------------------------------------------------------
+WORKS = [
+    roofline.Work("attn.q_a", "projections", 4e9, 1e9),
+    roofline.Work("rows", "attention", 1e9, 5e12),
+    roofline.Work("embed", "rest", 0.0),
+]
+DEVICE = limits.Device("A GPU", 4e12, 1e15)
+TIMES = {"projections": 2e-3, "attention": 6e-3, "rest": 1e-3}
+
+
+def test_the_table(tmp_path):
+    found = roofline.rows(WORKS, DEVICE, 0.010, TIMES)
+    header, *cells = roofline.table(found)
+    assert header == list(roofline.COLUMNS)
+    assert cells == [
+        ["projections", "4000.00", "1.000", "1.0000", "2.0000", "2000.0", "0.50", "50.0%", "1.0000", "25.0%"],
+        ["attention", "1000.00", "5000.000", "5.0000", "6.0000", "166.7", "833.33", "83.3%", "1.0000", "25.0%"],
+        ["rest", "0.00", "0.000", "0.0000", "1.0000", "0.0", "0.00", "0.0%", "1.0000", "25.0%"],
+        ["idle", "0.00", "0.000", "0.0000", "1.0000", "0.0", "0.00", "0.0%", "1.0000", "25.0%"],
+        ["total", "5000.00", "5001.000", "6.0000", "10.0000", "500.0", "500.10", "60.0%", "4.0000", "100.0%"],
+    ]
+    lines = roofline.text([header, *cells]).splitlines()
+    assert len({len(line) for line in lines}) == 1 and lines[1].startswith("projections  4000.00 ")
+    assert roofline.table(roofline.rows(WORKS))[1] == ["projections", "4000.00", "1.000"]
+    roofline.plot(tmp_path / "out.png", found, "title")
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+
+
+def call(capsys, *argv):
+    status = cli.run(roofline.main, roofline.FLAGS, roofline.__doc__, ["--config=h200", *argv])
+    return status, *capsys.readouterr()
+
+
+def test_without_a_gpu_it_counts(capsys, tmp_path):
+    path = tmp_path / "out.csv"
+    status, out, err = call(capsys, "--synthetic=base", "--ctx=100", f"--csv={path}")
+    assert status == 0 and err.startswith("no GPU here, cpu: only bytes and FLOPs")
+    lines = list(csv.reader(path.read_text().splitlines()))
+    assert lines[0] == ["component", "MB", "GFLOP"] and lines[-1][0] == "total"
+    assert float(lines[-1][1]) == pytest.approx(sum(float(line[1]) for line in lines[1:-1]), abs=0.05)
+    assert [line.split() for line in out.splitlines()] == [cell for line in lines for cell in [" ".join(line).split()]]
+    assert [p.name for p in tmp_path.iterdir()] == ["out.csv"]
+
+
+@pytest.mark.parametrize(
+    "flags, problem",
+    [
+        (["--prefill=1"], "prefill: found 1, expected at least 2"),
+        (["--prefill=64", "--batch=2"], "batch: found 2, expected 1 with prefill"),
+        (["--room=2000"], "room: found 2000, expected at least 2112"),
+        (["--csv=/nowhere/f.csv"], "csv: found /nowhere/f.csv, expected a file in an existing directory"),
+        (["--plot=f.png"], "plot: found nothing to show, expected a GPU"),
+    ],
+)
+def test_refusals(capsys, flags, problem):
+    status, out, err = call(capsys, "--synthetic=base", *flags)
+    assert (status, out) == (1, "") and problem in err
+
+
+def test_a_plot_without_matplotlib(monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
+    with pytest.raises(ConfigError, match=r"plot: found no matplotlib, .*ds4jax\[plot\]"):
+        roofline.plot(Path("out.png"), roofline.rows(WORKS, DEVICE, 0.01, TIMES), "")
