@@ -722,6 +722,8 @@ def linear(
     m, k = x.shape[0], x.shape[-1]
     config = config or tuned.config_for(__name__, Shape("linear", m, n, k, fmt, layers, groups=groups))
     if not config.fused:
+        # Not before x is there: XLA would dequantize the matrices of all layers first, and keep them.
+        x, layer = lax.optimization_barrier((x, layer))
         w = formats.dequantize(fmt, *(p[layer[0]] for p in planes)).astype(x.dtype).reshape(groups, n // groups, k)
         y = jnp.einsum("mgk,gnk->mgn", x.reshape(m, groups, k), w, preferred_element_type=jnp.float32)
         return y.reshape(m, n).astype(dtype or x.dtype)
