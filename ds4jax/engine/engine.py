@@ -33,6 +33,7 @@ from ds4jax.errors import Ds4Error
 if TYPE_CHECKING:
     from ds4jax.engine.grammar import Grammar, Vocabulary
     from ds4jax.engine.runner import Runner
+    from ds4jax.engine.snapshots import Planes
     from ds4jax.sampling import Sampling
     from ds4jax.settings import Settings
 
@@ -147,15 +148,16 @@ class Stream:
         raise StopAsyncIteration
 
     def cancel(self) -> None:
-        """End the request: within one step nothing of it runs. Thread-safe; no more events follow."""
+        """End the request, unless it is over: within one step nothing of it runs. Thread-safe; no event follows."""
+        if self._over:
+            return
         self._over = True
         self._on_cancel(self)
         self._push(None)
 
     async def aclose(self) -> None:
-        """`cancel`, unless it is over."""
-        if not self._over:
-            self.cancel()
+        """`cancel`."""
+        self.cancel()
 
     def _push(self, *events: Event | Ds4Error | None) -> None:
         with self._lock:
@@ -185,6 +187,7 @@ class _Running(Job):
     reading: Future[Snapshot | None] | None = None  # from disk
     base: Snapshot | None = None  # where it starts
     latest: Snapshot | None = None  # the last one that was taken of it
+    tail: tuple[int, Planes] | None = None  # at the last multiple of 128 in its answer, what is needed to take one
     submitted: float = dataclasses.field(default_factory=time.perf_counter)
     cached: int = 0
     started: float | None = None
@@ -256,7 +259,7 @@ class Engine:
         chunk = chunk // ALIGN * ALIGN or 1 << chunk.bit_length() - 1
         self._smallest = min(SMALLEST_BUCKET, chunk)
         self._scheduler = Scheduler(runner.batch, chunk)
-        self._trace: TextIO | None = open(trace, "a", encoding="utf-8") if trace else None
+        self._trace = _open_trace(trace) if trace else None
         self._inbox: list[tuple[str, Any]] = []
         self._changed = threading.Condition()  # guards the inbox and the two below
         self._refusal: Ds4Error | None = None  # why no request is accepted any more
@@ -267,7 +270,7 @@ class Engine:
         self._ttft = [0] * (len(TTFT_BOUNDS) + 1)
         self._notes: collections.OrderedDict[str, Any] = collections.OrderedDict()
         self._vocabulary: Vocabulary | None = None
-        self._making_vocabulary = threading.Lock()
+        self._lock = threading.Lock()  # guards the two above
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -324,6 +327,8 @@ class Engine:
             "decode_tokens": stats.decode_tokens,
             "decode_seconds": stats.decode_seconds,
             "compile_seconds": stats.compile_seconds,
+            "weights_bytes": self._runner.plan.weights,
+            "cache_bytes": self._runner.plan.cache,
             "prefix_bytes": self._prefixes.nbytes,
             "prefix_count": len(self._prefixes),
             "disk_bytes": 0 if store is None else store.nbytes,
@@ -337,7 +342,7 @@ class Engine:
         """
         from ds4jax.engine import grammar
 
-        with self._making_vocabulary:
+        with self._lock:
             if self._vocabulary is None:
                 self._vocabulary = grammar.Vocabulary(self.tokenizer)
         return grammar.Grammar(self._vocabulary, schema, after)
@@ -347,10 +352,11 @@ class Engine:
         if (store := self._prefixes.store) is not None:
             store.put_note(key, value)
             return
-        self._notes[key] = value
-        self._notes.move_to_end(key)
-        while len(self._notes) > MAX_NOTES:
-            self._notes.popitem(last=False)
+        with self._lock:
+            self._notes[key] = value
+            self._notes.move_to_end(key)
+            while len(self._notes) > MAX_NOTES:
+                self._notes.popitem(last=False)
 
     def note(self, key: str) -> Any:
         """The value kept under `key`, or None."""
@@ -444,7 +450,9 @@ class Engine:
 
     def _end(self, job: _Running, reason: str) -> None:
         if job.slot is not None and job.cached < job.done < job.prompt and job.done % ALIGN == 0:
-            self._take(job)  # an interrupted prompt
+            job.tail = job.done, {}  # an interrupted prompt
+        if job.tail:
+            self._take(job, *job.tail)
         if job.latest:
             self._prefixes.save(job.latest)
         del self._jobs[job.stream]
@@ -508,7 +516,7 @@ class Engine:
         self._scheduler.advance(job, end)
         job.stream._push(Prefilled(end, job.prompt))
         if end in job.marks:
-            self._take(job)
+            self._take(job, end)
         if end == job.prompt:
             if end >= ALIGN:
                 planes = self._runner.take(job.slot)
@@ -536,15 +544,12 @@ class Engine:
             for token in tokens[job.slot]:
                 self._scheduler.advance(job, job.done + 1)
                 if job.done % ALIGN == 0:
-                    before = job.latest
-                    self._take(job)
-                    if before and before.length > job.prompt:
-                        self._prefixes.discard(before)  # of the same answer, only the last one
+                    job.tail = job.done, self._runner.state(job.slot)
                 if self._emit(job, token):
                     break  # what the block has beyond the end is dropped
 
-    def _take(self, job: _Running) -> None:
-        job.latest = Snapshot(key_of(job.tokens[: job.done]), self._runner.take(job.slot))
+    def _take(self, job: _Running, at: int, state: Planes | None = None) -> None:
+        job.latest = Snapshot(key_of(job.tokens[:at]), self._runner.take(job.slot, at, state))
         self._prefixes.put(job.latest)
 
     def _choose(self, logits: Any, jobs: dict[int, _Running], after: int = 0) -> dict[int, Token]:
@@ -592,6 +597,13 @@ class Engine:
             self._end(job, reason)
             job.stream._push(Finished(reason), None)
         return bool(reason)
+
+
+def _open_trace(path: str | Path) -> TextIO:
+    try:
+        return open(path, "a", encoding="utf-8")
+    except OSError as error:
+        raise Ds4Error(f"trace: {path} cannot be written: {error.strerror}") from None
 
 
 def _constraints(request: Request, prompt: list[int], stop_ids: frozenset[int]) -> Constraints | None:

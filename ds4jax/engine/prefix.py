@@ -116,14 +116,9 @@ class Prefixes:
         while self.nbytes > self.budget and self._aligned:
             value = values(self._aligned)
             victim = min(self._aligned, key=value.__getitem__)
-            self.discard(victim)
+            self._aligned.remove(victim)
+            self._count(victim, -1)
             self.save(victim)
-
-    def discard(self, snapshot: Snapshot) -> None:
-        """Forget an aligned snapshot, if it is still here."""
-        if snapshot in self._aligned:
-            self._aligned.remove(snapshot)
-            self._count(snapshot, -1)
 
     def save(self, snapshot: Snapshot) -> None:
         """Write a snapshot to disk, in the background. Without a store, or if too many wait already, it is not kept."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import jax
@@ -199,7 +200,8 @@ class Runner:
             size *= 2
         for tokens in snapshots.rooms(self.settings.ctx):
             self.decode_block({}, 1)
-            self.cache = snapshots.compile(self.cache, tokens)
+            with self._enough_memory("snapshots"):
+                self.cache = snapshots.compile(self.cache, tokens)
         for rows in (1, self.batch):
             logits = np.zeros((rows, self.cfg.vocab_size), np.float32)
             self.choose(logits, [Sampling()] * rows, edits([None] * rows, self.cfg.vocab_size), [0] * rows)
@@ -272,13 +274,22 @@ class Runner:
         self.cache = kv.restore(self.cache, slot, saved)
         self._sampling[slot], self.lengths[slot] = params, int(saved.length[0])
 
-    def take(self, slot: int) -> Planes:
-        """The sequence in `slot` as it is now, in host memory, for `put` (see `ds4jax.engine.snapshots`)."""
-        return snapshots.take(self.cache, slot, self.lengths[slot])
+    def take(self, slot: int, at: int | None = None, state: Planes | None = None) -> Planes:
+        """The sequence in `slot` as it is now, in host memory, for `put` (see `ds4jax.engine.snapshots`).
+
+        at, state: as it was when it had `at` tokens and `self.state` gave that; it may only have grown since.
+        """
+        with self._enough_memory("take"):
+            return snapshots.take(self.cache, slot, self.lengths[slot] if at is None else at, state)
+
+    def state(self, slot: int) -> Planes:
+        """What `take` needs to know later of the sequence in `slot` as it is now, of a multiple of 128 tokens."""
+        return snapshots.state(self.cache, slot)
 
     def put(self, slot: int, planes: Planes, params: Sampling) -> None:
         """Put a state from `take` into `slot`, in place of what was there; see `restore`."""
-        self.cache = snapshots.put(self.cache, slot, planes)
+        with self._enough_memory("put"):
+            self.cache = snapshots.put(self.cache, slot, planes)
         self._sampling[slot], self.lengths[slot] = params, int(planes["length"][0])
 
     def choose(
@@ -289,17 +300,22 @@ class Runner:
 
     def _run(self, name: str, *args: Any) -> list[Array]:
         """One step on the weights, the cache and numpy arguments: → what it returns beside the cache."""
-        try:
+        with self._enough_memory(name):
             before = self.programs.seconds
             step = self.programs.get(name, *args)
             self.stats.compile_seconds += self.programs.seconds - before
             *out, self.cache = step(self.weights, self.cache, *args)
             return out
+
+    @contextlib.contextmanager
+    def _enough_memory(self, what: str) -> Iterator[None]:
+        try:
+            yield
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             raise Ds4Error(
-                f"{name}: out of device memory; a smaller prefill_chunk, ctx or batch needs less (found "
+                f"{what}: out of device memory; a smaller prefill_chunk, ctx or batch needs less (found "
                 f"{self.settings.prefill_chunk}, {self.settings.ctx}, {self.batch})"
             ) from error
 

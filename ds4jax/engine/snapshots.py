@@ -28,8 +28,8 @@ def room(length: int) -> int:
     return max(SMALLEST_ROOM, 1 << (length - 1).bit_length())
 
 
-def take(cache: Cache, slot: int, length: int) -> Planes:
-    """The state of the sequence in `slot`, which has `length` tokens."""
+def take(cache: Cache, slot: int, length: int, state: Planes | None = None) -> Planes:
+    """The sequence in `slot` as it is after `length` tokens, or as it was then: with what `state` gave at that time."""
     saved = jax.device_get(_take(cache, np.int32(slot), room(length)))
     planes = {}
     for path, x in jax.tree_util.tree_leaves_with_path(saved):
@@ -37,7 +37,13 @@ def take(cache: Cache, slot: int, length: int) -> Planes:
             planes[_name(path)] = np.ascontiguousarray(x[:, :, : length // ratio])
         elif length % HCA_RATIO or not _open_window(path):
             planes[_name(path)] = np.asarray(x)
-    return planes
+    return planes | (state or {})
+
+
+def state(cache: Cache, slot: int) -> Planes:
+    """What later tokens will overwrite of a sequence whose length is a multiple of 128: all but the compressed rows."""
+    leaves = jax.device_get(_state(cache, np.int32(slot)))
+    return {_name(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(leaves)}
 
 
 def put(cache: Cache, slot: int, planes: Planes) -> Cache:
@@ -65,7 +71,8 @@ def rooms(ctx: int) -> list[int]:
 
 
 def compile(cache: Cache, tokens: int) -> Cache:
-    """Compile `take` and `put` for lengths of that room; → `cache` (donated) as it was."""
+    """Compile `take`, `state` and `put` for lengths of that room; → `cache` (donated) as it was."""
+    state(cache, 0)
     saved = jax.device_get(_take(cache, np.int32(0), tokens))
     for _ in range(2):  # where a step left the cache, and where another `put` did: JAX tells them apart
         cache = kv.restore(cache, 0, saved)
@@ -77,6 +84,16 @@ def _take(cache: Cache, slot: jax.Array, tokens: int) -> Cache:
     def leaf(path, x: jax.Array) -> jax.Array:
         x = lax.dynamic_slice_in_dim(x, slot, 1, axis=min(1, x.ndim - 1))
         return x[:, :, : tokens // ratio] if (ratio := _ratio(path)) else x
+
+    return jax.tree_util.tree_map_with_path(leaf, cache)
+
+
+@jax.jit
+def _state(cache: Cache, slot: jax.Array) -> Cache:
+    def leaf(path, x: jax.Array) -> jax.Array | None:
+        if _ratio(path) or _open_window(path):
+            return None
+        return lax.dynamic_slice_in_dim(x, slot, 1, axis=min(1, x.ndim - 1))
 
     return jax.tree_util.tree_map_with_path(leaf, cache)
 
