@@ -14,6 +14,7 @@ GPU only bytes and FLOPs are shown, and nothing is allocated.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import math
@@ -226,6 +227,9 @@ def product_names(works: Iterable[Work]) -> tuple[Shares, dict[str, float]]:
                 dense[w.component] += w.flops
         for w in families.values():  # of many tokens
             names[f"grouped_{w.shape[-1]}_{w.shape[-2]}"][w.component] += w.flops
+    for name, parts in names.items():
+        if "experts" in parts:  # a matrix of the shared expert has the same name, if it is not left to XLA
+            names[name] = {"experts": 1.0}
     return {name: _normal(parts) for name, parts in names.items()}, _normal(dense)
 
 
@@ -251,17 +255,29 @@ def attribute(times: Mapping[str, float], works: list[Work]) -> dict[str, float]
 
 
 def kernel_times(trace: Path, steps: int) -> dict[str, float]:
-    """Seconds per step of every kernel and copy on the GPU, from what the profiler left in a folder."""
+    """Seconds per step of every kernel and copy on the GPU, from what the profiler left in a folder.
+
+    Kernels that run side by side share that time equally, so that all of them take as long as the GPU was busy.
+    """
     import jax
 
-    times: Counter[str] = Counter()
+    edges: list[tuple[float, int, str]] = []
     for path in trace.glob("**/*.xplane.pb"):
         for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
             for line in plane.lines if "GPU" in plane.name else ():
-                if line.name.startswith("Stream"):
-                    for event in line.events:
-                        times[event.name] += event.duration_ns * 1e-9 / steps
-    return dict(times)
+                for event in line.events if line.name.startswith("Stream") else ():
+                    edges.append((event.start_ns, 1, event.name))
+                    edges.append((event.start_ns + event.duration_ns, -1, event.name))
+    times: Counter[str] = Counter()
+    running: Counter[str] = Counter()
+    last = 0.0
+    for at, change, name in sorted(edges):  # ends come first
+        for one, n in running.items():
+            times[one] += (at - last) * n / running.total()
+        running[name] += change
+        running += Counter()  # without the zeros
+        last = at
+    return {name: ns * 1e-9 / steps for name, ns in times.items()}
 
 
 def measure(runner: Runner, context: int, prefill: int | None, seed: int) -> tuple[float, dict[str, float]]:
@@ -277,32 +293,31 @@ def measure(runner: Runner, context: int, prefill: int | None, seed: int) -> tup
     tokens = np.random.default_rng(seed).integers(runner.cfg.vocab_size, size=prefill or runner.batch).tolist()
     saved = random_sequence(runner, context, seed) if context else None
 
-    def run() -> float:
-        """Seconds of some steps, all of them at this context or a little beyond."""
-        if saved is not None:
-            for slot in range(runner.batch):
-                runner.restore(slot, saved, greedy)
+    def run(around: Any = None) -> float:
+        """Seconds of some steps, all of them at this context or a little beyond. around: a context manager."""
+        for slot in range(runner.batch) if saved is not None else ():
+            runner.restore(slot, saved, greedy)
         jax.block_until_ready(runner.cache)
-        start = time.perf_counter()
-        if prefill:
-            runner.prefill(0, tokens, greedy, append=context > 0)
-        else:
-            given, blocks = dict(enumerate(tokens)), []
-            for _ in range(BLOCKS):  # the device is a block ahead of the host
-                blocks.append(runner.decode_block(given, BLOCK))
-                if len(blocks) > 1:
-                    blocks.pop(0).tokens()
-                given = dict.fromkeys(given)
-            blocks.pop().tokens()
-        return time.perf_counter() - start
+        with around or contextlib.nullcontext():
+            start = time.perf_counter()
+            if prefill:
+                runner.prefill(0, tokens, greedy, append=context > 0)
+            else:
+                given, blocks = dict(enumerate(tokens)), []
+                for _ in range(BLOCKS):  # the device is a block ahead of the host
+                    blocks.append(runner.decode_block(given, BLOCK))
+                    if len(blocks) > 1:
+                        blocks.pop(0).tokens()
+                    given = dict.fromkeys(given)
+                blocks.pop().tokens()
+            return time.perf_counter() - start
 
     steps = 1 if prefill else BLOCKS * BLOCK
     for _ in range(WARM):
         run()
     seconds = min(run() for _ in range(3)) / steps
     with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
-            run()
+        run(jax.profiler.trace(folder))
         return seconds, kernel_times(Path(folder), steps)
 
 
@@ -404,7 +419,7 @@ def plot(path: Path, found: list[Row], title: str) -> None:
 
 def main() -> None:
     """Run the tool as FLAGS say. Raises Ds4Error."""
-    for name, least in (("ctx", 0), ("batch", 1), ("prefill", 2), ("seed", 0)):
+    for name, least in (("ctx", 0 if FLAGS.prefill else 1), ("batch", 1), ("prefill", 2), ("seed", 0)):
         if FLAGS[name].value is not None and FLAGS[name].value < least:
             raise ConfigError(f"{name}: found {FLAGS[name].value}, expected at least {least}")
     if FLAGS.prefill and FLAGS.batch > 1:
