@@ -366,6 +366,18 @@ def test_responses_custom_tools():
         assert "web_search" not in prompt(engine)
 
 
+def test_responses_namespaces():
+    call = CALL.replace("weather", "agents__weather")
+    answers = iter([f"</think>{call}", "</think>Done."])
+    with clients(lambda _: next(answers)) as (o, _, _, engine):
+        tools = [{"type": "namespace", "name": "agents", "description": "d", "tools": [RESPONSES_WEATHER]}]
+        (item,) = o.responses.create(model="m", input="Hi", tools=tools).output
+        assert (item.type, item.namespace, item.name) == ("function_call", "agents", "weather")
+        output = {"type": "function_call_output", "call_id": item.call_id, "output": "ok"}
+        o.responses.create(model="m", input=[*HI, item.model_dump(exclude_none=True), output], tools=tools)
+        assert f"{call}<｜end▁of▁sentence｜><｜User｜><tool_result>ok</tool_result>" in prompt(engine)
+
+
 # ---- streams: first event, keep-alives, disconnects, failures --------------------------------------------------------
 STREAMS = {
     "/v1/chat/completions": ({"messages": HI}, b'"role":"assistant"', b": prefill "),

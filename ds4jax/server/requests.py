@@ -27,7 +27,8 @@ class Ask:
 
     model: the name the client used; any will do. stream: whether events are wanted.
     messages: in Chat Completions' form, for `ds4jax.chat.render`; or None for a raw `prompt`, text or token ids.
-    tools: those the model may call. custom_tools: names of those that take free text (Responses).
+    tools: those the model may call. custom_tools: names of those that take free text; namespaces: (namespace, name) of
+        those that have one, by the name that the model sees (Responses).
     think: one of `ds4jax.chat.THINK_MODES`.
     schema: what the reply must follow: a JSON schema or "json_object". max_tokens: None for all the room there is.
     logprobs: None, or how many of the likeliest tokens to report beside each token of the text.
@@ -42,6 +43,7 @@ class Ask:
     prompt: str | list[int] | None = None
     tools: list[Json] | None = None
     custom_tools: frozenset[str] = frozenset()
+    namespaces: Mapping[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
     think: str = "on"
     schema: Json | str | None = None
     max_tokens: int | None = None
@@ -205,7 +207,7 @@ def responses(body: Json) -> Ask:
         history.append({"role": "user", "content": items})
     else:
         history += _items(items)
-    tools, custom = _responses_tools(_get(body, "tools", list, []))
+    tools, custom, namespaces = _responses_tools(_get(body, "tools", list, []))
     reasoning = _get(body, "reasoning", dict, {})
     text = _get(body, "text", dict, {})
     summary = _get(reasoning, "summary", str, where="reasoning.")
@@ -213,6 +215,7 @@ def responses(body: Json) -> Ask:
         messages=history,
         tools=None if choice == "none" else tools or None,
         custom_tools=custom,
+        namespaces=namespaces,
         think=_think(None, _get(reasoning, "effort", str, where="reasoning."), "reasoning.effort"),
         summary=summary not in (None, "none"),
         schema=_format(_get(text, "format", dict, where="text."), "text.format"),
@@ -222,19 +225,38 @@ def responses(body: Json) -> Ask:
     )
 
 
-def _responses_tools(tools: Sequence[Any]) -> tuple[list[Json], frozenset[str]]:
-    """Function tools; those that take free text become functions of one string, and their names are returned too."""
-    out, custom = [], []
-    for i, tool in enumerate(tools):
-        kind = _required(_is(tool, dict, f"tools[{i}]"), "type", str, where=f"tools[{i}].")
+def _responses_tools(tools: Sequence[Any]) -> tuple[list[Json], frozenset[str], dict[str, tuple[str, str]]]:
+    """Function tools, and what `Ask` says of custom_tools and namespaces. A tool of free text becomes a function of one
+    string; the tools of a namespace come one by one."""
+    out, custom, namespaces = [], [], {}
+
+    def add(tool: Any, where: str, space: str | None) -> None:
+        kind = _required(_is(tool, dict, where), "type", str, where=f"{where}.")
+        if kind in _HOSTED_TOOLS:
+            return
+        name = _required(tool, "name", str, where=f"{where}.")
+        if kind == "namespace" and space is None:
+            for i, inner in enumerate(_required(tool, "tools", list, where=f"{where}.")):
+                add(inner, f"{where}.tools[{i}]", name)
+            return
+        shown = _in_namespace(space, name)
+        if space is not None:
+            namespaces[shown] = space, name
         if kind == "custom":
-            name = _required(tool, "name", str, where=f"tools[{i}].")
+            custom.append(shown)
             schema = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}
-            out.append({"type": "function", "name": name, "description": tool.get("description"), "parameters": schema})
-            custom.append(name)
-        elif kind not in _HOSTED_TOOLS:
-            out.append(tool)
-    return out, frozenset(custom)
+            tool = {"description": tool.get("description"), "parameters": schema}
+        elif kind != "function":
+            raise _wrong(f"{where}.type", kind, "function, custom or namespace")
+        out.append(tool | {"type": "function", "name": shown})
+
+    for i, tool in enumerate(tools):
+        add(tool, f"tools[{i}]", None)
+    return out, frozenset(custom), namespaces
+
+
+def _in_namespace(namespace: str | None, name: str) -> str:
+    return f"{namespace}__{name}" if namespace else name
 
 
 def _items(items: Sequence[Any]) -> list[Json]:
@@ -275,6 +297,7 @@ def _items(items: Sequence[Any]) -> list[Json]:
                 arguments = _required(item, key, str, where=f"{where}.")
                 if key == "input":
                     arguments = json.dumps({"input": arguments}, ensure_ascii=False)
+                name = _in_namespace(_get(item, "namespace", str, where=f"{where}."), name)
                 call = {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
                 assistant(fresh=False).setdefault("tool_calls", []).append(call)
             case "function_call_output" | "custom_tool_call_output":

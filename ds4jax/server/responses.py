@@ -119,7 +119,9 @@ class ResponsesReply(Reply):
         else:
             kind, key, value, prefix = "function_call", "arguments", arguments, "fc_"
             deltas = "function_call_arguments"
+        space, name = self.ask.namespaces.get(name, (None, name))
         item = {"id": new_id(prefix), "type": kind, "status": "in_progress", "call_id": id, "name": name, key: ""}
+        item |= {"namespace": space} if space else {}
         out = self._open(item)
         out += self._in_item(f"{deltas}.delta", delta=value)
         out += self._in_item(f"{deltas}.done", **({key: value, "name": name} if key == "arguments" else {key: value}))
