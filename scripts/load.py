@@ -92,7 +92,7 @@ def serve_synthetic() -> int:
     settings.set_environment()
     from ds4jax import serve, tokenizer
     from ds4jax.engine import runner
-    from ds4jax.engine.engine import Engine
+    from ds4jax.engine.engine import SMALLEST_BUCKET, Engine
     from ds4jax.server.app import Options
 
     class Runner(runner.Runner):
@@ -109,7 +109,7 @@ def serve_synthetic() -> int:
 
     runner.keep_compilations()
     loaded = Runner(runner.open_model(settings, FLAGS.synthetic), settings, FLAGS.streams + 1, progress=True)
-    loaded.compile()
+    loaded.compile(min(SMALLEST_BUCKET, settings.prefill_chunk))
     return asyncio.run(serve.serve(Engine(loaded), Options(), "127.0.0.1", 0, 0.0))
 
 
