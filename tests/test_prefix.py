@@ -212,6 +212,26 @@ def test_a_cancelled_prompt_leaves_what_was_computed(runner):
     assert asyncio.run(main())[0].cached_tokens >= 256
 
 
+def test_an_answer_that_its_reader_ends_is_reused_up_to_what_was_read(runner):
+    """The engine may be past a multiple of 128 by then, with tokens that are no part of the conversation."""
+
+    async def main():
+        engine = Engine(runner)
+        stream, read = engine.submit(request(TOKENS[:100], 345)), []
+        async for event in stream:
+            read += [event.id] if isinstance(event, Token) else []
+            if len(read) == 283:
+                break
+        while engine._jobs and next(iter(engine._jobs.values())).done < 384:
+            await asyncio.sleep(0.001)
+        await stream.aclose()
+        events = await collect(engine, [request(TOKENS[:100] + read + OTHERS[:50])])
+        await engine.close()
+        return events
+
+    assert asyncio.run(main())[0] == Started(256, 433)
+
+
 # ---- on disk ---------------------------------------------------------------------------------------------------------
 def test_a_restarted_engine_goes_on_with_a_conversation(engines, runner, path, tmp_path):
     prompt = TOKENS[:500]

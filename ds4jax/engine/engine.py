@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 SMALLEST_BUCKET = 32  # of a prefill call: fewer shapes to compile, for little more to compute
 MAX_NOTES = 100_000  # in memory
+LATE = 64  # tokens that an answer may have gone on for when its reader's decision to end it arrives
 BLOCK_SECONDS = 0.04  # of decoding at once, while there is nothing else to do
 TTFT_BOUNDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 """Upper bounds of the time-to-first-token histogram, in seconds."""
@@ -187,7 +188,10 @@ class _Running(Job):
     reading: Future[Snapshot | None] | None = None  # from disk
     base: Snapshot | None = None  # where it starts
     latest: Snapshot | None = None  # the last one that was taken of it
-    tail: tuple[int, Planes] | None = None  # at the last multiple of 128 in its answer, what is needed to take one
+    # At the last multiples of 128 in its answer, what is needed to take one.
+    tails: collections.deque[tuple[int, Planes]] = dataclasses.field(
+        default_factory=lambda: collections.deque(maxlen=2)
+    )
     submitted: float = dataclasses.field(default_factory=time.perf_counter)
     cached: int = 0
     started: float | None = None
@@ -450,9 +454,12 @@ class Engine:
 
     def _end(self, job: _Running, reason: str) -> None:
         if job.slot is not None and job.cached < job.done < job.prompt and job.done % ALIGN == 0:
-            job.tail = job.done, {}  # an interrupted prompt
-        if job.tail:
-            self._take(job, *job.tail)
+            job.tails.append((job.done, {}))  # an interrupted prompt
+        if len(job.tails) == 2 and not (reason == "cancelled" and job.done - job.tails[-1][0] < LATE):
+            job.tails.popleft()
+        for tail in job.tails:
+            self._take(job, *tail)
+            self._prefixes.save(job.latest)
         if job.latest:
             self._prefixes.save(job.latest)
         del self._jobs[job.stream]
@@ -544,7 +551,7 @@ class Engine:
             for token in tokens[job.slot]:
                 self._scheduler.advance(job, job.done + 1)
                 if job.done % ALIGN == 0:
-                    job.tail = job.done, self._runner.state(job.slot)
+                    job.tails.append((job.done, self._runner.state(job.slot)))
                 if self._emit(job, token):
                     break  # what the block has beyond the end is dropped
 

@@ -10,7 +10,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from ds4jax.engine.engine import TTFT_BOUNDS, Engine
 
 # Of what the engine reports, the present state; all else counts up.
-_GAUGES = ("waiting", "prefilling", "decoding", "slots", "prefix_bytes", "prefix_count", "disk_bytes", "disk_count")
+_GAUGES = {"waiting", "prefilling", "decoding", "slots", "weights_bytes", "cache_bytes"}
+_GAUGES |= {"prefix_bytes", "prefix_count", "disk_bytes", "disk_count"}
 
 
 class Metrics:
