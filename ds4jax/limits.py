@@ -40,7 +40,6 @@ def seconds(launch: Callable[[], Any], repeats: int = 5) -> float:
     for _ in range(repeats):
         start = time.perf_counter()
         for _ in range(n):
-            out = None  # given back before the next launch, whose results may then lie in the same place
             out = launch()
         jax.block_until_ready(out)
         rounds.append((time.perf_counter() - start) / n)

@@ -10,12 +10,13 @@ an equal share of the time. A config that cannot be compiled or run is a line of
 
 How a call is timed: one compiled program is a loop, whose body makes as many calls as it takes to read 512 MiB (at
 most 64), each on its own copy of the inputs, so that none finds them in a cache. They run one after the other, recorded
-as one CUDA graph. The loop is as long as takes some 20 ms, because a launch whose results lie in new places has to
-write every node of the graph anew, 10 to 20 µs each on the host. The time of a call is the median of a few rounds of
-launches over the number of calls, with nothing subtracted. "cached" marks shapes so small that all their copies may
-stay in the cache after all. Errors are ‖result - reference‖ / ‖reference‖, or the share of integers that differ, of the
-loop's last results. "repeats" is whether all copies gave the same result. The floor is the larger of the bytes over the
-bandwidth and the FLOPs over the rate of a bfloat16 matrix product, both measured first.
+as one CUDA graph. Results take the place of the last ones, as a launch whose results lie elsewhere has to write every
+node of the graph anew, 10 to 20 µs each on the host; and the loop is as long as takes some 20 ms. The time of a call is
+the median of a few rounds of launches over the number of calls, with nothing subtracted. "cached" marks shapes so small
+that all their copies may stay in the cache after all. Errors are ‖result - reference‖ / ‖reference‖, or the share of
+integers that differ, of the first launch's results. "repeats" is whether all copies gave the same result. The floor is
+the larger of the bytes over the bandwidth and the FLOPs over the rate of a bfloat16 matrix product, both measured
+first.
 
 A shape with `in_place`, (number of an argument, number of the result that takes its place, or None for the whole
 result), has a call that updates memory: each call then takes what the one before it left, and so does the reference.
@@ -167,8 +168,6 @@ def measure(case: Case, configs: Sequence[Any], device: Device, repeats: int, de
     """Check and time `configs` until `deadline` (of `time.monotonic`), but at least the first."""
     import jax
 
-    from ds4jax import limits
-
     default = case.module.default_config(case.shape)
     results = [Result(case.op_name, case.name, dataclasses.asdict(c), c == default) for c in configs]
     if not results:
@@ -177,8 +176,10 @@ def measure(case: Case, configs: Sequence[Any], device: Device, repeats: int, de
         inputs = jax.block_until_ready(case.shape.inputs(jax.random.key(0)))
         sets = copies(case.shape, inputs, jax.eval_shape(case.reference, *inputs))
         n = turns(device.floor(case.shape.nbytes, case.shape.flops) * len(sets), len(sets))
-        reference = jax.jit(lambda sets: looped(case.reference, case.in_place, sets, n if case.in_place else 1))
-        (expected,) = jax.block_until_ready(reference([inputs]))
+        first = before(case.in_place, inputs, jax.eval_shape(case.reference, *inputs))
+        again = n if case.in_place else 1
+        reference = jax.jit(functools.partial(looped, case.reference, case.in_place, again), donate_argnums=0)
+        (expected,) = jax.block_until_ready(reference([first], [inputs]))
     except Exception as error:  # whatever is wrong with one shape, the others go on
         return [dataclasses.replace(results[0], failed=f"reference: {_first_line(error)}")]
 
@@ -194,11 +195,12 @@ def measure(case: Case, configs: Sequence[Any], device: Device, repeats: int, de
             try:
                 if isinstance(program, Exception):
                     raise program
-                out = program(sets)
+                first = [before(case.in_place, x, out) for x, out in zip(sets, program.out_info, strict=True)]
+                out = program(first, sets)
                 result.error = max(norm_error(out[0], expected), norm_error(out[-1], expected))
                 result.repeats = same_bits(out)
+                t = relaunched(program, out, sets, repeats) / len(sets) / n
                 del out
-                t = limits.seconds(lambda program=program: program(sets), repeats) / len(sets) / n
                 result.us = t * 1e6
                 result.gb_per_s = case.shape.nbytes / t / 1e9
                 result.tflop_per_s = case.shape.flops / t / 1e12
@@ -207,6 +209,18 @@ def measure(case: Case, configs: Sequence[Any], device: Device, repeats: int, de
             except Exception as error:
                 result.failed = _first_line(error)
     return results[:done]
+
+
+def relaunched(program: Callable, results: list[Any], sets: list[Any], repeats: int) -> float:
+    """The time of a launch on the results of the launch before it."""
+    from ds4jax import limits
+
+    def launch() -> list[Any]:
+        nonlocal results
+        results = program(results, sets)
+        return results
+
+    return limits.seconds(launch, repeats)
 
 
 def copies(shape: Any, inputs: Any, outputs: Any) -> list[Any]:
@@ -224,21 +238,24 @@ def turns(floor: float, calls: int) -> int:
     return max(2, min(MOST_TURNS, round(LAUNCH / (floor + calls * KERNEL))))
 
 
-def looped(call: Callable, in_place: Any, sets: list[Any], turns: int) -> list[Any]:
-    """The last results of `turns` times a call on each of `sets`, to be jitted. in_place: see the top of this file."""
+def before(in_place: Any, inputs: Any, results: Any) -> Any:
+    """What a loop starts with: zeros in place of results, given their shapes; but a copy of what the call updates."""
     import jax
     import jax.numpy as jnp
+
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), results)
+    if not in_place:
+        return zeros
+    argument, nth = in_place
+    updated = jax.tree.map(jnp.copy, inputs[argument])
+    return updated if nth is None else (*zeros[:nth], updated, *zeros[nth + 1 :])
+
+
+def looped(call: Callable, in_place: Any, turns: int, results: list[Any], sets: list[Any]) -> list[Any]:
+    """The last results of `turns` times a call on each of `sets`, to be jitted and `results`, by set, be donated."""
     from jax import lax
 
-    def first(inputs: Any) -> Any:
-        """Zeros in place of results; but what the first call updates."""
-        results = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(call, *inputs))
-        if not in_place:
-            return results
-        argument, nth = in_place
-        return inputs[argument] if nth is None else (*results[:nth], inputs[argument], *results[nth + 1 :])
-
-    def after(inputs: Any, results: Any) -> Any:
+    def after(results: Any, inputs: Any) -> Any:
         """One more call. It depends on the last one's results, or XLA would make it once, before the loop."""
         inputs, results = lax.optimization_barrier((inputs, results))
         if in_place:
@@ -247,7 +264,7 @@ def looped(call: Callable, in_place: Any, sets: list[Any], turns: int) -> list[A
         return call(*inputs)
 
     # The number of turns is static: one that the device knows would be copied to the host in every turn.
-    return lax.fori_loop(0, turns, lambda _, outs: list(map(after, sets, outs)), list(map(first, sets)))
+    return lax.fori_loop(0, turns, lambda _, results: list(map(after, results, sets)), results)
 
 
 def compile_all(case: Case, configs: Sequence[Any], sets: list[Any], turns: int) -> list[Any]:
@@ -262,7 +279,8 @@ def compile_all(case: Case, configs: Sequence[Any], sets: list[Any], turns: int)
     def lowered(config: Any) -> Any:
         try:
             call = functools.partial(case.op, **options, config=config)
-            return jax.jit(lambda sets: looped(call, case.in_place, sets, turns)).lower(sets)
+            loop = jax.jit(functools.partial(looped, call, case.in_place, turns), donate_argnums=0)
+            return loop.lower([jax.eval_shape(call, *inputs) for inputs in sets[:1]] * len(sets), sets)
         except Exception as error:
             return error
 

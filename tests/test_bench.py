@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import functools
 import json
 import re
 import sys
@@ -459,7 +460,8 @@ def test_what_is_updated_in_place_passes_from_turn_to_turn():
         return state["n"] + x, state["n"]
 
     def last(f, in_place, inputs):
-        return jax.jit(lambda sets: autotune.looped(f, in_place, sets, 4))([inputs])[0]
+        first = autotune.before(in_place, inputs, jax.eval_shape(f, *inputs))
+        return jax.jit(functools.partial(autotune.looped, f, in_place, 4))([first], [inputs])[0]
 
     x, n = jnp.int32(2), jnp.int32(5)
     assert last(part, (1, 1), (x, {"n": n})) == (3, {"n": 13})
