@@ -202,6 +202,25 @@ def test_a_failure_reaches_every_stream(runner, monkeypatch):
     asyncio.run(main())
 
 
+def test_a_failure_while_closing_reaches_its_stream(runner, monkeypatch):
+    engine = Engine(runner)
+
+    def fail(*_):
+        raise RuntimeError("no device")
+
+    async def main():
+        stream = engine.submit(request(100, 400))
+        while not isinstance(await anext(stream), Token) or engine.metrics()["generated_tokens"] < 30:
+            pass
+        monkeypatch.setattr(runner, "take", fail)
+        await engine.close()
+        with pytest.raises(EngineFailed, match="no device"):
+            async for _ in stream:
+                pass
+
+    asyncio.run(main())
+
+
 def test_metrics_and_trace(runner, tmp_path):
     engine = Engine(runner, trace=tmp_path / "trace")
     before = engine.metrics()

@@ -150,9 +150,9 @@ def test_the_next_turn_reuses_prompt_and_answer(engines):
 
 @pytest.mark.parametrize("n", [1, 127, 128, 131, 512])
 def test_a_state_taken_and_put_elsewhere_goes_on_bit_for_bit(runner, n):
-    runner.prefill(0, TOKENS[:n], GREEDY, smallest=32)
+    runner.prefill(0, TOKENS[:n], GREEDY, sizes=[32, 128])
     planes = runner.take(0)
-    runner.prefill(2, OTHERS[:500], GREEDY, smallest=32)  # what was there leaves no trace
+    runner.prefill(2, OTHERS[:500], GREEDY, sizes=[32, 128])  # what was there leaves no trace
     runner.put(2, planes, GREEDY)
     assert all(isinstance(plane, np.ndarray) for plane in planes.values()) and runner.lengths[2] == n
     for token in OTHERS[:140]:
@@ -161,7 +161,7 @@ def test_a_state_taken_and_put_elsewhere_goes_on_bit_for_bit(runner, n):
 
 
 def test_a_state_is_taken_later_as_it_was(runner):
-    runner.prefill(0, TOKENS[:380], GREEDY, smallest=32)
+    runner.prefill(0, TOKENS[:380], GREEDY, sizes=[32, 128])
     for token in OTHERS[:4]:
         runner.decode({0: token})
     then, state = runner.take(0), runner.state(0)

@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from ds4jax.sampling import Sampling
     from ds4jax.settings import Settings
 
-SMALLEST_BUCKET = 32  # of a prefill call: fewer shapes to compile, for little more to compute
 MAX_NOTES = 100_000  # in memory
 LATE = 64  # tokens that an answer may have gone on for when its reader's decision to end it arrives
 BLOCK_SECONDS = 0.04  # of decoding at once, while there is nothing else to do
@@ -231,7 +230,7 @@ class Engine:
 
         runner.keep_compilations()
         loaded = runner.Runner(runner.open_model(settings, synthetic), settings, max_seqs, progress)
-        loaded.compile(min(SMALLEST_BUCKET, settings.prefill_chunk))
+        loaded.compile(_sizes(settings))
         store = Store(kv_dir, kv_budget_bytes, fingerprint(loaded)) if kv_dir else None
         name = f"synthetic-{synthetic}" if synthetic else Path(settings.model).stem
         return cls(loaded, Prefixes(prefix_budget_bytes, store), name=name, trace=trace)
@@ -256,13 +255,8 @@ class Engine:
         self.model_name = name
         self._runner, self._max_waiting = runner, max_waiting
         self._prefixes = Prefixes(2 << 30) if prefixes is None else prefixes
-        chunk = runner.settings.prefill_chunk
-        # Chunks end at multiples of their size. With chunks of 128 a prompt is therefore computed in the same pieces
-        # wherever it starts, and what is reused is what a cold run computes, bit for bit. In larger ones, which a GPU
-        # needs for speed, a token's sums may be added up in another order.
-        chunk = chunk // ALIGN * ALIGN or 1 << chunk.bit_length() - 1
-        self._smallest = min(SMALLEST_BUCKET, chunk)
-        self._scheduler = Scheduler(runner.batch, chunk)
+        self._sizes = _sizes(runner.settings)
+        self._scheduler = Scheduler(runner.batch, self._sizes[-1])
         self._trace = _open_trace(trace) if trace else None
         self._inbox: list[tuple[str, Any]] = []
         self._changed = threading.Condition()  # guards the inbox and the two below
@@ -400,16 +394,15 @@ class Engine:
             while self._take_inbox(worked):
                 worked = self._step()
             error: Ds4Error = Stopping("the server is stopping")
+            for job in list(self._jobs.values()):
+                self._end(job, "stopped")
+                job.stream._push(error)
         except Exception as e:
             log.exception("the engine failed")
             error = EngineFailed(f"the model cannot run any more: {e}")
         with self._changed:
             self._refusal = error
             rest, self._inbox = self._inbox, []
-        if isinstance(error, Stopping):
-            for job in list(self._jobs.values()):
-                self._end(job, "stopped")
-                job.stream._push(error)
         streams = [*self._jobs, *(value[1] for what, value in rest if what == "submit")]
         for stream in streams:
             stream._push(error)
@@ -519,7 +512,7 @@ class Engine:
 
     def _prefill(self, job: _Running, end: int) -> None:
         tokens = job.tokens[job.done : end]
-        step = self._runner.prefill(job.slot, tokens, job.request.sampling, job.done > 0, self._smallest)
+        step = self._runner.prefill(job.slot, tokens, job.request.sampling, job.done > 0, self._sizes)
         self._scheduler.advance(job, end)
         job.stream._push(Prefilled(end, job.prompt))
         if end in job.marks:
@@ -604,6 +597,18 @@ class Engine:
             self._end(job, reason)
             job.stream._push(Finished(reason), None)
         return bool(reason)
+
+
+def _sizes(settings: Settings) -> list[int]:
+    """What the chunks of a prompt are padded to, the largest chunk last: few sizes, because each has to be compiled.
+
+    Chunks end at multiples of the largest. If that is 128, a prompt is therefore computed in the same pieces wherever it
+    starts, and what is reused is what a cold run computes, bit for bit. In larger ones, which a GPU needs for speed, a
+    token's sums may be added up in another order.
+    """
+    chunk = settings.prefill_chunk
+    chunk = chunk // ALIGN * ALIGN or 1 << chunk.bit_length() - 1
+    return [*(size for size in (32, 128, 512, 2048, 8192) if size < chunk), chunk]
 
 
 def _open_trace(path: str | Path) -> TextIO:

@@ -189,15 +189,13 @@ class Runner:
             return byte_tokenizer(self.cfg.vocab_size)
         return Tokenizer.from_metadata(self.checkpoint.file.metadata)
 
-    def compile(self, smallest: int = 1) -> None:
-        """Compile now, not on first use: decode, prefill of buckets from `smallest` on, `take`, `put`, `choose`."""
-        before, size = self.programs.seconds, smallest
-        largest = min(self.settings.prefill_chunk, self.settings.ctx - 1)
-        self.programs.compile_largest()
-        while size < largest:
+    def compile(self, sizes: Sequence[int]) -> None:
+        """Compile now, not on first use: decode, prefill padded to each of `sizes`, `take`, `put` and `choose`."""
+        before = self.programs.seconds
+        self.decode_block({}, 1)
+        for size in sizes:
             one = sampling.batch([Sampling()])
-            self.programs.get("prefill", np.int32(0), np.array([True]), *_pad([0] * size, smallest), one)
-            size *= 2
+            self.programs.get("prefill", np.int32(0), np.array([True]), *_pad([0], [size]), one)
         for tokens in snapshots.rooms(self.settings.ctx):
             self.decode_block({}, 1)
             with self._enough_memory("snapshots"):
@@ -208,18 +206,18 @@ class Runner:
         self.stats.compile_seconds += self.programs.seconds - before
 
     def prefill(
-        self, slot: int, tokens: Sequence[int], params: Sampling, append: bool = False, smallest: int = 1
+        self, slot: int, tokens: Sequence[int], params: Sampling, append: bool = False, sizes: Sequence[int] = ()
     ) -> Step:
         """Start a sequence in `slot`, in place of what was there; → its first token, drawn as `params` say.
 
-        append: continue the sequence that is there instead. smallest: the least that a chunk is padded to.
+        append: continue the sequence that is there instead. sizes: what chunks are padded to, ascending, if not buckets.
         Raises Ds4Error unless there are 1 to ctx - 1 tokens (with those that are there), all in the vocabulary.
         """
         before = self.lengths[slot] if append else 0
         check_prompt(tokens, self.cfg, self.settings.ctx, before)
         self._sampling[slot], self.lengths[slot] = params, before
         for start in range(0, len(tokens), self.settings.prefill_chunk):
-            padded, n = _pad(tokens[start : start + self.settings.prefill_chunk], smallest)
+            padded, n = _pad(tokens[start : start + self.settings.prefill_chunk], sizes)
             fresh = np.array([self.lengths[slot] == 0])
             before = time.perf_counter() - self.stats.compile_seconds
             sampled, logits = self._run("prefill", np.int32(slot), fresh, padded, n, sampling.batch([params]))
@@ -396,9 +394,10 @@ def _compiler_options() -> dict[str, Any] | None:
     return {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" and not given else None
 
 
-def _pad(tokens: Sequence[int], smallest: int = 1) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids → int32 (1, T) with T a bucket, and their number (1,)."""
-    padded = np.zeros((1, bucket(max(len(tokens), smallest), _LARGEST_BUCKET)), np.int32)
+def _pad(tokens: Sequence[int], sizes: Sequence[int] = ()) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids → int32 (1, T) with T the first of `sizes` that is enough, or else a bucket, and their number (1,)."""
+    enough = (size for size in sizes if size >= len(tokens))
+    padded = np.zeros((1, next(enough, bucket(len(tokens), _LARGEST_BUCKET))), np.int32)
     padded[0, : len(tokens)] = tokens
     return padded, np.array([len(tokens)], np.int32)
 
