@@ -602,9 +602,9 @@ class Engine:
 def _sizes(settings: Settings) -> list[int]:
     """What the chunks of a prompt are padded to, the largest chunk last: few sizes, because each has to be compiled.
 
-    Chunks end at multiples of the largest. If that is 128, a prompt is therefore computed in the same pieces wherever it
-    starts, and what is reused is what a cold run computes, bit for bit. In larger ones, which a GPU needs for speed, a
-    token's sums may be added up in another order.
+    Chunks end at multiples of the largest. If that is 128, a prompt is therefore computed in the same pieces wherever
+    it starts, and what is reused is what a cold run computes, bit for bit. In larger ones, which a GPU needs for speed,
+    a token's sums may be added up in another order.
     """
     chunk = settings.prefill_chunk
     chunk = chunk // ALIGN * ALIGN or 1 << chunk.bit_length() - 1

@@ -210,7 +210,7 @@ class Runner:
     ) -> Step:
         """Start a sequence in `slot`, in place of what was there; → its first token, drawn as `params` say.
 
-        append: continue the sequence that is there instead. sizes: what chunks are padded to, ascending, if not buckets.
+        append: continue the sequence that is there instead. sizes: what chunks are padded to, ascending, or buckets.
         Raises Ds4Error unless there are 1 to ctx - 1 tokens (with those that are there), all in the vocabulary.
         """
         before = self.lengths[slot] if append else 0
