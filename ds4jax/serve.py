@@ -31,6 +31,7 @@ flags.DEFINE_integer("ctx", None, "Tokens of prompt and answer together; by defa
 flags.DEFINE_integer("max_seqs", None, "Answers at once; by default the config's batch.", 1, flag_values=FLAGS)
 flags.DEFINE_string("kv_dir", None, "A folder for prefixes, so that a restart computes none anew.", flag_values=FLAGS)
 flags.DEFINE_float("kv_budget_gb", 16.0, "GiB that --kv_dir may hold.", 0.0, flag_values=FLAGS)
+flags.DEFINE_float("prefix_budget_gb", 2.0, "GiB of memory for prefixes.", 0.0, flag_values=FLAGS)
 flags.DEFINE_string("trace", None, "A file to which a JSON line is appended for every request.", flag_values=FLAGS)
 flags.DEFINE_float("keep_alive", 5.0, "Seconds of silence before a stream says something.", 0.01, flag_values=FLAGS)
 flags.DEFINE_float("grace", 30.0, "Seconds that running answers have once asked to stop.", 0.0, flag_values=FLAGS)
@@ -50,6 +51,7 @@ def main() -> int:
         max_seqs=FLAGS.max_seqs,
         kv_dir=FLAGS.kv_dir,
         kv_budget_bytes=int(FLAGS.kv_budget_gb * 2**30),
+        prefix_budget_bytes=int(FLAGS.prefix_budget_gb * 2**30),
         trace=FLAGS.trace,
         progress=True,
     )

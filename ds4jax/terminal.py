@@ -18,7 +18,7 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ from tqdm import tqdm
 from ds4jax import chat, cli
 from ds4jax.chat_parser import TextDelta, ThinkingDelta
 from ds4jax.errors import Ds4Error
+from ds4jax.paths import cache_dir
 from ds4jax.settings import Settings
 
 if TYPE_CHECKING:  # JAX takes a second to import
@@ -50,9 +51,7 @@ _DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
 def main() -> int:
     """Chat as FLAGS say, until the user leaves; → exit status. Raises Ds4Error."""
     settings = Settings.load(FLAGS.config, model=FLAGS.model, ctx=FLAGS.ctx)
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  gives `input` its line editing and history
-    with asyncio.Runner() as loop:
+    with asyncio.Runner() as loop, _line_editing():
         session = Session(loop.run, settings, lambda settings: _open(settings))
         try:
             while (line := _ask()) is not None and session.enter(line):
@@ -67,6 +66,26 @@ def _open(settings: Settings) -> Engine:
     from ds4jax.engine.engine import Engine
 
     return Engine.open(settings, max_seqs=1, kv_dir=FLAGS.kv_dir, progress=True)
+
+
+@contextlib.contextmanager
+def _line_editing() -> Iterator[None]:
+    """Gives `input` its line editing, and a history that outlives the program."""
+    try:
+        import readline
+    except ImportError:  # not on every system
+        yield
+        return
+    path = cache_dir() / "chat_history"
+    with contextlib.suppress(OSError):
+        readline.read_history_file(path)
+    readline.set_history_length(1000)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            path.touch(mode=0o600)
+            readline.write_history_file(path)
 
 
 def _ask() -> str | None:

@@ -197,7 +197,8 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError:  # JSON can carry lone surrogates; the UTF-16 round trip replaces them
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        return self._bpe.encode(text, add_special_tokens=False).ids
+        # Unlike `encode`, this lets other threads run: a long prompt takes a while, and others are being answered.
+        return self._bpe.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
     def encode_raw(self, text: str) -> list[int]:
         """Ids of a prompt without a chat template: BOS (unless the file says add_bos_token = false), then the text."""

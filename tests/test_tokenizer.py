@@ -2,6 +2,8 @@
 
 import hashlib
 import random
+import threading
+import time
 import unicodedata
 
 import deepseek_reference as reference
@@ -253,3 +255,20 @@ def test_byte_tokenizer_round_trips_and_compresses():
         assert tokenizer.decode(tokenizer.encode_text(text)) == text
     english = "There is more to the question than this, and the answer is in the tokens of the layer."
     assert len(tokenizer.encode_text(english)) < 0.6 * len(english)
+
+
+def test_other_threads_run_while_a_long_text_is_encoded():
+    tokenizer, ticks, done = byte_tokenizer(), [], threading.Event()
+
+    def tick():
+        while not done.wait(0.001):
+            ticks.append(time.perf_counter())
+
+    thread = threading.Thread(target=tick)
+    thread.start()
+    start = time.perf_counter()
+    tokenizer.encode_text(CORPUS["prose"] * 20_000)
+    end = time.perf_counter()
+    done.set()
+    thread.join()
+    assert sum(start < at < end for at in ticks) > 5
