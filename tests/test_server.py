@@ -403,7 +403,7 @@ def test_the_first_event_comes_before_the_prefill_and_then_signs_of_life(path):
 
 def test_signs_of_life_while_what_is_said_is_hidden():
     """Thoughts that nobody asked for, and calls that are not whole yet, take long too."""
-    with clients(f"{'Hm. ' * 20}</think>{CALL}", Options(keep_alive=0.1), delay=0.02) as (_, _, http, _):
+    with clients(f"{'Hm. ' * 20}</think>{CALL}", Options(keep_alive=0.03), delay=0.004) as (_, _, http, _):
         body = {"input": "Hi", "stream": True, "tools": [RESPONSES_WEATHER]}
         names = [name for name, _ in sse(http.post("/v1/responses", json=body).text)]
         assert names[1:4] == ["response.in_progress"] * 3
