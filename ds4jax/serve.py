@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 import sys
 from typing import TYPE_CHECKING
 
@@ -45,6 +46,7 @@ def main() -> int:
     from ds4jax.server.app import Options
 
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    listener = bind(FLAGS.host, FLAGS.port)  # a port in use is not to be found out after minutes of loading
     options = Options(keep_alive=FLAGS.keep_alive, cors=FLAGS.cors, api_key=FLAGS.api_key)
     engine = Engine.open(
         settings,
@@ -55,11 +57,24 @@ def main() -> int:
         trace=FLAGS.trace,
         progress=True,
     )
-    return asyncio.run(serve(engine, options, FLAGS.host, FLAGS.port, FLAGS.grace))
+    asyncio.run(serve(engine, options, listener, FLAGS.grace))
+    return 0
 
 
-async def serve(engine: Engine, options: Options, host: str, port: int, grace: float) -> int:
-    """Serve `engine` until SIGTERM or SIGINT, then close it; → exit status. Raises Ds4Error for a port in use.
+def bind(host: str, port: int) -> socket.socket:
+    """A socket for `serve`, which does not listen yet. Raises Ds4Error, say for a port in use."""
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise Ds4Error(f"port {port} of {host}: cannot be used: {error.strerror}") from None
+    return listener
+
+
+async def serve(engine: Engine, options: Options, listener: socket.socket, grace: float) -> None:
+    """Serve `engine` until SIGTERM or SIGINT, then close it.
 
     grace: seconds that running answers have to finish then; those cut off get an error event.
     """
@@ -70,22 +85,17 @@ async def serve(engine: Engine, options: Options, host: str, port: int, grace: f
     class Server(uvicorn.Server):
         async def startup(self, sockets=None):
             await super().startup(sockets)
-            if self.started:
-                address = self.servers[0].sockets[0].getsockname()
-                print(f"serving {engine.model_name} at http://{address[0]}:{address[1]}", file=sys.stderr, flush=True)
+            host, port = listener.getsockname()[:2]
+            address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+            print(f"serving {engine.model_name} at http://{address}", file=sys.stderr, flush=True)
 
         async def shutdown(self, sockets=None):
             closing = asyncio.create_task(engine.close(grace=grace))
             await super().shutdown(sockets)
             await closing
 
-    config = uvicorn.Config(make_app(engine, options), host=host, port=port, log_level="warning", lifespan="off")
-    try:
-        await Server(config).serve()
-    except SystemExit:  # uvicorn has logged why
-        await engine.close()
-        raise Ds4Error(f"port {port} of {host}: cannot be listened at") from None
-    return 0
+    config = uvicorn.Config(make_app(engine, options), log_level="warning", lifespan="off")
+    await Server(config).serve([listener])
 
 
 if __name__ == "__main__":

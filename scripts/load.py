@@ -86,7 +86,7 @@ async def load(url: str, *, streams: int, prompt: int, answer: int, long: int) -
     }
 
 
-def serve_synthetic() -> int:
+def serve_synthetic() -> None:
     """A server of random weights, with a tokenizer in which every id is text."""
     settings = _settings()
     settings.set_environment()
@@ -110,7 +110,7 @@ def serve_synthetic() -> int:
     runner.keep_compilations()
     loaded = Runner(runner.open_model(settings, FLAGS.synthetic), settings, FLAGS.streams + 1, progress=True)
     loaded.compile(min(SMALLEST_BUCKET, settings.prefill_chunk))
-    return asyncio.run(serve.serve(Engine(loaded), Options(), "127.0.0.1", 0, 0.0))
+    asyncio.run(serve.serve(Engine(loaded), Options(), serve.bind("127.0.0.1", 0), 0.0))
 
 
 def _settings() -> Settings:
@@ -136,8 +136,9 @@ async def run() -> None:
 
 def main() -> int:
     if FLAGS.serve:
-        return serve_synthetic()
-    asyncio.run(run())
+        serve_synthetic()
+    else:
+        asyncio.run(run())
     return 0
 
 

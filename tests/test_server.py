@@ -495,6 +495,8 @@ def test_api_key_and_cors():
                 assert response.headers["access-control-allow-origin"] == "*"
         assert http.get("/metrics").status_code == 401 and http.get("/health").status_code == 200
         assert http.get("/").status_code == 200
+        both = {"x-api-key": "other", "authorization": "Bearer k"}
+        assert http.get("/v1/models", headers=both).status_code == 200
         preflight = http.options("/v1/messages", headers={"origin": "https://x.example"})
         assert preflight.status_code == 204 and "POST" in preflight.headers["access-control-allow-methods"]
     with clients("Hi") as (_, _, http, _):

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -169,6 +170,13 @@ def test_logprobs(o):
     tokens = done.choices[0].logprobs.content
     assert b"".join(bytes(t.bytes) for t in tokens).decode() == done.choices[0].message.content
     assert all(t.top_logprobs[0].bytes == t.bytes and t.logprob == t.top_logprobs[0].logprob <= 0 for t in tokens)
+
+
+def test_a_port_in_use_is_refused_before_anything_is_loaded():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        command = [sys.executable, "-m", "ds4jax.serve", f"--port={taken.getsockname()[1]}"]
+        run = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert run.returncode == 1 and run.stderr.startswith("error: port ") and run.stderr.count("\n") == 1
 
 
 def test_short_soak(url):

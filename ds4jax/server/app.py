@@ -288,9 +288,8 @@ class _Gate:
         key = self._options.api_key
         if key is None or request.url.path in ("/", "/health"):
             return True
-        bearer = request.headers.get("authorization", "").removeprefix("Bearer ")
-        sent = request.headers.get("x-api-key", bearer)
-        return hmac.compare_digest(sent.encode(), key.encode())
+        sent = (request.headers.get("x-api-key", ""), request.headers.get("authorization", "").removeprefix("Bearer "))
+        return any(hmac.compare_digest(value.encode("latin-1"), key.encode()) for value in sent)
 
 
 def _with_cors(send: Send) -> Send:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ds4jax.sampling import Sampling
@@ -464,8 +464,3 @@ def _refuse(body: Json, **allowed: Sequence[Any]) -> None:
 
 def _wrong(where: str, found: Any, expected: str) -> ApiError:
     return ApiError(f"{where}: found {json.dumps(found, ensure_ascii=False):.80}, expected {expected}", param=where)
-
-
-READERS: Mapping[str, Callable[[Json], Ask]] = {
-    "chat": chat, "completions": completions, "messages": messages, "responses": responses,
-}  # fmt: skip
