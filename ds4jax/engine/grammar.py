@@ -53,8 +53,10 @@ class Grammar:
         except (TypeError, ValueError) as error:
             raise GrammarError(f"json_schema: {error}") from None
         self.start = llguidance.LLMatcher(vocabulary.native, text)
+        if not self.start.is_error():
+            self.start.compute_bitmask()  # finds out whether there is any answer
         if self.start.is_error():
-            raise GrammarError(f"json_schema: {self.start.get_error()}")
+            raise GrammarError(f"json_schema: {_in_a_line(self.start)}")
 
 
 class Matcher:
@@ -65,7 +67,7 @@ class Matcher:
 
     @property
     def error(self) -> str:
-        return self._matcher.get_error()
+        return _in_a_line(self._matcher)
 
     def push(self, token: int) -> None:
         """The answer goes on with this token."""
@@ -80,3 +82,8 @@ class Matcher:
             mask = np.frombuffer(self._matcher.compute_bitmask(), np.uint32)[: len(allowed)]
             allowed[: len(mask)] &= mask
             allowed[len(mask) :] = 0
+
+
+def _in_a_line(matcher: llguidance.LLMatcher) -> str:
+    """What went wrong, if anything did; without the parser's state, which it may be followed by."""
+    return " ".join(matcher.get_error().partition("<state>")[0].split())

@@ -3,6 +3,9 @@
 A compressed state cannot be rewound, so what a prompt shares with an earlier sequence is reused at the last position at
 which a snapshot was taken. Such positions are multiples of 128, where no window is open; `positions` chooses them. A
 *complete* prompt is also kept where it ends, with its logits, for the same prompt again.
+
+A snapshot is what the sequence had, bit for bit. What of it was decoded, token by token, may differ in its last bits
+from what prefill, which adds up in another order, would compute from the same tokens.
 """
 
 from __future__ import annotations
