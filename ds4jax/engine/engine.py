@@ -600,7 +600,7 @@ class Engine:
 
 
 def _sizes(settings: Settings) -> list[int]:
-    """What the chunks of a prompt are padded to, the largest chunk last: few sizes, because each has to be compiled.
+    """What the chunks of a prompt are padded to, the largest chunk last: few sizes, as each takes a while to compile.
 
     Chunks end at multiples of the largest. If that is 128, a prompt is therefore computed in the same pieces wherever
     it starts, and what is reused is what a cold run computes, bit for bit. In larger ones, which a GPU needs for speed,
@@ -608,7 +608,8 @@ def _sizes(settings: Settings) -> list[int]:
     """
     chunk = settings.prefill_chunk
     chunk = chunk // ALIGN * ALIGN or 1 << chunk.bit_length() - 1
-    return [*(size for size in (32, 128, 512, 2048, 8192) if size < chunk), chunk]
+    smaller = (32,) if chunk <= ALIGN else (ALIGN, 4 * ALIGN, 16 * ALIGN, 64 * ALIGN)
+    return [*(size for size in smaller if size < chunk), chunk]
 
 
 def _open_trace(path: str | Path) -> TextIO:
