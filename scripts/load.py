@@ -87,30 +87,13 @@ async def load(url: str, *, streams: int, prompt: int, answer: int, long: int) -
 
 
 def serve_synthetic() -> None:
-    """A server of random weights, with a tokenizer in which every id is text."""
-    settings = _settings()
-    settings.set_environment()
-    from ds4jax import serve, tokenizer
-    from ds4jax.engine import runner
-    from ds4jax.engine.engine import SMALLEST_BUCKET, Engine
+    """A server of random weights."""
+    from ds4jax import serve
+    from ds4jax.engine.engine import Engine
     from ds4jax.server.app import Options
 
-    class Runner(runner.Runner):
-        @property
-        def tokenizer(self):
-            small = tokenizer.byte_tokenizer().to_metadata()
-            control = small["tokenizer.ggml.token_type"][-1]
-            rest = range(len(small["tokenizer.ggml.tokens"]), self.cfg.vocab_size)
-            more = {
-                "tokenizer.ggml.tokens": [f"[{id}]" for id in rest],
-                "tokenizer.ggml.token_type": [control] * len(rest),
-            }
-            return tokenizer.Tokenizer.from_metadata(small | {key: small[key] + more[key] for key in more})
-
-    runner.keep_compilations()
-    loaded = Runner(runner.open_model(settings, FLAGS.synthetic), settings, FLAGS.streams + 1, progress=True)
-    loaded.compile(min(SMALLEST_BUCKET, settings.prefill_chunk))
-    asyncio.run(serve.serve(Engine(loaded), Options(), serve.bind("127.0.0.1", 0), 0.0))
+    engine = Engine.open(_settings(), synthetic=FLAGS.synthetic, max_seqs=FLAGS.streams + 1, progress=True)
+    asyncio.run(serve.serve(engine, Options(), serve.bind("127.0.0.1", 0), 0.0))
 
 
 def _settings() -> Settings:
