@@ -23,7 +23,7 @@ from ds4jax.cache import Cache
 from ds4jax.checkpoint import Checkpoint, open_checkpoint
 from ds4jax.config import ModelConfig
 from ds4jax.download import resolve_model
-from ds4jax.engine import snapshots
+from ds4jax.engine import compiled, snapshots
 from ds4jax.engine.constraints import edits
 from ds4jax.engine.snapshots import Planes
 from ds4jax.errors import Ds4Error
@@ -113,13 +113,23 @@ class Programs:
         """The step `name` compiled for weights, cache and arguments of these shapes."""
         key = name, *(x.shape for x in jax.tree.leaves(args))
         if key not in self.compiled:
-            if self._progress:
-                print(f"compiling {name}, {args[1 if name == 'decode' else 2].size} tokens ...", file=sys.stderr)
             start = time.perf_counter()
-            lowered = self._steps[name].lower(self.weights, self.cache, *args)
-            self.compiled[key] = lowered.compile(_compiler_options())
+            self.compiled[key] = self._compile(name, args)
             self.seconds += time.perf_counter() - start
         return self.compiled[key]
+
+    def _compile(self, name: str, args: tuple) -> Callable:
+        args, options = (self.weights, self.cache, *args), _compiler_options()
+        shapes = jax.tree.map(lambda x: (x.shape, np.dtype(x.dtype).name), args)
+        what = name, self.cfg, self.compute, options, jax.tree.structure(args), jax.tree.leaves(shapes)
+        others = {"prefill": 2, "decode": 3}[name]  # results beside the cache
+        if (program := compiled.load(what, args, (*range(others), self.cache))) is not None:
+            return program
+        if self._progress:
+            print(f"compiling {name}, {args[3 if name == 'decode' else 4].size} tokens ...", file=sys.stderr)
+        program = self._steps[name].lower(*args).compile(options)
+        compiled.save(what, program)
+        return program
 
     @property
     def ctx(self) -> int:

@@ -1,0 +1,84 @@
+"""Compiled steps kept on disk, beside JAX's own compilation cache: a start that finds one traces and lowers nothing.
+
+A file's name is a hash of all that the program depends on: what the caller names, the sources of this package and of
+the kernels, their tuned tiles, the versions, the device and XLA's flags. Files are executable code, read by pickle:
+the folder is the user's own cache, as trusted as the sources beside it. Whatever goes wrong here costs a compilation.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental import serialize_executable
+
+import ds4jax
+import pallas_kernels
+from ds4jax.settings import CONFIG_DIR
+
+KEPT = 48  # files; those used longest ago go first
+
+log = logging.getLogger(__name__)
+
+
+@functools.cache
+def _surroundings() -> bytes:
+    """A hash of what every program depends on."""
+    digest = hashlib.sha256()
+    folders = [(Path(package.__file__).parent, "*.py") for package in (ds4jax, pallas_kernels)]
+    for folder, pattern in [*folders, (CONFIG_DIR / "tuned", "*.json")]:
+        for path in sorted(folder.rglob(pattern)):
+            digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())
+    device = jax.devices()[0]
+    facts = jax.__version__, device.device_kind, jax.device_count(), device.client.platform_version
+    flags = os.environ.get("XLA_FLAGS", ""), jax.config.jax_enable_x64, jax.config.jax_default_matmul_precision
+    digest.update(repr((*facts, *flags)).encode())
+    return digest.digest()
+
+
+def _path(what: Any) -> Path | None:
+    folder = jax.config.jax_compilation_cache_dir
+    if not folder or jax.default_backend() != "gpu":  # jaxlib 0.11 cannot run what it has read back for a CPU
+        return None
+    return Path(folder) / "steps" / hashlib.sha256(_surroundings() + repr(what).encode()).hexdigest()
+
+
+def load(what: Any, args: tuple, out: Any) -> jax.stages.Compiled | None:
+    """The program kept for `what`, whose repr says all that is particular to it; None if there is none.
+
+    args: its arguments, out: its results, as trees of anything.
+    """
+    path = _path(what)
+    if path is None or not path.exists():
+        return None
+    try:
+        in_tree = jax.tree.structure((args, {}))
+        program = serialize_executable.deserialize_and_load(path.read_bytes(), in_tree, jax.tree.structure(out))
+        os.utime(path)
+        return program
+    except Exception as error:  # of another make, damaged, …
+        log.warning("%s: a compiled program cannot be used: %s", path, error)
+        return None
+
+
+def save(what: Any, program: jax.stages.Compiled) -> None:
+    """Keep a program for `load`, whole or not at all."""
+    path = _path(what)
+    if path is None:
+        return
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(serialize_executable.serialize(program)[0])
+        os.replace(partial, path)
+        oldest_last = sorted(path.parent.glob("[!.]*"), key=lambda p: p.stat().st_mtime, reverse=True)
+        for old in oldest_last[KEPT:]:
+            old.unlink(missing_ok=True)
+    except Exception as error:  # no room, or programs of a kind that cannot be kept
+        partial.unlink(missing_ok=True)
+        log.info("%s: a compiled program is not kept: %s", path, error)
