@@ -7,19 +7,21 @@ It writes tiny-f32.gguf, the weights as trained; tiny.imatrix.gguf, from some of
 tiny_q2-f32.gguf, the weights after further steps in which the experts are seen as the q2 recipe and that imatrix store
 them. `python -m ds4jax.convert` makes the embedded models of these: see their cards in ds4jax/models.
 
-The seed decides the result as far as the compiler picks the same kernels: a program that is compiled again, by timing
-candidates, may sum in another order. An interrupted run keeps its compiled programs, and so stays the same.
+The seed decides the result: XLA is told to take no operation whose result depends on timing, and not to choose kernels
+by timing them, which would sum in another order at another time.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true"
 START = time.monotonic()  # --minutes count from here: the imports take their time as well
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a checkout works without being installed
