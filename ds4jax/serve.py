@@ -17,6 +17,7 @@ from absl import flags
 from ds4jax import cli
 from ds4jax.errors import Ds4Error
 from ds4jax.settings import Settings
+from ds4jax.synthetic import SHAPES
 
 if TYPE_CHECKING:  # JAX takes a second to import
     from ds4jax.engine.engine import Engine
@@ -24,6 +25,7 @@ if TYPE_CHECKING:  # JAX takes a second to import
 
 FLAGS = flags.FlagValues()
 cli.define_model(FLAGS)
+flags.DEFINE_enum("synthetic", None, list(SHAPES), "Random weights of this shape, to measure.", flag_values=FLAGS)
 flags.DEFINE_string("host", "127.0.0.1", "Address to listen at; 0.0.0.0 for all of this machine's.", flag_values=FLAGS)
 flags.DEFINE_integer("port", 8000, "0 takes a free one.", lower_bound=0, upper_bound=65535, flag_values=FLAGS)
 flags.DEFINE_string("api_key", None, "What clients must send; without it, anyone may call.", flag_values=FLAGS)
@@ -50,6 +52,7 @@ def main() -> int:
     options = Options(keep_alive=FLAGS.keep_alive, cors=FLAGS.cors, api_key=FLAGS.api_key)
     engine = Engine.open(
         settings,
+        synthetic=FLAGS.synthetic,
         max_seqs=FLAGS.max_seqs,
         kv_dir=FLAGS.kv_dir,
         kv_budget_bytes=int(FLAGS.kv_budget_gb * 2**30),
@@ -63,7 +66,9 @@ def main() -> int:
 
 def bind(host: str, port: int) -> socket.socket:
     """A socket for `serve`, which does not listen yet. Raises Ds4Error, say for a port in use."""
-    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # With the protocol named: without it, asyncio leaves Nagle's algorithm on, and small events wait for 40 ms.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))

@@ -7,6 +7,7 @@ import contextlib
 import json
 import re
 import sys
+import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -57,3 +58,15 @@ async def metrics(client: httpx.AsyncClient) -> dict[str, float]:
     """The server's metrics by name and labels."""
     lines = (await client.get("/metrics")).text.splitlines()
     return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))}
+
+
+async def settled(client: httpx.AsyncClient, seconds: float = 30.0) -> None:
+    """Returns once no request runs or waits. Raises RuntimeError if that takes longer."""
+    deadline = time.monotonic() + seconds
+    while True:
+        now = await metrics(client)
+        if not any(now[f"ds4jax_{key}"] for key in ("waiting", "prefilling", "decoding")):
+            return
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"something still runs: {now}")
+        await asyncio.sleep(0.05)

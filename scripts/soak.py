@@ -123,11 +123,7 @@ async def soak(url: str, *, seconds: float, streams: int, requests: int, seed: i
             group.create_task(watch())
             for n in range(streams):
                 group.create_task(worker(random.Random(f"{seed} {n}")))
-        deadline = time.monotonic() + 10
-        while _busy(now := await serving.metrics(client)):
-            if time.monotonic() > deadline:
-                raise RuntimeError(f"something still runs: {now}")
-            await asyncio.sleep(0.1)
+        await serving.settled(client)
         if await answer(client, asks[0]) != alone[0]:
             raise RuntimeError("afterwards, the same request was answered in another way")
     growth = max(memory[len(memory) * 3 // 4 :]) - max(memory[: len(memory) // 2])
@@ -139,10 +135,6 @@ async def soak(url: str, *, seconds: float, streams: int, requests: int, seed: i
         "MiB": round(memory[-1] / 2**20),
         "MiB grown in the second half": round(growth / 2**20, 1),
     }
-
-
-def _busy(now: dict[str, float]) -> bool:
-    return any(now[f"ds4jax_{key}"] for key in ("waiting", "prefilling", "decoding"))
 
 
 async def run() -> None:

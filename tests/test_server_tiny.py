@@ -185,10 +185,12 @@ def test_short_soak(url):
     assert report["equal"] >= 10 and report["given up"] >= 5
 
 
-def test_load(url):
-    report = asyncio.run(load.load(url, streams=3, prompt=40, answer=12, long=500))
+def test_load_and_reuse(url):
+    report = asyncio.run(load.load(url, streams=3, prompt=990, answer=12, long=500))
     assert 6 < report["tokens"] <= 36 and report["decode_tokens_per_second"] > 0
     assert 0 < report["longest_gap_before_seconds"] and 0 < report["longest_gap_beside_long_prompt_seconds"]
+    assert report["first_token_seconds"] >= 10 * report["first_token_seconds_again"]
+    assert report["computed_again_of_30_changed"] <= 128 + 30
 
 
 @pytest.mark.slow
