@@ -13,9 +13,11 @@ import math
 import mmap
 import os
 import secrets
+import shutil
 import stat
 import struct
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -429,28 +431,44 @@ def layout(metadata: Mapping[str, Any], tensors: Iterable[tuple[str, tuple[int, 
     return Layout(joined, infos, start + offset)
 
 
-def write_gguf(path: str | os.PathLike, metadata: Mapping[str, Any], tensors: Iterable[tuple[str, TensorData]]) -> None:
-    """Writes a GGUF file (version 3), one tensor in memory at a time. The same arguments give the same bytes.
+def write_gguf(
+    path: str | os.PathLike,
+    metadata: Mapping[str, Any],
+    tensors: Iterable[tuple[str, TensorData]],
+    threads: int = 1,
+) -> None:
+    """Writes a GGUF file (version 3). The same arguments give the same bytes.
 
     metadata: bool, int (UINT32, or the first of INT32, UINT64, INT64 that holds it), float (FLOAT32) or str; lists and
         tuples of them (ints: INT32 first); numpy arrays and scalars of their dtype; `Typed` for any other choice.
         ``general.alignment`` is obeyed.
     tensors: (name, TensorData), laid out in this order.
+    threads: tensors that are made and written at a time, and so in memory.
 
     The file appears under its name only when complete and on disk: it is written to a temporary file beside it, which
-    any failure removes. Raises GGUFError for values, shapes or data that do not fit their types, or a failed write.
+    any failure removes. Raises GGUFError for values, shapes or data that do not fit their types, a disk without room,
+    or a failed write.
     """
     path, tensors = Path(path), list(tensors)
     plan = layout(metadata, [(name, t.shape, t.type) for name, t in tensors])
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+
+    def write(fd: int, name: str, tensor: TensorData) -> None:
+        offset = plan.tensors[name].offset
+        for piece in pieces(name, tensor):
+            while piece:
+                n = os.pwrite(fd, piece, offset)
+                piece, offset = piece[n:], offset + n
+
     try:
         try:
-            with open(temporary, "xb") as file:
+            if (free := shutil.disk_usage(path.parent).free) < plan.size:
+                raise GGUFError(f"{path}: found {free:,} bytes free on its disk, expected {plan.size:,}")
+            with open(temporary, "xb") as file, ThreadPoolExecutor(threads) as pool:
                 file.write(plan.header)
-                for name, t in tensors:
-                    file.write(bytes(plan.tensors[name].offset - file.tell()))
-                    file.writelines(pieces(name, t))
-                file.write(bytes(plan.size - file.tell()))
+                file.truncate(plan.size)
+                for _ in pool.map(lambda named: write(file.fileno(), *named), tensors):
+                    pass
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)

@@ -1,17 +1,25 @@
-"""GGUF file → weights on the devices: file pages → host chunk → its shards, and never the whole model in host memory.
+"""GGUF file → weights on the devices: file pages → slabs, split into planes by threads → their shards, and never the
+whole model in host memory.
 
-The tree of `weights.abstract` says what to read and where it goes. Each device receives its own shard in slabs of at
-most CHUNK_BYTES; once a slab is on its devices, its file pages are given back to the system.
+The tree of `weights.abstract` says what to read and where it goes. A slab has at most SLAB_BYTES; IN_FLIGHT of them are
+being read, split or transferred at a time, each by one thread and then by JAX. A shard that is larger is allocated
+first, and its slabs are written into it on its device. Once a slab is split, its file pages are given back to the
+system.
 """
 
 from __future__ import annotations
 
+import collections
+import dataclasses
 import functools
 import math
+import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from gguf import GGMLQuantizationType as GGMLType
 from jax import lax
@@ -22,9 +30,13 @@ from ds4jax.checkpoint import Checkpoint, open_checkpoint
 from ds4jax.quant import FORMATS
 from ds4jax.weights import Weights, WeightSpec
 
-CHUNK_BYTES = 256 * 2**20
+# JAX copies what is below 1 GiB into page-locked memory, with one thread for each plane. Small slabs keep this memory,
+# and that for the slabs themselves, small: a page that is used for the first time costs more than all of its copies.
+SLAB_BYTES = 64 * 2**20
+IN_FLIGHT = min(12, 2 * (os.cpu_count() or 1))
 
-Index = tuple[slice, ...]
+Bounds = tuple[tuple[int, int], ...]  # (start, stop) on every axis
+Structs = tuple[jax.ShapeDtypeStruct, ...]
 
 
 def load(
@@ -35,8 +47,9 @@ def load(
 ) -> tuple[Weights, Checkpoint]:
     """Load a model file; with a mesh, every leaf is sharded as its logical axes say.
 
-    Returns the weights and the open checkpoint (config, metadata). Raises GGUFError or ConfigError.
-    progress: show a bar on stderr. mtp_path: a file with the model's MTP head, where `source` has none.
+    Returns the weights, all of them in place, and the open checkpoint (config, metadata). Beside the weights this needs
+    at most SLAB_BYTES * IN_FLIGHT bytes on the devices, and two to three times as many on the host. Raises GGUFError or
+    ConfigError. progress: show a bar on stderr. mtp_path: a file with the MTP head, where `source` has none.
     """
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     if mtp_path is not None:
@@ -48,113 +61,173 @@ def load(
         shardings = [[one] * len(jax.tree.leaves(spec.struct())) for spec in specs]
     else:  # refuses what does not divide before anything is read
         shardings = [jax.tree.leaves(spec.shardings(mesh)) for spec in specs]
+    shards = [_shards(spec, planes) for spec, planes in zip(specs, shardings, strict=True)]
     with tqdm(total=weights.nbytes(tree), unit="B", unit_scale=True, desc="loading", disable=not progress) as bar:
-        leaves = [
-            _load_leaf(checkpoint, spec, planes, bar.update) for spec, planes in zip(specs, shardings, strict=True)
-        ]
-    return jax.tree.unflatten(treedef, leaves), checkpoint
+        _stream(checkpoint, [shard for of_leaf in shards for shard in of_leaf], bar.update)
+    leaves = [_leaf(*parts) for parts in zip(specs, shardings, shards, strict=True)]
+    return jax.block_until_ready(jax.tree.unflatten(treedef, leaves)), checkpoint
 
 
-def _load_leaf(checkpoint: Checkpoint, spec: WeightSpec, shardings: list, advance: Callable[[int], object]):
-    structs, treedef = jax.tree.flatten(spec.struct())
+@dataclasses.dataclass
+class _Shard:
+    """One part of a weight, which some devices hold.
+
+    rows: of the weight, on all axes but the last. columns: of each plane, on the last axis, in which alone planes
+    differ. arrays: the planes on each device; None until they are there, or allocated for slabs to be written into.
+    """
+
+    spec: WeightSpec
+    rows: Bounds
+    columns: tuple[slice, ...]
+    structs: Structs
+    devices: list[jax.Device]
+    arrays: list[list[jax.Array]] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(math.prod(p.shape) * p.dtype.itemsize for p in self.structs)
+
+    @functools.cached_property
+    def slabs(self) -> list[Bounds]:
+        """Rows of the shard, read at a time."""
+        whole_rows = sum(p.shape[-1] * p.dtype.itemsize for p in jax.tree.leaves(self.spec.struct()))
+        return list(_slabs(self.structs[0].shape[:-1], whole_rows))
+
+    @property
+    def kinds(self) -> list[tuple[Structs, Structs, jax.Device]]:
+        """For each device the arguments of the `_compile` whose programs allocate the shard, and write a slab."""
+        lengths = [stop - start for start, stop in self.slabs[0]]
+        slab = tuple(jax.ShapeDtypeStruct((*lengths, p.shape[-1]), p.dtype) for p in self.structs)
+        return [(self.structs, slab, device) for device in self.devices]
+
+
+def _shards(spec: WeightSpec, shardings: list[jax.sharding.Sharding]) -> list[_Shard]:
+    structs = jax.tree.leaves(spec.struct())
     maps = [s.addressable_devices_indices_map(p.shape) for p, s in zip(structs, shardings, strict=True)]
     # Devices that hold the same part of the weight are served by one read.
     holders: dict[str, list[jax.Device]] = {}
     for device in maps[0]:
         holders.setdefault(str([m[device] for m in maps]), []).append(device)
-
-    shards: list[list[jax.Array]] = [[] for _ in structs]
+    out = []
     for devices in holders.values():
-        indices = [_bounds(m[devices[0]], p.shape) for m, p in zip(maps, structs, strict=True)]
-        for plane, parts in zip(shards, _load_shard(checkpoint, spec, structs, indices, devices), strict=True):
-            plane += parts
-    advance(spec.nbytes)
+        bounds = [
+            tuple(s.indices(n)[:2] for s, n in zip(m[devices[0]], p.shape, strict=True))
+            for m, p in zip(maps, structs, strict=True)
+        ]
+        shapes = [tuple(stop - start for start, stop in b) for b in bounds]
+        parts = tuple(jax.ShapeDtypeStruct(s, p.dtype) for s, p in zip(shapes, structs, strict=True))
+        out.append(_Shard(spec, bounds[0][:-1], tuple(slice(*b[-1]) for b in bounds), parts, devices))
+    return out
+
+
+def _leaf(spec: WeightSpec, shardings: list[jax.sharding.Sharding], shards: list[_Shard]):
+    """The weight of which `shards`, all loaded, are the parts."""
+    structs, treedef = jax.tree.flatten(spec.struct())
+    planes = zip(*(arrays for shard in shards for arrays in shard.arrays), strict=True)
     arrays = [
-        jax.make_array_from_single_device_arrays(p.shape, s, parts)
-        for p, s, parts in zip(structs, shardings, shards, strict=True)
+        jax.make_array_from_single_device_arrays(p.shape, s, list(parts))
+        for p, s, parts in zip(structs, shardings, planes, strict=True)
     ]
     return jax.tree.unflatten(treedef, arrays)
 
 
-def _bounds(index: Index, shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
-    return tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
+def _stream(checkpoint: Checkpoint, shards: list[_Shard], advance: Callable[[float], object]) -> None:
+    """Load all shards. advance: called with the number of bytes whenever some have arrived."""
+    small = [shard for shard in shards if len(shard.slabs) == 1]
+    large = [shard for shard in shards if len(shard.slabs) > 1]
+    pending: collections.deque[tuple[_Shard, Bounds, Future]] = collections.deque()
+
+    def finish_one() -> None:
+        shard, slab, future = pending.popleft()
+        pieces = future.result()
+        if shard.arrays is None:
+            shard.arrays = pieces
+        else:
+            at = np.array([start for start, _ in slab], np.int32)
+            for i, kind in enumerate(shard.kinds):
+                _, write = programs[kind]
+                shard.arrays[i] = write(shard.arrays[i], pieces[i], at)
+        jax.block_until_ready(pieces)
+        advance(shard.nbytes / len(shard.slabs))
+
+    with ThreadPoolExecutor(IN_FLIGHT) as pool:
+        kinds = list(dict.fromkeys(kind for shard in large for kind in shard.kinds))
+        programs = dict(zip(kinds, pool.map(lambda kind: _compile(*kind), kinds), strict=True))
+        # What stays comes first, so that slabs, which come and go, leave no holes in the device's memory.
+        for shard in large:
+            shard.arrays = [programs[kind][0]() for kind in shard.kinds]
+        for shard in small + large:
+            for slab in shard.slabs:
+                if len(pending) == IN_FLIGHT:
+                    finish_one()
+                pending.append((shard, slab, pool.submit(_read, checkpoint, shard, slab)))
+        while pending:
+            finish_one()
 
 
-def _load_shard(checkpoint, spec: WeightSpec, structs, indices, devices) -> list[list[jax.Array]]:
-    """One part of a weight onto each of `devices`: per plane, the list of single-device arrays.
+def _compile(whole: Structs, slab: Structs, device: jax.Device) -> tuple[Callable, Callable]:
+    """Programs for planes on a device: () → zeros, and (planes, those of a slab, where they go) → planes, in place."""
+    here = jax.sharding.SingleDeviceSharding(device)
 
-    indices: per plane, the (start, stop) of the part on every axis. Planes differ only on the last axis.
+    def write(planes, parts, at):
+        at = (*at, jnp.int32(0))
+        return [lax.dynamic_update_slice(plane, part, at) for plane, part in zip(planes, parts, strict=True)]
+
+    zeros = jax.jit(lambda: [jnp.zeros(p.shape, p.dtype) for p in whole], out_shardings=here)
+    at = jax.ShapeDtypeStruct((len(slab[0].shape) - 1,), np.int32)
+    args = [p.update(sharding=here) for p in whole], [p.update(sharding=here) for p in slab], at
+    return zeros.lower().compile(), jax.jit(write, donate_argnums=0).lower(*args).compile()
+
+
+def _slabs(shape: tuple[int, ...], row_bytes: int) -> Iterator[Bounds]:
+    """Cut an index space of rows into boxes of at most SLAB_BYTES, in file order, all of one shape.
+
+    So that this is possible, the last of a run begins before the end of the one before it.
     """
-    rows = indices[0][:-1]
-    row_bytes = sum((i[-1][1] - i[-1][0]) * p.dtype.itemsize for i, p in zip(indices, structs, strict=True))
-    shapes = [tuple(stop - start for start, stop in i) for i in indices]
-    out: list[list[jax.Array]] | None = None
-    for slab in _slabs(tuple(stop - start for start, stop in rows), row_bytes):
-        at = tuple(start for start, _ in slab)
-        absolute = tuple((start + r[0], stop + r[0]) for (start, stop), r in zip(slab, rows, strict=True))
-        planes = [p[..., slice(*i[-1])] for p, i in zip(_read(checkpoint, spec, absolute), indices, strict=True)]
-        if planes[0].shape == shapes[0]:  # the part in one piece
-            return [[jax.device_put(p, d) for d in devices] for p in planes]
-        if out is None:
-            out = [
-                [jax.device_put(jax.numpy.zeros(s, p.dtype), d) for d in devices]
-                for s, p in zip(shapes, structs, strict=True)
-            ]
-        out = [
-            [_write(a, jax.device_put(p, d), (*at, 0)) for a, d in zip(arrays, devices, strict=True)]
-            for arrays, p in zip(out, planes, strict=True)
-        ]
-        jax.block_until_ready(out)  # so that no more than one slab is in flight on the host
-    assert out is not None
-    return out
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _write(whole: jax.Array, part: jax.Array, at: tuple[int, ...]) -> jax.Array:
-    return lax.dynamic_update_slice(whole, part, at)
-
-
-def _slabs(shape: tuple[int, ...], row_bytes: int) -> Iterator[tuple[tuple[int, int], ...]]:
-    """Cut an index space of rows into boxes of at most CHUNK_BYTES, as (start, stop) per axis, in file order."""
     if not shape:
         yield ()
         return
     inner = math.prod(shape[1:]) * row_bytes
-    if inner > CHUNK_BYTES and len(shape) > 1:
+    if inner > SLAB_BYTES and len(shape) > 1:
         for i in range(shape[0]):
             for rest in _slabs(shape[1:], row_bytes):
                 yield ((i, i + 1), *rest)
         return
-    step = max(1, CHUNK_BYTES // max(1, inner))
+    most = max(1, SLAB_BYTES // max(1, inner))
+    step = -(-shape[0] // -(-shape[0] // most))
     for start in range(0, shape[0], step):
-        yield ((start, min(start + step, shape[0])), *((0, n) for n in shape[1:]))
+        start = min(start, shape[0] - step)
+        yield ((start, start + step), *((0, n) for n in shape[1:]))
 
 
-def _read(checkpoint: Checkpoint, spec: WeightSpec, rows: tuple[tuple[int, int], ...]) -> list[np.ndarray]:
-    """The planes of the given rows (all axes but the last) of a weight, freshly allocated; file pages given back."""
-    if not spec.layered:
-        return _read_tensor(checkpoint, spec, 0, rows)
-    layers = [_read_tensor(checkpoint, spec, layer, rows[1:]) for layer in range(*rows[0])]
-    if len(layers) == 1:  # large layers come alone, and stacking would copy them
-        return [plane[None] for plane in layers[0]]
-    return [np.stack(planes) for planes in zip(*layers, strict=True)]
+def _read(checkpoint: Checkpoint, shard: _Shard, slab: Bounds) -> list[list[jax.Array]]:
+    """A slab of a shard: for each of its devices the planes, on their way there; file pages given back."""
+    spec = shard.spec
+    rows = tuple((start + first, stop + first) for (start, stop), (first, _) in zip(slab, shard.rows, strict=True))
+    structs, treedef = jax.tree.flatten(spec.struct())
+    # Fresh memory for every slab: on a CPU, JAX may go on using it as it is.
+    planes = [np.empty((*(stop - start for start, stop in rows), p.shape[-1]), p.dtype) for p in structs]
+    if spec.layered:
+        for i, nth in enumerate(range(*rows[0])):
+            _read_tensor(checkpoint, spec, nth, rows[1:], jax.tree.unflatten(treedef, [plane[i] for plane in planes]))
+    else:
+        _read_tensor(checkpoint, spec, 0, rows, jax.tree.unflatten(treedef, planes))
+    planes = [plane[..., columns] for plane, columns in zip(planes, shard.columns, strict=True)]
+    return [[jax.device_put(plane, device) for plane in planes] for device in shard.devices]
 
 
-def _read_tensor(
-    checkpoint: Checkpoint, spec: WeightSpec, nth: int, rows: tuple[tuple[int, int], ...]
-) -> list[np.ndarray]:
-    tensor = spec.tensors[nth]
-    file = checkpoint.holder(tensor.name)
-    info = file.tensors[tensor.name]
-    raw = file.raw(tensor.name)[tuple(slice(*r) for r in rows)]
+def _read_tensor(checkpoint: Checkpoint, spec: WeightSpec, nth: int, rows: Bounds, out) -> None:
+    """Rows of the nth tensor of a weight into `out`, the weight's planes on the host."""
+    name = spec.tensors[nth].name
+    file = checkpoint.holder(name)
+    info = file.tensors[name]
+    raw = file.raw(name)[tuple(slice(*r) for r in rows)]
     i, n = spec.part
     raw = raw[..., raw.shape[-1] * i // n : raw.shape[-1] * (i + 1) // n]
-    if not spec.quantized:
-        dtype = np.dtype(np.int32) if info.type == GGMLType.I32 else FORMATS[info.type].planes["values"][0]
-        planes = [np.array(raw.view(dtype), spec.format)]
+    if spec.quantized:
+        spec.format.split(raw, vars(out))
     else:
-        planes = list(spec.format.from_bytes(raw).values())
+        out[...] = raw.view(np.int32 if info.type == GGMLType.I32 else FORMATS[info.type].planes["values"][0])
     if rows:
         stride = info.nbytes // info.shape[0]
-        file.drop_pages(tensor.name, rows[0][0] * stride, rows[0][1] * stride)
-    return planes
+        file.drop_pages(name, rows[0][0] * stride, rows[0][1] * stride)

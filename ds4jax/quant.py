@@ -74,36 +74,36 @@ class Quantized:
 
     # ---- file bytes ------------------------------------------------------------------------------------------------
     @classmethod
-    def _block_fields(cls) -> list[tuple[str, int, int]]:
-        """(plane, offset, bytes) of each run of bytes in one block of the file, in file order."""
-        offset, out = 0, []
-        for name, (_, nbytes) in cls.planes.items():
-            out.append((name, offset, nbytes))
-            offset += nbytes
-        return out
+    def _fields(cls, raw: np.ndarray) -> dict[str, np.ndarray]:
+        """Views of the planes in file bytes, uint8 (..., row_bytes): (..., blocks) or (..., blocks, items) of bytes.
+
+        Items are as large as the file allows, because numpy copies item by item.
+        """
+        block = np.dtype([(name, f"V{nbytes}") for name, (_, nbytes) in cls.planes.items()])
+        return {name: raw.view(block)[name] for name in cls.planes}
+
+    @classmethod
+    def split(cls, raw: np.ndarray, planes: dict[str, np.ndarray]) -> None:
+        """Split file bytes, uint8 (..., row_bytes), into the given host planes, which must be contiguous."""
+        for name, field in cls._fields(raw).items():
+            planes[name].reshape(-1).view(field.dtype).reshape(field.shape)[...] = field
 
     @classmethod
     def from_bytes(cls, raw: np.ndarray) -> dict[str, np.ndarray]:
         """Split file bytes, uint8 (..., row_bytes), into freshly allocated host planes."""
-        blocks = raw.reshape(*raw.shape[:-1], -1, cls.block_bytes)
-        out = {}
-        for name, (dtype, nbytes) in cls.planes.items():
-            runs = [blocks[..., o : o + n] for p, o, n in cls._block_fields() if p == name]
-            plane = runs[0].copy() if len(runs) == 1 else np.concatenate(runs, axis=-1)
-            out[name] = plane.reshape(*raw.shape[:-1], blocks.shape[-2] * nbytes).view(dtype)
-        return out
+        shapes = cls.plane_shapes((*raw.shape[:-1], raw.shape[-1] // cls.block_bytes * cls.block))
+        planes = {name: np.empty(shapes[name], dtype) for name, (dtype, _) in cls.planes.items()}
+        cls.split(raw, planes)
+        return planes
 
     def to_bytes(self) -> np.ndarray:
         """The inverse of `from_bytes`: uint8 (..., row_bytes) on the host, as the file holds it."""
-        rows, blocks = self.shape[:-1], self.shape[-1] // self.block
-        out = np.empty((*rows, blocks, self.block_bytes), np.uint8)
-        used = dict.fromkeys(self.planes, 0)
-        for name, offset, n in self._block_fields():
+        rows, columns = self.shape[:-1], self.shape[-1]
+        out = np.empty((*rows, columns // self.block * self.block_bytes), np.uint8)
+        for name, field in self._fields(out).items():
             plane = np.ascontiguousarray(np.asarray(getattr(self, name)))
-            plane = plane.view(np.uint8).reshape(*rows, blocks, self.planes[name][1])
-            out[..., offset : offset + n] = plane[..., used[name] : used[name] + n]
-            used[name] += n
-        return out.reshape(*rows, blocks * self.block_bytes)
+            field[...] = plane.reshape(-1).view(field.dtype).reshape(field.shape)
+        return out
 
     # ---- values ----------------------------------------------------------------------------------------------------
     def dequantize(self, dtype=jnp.float32) -> Array:
@@ -248,9 +248,10 @@ class IQ2_XXS(Quantized):
     signs: Array
 
     @classmethod
-    def _block_fields(cls):
+    def _fields(cls, raw):
         # In the file, grid and sign words alternate.
-        return [("d", 0, 2)] + [(p, 2 + 8 * i + o, 4) for i in range(8) for p, o in (("grid", 0), ("signs", 4))]
+        blocks = raw.view(np.dtype([("d", "V2"), ("words", [("grid", "V4"), ("signs", "V4")], 8)]))
+        return {"d": blocks["d"], "grid": blocks["words"]["grid"], "signs": blocks["words"]["signs"]}
 
     @classmethod
     def random(cls, key, shape, std):

@@ -1,5 +1,9 @@
 """Random models: a config, every tensor of its table, and a GGUF file of them, in any mix of formats. No JAX.
 
+    python -m ds4jax.synthetic --synthetic full --out FILE.gguf [--layers N] [--recipe q2] [--seed S]
+
+writes a file of any size as fast as the disk takes it, for timing: see `write_repeating`.
+
 The same seed gives the same bytes on every machine and numpy version: each tensor draws from its own Philox stream
 (keyed by seed and name, so order does not matter), whose raw integers numpy guarantees, and all arithmetic on them is
 either on integers or a single rounding.
@@ -11,22 +15,27 @@ import dataclasses
 import functools
 import hashlib
 import math
+import os
+import sys
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
+from absl import flags
 from gguf.constants import GGML_QUANT_SIZES
 from gguf.quants import quantize
+from tqdm import tqdm
 
-from ds4jax import recipes
+from ds4jax import cli, recipes
 from ds4jax.config import ModelConfig
 from ds4jax.errors import ConfigError
 from ds4jax.gguf import TensorData, write_gguf
 from ds4jax.recipes import MATRIX_TYPES, Recipe, Type, fits
 from ds4jax.tensors import TensorSpec, model_table
+from ds4jax.tokenizer import byte_tokenizer
 
-# DeepSeek-V4-Flash. Of this size, weights are only ever made on a device; see `Synthetic`.
+# DeepSeek-V4-Flash. Of this size, weights are made on a device, see `Synthetic`, or repeat themselves.
 FULL = ModelConfig(
     n_layers=43,
     embed_dim=4096,
@@ -273,3 +282,79 @@ def write_synthetic(
         data = functools.partial(random_data, cfg, seed, spec, qtype, damping)
         tensors.append((spec.name, TensorData(spec.shape, qtype, data)))
     write_gguf(path, {**cfg.to_metadata(), **(tokenizer_metadata or {})}, tensors)
+
+
+PIECE_BYTES = 2**20
+
+
+def write_repeating(path: str | Path, model: Synthetic, progress: bool = False) -> None:
+    """Writes a GGUF file of a model of any size, with a tokenizer, at gigabytes per second.
+
+    Every family has about PIECE_BYTES of `random_data`, an odd number of rows, which all of its tensors repeat. Each
+    layer begins elsewhere in them, and no round number of rows is a multiple of theirs, so that data which end up in a
+    wrong place are the wrong data. progress: a bar on stderr. Raises GGUFError, also if there is no room.
+    """
+    cfg = model.cfg
+
+    @functools.cache
+    def some_rows(family: TensorSpec, qtype: Type) -> np.ndarray:
+        return random_data(cfg, model.seed, family, qtype)
+
+    def pieces(spec: TensorSpec, qtype: Type) -> Iterator[np.ndarray]:
+        rows, columns = math.prod(spec.shape[:-1]), spec.shape[-1]
+        block, block_bytes = GGML_QUANT_SIZES[qtype]
+        period = min(rows, PIECE_BYTES // (columns // block * block_bytes) | 1)
+        family = dataclasses.replace(spec, layer=None, name=spec.family, shape=(period, columns))
+        data, at = some_rows(family, qtype), (spec.layer or 0) * 7 % period
+        while rows:
+            piece = data[at : at + rows]
+            yield piece
+            with bar.get_lock():
+                bar.update(piece.nbytes)
+            rows, at = rows - len(piece), 0
+
+    tensors = []
+    for spec in model_table(cfg):
+        qtype = model.types(spec)
+        tensors.append((spec.name, TensorData(spec.shape, qtype, functools.partial(pieces, spec, qtype))))
+    about = {"general.name": "random weights", "general.quantization_version": 2}
+    metadata = {**cfg.to_metadata(), **about, **byte_tokenizer(cfg.vocab_size).to_metadata()}
+    size = sum(math.prod(t.shape) // GGML_QUANT_SIZES[t.type][0] * GGML_QUANT_SIZES[t.type][1] for _, t in tensors)
+    with tqdm(total=size, unit="B", unit_scale=True, desc="writing", disable=not progress) as bar:
+        write_gguf(path, metadata, tensors, threads=os.cpu_count() or 1)
+
+
+def first_layers(cfg: ModelConfig, n: int) -> ModelConfig:
+    """The model of the first n layers of `cfg`. Raises ConfigError unless there are as many."""
+    if not 1 <= n <= cfg.n_layers:
+        raise ConfigError(f"layers: found {n}, expected 1 to {cfg.n_layers}")
+    return dataclasses.replace(
+        cfg,
+        n_layers=n,
+        compress_ratios=cfg.compress_ratios[:n],
+        swiglu_clamp=cfg.swiglu_clamp[:n],
+        n_hash_layers=min(n, cfg.n_hash_layers),
+    )
+
+
+# ---- command line ----------------------------------------------------------------------------------------------------
+FLAGS = flags.FlagValues()
+flags.DEFINE_enum("synthetic", "full", list(SHAPES), "The shape; full is DeepSeek-V4-Flash.", flag_values=FLAGS)
+flags.DEFINE_string("out", None, "The GGUF file to write.", flag_values=FLAGS)
+flags.DEFINE_enum("recipe", "q2", list(RECIPES), "The types of the matrices.", flag_values=FLAGS)
+flags.DEFINE_integer("layers", None, "No more than the first layers.", flag_values=FLAGS)
+flags.DEFINE_integer("seed", 0, "Of the random numbers.", flag_values=FLAGS)
+
+
+def main() -> None:
+    """Run the tool as FLAGS say. Raises Ds4Error."""
+    if not FLAGS.out:
+        raise ConfigError("expected --out FILE.gguf")
+    cfg = synthetic_config(FLAGS.synthetic)
+    cfg = cfg if FLAGS.layers is None else first_layers(cfg, FLAGS.layers)
+    write_repeating(FLAGS.out, Synthetic(cfg, RECIPES[FLAGS.recipe], FLAGS.seed), progress=True)
+    print(FLAGS.out)
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main, FLAGS, __doc__))

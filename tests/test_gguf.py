@@ -4,6 +4,7 @@ import dataclasses
 import math
 import os
 import re
+import shutil
 import struct
 import time
 import tracemalloc
@@ -318,6 +319,24 @@ def test_writer_refuses(tmp_path, metadata, tensors, message):
     with fails(message):
         write_gguf(tmp_path / "x.gguf", metadata, tensors)
     assert os.listdir(tmp_path) == []
+
+
+def test_writer_refuses_a_disk_without_room(tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 1000))
+    tensor = TensorData((1000,), T.F32, lambda: pytest.fail("made before there was room"))
+    with fails("x.gguf: found 1,000 bytes free on its disk, expected 4,0"):
+        write_gguf(tmp_path / "x.gguf", {}, [("t", tensor)])
+    assert os.listdir(tmp_path) == []
+
+
+def test_writer_makes_the_same_file_with_threads(tmp_path):
+    def tensor(i):
+        return TensorData((3, 5 * i), T.F32, lambda: (np.full((1, 5 * i), i + k, np.float32) for k in range(3)))
+
+    tensors = [(f"t{i}", tensor(i)) for i in range(1, 30)]
+    for threads in (1, 4):
+        write_gguf(tmp_path / f"{threads}.gguf", {"a": 1}, tensors, threads)
+    assert (tmp_path / "1.gguf").read_bytes() == (tmp_path / "4.gguf").read_bytes()
 
 
 def test_writer_names_an_unwritable_path(tmp_path):

@@ -1,7 +1,9 @@
 """Loading: every tensor of a file with all formats mixed arrives where the tree says, on one device and on a mesh."""
 
+import math
 import subprocess
 import sys
+import threading
 
 import jax
 import numpy as np
@@ -10,7 +12,7 @@ import pytest
 from ds4jax import load as loader
 from ds4jax import sharding, synthetic, weights
 from ds4jax.checkpoint import open_checkpoint
-from ds4jax.errors import ConfigError
+from ds4jax.errors import ConfigError, GGUFError
 from ds4jax.quant import Quantized
 
 CFG = synthetic.synthetic_config("base")
@@ -47,7 +49,7 @@ def file_bytes(tree, values):
 @pytest.mark.parametrize("mesh_shape, fixture", [(None, "mixed"), ((1, 4), "mixed"), ((2, 2), "q2")])
 def test_every_tensor_arrives(mesh_shape, fixture, chunk, monkeypatch, request):
     path = request.getfixturevalue(fixture)
-    monkeypatch.setattr(loader, "CHUNK_BYTES", chunk)
+    monkeypatch.setattr(loader, "SLAB_BYTES", chunk)
     mesh = sharding.make_mesh(*mesh_shape) if mesh_shape else None
     values, checkpoint = loader.load(path, mesh)
     tree = weights.abstract(CFG, checkpoint.types)
@@ -65,6 +67,58 @@ def test_memory_per_weight_is_the_files(mixed):
     file = open_checkpoint(mixed).file
     tree = weights.abstract(CFG, {name: t.type for name, t in file.tensors.items()})
     assert weights.nbytes(tree) == sum(t.nbytes for t in file.tensors.values())
+
+
+def test_slabs_are_of_one_shape_and_cover_everything(monkeypatch):
+    for size in (1, 64, 1000, 10**6):
+        monkeypatch.setattr(loader, "SLAB_BYTES", size)
+        for shape in ((), (7,), (129, 5), (3, 13, 11)):
+            seen = np.zeros(shape, int)
+            slabs = list(loader._slabs(shape, 8))
+            for slab in slabs:
+                seen[tuple(slice(*b) for b in slab)] += 1
+            assert seen.min() >= 1 and seen.sum() < 2 * seen.size
+            assert len({tuple(stop - start for start, stop in slab) for slab in slabs}) == 1
+            assert math.prod(stop - start for start, stop in slabs[0]) * 8 <= max(size, 8)
+
+
+def test_no_more_is_read_than_may_be_in_flight(q2, monkeypatch):
+    monkeypatch.setattr(loader, "SLAB_BYTES", 100_000)
+    monkeypatch.setattr(loader, "IN_FLIGHT", 3)
+    read, lock, ahead, most = loader._read, threading.Lock(), 0, 0
+
+    def counted(*args):
+        nonlocal ahead, most
+        with lock:
+            ahead += 1
+            most = max(most, ahead)
+        return read(*args)
+
+    def arrived(nbytes):
+        nonlocal ahead
+        with lock:
+            ahead -= 1
+
+    monkeypatch.setattr(loader, "_read", counted)
+    checkpoint = open_checkpoint(q2)
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    specs = jax.tree.leaves(weights.abstract(CFG, checkpoint.types))
+    shards = [s for spec in specs for s in loader._shards(spec, [one] * len(jax.tree.leaves(spec.struct())))]
+    loader._stream(checkpoint, shards, arrived)
+    assert ahead == 0 and 1 < most <= 3
+
+
+def test_a_failed_read_ends_the_load(q2, monkeypatch):
+    read = loader._read
+
+    def failing(checkpoint, shard, slab):
+        if shard.spec.tensors[0].family == "attn.q_b":
+            raise GGUFError("tensor 'blk.0.attn_q_b.weight': gone")
+        return read(checkpoint, shard, slab)
+
+    monkeypatch.setattr(loader, "_read", failing)
+    with pytest.raises(GGUFError, match="gone"):
+        loader.load(q2)
 
 
 def test_mesh_that_does_not_divide_is_refused(mixed):

@@ -1,14 +1,18 @@
 """Random models: of the promised statistics, in every format. (That their bytes never change, `test_goldens` says.)"""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
 from gguf import GGUFReader
 from gguf.quants import dequantize
 
-from ds4jax import synthetic
+from ds4jax import cli, synthetic
+from ds4jax.checkpoint import open_checkpoint
 from ds4jax.errors import ConfigError
 from ds4jax.tensors import tensor_table
+from ds4jax.tokenizer import Tokenizer
 
 BASE, ODD = synthetic.synthetic_config("base"), synthetic.synthetic_config("odd")
 
@@ -74,7 +78,32 @@ def test_a_file_holds_the_tensors_and_the_tokenizer(tmp_path):
     assert not stored
 
 
+def test_a_repeating_file_is_a_model_like_any_other(tmp_path, monkeypatch):
+    monkeypatch.setattr(synthetic, "PIECE_BYTES", 10_000)
+    path = tmp_path / "m.gguf"
+    assert cli.run(synthetic.main, synthetic.FLAGS, "", ["--synthetic=base", "--layers=4", f"--out={path}"]) == 0
+    cfg = synthetic.first_layers(BASE, 4)
+    checkpoint = open_checkpoint(path)
+    assert dataclasses.replace(checkpoint.cfg, norm_eps=cfg.norm_eps, hc_eps=cfg.hc_eps) == cfg  # stored as float32
+    assert cfg.compress_ratios == (0, 0, 4, 128)
+    assert Tokenizer.from_metadata(checkpoint.file.metadata).vocab_size == BASE.vocab_size
+    for spec in tensor_table(cfg):
+        assert checkpoint.types[spec.name] == synthetic.storage_type(spec, synthetic.RECIPES["q2"])
+    up = [checkpoint.file.raw(f"blk.{i}.ffn_up_exps.weight").reshape(-1, 66) for i in range(4)]
+    period = next(n for n in range(1, len(up[0])) if (up[0][n] == up[0][0]).all())
+    assert period % 2 and 66 * period <= 10_100
+    for layer, rows in enumerate(up):
+        np.testing.assert_array_equal(rows[period:], rows[:-period])
+        np.testing.assert_array_equal(rows[:50], up[0][7 * layer :][:50])
+    values = dequantize(up[0], Type.IQ2_XXS)
+    assert abs(values.std() * 16 - 1) < 0.1
+    ids = checkpoint.file.array("blk.0.ffn_gate_tid2eid.weight")
+    assert all(len(set(row)) == len(row) for row in ids.tolist())
+
+
 def test_shapes():
     assert synthetic.synthetic_config({"n_experts": 32}).n_experts == 32
     with pytest.raises(ConfigError, match="synthetic shape: found 'huge', expected one of base, odd"):
         synthetic.synthetic_config("huge")
+    with pytest.raises(ConfigError, match="layers: found 6, expected 1 to 5"):
+        synthetic.first_layers(BASE, 6)
