@@ -78,6 +78,9 @@ class Settings:
                 return key, getattr(self, key), f"{low} to {high}"
         if not 0 < self.memory_fraction <= 1:
             return "memory_fraction", self.memory_fraction, "a number above 0, at most 1"
+        found = f"numerics {self.numerics}, dtype {self.dtype}, {self.tp * self.ep} devices"
+        if self.kernels == "pallas" and found != (expected := "numerics official, dtype bfloat16, 1 devices"):
+            return "kernels", f"pallas with {found}", f"{expected}, or kernels xla"
         if not self.model:
             return "model", self.model, "tiny, tiny_q2, hf:OWNER/REPO/FILE or a path"
         if self.model.startswith("hf:") and self.hf_file is None:

@@ -13,7 +13,7 @@ from ds4jax.engine import batch
 from ds4jax.engine import runner as engine
 from ds4jax.engine.batch import Request
 from ds4jax.engine.runner import Runner
-from ds4jax.errors import Ds4Error, GGUFError
+from ds4jax.errors import ConfigError, Ds4Error, GGUFError
 from ds4jax.sampling import Sampling
 from ds4jax.settings import Settings
 from ds4jax.tokenizer import byte_tokenizer
@@ -198,3 +198,10 @@ def test_compiled_programs_are_kept_where_the_user_says(tmp_path, monkeypatch):
         assert jax.config.jax_compilation_cache_dir == str(tmp_path / "ds4jax" / "xla")
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_kernels_are_for_gpus():
+    settings = Settings("tiny", ctx=256, dtype="bfloat16", kernels="pallas")
+    programs = engine.Programs(synthetic.Synthetic(CFG, synthetic.RECIPES["q2"]), settings)
+    with pytest.raises(ConfigError, match="kernels: found 'pallas' on a CPU, expected 'xla' or an NVIDIA GPU"):
+        programs.compile_largest()

@@ -65,6 +65,11 @@ def test_a_path_is_read_and_overrides_win(tmp_path):
         ('model = "tiny"\nmemory_fraction = 1.5', "memory_fraction: found 1.5, expected a number above 0, at most 1"),
         ('model = "tiny"\nmemory_fraction = nan', "memory_fraction: found nan, expected"),
         ('model = "tiny"\nnumerics = "exact"', "numerics: found 'exact', expected 'official' or 'plain'"),
+        (
+            'model = "tiny"\nkernels = "pallas"\ntp = 2',
+            "kernels: found 'pallas with numerics official, dtype float32, 2 devices', "
+            "expected numerics official, dtype bfloat16, 1 devices, or kernels xla",
+        ),
         ('model = "tiny"\ndtype = "float16"', "dtype: found 'float16', expected 'float32' or 'bfloat16'"),
         ('model = ""', "model: found '', expected tiny"),
         ('model = "hf:owner/repo"', "model: found 'hf:owner/repo', expected hf:OWNER/REPO/FILE"),

@@ -26,7 +26,7 @@ from ds4jax.download import resolve_model
 from ds4jax.engine import compiled, snapshots
 from ds4jax.engine.constraints import edits
 from ds4jax.engine.snapshots import Planes
-from ds4jax.errors import Ds4Error
+from ds4jax.errors import ConfigError, Ds4Error
 from ds4jax.load import load
 from ds4jax.model import transformer
 from ds4jax.model.transformer import Compute, bucket
@@ -119,6 +119,8 @@ class Programs:
         return self.compiled[key]
 
     def _compile(self, name: str, args: tuple) -> Callable:
+        if self.settings.kernels == "pallas" and (found := jax.default_backend()) != "gpu":
+            raise ConfigError(f"kernels: found 'pallas' on a {found.upper()}, expected 'xla' or an NVIDIA GPU")
         args, options = (self.weights, self.cache, *args), _compiler_options()
         shapes = jax.tree.map(lambda x: (x.shape, np.dtype(x.dtype).name), args)
         what = name, self.cfg, self.compute, options, jax.tree.structure(args), jax.tree.leaves(shapes)
