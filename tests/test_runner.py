@@ -205,3 +205,11 @@ def test_kernels_are_for_gpus():
     programs = engine.Programs(synthetic.Synthetic(CFG, synthetic.RECIPES["q2"]), settings)
     with pytest.raises(ConfigError, match="kernels: found 'pallas' on a CPU, expected 'xla' or an NVIDIA GPU"):
         programs.compile_largest()
+
+
+def test_a_model_that_the_kernels_do_not_take_is_refused_in_one_line(monkeypatch):
+    settings = Settings("tiny", ctx=256, dtype="bfloat16", kernels="pallas")
+    programs = engine.Programs(synthetic.Synthetic(CFG, synthetic.RECIPES["q2"]), settings)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    with pytest.raises(ConfigError, match="kernels: found 'pallas', expected 'xla' for this model: "):
+        programs.compile_largest()

@@ -36,6 +36,7 @@ from ds4jax.sampling import Sampling
 from ds4jax.settings import Settings
 from ds4jax.synthetic import RECIPES, Synthetic, synthetic_config
 from ds4jax.tokenizer import Tokenizer, byte_tokenizer
+from pallas_kernels.common import Unsupported
 
 Array = jax.Array
 
@@ -129,7 +130,11 @@ class Programs:
             return program
         if self._progress:
             print(f"compiling {name}, {args[3 if name == 'decode' else 4].size} tokens ...", file=sys.stderr)
-        program = self._steps[name].lower(*args).compile(options)
+        try:
+            lowered = self._steps[name].lower(*args)
+        except Unsupported as error:
+            raise ConfigError(f"kernels: found 'pallas', expected 'xla' for this model: {error}") from None
+        program = lowered.compile(options)
         compiled.save(what, program)
         return program
 
