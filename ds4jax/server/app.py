@@ -155,6 +155,8 @@ class _Server:
             ask = requests.messages(await self._body(request))
             tokens = await asyncio.to_thread(conversation.render, self.engine, ask)
             return _json({"input_tokens": len(tokens)})
+        except ClientDisconnect:
+            return Response(status_code=499)
         except Exception as error:
             return _error(request, ApiError.of(error))
 
