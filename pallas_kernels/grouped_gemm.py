@@ -1,6 +1,6 @@
 """Products of many rows with quantized matrices, for prefill: routed experts, and single matrices.
 
-A program owns a tile: some rows of x and some of a matrix. It walks along K in steps: loads codes, makes a bfloat16
+A program owns a tile: some rows of x and some of a matrix. It walks along K in steps: loads codes, makes a 16-bit
 tile of them in registers, and adds a product on the tensor cores to a float32 sum. One kernel serves both uses: a tile
 of rows meets one matrix of a stack, which is the expert of these rows, or the layer.
 
@@ -8,9 +8,15 @@ Experts: pairs (token, slot) are sorted by expert, and the kernel gathers the ro
 index, so activations are not copied. Nothing is added atomically: the same input gives the same bits.
 
 Bounds, for S tokens of DeepSeek-V4-Flash's layer on an H200: 0.30 S GFLOP (1.9 ms for 4096 at 650 TFLOP/s); 6.4 G
-weights to decode once for every bm rows of an expert, at 7 to 8 instructions each, all told (1.7 ms at the full issue
-rate of 29 T/s); x once for every tile of 128 rows of weights (7.7 GB from the L2 cache, 1.4 ms; the codes are 1.9 GB).
-With 96 rows per expert these are close, so warps that decode and warps that multiply should share a multiprocessor.
+weights to decode once for every bm rows of an expert; x once for every tile of 128 rows of weights (7.7 GB from the L2
+cache, 1.4 ms; the codes are 1.9 GB). With 96 rows per expert these are close, so warps that decode and warps that
+multiply should share a multiprocessor.
+
+Decoding: a multiprocessor issues 128 lanes of instructions per clock, but at most 64 of integer logic (shifts, masks,
+`prmt`), 64 of integer products and 64 of conversions. So the 2-bit formats put codes into the bits of two float16 at a
+time, where one instruction each subtracts what the bits mean without a code, and multiplies by the scale. Compiled, a
+weight of IQ2_XXS takes 4.7 instructions all told (1.9 of integer logic), one of Q2_K 3.7 (1.2): together 1.0 ms at the
+full issue rate of 29 T/s.
 
 Formats as in ggml (``ggml-common.h``), a matrix (N, K) split in planes (dtype, elements per K):
 
@@ -91,7 +97,8 @@ class Shape:
         keys = jax.random.split(key, 5)
         rows = (self.m * self.slots,) if self.kind == "down" else (self.m,)
         rows += (self.groups,) if self.groups > 1 else ()
-        x = jax.random.normal(keys[0], (*rows, self.k), jnp.float32).astype(jnp.bfloat16)
+        dtype = FORMATS[self.fmt].dtype if self.kind == "down" else jnp.bfloat16
+        x = jax.random.normal(keys[0], (*rows, self.k), jnp.float32).astype(dtype)
         w = [random_planes(self.fmt, key, (self.stack, self.n, self.k), self.k**-0.5) for key in keys[1:3]]
         if self.kind == "linear":
             return x, jnp.full((1,), self.stack - 1, jnp.int32), w[0]
@@ -194,35 +201,112 @@ def default_config(shape: Shape) -> Config:
     return Config(64, 8) if shape.m * shape.slots <= 64 * shape.stack else Config(128, 16)
 
 
+# ---- instructions --------------------------------------------------------------------------------------------------
+def _asm(ptx: str, constraints: str, *args: Array, dtype: Any = jnp.int32) -> Array:
+    shape = jnp.broadcast_shapes(*(a.shape for a in args))
+    (out,) = plgpu.elementwise_inline_asm(
+        ptx,
+        args=[jnp.broadcast_to(a, shape) for a in args],
+        constraints=constraints,
+        pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(shape, dtype)],
+    )
+    return out
+
+
+def _halves(words: Array) -> list[Array]:
+    """The two float16 of uint32 words, the low one first."""
+    return [lax.bitcast_convert_type(w.astype(jnp.uint16), jnp.float16) for w in (words, words >> 16)]
+
+
+class Gpu:
+    """Instructions that Pallas has no name for. Words are uint32; arguments are broadcast."""
+
+    @staticmethod
+    def fma(a: Array, b: Array, c: Array) -> Array:
+        """a · b + c in one instruction; the compiler keeps a product and a sum apart."""
+        return _asm("fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", a, b, c, dtype=a.dtype)
+
+    @staticmethod
+    def bytes(low: Array, high: Array, which: Array | int) -> Array:
+        """Four bytes, each chosen by a nibble 0-7 of the low half of `which` from the eight bytes of low and high."""
+        which, constraint = ((str(which),), "") if isinstance(which, int) else ((which,), ",r")
+        name, args = ("$3", which) if constraint else (which[0], ())
+        return lax.bitcast_convert_type(
+            _asm(f"prmt.b32 $0, $1, $2, {name};", "=r,r,r" + constraint, low, high, *args), jnp.uint32
+        )
+
+    @staticmethod
+    def affine(codes: Array, zero: float, scale: Array, plus: Array | None = None) -> list[Array]:
+        """(code - zero) · scale + plus of the two float16 in each word, the low one first, two at a time."""
+        minus = int(np.float16(-zero).view(np.uint16)) * 0x10001
+        ptx = f".reg .b32 v, s, p; mov.b32 v, {minus}; add.rn.f16x2 v, $1, v; mov.b32 s, {{$2, $2}}; "
+        if plus is None:
+            out = _asm(f"{{ {ptx} mul.rn.f16x2 $0, v, s; }}", "=r,r,h", codes, scale)
+        else:
+            ptx += "mov.b32 p, {$3, $3}; "
+            out = _asm(f"{{ {ptx} fma.rn.f16x2 $0, v, s, p; }}", "=r,r,h,h", codes, scale, plus)
+        return _halves(lax.bitcast_convert_type(out, jnp.uint32))
+
+
+class Emulation:
+    """The same in plain operations, for interpret mode."""
+
+    @staticmethod
+    def fma(a, b, c):
+        return a * b + c
+
+    @staticmethod
+    def bytes(low, high, which):
+        places = [jnp.uint32(which) >> 4 * i & 7 for i in range(4)]
+        chosen = (jnp.where(n < 4, low, high) >> 8 * (n & 3) & 255 for n in places)
+        return functools.reduce(jnp.bitwise_or, (byte << 8 * i for i, byte in enumerate(chosen)))
+
+    @staticmethod
+    def affine(codes, zero, scale, plus=None):
+        scale, plus = scale.astype(jnp.float32), 0 if plus is None else plus.astype(jnp.float32)
+        return [((h.astype(jnp.float32) - zero) * scale + plus).astype(jnp.float16) for h in _halves(codes)]
+
+
 # ---- formats -------------------------------------------------------------------------------------------------------
 class Tile(NamedTuple):
     """One step of a program: rows of a matrix, and columns [step · STEP, (step + 1) · STEP) in the format's order.
 
-    load: (plane, columns of the plane) → (rows, columns). table: IQ2_XXS_CODES. fma: a · b + c.
+    load: (plane, columns of the plane) → (rows, columns). table, constants: TABLE, and its words from CONSTANTS on.
+    op: Gpu, or Emulation.
     """
 
     load: Callable[[int, Array], Array]
     table: Any
+    constants: list[Array]
     step: Array
-    fma: Callable[[Array, Array, Array], Array]
+    op: Any
 
     def columns(self, n: int) -> Array:
         """The columns of this step in a plane that has n of them in STEP weights: int32 (n,)."""
         return self.step * n + jnp.arange(n, dtype=jnp.int32)
 
 
-def _iq2_xxs_codes() -> np.ndarray:
-    """IQ2_XXS's 256 × 8 magnitudes {8, 25, 43} as uint16: 2-bit codes {0, 2, 3}, weight j in bits 2j and 2j + 1.
+# Constants of which a thread needs several at once. Of those that a compiler knows, or that all threads share, it makes
+# a new copy for every use; so each is in the table once for every thread of a row.
+CONSTANTS = 256
 
-    bfloat16 has 8 = 0x4100, 25 = 0x4100 + 2·100 and 43 = 0x4100 + 3·100: a multiplication decodes two weights at once.
+
+def _table() -> np.ndarray:
+    """uint32: IQ2_XXS's 256 × 8 magnitudes as nibbles 0-2 for 8, 25, 43, then constants.
+
+    Nibble n is weight 0, 4, 1, 5, 2, 6, 3, 7 of the eight. Constants: for IQ2_XXS the bytes 128 + magnitude, the bytes
+    128 - magnitude, and the upper bytes of float16 in [16, 32); for Q2_K twice the float16 1024, and 256.
     """
     gguf.quants.IQ2_XXS.init_grid()
-    grid = gguf.quants.IQ2_XXS.grid.reshape(256, 8)
-    codes = np.select([grid == 8, grid == 25, grid == 43], [0, 2, 3]).astype(np.uint32)
-    return (codes << (2 * np.arange(8, dtype=np.uint32))).sum(-1).astype(np.uint16)
+    grid = gguf.quants.IQ2_XXS.grid.reshape(256, 2, 4).transpose(0, 2, 1).reshape(256, 8)
+    codes = np.searchsorted([8, 25, 43], grid).astype(np.uint32) << 4 * np.arange(8, dtype=np.uint32)
+    signed = np.array([[136, 153, 171, 0], [120, 103, 85, 0]], np.uint8).view(np.uint32).reshape(-1)
+    constants = np.array([*signed, 0x4C4C4C4C, 0x64006400, 0x5C005C00], np.uint32)
+    return np.concatenate([codes.sum(1, dtype=np.uint32), np.repeat(constants, 4)])
 
 
-IQ2_XXS_CODES = _iq2_xxs_codes()
+TABLE = _table()
 
 
 def _u32(value: int) -> Array:
@@ -245,7 +329,9 @@ def _shift(words: Array, left: int) -> Array:
     return words << left if left >= 0 else words >> -left
 
 
-# Each format has two parts: what a step loads, a step ahead of its use, and the weights (rows, 4, 32) made of it.
+# Each format has two parts: what a step loads, a step ahead of its use, and the weights (rows, 4, 32) made of it. Where
+# codes are looked up in a table, that is a part between, and the step loads two steps ahead. What a part passes on must
+# be new: Triton gives up pipelining x when a value crosses two steps untouched.
 #
 # The tensor cores take a tile of weights from registers. Of 16 rows, threads 4 r to 4 r + 3 of a warp have rows r and
 # r + 8; of 16 columns, the first of these threads has 0, 1, 8, 9, the second 2, 3, 10, 11, and so on. But a thread
@@ -300,7 +386,7 @@ def _decode_q4_k(t: Tile, d: Array, dmin: Array, low_sc: Array, low_m: Array, hi
     values = []
     for b, h in itertools.product(range(4), (0, 1)):
         code = _float(_shift(q, 19 - 4 * h - 8 * b) & _u32(0x780000) | _u32(0x41800000))
-        values.append(t.fma(code, *terms[h]).astype(jnp.bfloat16))
+        values.append(t.op.fma(code, *terms[h]).astype(jnp.bfloat16))
     return _stack(values).reshape(*d.shape, 32)
 
 
@@ -316,17 +402,16 @@ def _load_q2_k(t: Tile) -> Planes:
 
 def _decode_q2_k(t: Tile, d: Array, dmin: Array, scales: Array, q: Array) -> Array:
     q = q.reshape(*d.shape, 4) >> ((t.step & 1) * 4).astype(jnp.uint32)
-    d, dmin = d.astype(jnp.float32), dmin.astype(jnp.float32)
     scales = scales >> ((jnp.arange(4, dtype=jnp.uint32) & 1) * 8)[None, :]
-    terms = []
-    for s in (0, 1):
-        sc, m = ((scales >> n & 15).astype(jnp.float32) for n in (16 * s, 16 * s + 4))
-        # The code in the upper bits of a significand is 4 + q.
-        terms.append(((d * sc)[..., None], (-4 * (d * sc) - dmin * m)[..., None]))
+    one, four = t.constants[3:]  # a code in bits 0-1 of 1024 adds 1 to it, one in bits 2-3 of 256, too
+    sc = t.op.affine(scales & _u32(0x000F000F) | one, 1024, d)
+    m = t.op.affine(scales & _u32(0x00F000F0) | _u32(0x54005400), 64, -dmin)
+    one, four = one[..., None], four[..., None]
     values = []
-    for b, s in itertools.product(range(4), (0, 1)):
-        code = _float(_shift(q, 21 - 2 * s - 8 * b) & _u32(0x600000) | _u32(0x40800000))
-        values.append(t.fma(code, *terms[s]).astype(jnp.bfloat16))
+    for s, b in itertools.product((0, 1), (0, 1)):
+        # Bytes b and b + 2 of each word, two bits from 2 s on.
+        code, zero = (q >> 8 * b & _u32(0xC000C) | four, 256) if s else (q >> 8 * b & _u32(0x30003) | one, 1024)
+        values += t.op.affine(code, zero, sc[s][..., None], m[s][..., None])
     return _stack(values).reshape(*d.shape, 32)
 
 
@@ -335,23 +420,26 @@ def _load_iq2_xxs(t: Tile) -> Planes:
     return t.load(0, column >> 3), t.load(1, column), t.load(2, column)
 
 
-def _decode_iq2_xxs(t: Tile, d: Array, grid: Array, signs: Array) -> Array:
-    scale = d.astype(jnp.float32) * ((signs >> 27 & 30) + 1).astype(jnp.float32) * 0.125
-    # The eighth sign of a set is the parity of its seven: of all four sets at once, in bits 0, 7, 14 and 21.
-    odd = signs ^ signs >> 1
-    odd = odd ^ odd >> 2 ^ odd >> 4 ^ signs >> 6
+def _look_up_iq2_xxs(t: Tile, d: Array, grid: Array, signs: Array) -> Planes:
+    # 1024 + s - 1023.5, where s is four bits.
+    scale, _ = t.op.affine(signs >> 28 | _u32(0x6400), 1023.5, d * jnp.float16(16))
+    return scale, signs & _u32(0xFFFFFFF), *(t.table[(grid >> 8 * i & 255).astype(jnp.int32)] for i in range(4))
+
+
+def _decode_iq2_xxs(t: Tile, scale: Array, signs: Array, *magnitudes: Array) -> Array:
+    positive, negative, upper = (jnp.broadcast_to(c, signs.shape) for c in t.constants[:3])
     values = []
-    for i in range(4):
-        codes = t.table[(grid >> 8 * i & 255).astype(jnp.int32)].astype(jnp.uint32)
-        # Two weights a word, j and j + 4: their codes in bits 2j and 2j + 16, their signs in bits j and j + 16.
-        codes = codes | codes << 8
-        sets = (signs >> 7 * i & 127) * _u32(0x1001) | _shift(odd, 19 - 7 * i) & _u32(0x80000)
-        pairs = []
-        for j in range(4):
-            pair = (codes >> 2 * j & _u32(0x30003)) * _u32(100) + _u32(0x41004100)
-            pairs.append(pair ^ sets << (15 - j) & _u32(0x80008000))
-        values += [_float(pair << 16) for pair in pairs] + [_float(pair & _u32(0xFFFF0000)) for pair in pairs]
-    return _stack([(v * scale).astype(jnp.bfloat16) for v in values])
+    for i, codes in enumerate(magnitudes):
+        # Copies of seven signs b at every seventh bit have b_j at bit 8 j and b_(j+4) at bit 8 j + 4; here two bits up.
+        # The eighth makes their number even: a multiplication adds them up in the last nibble.
+        minus = (signs >> 7 * i & 127) * _u32(0x00204081 << 2) & _u32(0x04444444)
+        codes = codes | (minus | minus * _u32(0x11111111) & _u32(0x40000000))
+        for half in (codes, codes >> 16):
+            four = t.op.bytes(positive, negative, half)
+            # Such a byte under the upper byte of 16 makes 16 + byte / 64.
+            for two in (0x4140, 0x4342):
+                values += t.op.affine(t.op.bytes(four, upper, two), 18, scale)
+    return _stack(values)
 
 
 # A block of MXFP4 is four words: 16 weights in the low nibbles, 16 in the high ones.
@@ -377,9 +465,12 @@ def _decode_mxfp4(t: Tile, e: Array, q: Array) -> Array:
 class Format:
     """One way to store a matrix (N, K). planes: (dtype, m, n), m elements for every n weights of a row.
 
-    load, decode: in a kernel, what a step needs, and the weights bfloat16 (rows, 4, 32) of four threads made of it.
+    load, decode: in a kernel, what a step needs, and the weights (rows, 4, 32) of four threads made of it.
     order: (dims, axes); K, reshaped to (blocks, *dims) and transposed to (blocks, *axes), has the kernel's order.
     spread: standard deviation of the weights with random codes and d = 1. center: the dmin that makes their mean 0.
+    dtype: of the weights' tile and of x: float16, where two weights are decoded at a time; its 11 bits hold more of a
+    weight and all of a bfloat16 x below 65504 that is not tiny.
+    look_up: between load and decode, a step ahead: what comes from a table.
     """
 
     planes: tuple[tuple[Any, int, int], ...]
@@ -388,6 +479,8 @@ class Format:
     order: tuple[tuple[int, ...], tuple[int, ...]]
     spread: float
     center: float = 0
+    dtype: Any = jnp.bfloat16
+    look_up: Callable[..., Planes] | None = None
 
     @property
     def bits(self) -> float:
@@ -416,13 +509,13 @@ FORMATS = {
     ),
     "Q2_K": Format(
         ((_U32, 1, 64), (_U32, 1, 16), (_F16, 2, 256)), _load_q2_k, _decode_q2_k,
-        ((2, 2, 2, 2, 4, 4), (1, 4, 5, 0, 3, 2)),  # run, step, bits, half, word, byte
-        13.9, 1.5,
+        ((2, 2, 2, 2, 4, 2, 2), (1, 4, 2, 6, 0, 3, 5)),  # run, step, bits, half, word, and two bits of the byte
+        13.9, 1.5, dtype=_F16,
     ),
     "IQ2_XXS": Format(
         ((_F16, 1, 256), (_U32, 1, 32), (_U32, 1, 32)), _load_iq2_xxs, _decode_iq2_xxs,
-        ((4, 8, 2, 2), (1, 2, 0, 3)),  # thread, and five bits of 32 neighbours
-        43
+        ((4, 4, 2, 2, 2), (1, 3, 4, 0, 2)),  # thread, set, and three bits of eight neighbours
+        43, dtype=_F16, look_up=_look_up_iq2_xxs,
     ),
     "MXFP4": Format(
         ((jnp.uint8, 1, 32), (_U32, 1, 8)), _load_mxfp4, _decode_mxfp4,
@@ -441,6 +534,13 @@ def arrange(x: Array, fmt: str) -> Array:
         raise Unsupported(f"columns for {fmt}: found {x.shape[-1]}, expected a multiple of {math.prod(dims)}")
     x_ = x.reshape(*x.shape[:-1], -1, *dims)
     return x_.transpose(*range(lead + 1), *(lead + 1 + a for a in axes)).reshape(x.shape)
+
+
+def _operand(x: Array, fmt: str) -> Array:
+    """x as the kernel takes it."""
+    if x.dtype != jnp.bfloat16:
+        raise Unsupported(f"x: found {x.dtype}, expected bfloat16")
+    return arrange(x, fmt).astype(FORMATS[fmt].dtype)
 
 
 def random_planes(fmt: str, key: Array, shape: tuple[int, ...], std: float) -> Planes:
@@ -537,17 +637,6 @@ def tile_map(counts: Array, pairs: int, bm: int, first: int = 0) -> Array:
 
 
 # ---- the kernel ----------------------------------------------------------------------------------------------------
-def _fma(a: Array, b: Array, c: Array) -> Array:
-    """a · b + c in one instruction; the compiler keeps a product and a sum apart. b and c are broadcast to a."""
-    return plgpu.elementwise_inline_asm(
-        "fma.rn.f32 $0, $1, $2, $3;",
-        args=[a, jnp.broadcast_to(b, a.shape), jnp.broadcast_to(c, a.shape)],
-        constraints="=f,f,f,f",
-        pack=1,
-        result_shape_dtypes=[jax.ShapeDtypeStruct(a.shape, a.dtype)],
-    )[0]
-
-
 def _kernel(x, tiles, source, target, columns, factor, table, *refs, formats, steps, clamp, config, interpret):
     """One tile: some rows of one matrix, or of gate and up, times rows source[...] of x, to rows target[...] of out."""
     c = config
@@ -567,27 +656,38 @@ def _kernel(x, tiles, source, target, columns, factor, table, *refs, formats, st
             column * c.bn(len(formats)) + i * half + jnp.arange(half, dtype=jnp.int32) for i in range(3 - len(formats))
         ]
         parts = [(fmt, mine, columns[m]) for fmt, mine in zip(formats, planes, strict=True) for m in n]
-        fma = (lambda a, b, c: a * b + c) if interpret else _fma
+        thread = jnp.arange(4, dtype=jnp.int32)
+        constants = [table[i + thread][None, :] for i in range(CONSTANTS, len(TABLE), 4)]
+        op = Emulation if interpret else Gpu
+        first = split * (steps // c.splits)
+        last = first + steps // c.splits - 1
 
         def weights(i):
             for fmt, mine, row_w in parts:
                 load = functools.partial(lambda mine, r, p, k: mine[p][expert, r[:, None], k[None, :]], mine, row_w)
-                yield FORMATS[fmt], Tile(load, table, i, fma)
+                yield FORMATS[fmt], Tile(load, table, constants, i, op)
+
+        def load(i):
+            """What has to be there a step before it is looked up."""
+            return [f.load(t) if f.look_up else () for f, t in weights(jnp.minimum(i, last))]
+
+        def ready(i, loaded):
+            """What `decode` needs."""
+            tiles = zip(weights(jnp.minimum(i, last)), loaded, strict=True)
+            return [f.look_up(t, *mine) if f.look_up else f.load(t) for (f, t), mine in tiles]
 
         def step(i, carry):
-            total, codes = carry
+            total, codes, coming = carry
             x_tile = x[row[:, None], (i * STEP + jnp.arange(STEP, dtype=jnp.int32))[None, :]]
             w = [f.decode(t, *mine) for (f, t), mine in zip(weights(i), codes, strict=True)]
-            # The codes of the next step arrive while the tensor cores work.
-            codes = [f.load(t) for f, t in weights(jnp.minimum(i + 1, last))]
+            # The codes of the next steps arrive while the tensor cores work.
+            codes, coming = ready(i + 1, coming), load(i + 2)
             w = jnp.stack(w, -1).reshape(c.num_warps, 8, 4, 8, 2, 2, 2).transpose(0, 6, 1, 3, 4, 2, 5)
             w = w.reshape(2 * half, STEP)
-            return total + jnp.dot(w, x_tile.T, preferred_element_type=jnp.float32), codes
+            return total + jnp.dot(w, x_tile.T, preferred_element_type=jnp.float32), codes, coming
 
-        first = split * (steps // c.splits)
-        last = first + steps // c.splits - 1
         total = jnp.zeros((2 * half, c.bm), jnp.float32)
-        total, _ = lax.fori_loop(first, last + 1, step, (total, [f.load(t) for f, t in weights(first)]))
+        total, *_ = lax.fori_loop(first, last + 1, step, (total, ready(first, load(first)), load(first + 1)))
         y = jnp.unstack(total.reshape(c.num_warps, 2, 8, c.bm).transpose(0, 2, 3, 1), axis=-1)
         if clamp is not None:
             y = [activation(*y, clamp)]
@@ -622,17 +722,17 @@ def _call(k: int, tiles: int, out: jax.ShapeDtypeStruct, formats, clamp, config:
 def _multiply(
     x: Array, tiles: Array, source: Array, target: Array, matrices: tuple[Planes, ...], formats: tuple[str, ...], *,
     config: Config, interpret: bool, columns: Array | None = None, factor: Array | None = None,
-    clamp: float | None = None, dtype: Any = None,
+    clamp: float | None = None, dtype: Any = jnp.bfloat16,
 ) -> Array:  # fmt: skip
-    """(rows, N): row target[p] is row source[p] of x times a matrix, for the places p in `tiles`.
+    """(rows, N) in `dtype`: row target[p] is row source[p] of x times a matrix, for the places p in `tiles`.
 
-    x: its columns arranged. dtype: of the result, by default x's. columns: int32 (N,), the rows of the matrix in order
+    x: in the format's dtype, its columns arranged. columns: int32 (N,), the rows of the matrix in order
     of the output's columns.
     """
     (_, n, _), k = matrices[0][0].shape, x.shape[-1]
-    if x.dtype != jnp.bfloat16:
-        raise Unsupported(f"x: found {x.dtype}, expected bfloat16")
     for fmt, planes in zip(formats, matrices, strict=True):
+        if x.dtype != FORMATS[fmt].dtype:
+            raise Unsupported(f"x for {fmt}: found {x.dtype}, expected {jnp.dtype(FORMATS[fmt].dtype)}")
         expected = FORMATS[fmt].structs((planes[0].shape[0], n, k))
         if [(p.shape, p.dtype) for p in planes] != [(p.shape, p.dtype) for p in expected]:
             raise Unsupported(f"planes of {fmt} {(n, k)}: found {planes}, expected {expected}")
@@ -643,20 +743,20 @@ def _multiply(
         columns = jnp.arange(n, dtype=jnp.int32)
     if factor is None:
         factor = jnp.zeros((1,), jnp.float32)
-    dtype = jnp.dtype(dtype or x.dtype)
+    dtype = jnp.dtype(dtype)
     out = jax.ShapeDtypeStruct((config.splits, target.shape[0], n), dtype if config.splits == 1 else jnp.float32)
     f = _call(k, tiles.shape[1], out, formats, clamp, config, interpret)
     planes = [p for planes in matrices for p in planes]
-    y = f(x, tiles, source, target, columns, factor, jnp.asarray(IQ2_XXS_CODES), *planes)
+    y = f(x, tiles, source, target, columns, factor, jnp.asarray(TABLE), *planes)
     return y[0] if config.splits == 1 else y.sum(0).astype(dtype)
 
 
 # ---- ops -----------------------------------------------------------------------------------------------------------
 def gate_up(
     x: Array, weight: Array, routing: Routing, gate: Planes, up: Planes, *, fmt: str, clamp: float, config: Config,
-    columns: Array | None = None, first: int = 0, interpret: bool = False,
+    columns: Array | None = None, dtype: Any = jnp.bfloat16, first: int = 0, interpret: bool = False,
 ) -> Array:  # fmt: skip
-    """weight · silu(min(x Gᵀ, clamp)) · clip(x Uᵀ, -clamp, clamp) of every pair, bfloat16 (P, N) in routing's order.
+    """weight · silu(min(x Gᵀ, clamp)) · clip(x Uᵀ, -clamp, clamp) of every pair, (P, N) in routing's order, in `dtype`.
 
     x: bfloat16 (S, K). weight: float32 (S, slots). gate, up: planes (matrices, N, ...), where that of the first expert
     is number `first`. columns: int32 (N,), an order of the result's columns. Rows of pairs without an expert are
@@ -664,9 +764,10 @@ def gate_up(
     """
     pairs = weight.size
     return _multiply(
-        arrange(x, fmt), tile_map(routing.counts, pairs, config.bm, first),
+        _operand(x, fmt), tile_map(routing.counts, pairs, config.bm, first),
         routing.order // weight.shape[1], jnp.arange(pairs, dtype=jnp.int32), (gate, up), (fmt, fmt),
-        columns=columns, factor=weight.reshape(-1)[routing.order], clamp=clamp, config=config, interpret=interpret,
+        columns=columns, factor=weight.reshape(-1)[routing.order], clamp=clamp, dtype=dtype, config=config,
+        interpret=interpret,
     )  # fmt: skip
 
 
@@ -674,7 +775,7 @@ def down(
     h: Array, ids: Array, routing: Routing, planes: Planes, *, fmt: str, config: Config, first: int = 0,
     interpret: bool = False,
 ) -> Array:  # fmt: skip
-    """Σ over the slots of h Wᵀ, bfloat16 (S, N). h: bfloat16 (P, K) in routing's order, its columns arranged.
+    """Σ over the slots of h Wᵀ, bfloat16 (S, N). h: (P, K) in the format's dtype and routing's order, columns arranged.
 
     planes, first: as for `gate_up`. The sum has a fixed order, so it repeats bit for bit.
     """
@@ -683,7 +784,7 @@ def down(
     tiles = tile_map(routing.counts, ids.size, config.bm, first)
     y = _multiply(h, tiles, places, routing.order, (planes,), (fmt,), config=config, interpret=interpret)
     y = y.reshape(*ids.shape, n).astype(jnp.float32)
-    return jnp.where(((ids >= 0) & (ids < n_experts))[..., None], y, 0).sum(1).astype(h.dtype)
+    return jnp.where(((ids >= 0) & (ids < n_experts))[..., None], y, 0).sum(1).astype(jnp.bfloat16)
 
 
 def experts(
@@ -705,8 +806,8 @@ def experts(
     routing = route(ids, n_experts)
     columns = arrange(jnp.arange(n, dtype=jnp.int32), fmts[1])  # as `down` wants them
     h = gate_up(
-        x, weight, routing, gate, up, fmt=fmts[0], clamp=clamp, columns=columns, first=first[0], config=configs[0],
-        interpret=interpret,
+        x, weight, routing, gate, up, fmt=fmts[0], clamp=clamp, columns=columns, dtype=FORMATS[fmts[1]].dtype,
+        first=first[0], config=configs[0], interpret=interpret,
     )  # fmt: skip
     return down(h, ids, routing, down_, fmt=fmts[1], first=first[1], config=configs[1], interpret=interpret)
 
@@ -733,7 +834,8 @@ def linear(
     group, start = t % groups, t // groups * config.bm
     tiles = jnp.stack([layer[0] * groups + group, group * m + start, jnp.minimum(m - start, config.bm)])
     rows = (jnp.arange(m, dtype=jnp.int32) * groups + jnp.arange(groups, dtype=jnp.int32)[:, None]).reshape(-1)
-    x = arrange(x.reshape(m * groups, k), fmt)
+    x = _operand(x.reshape(m * groups, k), fmt)
+    dtype = dtype or jnp.bfloat16
     y = _multiply(x, tiles, rows, rows, (planes,), (fmt,), config=config, dtype=dtype, interpret=interpret)
     return y.reshape(m, n)
 
@@ -744,11 +846,11 @@ def grouped_gemm(
 ) -> Array:  # fmt: skip
     """One op by name, with `Shape.inputs` and `Shape.static`, for tests, sweeps and benchmarks.
 
-    gate_up: x, ids, weight, gate, up → (P, N), sorted by expert. down: h (P, K) sorted by expert, its columns arranged,
-    ids, planes → (S, N). linear: x, layer, planes → (M, N).
+    gate_up: x, ids, weight, gate, up → (P, N), sorted by expert. down: h (P, K) sorted by expert, in the format's
+    dtype, its columns arranged, ids, planes → (S, N). linear: x, layer, planes → (M, N).
     """
     if implementation == "xla":
-        return reference(*args, kind=kind, fmt=fmt, **static).astype(args[0].dtype)
+        return reference(*args, kind=kind, fmt=fmt, **static).astype(jnp.bfloat16)
     if kind == "linear":
         return linear(*args, fmt=fmt, config=config, interpret=interpret, **static)
     x, ids, *rest = args
