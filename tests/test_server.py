@@ -391,14 +391,14 @@ STREAMS = {
 def test_the_first_event_comes_before_the_prefill_and_then_signs_of_life(path):
     body, first, alive = STREAMS[path]
     with clients("x", Options(keep_alive=0.05), chunks=2, delay=0.2) as (_, _, http, _):
-        start = time.perf_counter()
         with http.stream("POST", path, json=body | {"stream": True}) as response:
             chunks, seen = [], []
             for chunk in response.iter_raw():
                 chunks.append(chunk)
-                seen.append(time.perf_counter() - start)
-        assert first in chunks[0] and seen[0] < 0.4  # the prefill takes as long, once admitted
-        assert sum(alive in chunk for chunk in chunks) > 4
+                seen.append(time.perf_counter())
+        # From the admission: two chunks and two tokens, 0.2 seconds each. After the prefill it would be half of that.
+        assert first in chunks[0] and seen[-1] - seen[0] > 0.6
+        assert sum(alive in chunk for chunk in chunks) > 2
 
 
 def test_signs_of_life_while_what_is_said_is_hidden():
@@ -420,7 +420,7 @@ def test_a_disconnect_frees_the_engine(path, stream):
         with contextlib.suppress(httpx.ReadTimeout):
             with http.stream("POST", path, json=body | {"stream": stream}, timeout=0.5) as response:
                 next(response.iter_raw())
-        deadline = time.monotonic() + 2
+        deadline = time.monotonic() + 10
         while engine.running:
             assert time.monotonic() < deadline
             time.sleep(0.01)
