@@ -309,15 +309,22 @@ class GGUFFile:
             )
         return self.raw(name).view(DTYPES[t.type])
 
+    def will_need(self, name: str, start: int = 0, stop: int | None = None) -> None:
+        """Has bytes [start, stop) of a tensor read from the disk in large pieces, without waiting for them."""
+        self._buf.madvise(mmap.MADV_WILLNEED, *self._pages(name, start, stop))
+
     def drop_pages(self, name: str, start: int = 0, stop: int | None = None) -> None:
         """Gives the memory behind bytes [start, stop) of a tensor back to the system; reading them again still works.
 
         Rounds outwards to whole pages, so that consecutive ranges leave nothing behind.
         """
+        self._buf.madvise(mmap.MADV_DONTNEED, *self._pages(name, start, stop))
+
+    def _pages(self, name: str, start: int, stop: int | None) -> tuple[int, int]:
+        """Offset in the file, at the start of a page, and length of bytes [start, stop) of a tensor."""
         t = self.info(name)
         first = (t.offset + start) // mmap.PAGESIZE * mmap.PAGESIZE
-        last = t.offset + (t.nbytes if stop is None else stop)
-        self._buf.madvise(mmap.MADV_DONTNEED, first, last - first)
+        return first, t.offset + (t.nbytes if stop is None else stop) - first
 
     def close(self) -> None:
         """Unmaps the file; if arrays still show it, that happens when the last of them is gone."""

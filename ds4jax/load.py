@@ -221,6 +221,9 @@ def _read_tensor(checkpoint: Checkpoint, spec: WeightSpec, nth: int, rows: Bound
     name = spec.tensors[nth].name
     file = checkpoint.holder(name)
     info = file.tensors[name]
+    stride = info.nbytes // info.shape[0]
+    span = (rows[0][0] * stride, rows[0][1] * stride) if rows else (0, info.nbytes)
+    file.will_need(name, *span)
     raw = file.raw(name)[tuple(slice(*r) for r in rows)]
     i, n = spec.part
     raw = raw[..., raw.shape[-1] * i // n : raw.shape[-1] * (i + 1) // n]
@@ -228,6 +231,4 @@ def _read_tensor(checkpoint: Checkpoint, spec: WeightSpec, nth: int, rows: Bound
         spec.format.split(raw, vars(out))
     else:
         out[...] = raw.view(np.int32 if info.type == GGMLType.I32 else FORMATS[info.type].planes["values"][0])
-    if rows:
-        stride = info.nbytes // info.shape[0]
-        file.drop_pages(name, rows[0][0] * stride, rows[0][1] * stride)
+    file.drop_pages(name, *span)

@@ -108,6 +108,15 @@ def test_no_more_is_read_than_may_be_in_flight(q2, monkeypatch):
     assert ahead == 0 and 1 < most <= 3
 
 
+def test_slabs_are_written_in_place():
+    whole = tuple(jax.ShapeDtypeStruct((6, 40, n), dtype) for n, dtype in ((8, np.float16), (32, np.uint32)))
+    slab = tuple(jax.ShapeDtypeStruct((1, 10, p.shape[-1]), p.dtype) for p in whole)
+    _, write = loader._compile(whole, slab, jax.devices()[0])
+    stats = write.memory_analysis()
+    assert stats.alias_size_in_bytes == 6 * 40 * (8 * 2 + 32 * 4)
+    assert stats.temp_size_in_bytes == 0
+
+
 def test_a_failed_read_ends_the_load(q2, monkeypatch):
     read = loader._read
 
