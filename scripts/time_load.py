@@ -1,14 +1,15 @@
 """Times loading: a file of the full shape from memory to the device, twice, and checks what arrives.
 
-    python scripts/time_load.py --folder /dev/shm                    # needs 82 GiB there, and a GPU that holds them
+    python scripts/time_load.py --folder /dev/shm                    # needs 81 GiB there, and a GPU that holds them
     python scripts/time_load.py --folder /dev/shm --first_token      # and the start of a program to its first token
     python scripts/time_load.py --folder /tmp --layers 1 --config tiny       # 3.4 GiB, anywhere
 
-Writes the file first, if it is not there (`python -m ds4jax.synthetic`). Host memory is that of the process beyond its
-start, page-locked memory left out; on a CPU it has the weights in it, too. First "transfer alone" says what JAX's copy
-from ordinary host memory can do at all, in arrays of the loader's size and number. With --first_token, the tool
-`ds4jax.generate` is timed from its start to its end, which is after one token, with an empty cache of compiled programs
-and then with that of the first run. Exits with status 1 if a tensor on the device is not the file's.
+Writes the file first, if it is not there, as `python -m ds4jax.synthetic` does. Where /dev/shm is too small for it,
+`mount -o remount,size=90g /dev/shm` lets it grow. Host memory is that of the process beyond its start, page-locked
+memory left out; on a CPU it has the weights in it, too. First "transfer alone" says what JAX's copy from ordinary host
+memory can do at all, in arrays of the loader's size and number. With --first_token, the tool `ds4jax.generate` is timed
+from its start to its end, which is after one token, with an empty cache of compiled programs and then with that of the
+first run. Exits with status 1 if a tensor on the device is not the file's.
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ def main() -> int:
     if FLAGS.first_token:
         with tempfile.TemporaryDirectory() as cache:
             for state in ("an empty", "the first run's"):
-                print(f"first token, {state} cache: {first_token(path, cache):.1f} s", flush=True)
+                seconds, last_line = first_token(path, cache)
+                print(f"first token, {state} cache: {seconds:.1f} s; {last_line}", flush=True)
 
     Settings.load(FLAGS.config).set_environment()
     import jax  # not before its environment is set, nor while another process needs the device
@@ -86,8 +88,11 @@ def report(what: str, nbytes: int, seconds: float, more: str = "") -> None:
     print(f"{what}: {nbytes / GIB:.2f} GiB in {seconds:.2f} s, {nbytes / seconds / 1e9:.2f} GB/s{more}", flush=True)
 
 
-def first_token(path: Path, cache: str) -> float:
-    """Seconds that a new process takes to generate one token, with compiled programs kept in the folder `cache`."""
+def first_token(path: Path, cache: str) -> tuple[float, str]:
+    """Seconds that a new process takes to generate one token, with compiled programs kept in the folder `cache`.
+
+    And the last line that it prints on stderr, about speed and memory.
+    """
     argv = ["--config", FLAGS.config, "--model", str(path), "--prompt", "Hello", "--max_tokens", "1"]
     start = time.perf_counter()
     run = subprocess.run(
@@ -98,7 +103,7 @@ def first_token(path: Path, cache: str) -> float:
     )
     if run.returncode:
         raise Ds4Error(f"ds4jax.generate ended with status {run.returncode}: {run.stderr[-1000:]}")
-    return time.perf_counter() - start
+    return time.perf_counter() - start, run.stderr.strip().splitlines()[-1]
 
 
 def transfer_alone(nbytes: int, in_flight: int) -> None:
@@ -124,6 +129,7 @@ def check(values, checkpoint) -> int:
 
     specs, treedef = jax.tree.flatten(weights.abstract(checkpoint.cfg, checkpoint.types))
     leaves = [(s, v) for s, v in zip(specs, treedef.flatten_up_to(values), strict=True) if s.quantized]
+    random.seed(0)
     random.shuffle(leaves)
     firsts = {spec.format: i for i, (spec, _) in enumerate(leaves)}.values()
     leaves = [leaves[i] for i in firsts] + [leaf for i, leaf in enumerate(leaves) if i not in firsts]
