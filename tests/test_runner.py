@@ -188,7 +188,8 @@ def test_a_file_without_a_tokenizer_runs_but_has_none(tmp_path):
 
 def test_compiled_programs_are_kept_where_the_user_says(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    before = jax.config.jax_compilation_cache_dir
+    names = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
+    before = {name: getattr(jax.config, name) for name in names}
     try:
         jax.config.update("jax_compilation_cache_dir", "elsewhere")
         engine.keep_compilations()
@@ -197,7 +198,8 @@ def test_compiled_programs_are_kept_where_the_user_says(tmp_path, monkeypatch):
         engine.keep_compilations()
         assert jax.config.jax_compilation_cache_dir == str(tmp_path / "ds4jax" / "xla")
     finally:
-        jax.config.update("jax_compilation_cache_dir", before)
+        for name, value in before.items():
+            jax.config.update(name, value)
 
 
 def test_kernels_are_for_gpus():

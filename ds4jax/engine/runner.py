@@ -454,5 +454,6 @@ def keep_compilations() -> None:
     if jax.config.jax_compilation_cache_dir is None:
         try:
             jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # many small ones add up, too
         except Ds4Error:
             pass  # not writable: every start compiles
