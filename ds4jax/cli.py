@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable
+from types import FrameType
 
 from absl import flags
 
@@ -20,6 +22,22 @@ def define_model(flag_values: flags.FlagValues) -> None:
     flags.DEFINE_string("model", None, text, flag_values=flag_values)
 
 
+_interrupted = False
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    global _interrupted
+    _interrupted = True
+    raise KeyboardInterrupt
+
+
+def check_interrupt() -> None:
+    """Raises KeyboardInterrupt if Ctrl-C came, for long loops: Python drops the exception where it is raised in a
+    callback of its garbage collector, and JAX has one."""
+    if _interrupted:
+        raise KeyboardInterrupt
+
+
 def run(
     tool: Callable[[], int | None], flag_values: flags.FlagValues, usage: str, argv: list[str] | None = None
 ) -> int:
@@ -29,6 +47,10 @@ def run(
     usage: what --help prints before the flags. argv: arguments without the program's name, by default the process's.
     A Ds4Error becomes one line on stderr; a reader of stdout that has gone away (``| head``) ends the tool silently.
     """
+    global _interrupted
+    _interrupted = False
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
     argv = sys.argv[1:] if argv is None else argv
     sys.stdout.reconfigure(encoding="utf-8")  # whatever the locale: models write any script
     flag_values.unparse_flags()

@@ -91,6 +91,7 @@ def _stream(tokens: list[int], checkpoint: Checkpoint, tokenizer: Tokenizer, set
     with _runner(checkpoint, settings, 1) as runner, logprobs or contextlib.nullcontext():
         try:
             for _, step, finish in batch.run(runner, [request], tokenizer.eos_id):
+                cli.check_interrupt()
                 text = "" if finish == "stop" else decoder.push(step.token)
                 sys.stdout.write(text)
                 sys.stdout.flush()
@@ -215,6 +216,7 @@ def _batch_job(text: str, checkpoint: Checkpoint, tokenizer: Tokenizer, settings
         answers: dict[int, list[int]] = {line.number: [] for line in good.values()}
         try:
             for request, step, finish in batch.run(runner, good, tokenizer.eos_id) if runner else ():
+                cli.check_interrupt()
                 line, answer = good[request], answers[good[request].number]
                 if finish != "stop":
                     answer.append(step.token)

@@ -364,3 +364,13 @@ def test_ctrl_c_in_a_process_of_its_own(model, tmp_path):
     assert process.returncode == 130, err.decode()
     assert text and rest.endswith(b"\n")
     assert b"Traceback" not in err and err.endswith(b"interrupted\n")
+
+
+def test_ctrl_c_is_not_lost_where_python_drops_the_exception(monkeypatch):
+    monkeypatch.setattr(cli, "_interrupted", False)
+    cli.check_interrupt()
+    with pytest.raises(KeyboardInterrupt):
+        cli._interrupt(signal.SIGINT, None)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            cli.check_interrupt()
