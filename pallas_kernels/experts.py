@@ -60,7 +60,6 @@ class Config:
 
     tokens: how many tokens of one expert a program of gate_up serves at most; experts with more are read again.
     sign_tables: how many of the four sign sets of an IQ2_XXS word come from a table (loads) instead of arithmetic.
-    loops: how many times a program of gate_up does that, its activations in registers, where a row is one step.
     ahead: how many steps ahead of their use weights are loaded, where a program takes several.
     """
 
@@ -69,12 +68,6 @@ class Config:
     tokens: int = 1
     sign_tables: int = 0
     ahead: int = 1
-    loops: int = 1
-
-    @property
-    def block(self) -> int:
-        """Rows of a program."""
-        return self.num_warps * self.rows * self.loops
 
 
 # ---- instructions ----------------------------------------------------------------------------------------------------
@@ -203,27 +196,6 @@ class Program:
         zeros = [[jnp.zeros((self.config.num_warps, step), jnp.float32) for _ in tokens(0)] for _ in rows]
         return lax.fori_loop(0, last + 1, body, (coming, expert(min(ahead, last) >> which), zeros))[-1]
 
-    def repeat(self, n: int, expert: Array, rows: Callable, packed: Ref, tokens: Sequence, put: Callable) -> None:
-        """put(i, what `sweep` gives for rows(i) of one expert) for i < n, where a row is a single step.
-
-        The activations stay in registers.
-        """
-        xs = [Activations(packed, t, self.fmt, self.units(0)) for t in tokens]
-        for x in xs:
-            x.load()
-
-        def load(i):
-            loaded = [self.fmt.load(refs, Tile(self, 0, expert, row)) for refs, row in rows(i)]
-            self.op.fence()
-            return loaded
-
-        def body(i, loaded):
-            following = load(jnp.minimum(i + 1, n - 1))
-            put(i, self.fmt.dot(loaded, xs, self))
-            return following
-
-        lax.fori_loop(0, n, body, load(0))
-
 
 @dataclass(frozen=True)
 class Tile:
@@ -281,11 +253,6 @@ class Activations:
         if row not in self._rows:
             self._rows[row] = self._row(row)
         return self._rows[row][i % self._fmt.width]
-
-    def load(self) -> None:
-        """All words, now."""
-        for i in range(self._fmt.unit // 2 + self._fmt.sums + 1):
-            self.word(i)
 
     def words(self, start: int, n: int) -> list[Array]:
         return [self.word(start + i) for i in range(n)]
@@ -668,12 +635,6 @@ class Shape:
         return 2 if self.stage == "gate_up" else 1
 
     @property
-    def steps(self) -> int:
-        """Of a program along its rows, for all experts that it adds up."""
-        fmt = FORMATS[self.fmt]
-        return max(1, self.k // fmt.unit // fmt.step) * (self.used if self.stage == "down" else 1)
-
-    @property
     def nbytes(self) -> int:
         """Weights of the experts touched, activations, results."""
         per_256 = sum(np.dtype(dtype).itemsize * n for dtype, n in FORMATS[self.fmt].planes)
@@ -808,9 +769,8 @@ def gate_up(
     _, F = _check(fmt, K, S, gate)
     if _check(fmt, K, S, up)[1] != F:
         raise Unsupported(f"gate_up: found gate {gate[0].shape} and up {up[0].shape}, expected equal shapes")
-    shape = Shape("gate_up", fmt, S, K, F, used=k)
-    config = config or tuned.config_for(__name__, shape)
-    _check_config(config, F, shape.steps)
+    config = config or tuned.config_for(__name__, Shape("gate_up", fmt, S, K, F, used=k))
+    _check_config(config, F)
     table = FORMATS[fmt].table()
     tables = () if table is None else (jnp.asarray(table),)
     f = _gate_up(fmt, S, k, K, F, clamp, config, interpret)
@@ -841,9 +801,8 @@ def down(
         return reference_down(act, ids, planes, plus, fmt=fmt, first=first, dtype=dtype)
     (S, k), F = ids.shape, act.shape[1]
     _, E = _check(fmt, F, S, planes)
-    shape = Shape("down", fmt, S, F, E, used=k)
-    config = config or tuned.config_for(__name__, shape)
-    _check_config(config, E, shape.steps)
+    config = config or tuned.config_for(__name__, Shape("down", fmt, S, F, E, used=k))
+    _check_config(config, E)
     table = FORMATS[fmt].table()
     tables = () if table is None else (jnp.asarray(table),)
     f = _down(fmt, S, k, F, E, plus is not None, jnp.dtype(dtype), config, interpret)
@@ -872,11 +831,9 @@ def _check(fmt: str, K: int, S: int, planes: Sequence[Array]) -> tuple[int, int]
     return planes[0].shape[:2]
 
 
-def _check_config(config: Config, n: int, steps: int) -> None:
-    if n % config.block:
-        raise Unsupported(f"rows: found {n}, expected a multiple of {config.block}, see {config}")
-    if config.loops > 1 and steps > 1:
-        raise Unsupported(f"loops: found {config.loops}, expected 1 where a program takes {steps} steps")
+def _check_config(config: Config, n: int) -> None:
+    if n % (config.num_warps * config.rows):
+        raise Unsupported(f"rows: found {n}, expected a multiple of {config.num_warps} · {config.rows}, see {config}")
 
 
 def _first(first: Array | None) -> Array:
@@ -994,35 +951,23 @@ def _gate_up(fmt: str, S: int, k: int, K: int, F: int, clamp: float, config: Con
         (rank, following), rest = (rest[:2], rest[2:]) if tokens > 1 else ((None, None), rest)
         gate, up, (*table, out) = rest[:planes], rest[planes : 2 * planes], rest[2 * planes :]
         program = Program(FORMATS[fmt], K, config, Emulation if interpret else Gpu, *table)
-        pair, first = pl.program_id(0), pl.program_id(1) * config.block
-
-        def starts(i):
-            return [first + (i * config.rows + row) * warps for row in range(config.rows)]
-
-        def rows(i):
-            return [(refs, start) for start in starts(i) for refs in (gate, up)]
+        pair, first = pl.program_id(0), pl.program_id(1) * warps * config.rows
+        starts = [first + warps * i for i in range(config.rows)]
 
         def serve(pairs: list[Array]) -> None:
-            served = [p // k for p in pairs]
-
-            def put(i, dots):
-                dots = iter(dots)
-                for start in starts(i):
-                    for p, *both in zip(pairs, next(dots), next(dots), strict=True):
-                        g, u = (part.sum(1) for part in both)
-                        g = jnp.minimum(g, clamp)
-                        out[p, pl.ds(start, warps)] = g / (1 + jnp.exp(-g)) * jnp.clip(u, -clamp, clamp) * weights[p]
-
-            if config.loops > 1:
-                program.repeat(config.loops, expert, rows, x, served, put)
-            else:
-                put(0, program.sweep(1, lambda _: expert, rows(0), x, lambda _: served))
+            rows = [(refs, start) for start in starts for refs in (gate, up)]
+            dots = iter(program.sweep(1, lambda _: expert, rows, x, lambda _: [p // k for p in pairs]))
+            for start in starts:
+                for p, *both in zip(pairs, next(dots), next(dots), strict=True):
+                    g, u = (part.sum(1) for part in both)
+                    g = jnp.minimum(g, clamp)
+                    out[p, pl.ds(start, warps)] = g / (1 + jnp.exp(-g)) * jnp.clip(u, -clamp, clamp) * weights[p]
 
         held, expert = ids[pair] >= 0, ids[pair] + first_expert[0]
 
         @pl.when(~held)
         def _():
-            for start in itertools.chain(*map(starts, range(config.loops))):
+            for start in starts:
                 out[pair, pl.ds(start, warps)] = jnp.zeros((warps,), jnp.float32)
 
         # Of the pairs of one expert every tokens-th serves itself and those that follow.
@@ -1037,7 +982,7 @@ def _gate_up(fmt: str, S: int, k: int, K: int, F: int, clamp: float, config: Con
     return common.call(
         kernel,
         name=f"experts_gate_up_{fmt}",
-        grid=(S * k, F // config.block),
+        grid=(S * k, F // (warps * config.rows)),
         out_shape=jax.ShapeDtypeStruct((S * k, F), jnp.float32),
         num_warps=warps,
         num_stages=1,
@@ -1053,7 +998,7 @@ def _down(fmt: str, S: int, k: int, F: int, E: int, adds: bool, dtype: np.dtype,
         plus, rest = (rest[0], rest[1:]) if adds else (None, rest)
         refs, (*table, out) = rest[:planes], rest[planes:]
         program = Program(FORMATS[fmt], F, config, Emulation if interpret else Gpu, *table)
-        s, first = pl.program_id(0), pl.program_id(1) * config.block
+        s, first = pl.program_id(0), pl.program_id(1) * warps * config.rows
         starts, zero = [first + warps * i for i in range(config.rows)], first_expert[0]
 
         def expert(i):
@@ -1068,7 +1013,7 @@ def _down(fmt: str, S: int, k: int, F: int, E: int, adds: bool, dtype: np.dtype,
     return common.call(
         kernel,
         name=f"experts_down_{fmt}",
-        grid=(S, E // config.block),
+        grid=(S, E // (warps * config.rows)),
         out_shape=jax.ShapeDtypeStruct((S, E), dtype),
         num_warps=warps,
         num_stages=1,
@@ -1078,14 +1023,17 @@ def _down(fmt: str, S: int, k: int, F: int, E: int, adds: bool, dtype: np.dtype,
 
 # ---- tiles -----------------------------------------------------------------------------------------------------------
 def configs(shape: Shape) -> list[Config]:
-    """Candidates for a sweep. Two tokens' activations would not fit into registers, and two rows' weights hardly."""
-    tokens = (1, 2, 4) if shape.stage == "gate_up" and shape.tokens > 1 else (1,)
-    tables = (0, 2, 4) if shape.fmt == "IQ2_XXS" else (0,)
-    ahead = (1, 2, 3) if shape.steps > 1 else (1,)
-    out = [Config(*c) for c in itertools.product((2, 4, 8), (1, 2, 4), tokens, tables, ahead)]
-    if shape.steps == 1:
-        out += [Config(*c) for c in itertools.product((1, 2, 4), (1,), (1,), tables, (1,), (4, 8, 16))]
-    return [c for c in out if shape.n % c.block == 0]
+    """Candidates for a sweep."""
+    fmt = FORMATS[shape.fmt]
+    steps = shape.k // fmt.unit // fmt.step * (shape.used if shape.stage == "down" else 1)
+    several = shape.stage == "gate_up" and shape.tokens > 1
+    out = []
+    for num_warps, rows, tokens, ahead in itertools.product(
+        (2, 4, 8), (1, 2, 4), (1, 2, 4) if several else (1,), (1, 2, 3) if steps > 1 else (1,)
+    ):
+        for sign_tables in (0, 2, 4) if shape.fmt == "IQ2_XXS" else (0,):
+            out.append(Config(num_warps, rows, tokens, sign_tables, ahead))
+    return [c for c in out if shape.n % (c.num_warps * c.rows) == 0]
 
 
 def default_config(shape: Shape) -> Config:
