@@ -11,8 +11,7 @@ bring one IQ2_XXS weight, 132 multiprocessors issue two instructions a lane, one
   entries as nibbles, and the sign. A multiplication spreads a set of seven signs over the nibbles, another one adds up
   their parity, which is the eighth.
 * A thread holds the same units of every row it works on, so activations are loaded once per program and nothing
-  changes threads before the last sum over a row. `pack` puts them in the order in which words yield their weights, and
-  side by side what a thread loads.
+  changes threads before the last sum over a row. `pack` puts them in the order in which words yield their weights.
 
 Planes of a matrix (n, K) per format (bit layouts: ggml, ``ggml-common.h``); experts have one more leading axis:
 
@@ -29,7 +28,6 @@ takes 8-bit activations.
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -60,14 +58,12 @@ class Config:
 
     tokens: how many tokens of one expert a program of gate_up serves at most; experts with more are read again.
     sign_tables: how many of the four sign sets of an IQ2_XXS word come from a table (loads) instead of arithmetic.
-    ahead: how many steps ahead of their use weights are loaded, where a program takes several.
     """
 
     num_warps: int = 4
     rows: int = 2
     tokens: int = 1
     sign_tables: int = 0
-    ahead: int = 1
 
 
 # ---- instructions ----------------------------------------------------------------------------------------------------
@@ -164,7 +160,7 @@ class Program:
         """[row][token] → float32 (warps, n), what every thread has of sums over experts of rows times activations.
 
         expert(i), tokens(i): the number of the i-th expert, and which `packed` activations it meets. rows: planes and
-        the first of num_warps rows. The next weights are on their way while these are used; the last are read again.
+        the first of num_warps rows. The next weights are on their way while these are used; the last are read twice.
         """
         units = self.k // self.fmt.unit
         step = min(units, self.fmt.step)
@@ -182,19 +178,16 @@ class Program:
             units = self.units((i & steps - 1) * step)
             return self.fmt.dot(loaded, [Activations(packed, t, self.fmt, units) for t in tokens(i >> which)], self)
 
-        ahead = self.config.ahead
-
         def body(i, carry):
-            (loaded, *coming), following, totals = carry
-            coming.append(load(jnp.minimum(i + ahead, last), following))
-            following = expert(jnp.minimum(i + ahead + 1, last) >> which)
-            return coming, following, jax.tree.map(jnp.add, totals, dot(i, loaded))
+            loaded, following, totals = carry
+            ahead = load(jnp.minimum(i + 1, last), following), expert(jnp.minimum(i + 2, last) >> which)
+            return *ahead, jax.tree.map(jnp.add, totals, dot(i, loaded))
 
+        loaded = load(0, expert(0))
         if last == 0:
-            return dot(0, load(0, expert(0)))
-        coming = [load(i, expert(i >> which)) for i in (min(i, last) for i in range(ahead))]
+            return dot(0, loaded)
         zeros = [[jnp.zeros((self.config.num_warps, step), jnp.float32) for _ in tokens(0)] for _ in rows]
-        return lax.fori_loop(0, last + 1, body, (coming, expert(min(ahead, last) >> which), zeros))[-1]
+        return lax.fori_loop(0, last + 1, body, (loaded, expert(1 >> which), zeros))[-1]
 
 
 @dataclass(frozen=True)
@@ -234,32 +227,15 @@ class Activations:
     """The packed activations of one token as a program sees them: arrays (warps, units), equal in every row."""
 
     def __init__(self, ref: Ref, token: Array | int, fmt: type[Format], units: Array):
-        # A number that has just the bits it needs: then offsets cannot overflow, and one address serves all loads.
-        token = token & ((1 << (ref.shape[0] - 1).bit_length()) - 1)
         self._ref, self._token, self._fmt, self._units = ref, token, fmt, units
-        self._rows: dict[int, list[Array]] = {}
-
-    def _row(self, row: int) -> list[Array]:
-        width, units = self._fmt.width, self._units
-        if width == 1:
-            return [self._ref[self._token, row, units]]
-        column = units[..., None] * width + lax.broadcasted_iota(jnp.int32, (*units.shape, width), 2)
-        words = self._ref[self._token, row, column]
-        return [p.reshape(units.shape) for p in lax.split(words, (1,) * width, axis=2)]
-
-    def word(self, i: int) -> Array:
-        """Words 2 i and 2 i + 1 hold the four activations that meet the unit's i-th four weights."""
-        row = i // self._fmt.width
-        if row not in self._rows:
-            self._rows[row] = self._row(row)
-        return self._rows[row][i % self._fmt.width]
 
     def words(self, start: int, n: int) -> list[Array]:
-        return [self.word(start + i) for i in range(n)]
+        """Words 2 i and 2 i + 1 hold the four activations that meet the unit's i-th four weights."""
+        return [self._ref[self._token, start + i, self._units] for i in range(n)]
 
     def sum(self, group: int) -> Array:
         """The sum of a group's activations."""
-        return self.word(self._fmt.unit // 2 + group)
+        return self.words(self._fmt.unit // 2 + group, 1)[0]
 
     @property
     def scale(self) -> Array:
@@ -271,14 +247,12 @@ class Format:
 
     unit: weights that one scale of the activations covers. A thread has whole units; a row has K / unit of them.
     step: units that the threads of a warp take at once, so that each loads 16 bytes.
-    width: words of a unit's activations that lie side by side, for the same reason, where a thread has just one unit.
     sums: groups of a unit whose activations' sum is needed, for a format with minima.
     planes: (dtype, values per 256 weights) of each plane, in order.
     """
 
     unit: ClassVar[int]
     step: ClassVar[int] = 32
-    width: ClassVar[int] = 4
     sums: ClassVar[int] = 0
     planes: ClassVar[tuple[tuple[str, int], ...]]
 
@@ -313,7 +287,6 @@ class IQ2_XXS(Format):
 
     unit = 32
     step = 128
-    width = 1
     planes = (("float16", 1), ("uint32", 8), ("uint32", 8))
     # Nibble n of a spread set is sign 0, 4, 1, 5, 2, 6, 3, 7 (see `spread`).
     nibbles = np.array([0, 4, 1, 5, 2, 6, 3, 7])
@@ -356,13 +329,9 @@ class IQ2_XXS(Format):
     @classmethod
     def dot(cls, rows, xs, program):
         shape = rows[0][0].shape
-        # Read per thread: what all threads share lies in a uniform register, and `prmt` would copy it for every use.
-        threads = shape[0], min(shape[1], 32), 1
-        thread = lax.broadcasted_iota(jnp.int32, threads, 1)
-        low, high = (
-            jnp.broadcast_to(_i32(program.table[start + thread]), (*threads[:2], shape[1] // threads[1])).reshape(shape)
-            for start in (384, 448)
-        )
+        # Read per warp: what all threads share lies in a uniform register, and `prmt` would copy it for every use.
+        warp = lax.broadcasted_iota(jnp.int32, (shape[0], 1), 0)
+        low, high = (jnp.broadcast_to(_i32(program.table[start + warp]), shape) for start in (384, 448))
         totals = [[jnp.zeros(shape, jnp.int32) for _ in xs] for _ in rows]
         for b in range(4):
             words = [x.words(4 * b, 4) for x in xs]
@@ -717,9 +686,7 @@ def reference_pack(x: Array, *, fmt: str) -> Array:
     """`pack` in XLA."""
     packing = Packing(fmt, x.shape[1])
     low, high = packing.order
-    words = jax.vmap(lambda x: jnp.concatenate(packing.parts(x[low], x[high])))(x)
-    words = words.reshape(len(x), -1, FORMATS[fmt].width, packing.units)
-    return words.swapaxes(2, 3).reshape(len(x), *packing.shape)
+    return jax.vmap(lambda x: jnp.concatenate(packing.parts(x[low], x[high])))(x)
 
 
 def _row_products(planes: Sequence[Array], expert: Array, x: Array, fmt: str) -> Array:
@@ -763,9 +730,7 @@ def gate_up(
         if packed:
             raise Unsupported("gate_up in XLA: found packed activations, expected floats")
         return reference_gate_up(x, ids, weights, gate, up, fmt=fmt, clamp=clamp, first=first)
-    (S, k), K = ids.shape, x.shape[1]
-    if packed and fmt in FORMATS:
-        K = x.shape[2] // FORMATS[fmt].width * FORMATS[fmt].unit
+    (S, k), K = ids.shape, x.shape[2] * FORMATS[fmt].unit if packed and fmt in FORMATS else x.shape[1]
     _, F = _check(fmt, K, S, gate)
     if _check(fmt, K, S, up)[1] != F:
         raise Unsupported(f"gate_up: found gate {gate[0].shape} and up {up[0].shape}, expected equal shapes")
@@ -811,7 +776,7 @@ def down(
 
 
 def pack(x: Array, *, fmt: str, interpret: bool = False) -> Array:
-    """Activations (S, K) as 16-bit fixed point in the order of a format's weights, int32 (S, *Packing(fmt, K).shape).
+    """Activations (S, K) as 16-bit fixed point in the order of a format's weights, int32 (S, words, units).
 
     Of each unit: unit / 2 words of two values, the sums of its groups, the scale (the bits of a float32).
     """
@@ -875,9 +840,9 @@ class Packing:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Of a token: word i of unit u is at (i // width, u · width + i % width)."""
+        """Of a token: words, units."""
         form = FORMATS[self.fmt]
-        return (form.unit // 2 + form.sums) // form.width + 1, self.K // form.unit * form.width
+        return form.unit // 2 + form.sums + 1, self.K // form.unit
 
     @property
     def order(self) -> Array:
@@ -885,41 +850,30 @@ class Packing:
         return jnp.asarray(_order(self.fmt, self.K))
 
     @property
-    def units(self) -> int:
-        return self.K // FORMATS[self.fmt].unit
-
-    @property
     def block(self) -> int:
         """Units per program."""
-        return min(self.units, 8)
+        return min(self.shape[1], 8)
 
     @property
     def programs(self) -> int:
-        return self.units // self.block
+        return self.shape[1] // self.block
 
     def run(self, x: Ref, order: Ref, out: Ref, s: Array, program: Array) -> None:
-        """Refs: x (S, K), order, out (S, *shape)."""
-        first, start, width = program * self.block, 0, FORMATS[self.fmt].width
-        for part in self.parts(*(x[s, order[i, :, pl.ds(first, self.block)]] for i in range(2))):
-            word = start + lax.broadcasted_iota(jnp.int32, part.shape, 0)
-            unit = first + lax.broadcasted_iota(jnp.int32, part.shape, 1)
-            out[s, word // width, unit * width + word % width] = part
-            start += len(part)
+        """Refs: x (S, K), order, out (S, words, units)."""
+        here, row = pl.ds(program * self.block, self.block), 0
+        for part in self.parts(*(x[s, order[i, :, here]] for i in range(2))):
+            out[s, pl.ds(row, len(part)), here] = part
+            row += len(part)
 
     def parts(self, low: Array, high: Array) -> list[Array]:
-        """Activations of words (words, units), low and high halves → words, sums, if there are any, and scales.
-
-        Scales are as often there as it takes to fill a row.
-        """
+        """Activations of words (words, units), low and high halves → words, sums, if there are any, and scales."""
         low, high = low.astype(jnp.float32), high.astype(jnp.float32)
         largest = jnp.maximum(jnp.abs(low), jnp.abs(high)).max(0, keepdims=True)
         factor = jnp.where(largest > 0, FIXED / largest, 0.0)
         low, high = _round(low * factor), _round(high * factor)
         groups = FORMATS[self.fmt].sums
         sums = [(low + high).reshape(groups, -1, low.shape[1]).sum(1)] if groups else []
-        scale, width = lax.bitcast_convert_type(largest * (1 / FIXED), jnp.int32), FORMATS[self.fmt].width
-        copies = width - (len(low) + groups) % width
-        return [low & 0xFFFF | high << 16, *sums, jnp.broadcast_to(scale, (copies, scale.shape[1]))]
+        return [low & 0xFFFF | high << 16, *sums, lax.bitcast_convert_type(largest * (1 / FIXED), jnp.int32)]
 
 
 @functools.cache
@@ -1024,15 +978,12 @@ def _down(fmt: str, S: int, k: int, F: int, E: int, adds: bool, dtype: np.dtype,
 # ---- tiles -----------------------------------------------------------------------------------------------------------
 def configs(shape: Shape) -> list[Config]:
     """Candidates for a sweep."""
-    fmt = FORMATS[shape.fmt]
-    steps = shape.k // fmt.unit // fmt.step * (shape.used if shape.stage == "down" else 1)
-    several = shape.stage == "gate_up" and shape.tokens > 1
     out = []
-    for num_warps, rows, tokens, ahead in itertools.product(
-        (2, 4, 8), (1, 2, 4), (1, 2, 4) if several else (1,), (1, 2, 3) if steps > 1 else (1,)
-    ):
-        for sign_tables in (0, 2, 4) if shape.fmt == "IQ2_XXS" else (0,):
-            out.append(Config(num_warps, rows, tokens, sign_tables, ahead))
+    for num_warps in (2, 4, 8):
+        for rows in (1, 2, 4):
+            for tokens in (1,) if shape.stage == "down" or shape.tokens == 1 else (1, 2, 4):
+                for sign_tables in (0, 2, 4) if shape.fmt == "IQ2_XXS" else (0,):
+                    out.append(Config(num_warps, rows, tokens, sign_tables))
     return [c for c in out if shape.n % (c.num_warps * c.rows) == 0]
 
 
@@ -1040,5 +991,4 @@ def default_config(shape: Shape) -> Config:
     tokens = 2 if shape.stage == "gate_up" and shape.tokens > 1 else 1
     # Triton takes a minute to compile the many scales of Q4_K for two rows and two tokens.
     rows = 1 if shape.fmt == "Q4_K" and tokens > 1 or shape.n % 8 else 2
-    # One expert after the other is read: two on their way are what 4 TB/s and the latency of memory ask for.
-    return Config(num_warps=math.gcd(shape.n, 4), rows=rows, tokens=tokens, ahead=2 if shape.stage == "down" else 1)
+    return Config(num_warps=math.gcd(shape.n, 4), rows=rows, tokens=tokens)
