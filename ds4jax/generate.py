@@ -90,7 +90,7 @@ def _stream(tokens: list[int], checkpoint: Checkpoint, tokenizer: Tokenizer, set
     decoder = StreamDecoder(tokenizer)
     with _runner(checkpoint, settings, 1) as runner, logprobs or contextlib.nullcontext():
         try:
-            for _, step, finish in batch.run(runner, [request], tokenizer.eos_id):
+            for _, step, finish in batch.run(runner, [request], tokenizer.eos_id, logits=logprobs is not None):
                 cli.check_interrupt()
                 text = "" if finish == "stop" else decoder.push(step.token)
                 sys.stdout.write(text)

@@ -13,6 +13,7 @@ import pytest
 from small import CFG
 
 from ds4jax import chat, cli, generate, paths, synthetic
+from ds4jax.engine import batch
 from ds4jax.engine import runner as engine
 from ds4jax.tokenizer import byte_tokenizer
 
@@ -70,16 +71,18 @@ def dumped(run, tmp_path):
 
 @pytest.fixture
 def interrupted(monkeypatch):
-    """Ctrl-C in the third decode step from now on."""
-    decode, calls = RUNNER.decode, []
+    """Ctrl-C in the third decode step from now on; steps are of one token."""
+    decode, calls = RUNNER.decode_block, []
 
-    def step(self, tokens):
+    def step(self, tokens, n):
+        assert n == 1
         calls.append(tokens)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return decode(self, tokens)
+        return decode(self, tokens, n)
 
-    monkeypatch.setattr(RUNNER, "decode", step)
+    monkeypatch.setattr(batch, "BLOCK_SECONDS", 1e-9)
+    monkeypatch.setattr(RUNNER, "decode_block", step)
 
 
 # ---- one prompt ------------------------------------------------------------------------------------------------------

@@ -81,14 +81,25 @@ def requests():
 def test_a_batch_of_ragged_sequences_equals_each_alone(runner, three, monkeypatch):
     monkeypatch.setattr(runner, "settings", three.settings)
     jobs, together = requests(), {}
-    for request, step, finish in batch.run(three, jobs, eos=-1):
+    for request, step, finish in batch.run(three, jobs, eos=-1, logits=True):
         together.setdefault(request, []).append((step.token, step.logits, finish))
     assert together.keys() == set(jobs)
     for request in jobs:
-        alone = [(step.token, step.logits, finish) for _, step, finish in batch.run(runner, [request], eos=-1)]
+        alone = [
+            (step.token, step.logits, finish) for _, step, finish in batch.run(runner, [request], eos=-1, logits=True)
+        ]
         assert [t for t, _, _ in together[request]] == [t for t, _, _ in alone]
         assert [f for _, _, f in together[request]] == [None] * (request.max_tokens - 1) + ["length"]
         close(np.array([x for _, x, _ in together[request]]), np.array([x for _, x, _ in alone]))
+
+
+def test_blocks_of_tokens_are_the_tokens_one_by_one(three):
+    """Whatever the pace; a block ends where a sequence does."""
+    tokens = [
+        [(request.max_tokens, step.token, finish) for request, step, finish in batch.run(three, requests(), -1, one)]
+        for one in (True, False)
+    ]
+    assert sorted(map(str, tokens[0])) == sorted(map(str, tokens[1]))
 
 
 def test_nothing_is_compiled_twice(three):

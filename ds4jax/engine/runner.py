@@ -46,10 +46,13 @@ _LARGEST_BUCKET = 2**20  # no chunk is larger: see Settings
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One sampled token, and the logits it was sampled from (still on the device until asked for)."""
+    """One sampled token, and the logits it was sampled from (still on the device until asked for).
+
+    batch_logits: (B, vocab), of which `row` is this token's; None for tokens inside a block.
+    """
 
     token: int
-    batch_logits: Array  # (B, vocab)
+    batch_logits: Array | None
     row: int
 
     @property
