@@ -193,10 +193,11 @@ def configs(shape: Shape) -> list[Config]:
 def default_config(shape: Shape) -> Config:
     """By counting: rows of an expert decide bm, and a large product is worth a decoded copy of the matrix."""
     if shape.kind == "linear":
-        if shape.m >= 512:
+        if shape.m >= 512 or shape.n // shape.groups % 64 or shape.k % STEP:
             return Config(fused=False)
         blocks = shape.n // 64 * -(-shape.m // 64)
-        splits = next((s for s in (1, 2, 4) if blocks * s >= 264 and shape.k // STEP % s == 0), 8)
+        fitting = [s for s in (1, 2, 4, 8) if shape.k // STEP % s == 0]
+        splits = next((s for s in fitting if blocks * s >= 264), fitting[-1])
         return Config(64, 4, 2, splits)
     return Config(64, 8) if shape.m * shape.slots <= 64 * shape.stack else Config(128, 16)
 

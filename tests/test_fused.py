@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +21,11 @@ from pallas_kernels.common import Unsupported
 
 # As small as the kernels take it: RoPE of 64 dims, powers of two.
 CFG = synthetic_config(
-    {"head_dim": 128, "rope_dim": 64, "n_heads": 16, "index_heads": 32, "index_head_dim": 64, "index_top_k": 32,
-     "n_experts": 16}
+    {
+        "n_layers": 3, "compress_ratios": (0, 4, 128), "swiglu_clamp": (10.0,) * 3, "n_hash_layers": 1,
+        "head_dim": 128, "rope_dim": 64, "n_heads": 16, "index_heads": 32, "index_head_dim": 64, "index_top_k": 32,
+        "n_experts": 16,
+    }
 )  # fmt: skip
 DEVICES = {"NVIDIA H200": 132, "NVIDIA RTX PRO 6000 Blackwell Workstation Edition": 188, "NVIDIA GB10": 48}
 
@@ -79,6 +83,56 @@ def test_agrees_with_the_plain_forward_pass(model):
         seen = int(cache.length[0]) // {"csa": 4, "hca": 128}[name]
         a, b = (np.asarray(getattr(c, name).rows["codes"][:, 0, :seen], np.float32) for c in (moved, cache))
         assert (a != b).mean() < 0.01
+
+
+# ---- the kernels themselves, interpreted -----------------------------------------------------------------------------
+KERNELS = {
+    "compressor": ["op"], "experts": ["gate_up", "down"], "grouped_gemm": ["linear", "experts"], "hyper": ["op"],
+    "indexer": ["op"], "latent": ["op"], "matmul": ["matmul"], "mla": ["op"], "router": ["op"], "topk": ["op"],
+}  # fmt: skip
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    for name, functions in KERNELS.items():
+        module = getattr(fused, name)
+        calls = {f: functools.partial(getattr(module, f), interpret=True) for f in functions}
+        monkeypatch.setattr(fused, name, types.SimpleNamespace(**{**vars(module), **calls}))
+
+
+def steps_of_both(model, dtype, T):
+    """The forward pass in XLA, and through the kernels."""
+    f = functools.partial(fused.forward, cfg=CFG, compute=Compute("official", dtype), all_positions=True)
+    return jax.jit(functools.partial(f, impl="xla")), jax.jit(f)
+
+
+def test_decoding_through_the_kernels_is_decoding_in_xla(model, interpreted):
+    """Over the end of a window of 128; float32, so that only the order of sums differs, and now and then a code."""
+    xla, kernels = steps_of_both(model, "float32", 1)
+    start = 254
+    _, cache = run(model, xla, "float32", [128, *[4] * 31, 1, 1], IDS)
+    one, cache = jnp.ones((2,), jnp.int32), cache.replace(length=jnp.full((2,), start, jnp.int32))
+    a = b = cache
+    kernels = kernels.lower(model, b, IDS[:, :1], one).compile()
+    for i in range(start, start + 3):
+        expected, a = xla(model, a, IDS[:, i : i + 1], one)
+        found, b = kernels(model, b, IDS[:, i : i + 1], one)
+        assert errors(np.asarray(found), np.asarray(expected)).max() < 2e-3
+    for x, y in zip(
+        jax.tree.leaves((a.window, a.csa.rows, a.hca.rows)),
+        jax.tree.leaves((b.window, b.csa.rows, b.hca.rows)),
+        strict=True,
+    ):
+        assert (np.asarray(x, np.float32) != np.asarray(y, np.float32)).mean() < 0.03
+
+
+def test_prefill_through_the_kernels_is_prefill_in_xla(model, interpreted):
+    """In bfloat16, where both round to 2⁻⁹ at other places."""
+    xla, kernels = steps_of_both(model, "bfloat16", 64)
+    n, cache = jnp.array([61], jnp.int32), kv.empty(CFG, "official", "bfloat16", 1, 512)
+    expected, found = (np.asarray(f(model, cache, IDS[:1, :64], n)[0], np.float32)[0, :61] for f in (xla, kernels))
+    error = errors(found, expected)
+    assert np.median(error) < 0.01 and error.max() < 0.1
 
 
 def test_refuses_what_it_has_no_kernels_for(model):
