@@ -13,7 +13,6 @@ import pytest
 from small import CFG
 
 from ds4jax import chat, cli, generate, paths, synthetic
-from ds4jax.engine import batch
 from ds4jax.engine import runner as engine
 from ds4jax.tokenizer import byte_tokenizer
 
@@ -81,7 +80,7 @@ def interrupted(monkeypatch):
             raise KeyboardInterrupt
         return decode(self, tokens, n)
 
-    monkeypatch.setattr(batch, "BLOCK_SECONDS", 1e-9)
+    monkeypatch.setattr(engine, "BLOCK_SECONDS", 1e-9)
     monkeypatch.setattr(RUNNER, "decode_block", step)
 
 

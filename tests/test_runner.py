@@ -1,6 +1,7 @@
 """The runner: chunks, slots and meshes change nothing; every shape is compiled once; what cannot run is refused."""
 
 import dataclasses
+import time
 import types
 
 import jax
@@ -100,6 +101,31 @@ def test_blocks_of_tokens_are_the_tokens_one_by_one(three):
         for one in (True, False)
     ]
     assert sorted(map(str, tokens[0])) == sorted(map(str, tokens[1]))
+
+
+def test_seconds_of_decoding_are_all_that_it_takes_but_compiling(runner, monkeypatch):
+    get, before = runner.programs.get, dataclasses.replace(runner.stats)
+
+    def slow_to_start(*args):
+        step = get(*args)
+
+        def start(*args):
+            time.sleep(0.05)
+            return step(*args)
+
+        time.sleep(0.2)
+        runner.programs.seconds += 0.2
+        return start
+
+    monkeypatch.setattr(runner.programs, "get", slow_to_start)
+    runner.prefill(0, [1] * 8, GREEDY)
+    runner.decode_block({0: 1}, 2).tokens()
+    seconds = runner.stats.decode_seconds - before.decode_seconds
+    assert 0.05 <= seconds < 0.2 and runner.stats.token_seconds == pytest.approx(seconds / 2)
+    monkeypatch.setattr(runner.stats, "token_seconds", 0.009)
+    assert [runner.block(room) for room in (0, 1, 3, 100)] == [1, 1, 3, 4]
+    monkeypatch.setattr(runner.stats, "token_seconds", 1e-6)
+    assert runner.block(100) == engine.BLOCK
 
 
 def test_nothing_is_compiled_twice(three):

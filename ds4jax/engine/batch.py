@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Literal
 
@@ -11,7 +10,6 @@ if TYPE_CHECKING:
     from ds4jax.engine.runner import Runner, Step
     from ds4jax.sampling import Sampling
 
-BLOCK_SECONDS = 0.04  # of decoding at once
 Finish = Literal["stop", "length"]
 """Why a sequence ended: the model's end token, or max_tokens or the context."""
 
@@ -31,11 +29,10 @@ def run(
     """Continue all requests, as many at a time as the runner has slots.
 
     Yields every token as it comes, the one that ends a sequence (possibly `eos`) with the reason. A device that is
-    quick decodes some tokens at a time, for BLOCK_SECONDS; of these steps only the last has logits, unless `logits`.
+    quick decodes some tokens at a time; of these steps only the last has logits, unless `logits`.
     """
-    from ds4jax.engine.runner import BLOCK, Step
+    from ds4jax.engine.runner import Step
 
-    pace = BLOCK_SECONDS  # seconds for one token of all sequences
     waiting, free = iter(requests), list(range(runner.batch))
     running: dict[int, tuple[Request, int, int]] = {}  # slot → request, tokens so far, the last of them
 
@@ -57,11 +54,9 @@ def run(
         if not running:
             return
         left = [min(r.max_tokens - n, runner.settings.ctx - runner.lengths[s]) for s, (r, n, _) in running.items()]
-        size = 1 if logits else min(BLOCK, max(1, int(BLOCK_SECONDS / pace)), *left)
-        start = time.perf_counter()
+        size = 1 if logits else runner.block(min(left))
         block = runner.decode_block({slot: last for slot, (_, _, last) in running.items()}, size)
         tokens = block.tokens()
-        pace = (time.perf_counter() - start) / size
         for i in range(size):
             for slot in [slot for slot in tokens if slot in running]:
                 step = Step(tokens[slot][i], block.batch_logits if i == size - 1 else None, slot)

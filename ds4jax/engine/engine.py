@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 
 MAX_NOTES = 100_000  # in memory
 LATE = 64  # tokens that an answer may have gone on for when its reader's decision to end it arrives
-BLOCK_SECONDS = 0.04  # of decoding at once, while there is nothing else to do
 TTFT_BOUNDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 """Upper bounds of the time-to-first-token histogram, in seconds."""
 
@@ -248,8 +247,6 @@ class Engine:
 
         name: of the model, for clients. max_waiting: requests without a slot, at most.
         """
-        from ds4jax.engine.runner import BLOCK
-
         self.settings, self.tokenizer = runner.settings, runner.tokenizer
         self.ctx, self.chat_template = runner.settings.ctx, runner.tokenizer.chat_template
         self.model_name = name
@@ -263,7 +260,6 @@ class Engine:
         self._refusal: Ds4Error | None = None  # why no request is accepted any more
         self._deadline: float | None = None  # when the engine stops
         self._jobs: dict[Stream, _Running] = {}
-        self._most, self._pace = BLOCK, 0.0  # tokens of each answer at once, at most, and seconds for one of each
         self._counts: dict[str, float] = collections.defaultdict(int)
         self._ttft = [0] * (len(TTFT_BOUNDS) + 1)
         self._notes: collections.OrderedDict[str, Any] = collections.OrderedDict()
@@ -528,16 +524,13 @@ class Engine:
         """How many tokens at once: the device need not wait for the host in between, but streams and arrivals wait."""
         if any(job.constraints for job in jobs):
             return 1
-        n = min(self._most, int(BLOCK_SECONDS / self._pace) if self._pace else 1)
         longest = max(job.limit - len(job.tokens) for job in jobs)
         room = min(min(ALIGN - job.done % ALIGN, self.ctx - job.done) for job in jobs)  # snapshots are taken in between
-        return max(1, min(n, longest, room))
+        return self._runner.block(min(longest, room))
 
     def _decode(self, jobs: list[_Running], n: int) -> None:
-        start = time.perf_counter()
         block = self._runner.decode_block({job.slot: job.tokens[-1] for job in jobs}, n)
         tokens = {slot: [Token(i) for i in ids] for slot, ids in block.tokens().items()}
-        self._pace = (time.perf_counter() - start) / n
         special = self._choose(block.batch_logits, {job.slot: job for job in jobs if job.constraints}, after=1)
         tokens |= {slot: [token] for slot, token in special.items()}
         for job in jobs:

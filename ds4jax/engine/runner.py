@@ -41,6 +41,7 @@ from pallas_kernels.common import Unsupported
 Array = jax.Array
 
 BLOCK = 16  # tokens of a sequence that one call decodes at most
+BLOCK_SECONDS = 0.04  # that a call should take: streams, and what arrives, wait for its end
 _LARGEST_BUCKET = 2**20  # no chunk is larger: see Settings
 
 
@@ -71,6 +72,7 @@ class Stats:
     decode_seconds: float = 0.0
     compile_seconds: float = 0.0
     decoded_at: float = 0.0  # time.perf_counter() when the last tokens had come
+    token_seconds: float = 0.0  # for a token of each sequence, in the last block
 
 
 def open_model(settings: Settings, synthetic: str | None = None) -> Checkpoint | Synthetic:
@@ -156,7 +158,7 @@ class Programs:
         one, every = sampling.batch([Sampling()]), sampling.batch([Sampling()] * self.batch)
         padded, n = _pad([0] * min(self.settings.prefill_chunk, self.settings.ctx - 1))
         self.get("prefill", np.int32(0), np.array([True]), padded, n, one)
-        self.get("decode", *decode_args(dict.fromkeys(range(self.batch), 0), 1, self.batch, every))
+        self.get("decode", *decode_args(np.zeros(self.batch, np.int32), {}, 1, every))
 
 
 def _placed(x: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
@@ -264,12 +266,21 @@ class Runner:
         for slot in tokens:
             if self.lengths[slot] + n > self.settings.ctx:
                 raise Ds4Error(f"slot {slot}: the context of {self.settings.ctx} tokens is full")
-        args = decode_args(tokens, n, self.batch, sampling.batch(self._sampling))
-        sampled, self._last, logits = self._run("decode", self._last, *args[1:])
+        start = time.perf_counter() - self.stats.compile_seconds
+        args = decode_args(self._last, tokens, n, sampling.batch(self._sampling))
+        sampled, self._last, logits = self._run("decode", *args)
         for slot in tokens:
             self.lengths[slot] += n
         self.stats.decode_tokens += n * len(tokens)
-        return Block(self.stats, sampled, logits, tuple(tokens), n, time.perf_counter())
+        return Block(self.stats, sampled, logits, tuple(tokens), n, start + self.stats.compile_seconds)
+
+    def block(self, room: int) -> int:
+        """How many tokens to decode at once, BLOCK and `room` at most, so that it takes some BLOCK_SECONDS.
+
+        One until the first have shown how long they take.
+        """
+        seconds = self.stats.token_seconds
+        return max(1, min(room, BLOCK, int(BLOCK_SECONDS / seconds) if seconds else 1))
 
     def logits(self, tokens: Sequence[int]) -> np.ndarray:
         """The logits at every position of a text: float32 (S, vocab). No slot is touched; takes a cache of its own."""
@@ -354,17 +365,20 @@ class Block:
         sampled = np.asarray(self.sampled)
         now = time.perf_counter()
         # Blocks overlap: what the one before took is not this one's.
-        self.stats.decode_seconds += now - max(self.start, self.stats.decoded_at)
-        self.stats.decoded_at = now
+        seconds = now - max(self.start, self.stats.decoded_at)
+        self.stats.decode_seconds += seconds
+        self.stats.decoded_at, self.stats.token_seconds = now, seconds / self.n
         return {slot: sampled[: self.n, slot].tolist() for slot in self.slots}
 
 
-def decode_args(tokens: Mapping[int, int | None], n: int, batch: int, params: sampling.Batch) -> tuple[Any, ...]:
-    """The arguments of `_decode` after the cache, for decoding n tokens in some of `batch` slots."""
-    ids, active = np.zeros(batch, np.int32), np.zeros(batch, bool)
+def decode_args(
+    last: Array | np.ndarray, tokens: Mapping[int, int | None], n: int, params: sampling.Batch
+) -> tuple[Any, ...]:
+    """The arguments of `_decode` after the cache, for decoding n tokens in some slots. last: of each slot (B,)."""
+    ids, active = np.zeros(last.shape, np.int32), np.zeros(last.shape, bool)
     for slot, token in tokens.items():
         ids[slot], active[slot] = -1 if token is None else token, True
-    return np.zeros(batch, np.int32), ids, active, np.int32(n), params
+    return last, ids, active, np.int32(n), params
 
 
 def _prefill(w, cache: Cache, slot, fresh, tokens, n, params, *, cfg: ModelConfig, compute: Compute):
