@@ -29,7 +29,6 @@ from ds4jax import cli
 from ds4jax.config import HCA_RATIO
 from ds4jax.errors import ConfigError
 from ds4jax.settings import Settings
-from ds4jax.synthetic import SHAPES
 
 if TYPE_CHECKING:  # JAX must not run before `Settings.set_environment`
     from ds4jax.cache import Cache
@@ -39,10 +38,7 @@ WARM = 3  # calls before anything is timed: XLA runs a program op by op first, a
 
 FLAGS = flags.FlagValues()
 cli.define_model(FLAGS)
-flags.DEFINE_enum(
-    "synthetic", None, list(SHAPES), "Instead of a model file: random weights of this shape, in the types of the q2 "
-    "file, made on the device; full is DeepSeek-V4-Flash.", flag_values=FLAGS,
-)  # fmt: skip
+cli.define_synthetic(FLAGS)
 flags.DEFINE_integer("ctx_start", 2048, "The first frontier.", flag_values=FLAGS)
 flags.DEFINE_integer("ctx_max", 28672, "The last frontier.", flag_values=FLAGS)
 flags.DEFINE_float("step_mul", 2, "From one frontier to the next.", flag_values=FLAGS)

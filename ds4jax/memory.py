@@ -18,7 +18,6 @@ from ds4jax import cli
 from ds4jax.config import HCA_RATIO
 from ds4jax.errors import ConfigError
 from ds4jax.settings import Settings
-from ds4jax.synthetic import SHAPES
 
 if TYPE_CHECKING:
     from ds4jax.engine.runner import Programs
@@ -27,10 +26,7 @@ _GIB = 2**30
 
 FLAGS = flags.FlagValues()
 cli.define_model(FLAGS)
-flags.DEFINE_enum(
-    "synthetic", None, list(SHAPES), "Instead of a model file: this shape, in the types of the q2 file; full is "
-    "DeepSeek-V4-Flash.", flag_values=FLAGS,
-)  # fmt: skip
+cli.define_synthetic(FLAGS)
 flags.DEFINE_integer("ctx", None, "Tokens that one sequence can hold; by default the config's.", flag_values=FLAGS)
 flags.DEFINE_integer("batch", None, "Sequences at once; by default the config's.", flag_values=FLAGS)
 flags.DEFINE_bool(

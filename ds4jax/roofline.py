@@ -34,7 +34,6 @@ from ds4jax import cli
 from ds4jax.config import CSA_RATIO, HCA_RATIO
 from ds4jax.errors import ConfigError
 from ds4jax.settings import Settings
-from ds4jax.synthetic import SHAPES
 
 if TYPE_CHECKING:  # JAX must not run before `Settings.set_environment`
     from ds4jax.engine.runner import Programs, Runner
@@ -42,10 +41,7 @@ if TYPE_CHECKING:  # JAX must not run before `Settings.set_environment`
 
 FLAGS = flags.FlagValues()
 cli.define_model(FLAGS)
-flags.DEFINE_enum(
-    "synthetic", None, list(SHAPES), "Instead of a model file: random weights of this shape, in the types of the q2 "
-    "file, made on the device; full is DeepSeek-V4-Flash.", flag_values=FLAGS,
-)  # fmt: skip
+cli.define_synthetic(FLAGS)
 flags.DEFINE_integer("ctx", None, "Tokens before the step; by default 2048, or 0 for a prefill.", flag_values=FLAGS)
 flags.DEFINE_integer(
     "room", None, "Tokens that the cache has room for, which kernels are made for; by default what is needed.",

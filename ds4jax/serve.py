@@ -17,7 +17,6 @@ from absl import flags
 from ds4jax import cli
 from ds4jax.errors import Ds4Error
 from ds4jax.settings import Settings
-from ds4jax.synthetic import SHAPES
 
 if TYPE_CHECKING:  # JAX takes a second to import
     from ds4jax.engine.engine import Engine
@@ -25,7 +24,7 @@ if TYPE_CHECKING:  # JAX takes a second to import
 
 FLAGS = flags.FlagValues()
 cli.define_model(FLAGS)
-flags.DEFINE_enum("synthetic", None, list(SHAPES), "Random weights of this shape, to measure.", flag_values=FLAGS)
+cli.define_synthetic(FLAGS)
 flags.DEFINE_string("host", "127.0.0.1", "Address to listen at; 0.0.0.0 for all of this machine's.", flag_values=FLAGS)
 flags.DEFINE_integer("port", 8000, "0 takes a free one.", lower_bound=0, upper_bound=65535, flag_values=FLAGS)
 flags.DEFINE_string("api_key", None, "What clients must send; without it, anyone may call.", flag_values=FLAGS)

@@ -22,14 +22,11 @@ import serving
 from absl import flags
 
 from ds4jax import cli
-from ds4jax.synthetic import SHAPES
 
 FLAGS = flags.FlagValues()
 cli.define_model(FLAGS)
 flags.DEFINE_string("url", None, "A running server; by default one is started.", flag_values=FLAGS)
-flags.DEFINE_enum(
-    "synthetic", None, list(SHAPES), "Random weights of this shape instead of a model.", flag_values=FLAGS
-)
+cli.define_synthetic(FLAGS)
 flags.DEFINE_integer("streams", 16, "How many at once.", 1, flag_values=FLAGS)
 flags.DEFINE_integer("prompt", 2048, "Tokens of each prompt.", 1, flag_values=FLAGS)
 flags.DEFINE_integer("answer", 128, "Tokens of each answer.", 2, flag_values=FLAGS)
@@ -107,14 +104,11 @@ async def load(url: str, *, streams: int, prompt: int, answer: int, long: int) -
 
 async def run() -> None:
     options = {key: FLAGS[key].value for key in ("streams", "prompt", "answer", "long")}
-    if FLAGS.url:
-        print(json.dumps(await load(FLAGS.url, **options)))
-        return
     ctx = FLAGS.ctx or max(FLAGS.prompt + FLAGS.answer, FLAGS.long + 2, 4096)
     command = ["-m", "ds4jax.serve", "--port=0", f"--config={FLAGS.config}", f"--ctx={ctx}"]
     command += [f"--max_seqs={FLAGS.max_seqs or FLAGS.streams + 1}"]
     command += [f"--{key}={FLAGS[key].value}" for key in ("model", "synthetic") if FLAGS[key].value]
-    async with serving.server(command) as url:
+    async with serving.server(command, FLAGS.url) as url:
         print(json.dumps(await load(url, **options)))
 
 

@@ -17,11 +17,14 @@ LISTENING = re.compile(r"serving .* at (http://\S+)")
 
 
 @contextlib.asynccontextmanager
-async def server(command: Sequence[str]) -> AsyncIterator[str]:
-    """The address of a server that runs while the block does, and is told to stop at its end.
+async def server(command: Sequence[str], url: str | None = None) -> AsyncIterator[str]:
+    """The address of a server that runs while the block does, and is told to stop at its end; or `url`, if given.
 
     command: arguments of Python. Its stderr is passed on. Raises SystemExit if it ends before it serves.
     """
+    if url:
+        yield url
+        return
     process = await asyncio.create_subprocess_exec(sys.executable, *command, stderr=asyncio.subprocess.PIPE)
     assert process.stderr is not None
     try:

@@ -139,11 +139,9 @@ async def soak(url: str, *, seconds: float, streams: int, requests: int, seed: i
 
 async def run() -> None:
     options = {"seconds": FLAGS.minutes * 60, "streams": FLAGS.streams, "requests": FLAGS.requests, "seed": FLAGS.seed}
-    if FLAGS.url:
-        print(json.dumps(await soak(FLAGS.url, **options)))
-        return
     command = ["-m", "ds4jax.serve", "--port=0", f"--config={FLAGS.config}", f"--max_seqs={FLAGS.max_seqs}"]
-    async with serving.server(command + ([f"--model={FLAGS.model}"] if FLAGS.model else [])) as url:
+    command += [f"--model={FLAGS.model}"] if FLAGS.model else []
+    async with serving.server(command, FLAGS.url) as url:
         print(json.dumps(await soak(url, **options)))
 
 

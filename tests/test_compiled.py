@@ -25,9 +25,9 @@ def program():
     return jax.jit(step, donate_argnums=1).lower(*args).compile(), args
 
 
-def test_nothing_is_kept_without_a_folder_or_for_a_cpu(folder):
+def test_nothing_is_kept_without_a_folder_or_for_a_cpu(folder, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
     made, args = program()
-    assert jax.default_backend() == "cpu"
     compiled.save("step", made)
     assert not folder.exists() and compiled.load("step", args, (0, args[1])) is None
 
@@ -53,6 +53,14 @@ def test_a_damaged_file_is_no_program_and_the_oldest_go_first(folder, monkeypatc
     assert {p.name for p in folder.iterdir()} == {compiled._path(i).name for i in (2, 3)}
     compiled._path(3).write_bytes(b"no program")
     assert compiled.load(3, args, (0, args[1])) is None and "cannot be used" in caplog.text
+
+
+def test_a_folder_that_cannot_be_costs_no_more_than_a_compilation(folder, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    folder.touch()
+    made, args = program()
+    compiled.save("step", made)
+    assert compiled.load("step", args, (0, args[1])) is None
 
 
 @pytest.mark.gpu

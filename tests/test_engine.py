@@ -8,7 +8,7 @@ import random
 import jax
 import numpy as np
 import pytest
-from small import CFG
+from small import CFG, write
 
 from ds4jax import synthetic
 from ds4jax.engine import runner as module
@@ -28,7 +28,6 @@ from ds4jax.engine.runner import Runner
 from ds4jax.errors import Ds4Error
 from ds4jax.sampling import Sampling
 from ds4jax.settings import Settings
-from ds4jax.tokenizer import byte_tokenizer
 
 GREEDY = Sampling(temperature=0.0)
 TOKENS = np.random.default_rng(5).integers(2, CFG.vocab_size, 700).tolist()
@@ -36,9 +35,7 @@ TOKENS = np.random.default_rng(5).integers(2, CFG.vocab_size, 700).tolist()
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model") / "small.gguf"
-    synthetic.write_synthetic(path, CFG, 3, synthetic.RECIPES["q8"], byte_tokenizer().to_metadata())
-    return str(path)
+    return str(write(tmp_path_factory.mktemp("model")))
 
 
 @pytest.fixture(scope="module")

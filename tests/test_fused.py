@@ -51,8 +51,12 @@ def model():
 
 
 def run(model, step, dtype, chunks, ids, ctx=512):
-    """Logits of the real tokens of two sequences, chunk by chunk; the second has one token fewer in each long chunk."""
-    cache, out, start = kv.empty(CFG, "official", dtype, 2, ctx), [], 0
+    """Logits of the real tokens of two sequences, chunk by chunk; the second has one token fewer in each long chunk.
+
+    On the device that has `ids`.
+    """
+    (device,), out, start = ids.devices(), [], 0
+    cache = jax.device_put(kv.empty(CFG, "official", dtype, 2, ctx), device)
     for T in chunks:
         n = jnp.array([T, max(1, T - 1)], jnp.int32)
         logits, cache = step(model, cache, ids[:, start : start + T], n)
@@ -100,7 +104,7 @@ def interpreted(monkeypatch):
         monkeypatch.setattr(fused, name, types.SimpleNamespace(**{**vars(module), **calls}))
 
 
-def steps_of_both(model, dtype, T):
+def steps_of_both(dtype):
     """The forward pass in XLA, and through the kernels."""
     f = functools.partial(fused.forward, cfg=CFG, compute=Compute("official", dtype), all_positions=True)
     return jax.jit(functools.partial(f, impl="xla")), jax.jit(f)
@@ -108,7 +112,7 @@ def steps_of_both(model, dtype, T):
 
 def test_decoding_through_the_kernels_is_decoding_in_xla(model, interpreted):
     """Over the end of a window of 128; float32, so that only the order of sums differs, and now and then a code."""
-    xla, kernels = steps_of_both(model, "float32", 1)
+    xla, kernels = steps_of_both("float32")
     start = 254
     _, cache = run(model, xla, "float32", [128, *[4] * 31, 1, 1], IDS)
     one, cache = jnp.ones((2,), jnp.int32), cache.replace(length=jnp.full((2,), start, jnp.int32))
@@ -128,7 +132,7 @@ def test_decoding_through_the_kernels_is_decoding_in_xla(model, interpreted):
 
 def test_prefill_through_the_kernels_is_prefill_in_xla(model, interpreted):
     """In bfloat16, where both round to 2⁻⁹ at other places."""
-    xla, kernels = steps_of_both(model, "bfloat16", 64)
+    xla, kernels = steps_of_both("bfloat16")
     n, cache = jnp.array([61], jnp.int32), kv.empty(CFG, "official", "bfloat16", 1, 512)
     expected, found = (np.asarray(f(model, cache, IDS[:1, :64], n)[0], np.float32)[0, :61] for f in (xla, kernels))
     error = errors(found, expected)
@@ -179,11 +183,11 @@ def test_prefill_lowers_for_gpus():
 @pytest.mark.gpu
 def test_kernels_agree_with_xla_on_the_gpu(model):
     """In bfloat16 both: a rounding is 2⁻⁹, and what the two round is not the same."""
-    compute = Compute("official", "bfloat16")
-    f = functools.partial(fused.forward, cfg=CFG, compute=compute, all_positions=True)
-    expected, _ = run(model, jax.jit(functools.partial(f, impl="xla")), "bfloat16", CHUNKS, IDS)
-    found, _ = run(model, jax.jit(f), "bfloat16", CHUNKS, IDS)
-    again, _ = run(model, jax.jit(f), "bfloat16", CHUNKS, IDS)
+    xla, kernels = steps_of_both("bfloat16")
+    cpu = jax.devices("cpu")[0]
+    # There XLA takes seconds to compile it, not minutes.
+    expected, _ = run(jax.device_put(model, cpu), xla, "bfloat16", CHUNKS, jax.device_put(IDS, cpu))
+    found, again = (run(model, kernels, "bfloat16", CHUNKS, IDS)[0] for _ in range(2))
     np.testing.assert_array_equal(found, again)
     error = errors(found, expected)
     assert np.median(error) < 0.02 and np.quantile(error, 0.95) < 0.1

@@ -122,7 +122,7 @@ def test_gpu(name):
     inputs = shape.inputs(jax.random.key(sum(name.encode())))
     run = jax.jit(lambda *a: op(*a))
     found, again = run(*inputs), run(*inputs)
-    results = errors(found, jax.jit(hyper.reference)(*inputs))
+    results = errors(found, hyper.reference(*inputs))  # not jitted: XLA would leave out roundings between its steps
     assert np.all(np.array(results) < bounds(shape.dtype)[: len(results)]), results
     for f, a in zip(jax.tree.leaves(found), jax.tree.leaves(again), strict=True):
         np.testing.assert_array_equal(f, a)

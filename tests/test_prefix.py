@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from small import CFG
+from small import CFG, write
 
 from ds4jax import synthetic
 from ds4jax.engine.engine import Engine, Finished, Prefilled, Request, Started, Token
@@ -30,9 +30,7 @@ OTHERS = np.random.default_rng(6).integers(2, CFG.vocab_size, 1024).tolist()
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model") / "small.gguf"
-    synthetic.write_synthetic(path, CFG, 3, synthetic.RECIPES["q8"], byte_tokenizer().to_metadata())
-    return path
+    return write(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
@@ -344,8 +342,8 @@ def test_what_is_evicted_goes_to_disk(tmp_path):
     for i in range(4):
         prefixes.put(snapshot([i, i], 100, i))
     assert len(prefixes) == 2 and prefixes.find(key_of([3, 3, 3])) and not prefixes.find(key_of([0, 0, 0]))
-    for write in list(prefixes._writes):
-        write.result()
+    for writing in list(prefixes._writes):
+        writing.result()
     assert prefixes.fetch(key_of([0, 0, 0]), more_than=2) is None
     read = prefixes.fetch(key_of([0, 0, 0]), more_than=1).result()
     assert read.key == key_of([0, 0]) and read.planes["x"].shape == (100,)

@@ -7,7 +7,7 @@ import types
 import jax
 import numpy as np
 import pytest
-from small import CFG
+from small import CFG, write
 
 from ds4jax import synthetic
 from ds4jax.engine import batch
@@ -17,7 +17,6 @@ from ds4jax.engine.runner import Runner
 from ds4jax.errors import ConfigError, Ds4Error, GGUFError
 from ds4jax.sampling import Sampling
 from ds4jax.settings import Settings
-from ds4jax.tokenizer import byte_tokenizer
 
 GREEDY = Sampling(temperature=0.0)
 # 134 tokens in chunks of 1, 7, 128 and 129 need the buckets 1, 8, 128 and 256; compiling them takes most of the time.
@@ -26,9 +25,7 @@ TOKENS = np.random.default_rng(5).integers(0, CFG.vocab_size, 134).tolist()
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model") / "small.gguf"
-    synthetic.write_synthetic(path, CFG, 3, synthetic.RECIPES["q8"], byte_tokenizer().to_metadata())
-    return path
+    return write(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
@@ -239,7 +236,8 @@ def test_compiled_programs_are_kept_where_the_user_says(tmp_path, monkeypatch):
             jax.config.update(name, value)
 
 
-def test_kernels_are_for_gpus():
+def test_kernels_are_for_gpus(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
     settings = Settings("tiny", ctx=256, dtype="bfloat16", kernels="pallas")
     programs = engine.Programs(synthetic.Synthetic(CFG, synthetic.RECIPES["q2"]), settings)
     with pytest.raises(ConfigError, match="kernels: found 'pallas' on a CPU, expected 'xla' or an NVIDIA GPU"):

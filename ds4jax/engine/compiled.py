@@ -7,6 +7,7 @@ the folder is the user's own cache, as trusted as the sources beside it. Whateve
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import logging
@@ -80,5 +81,6 @@ def save(what: Any, program: jax.stages.Compiled) -> None:
         for old in oldest_last[KEPT:]:
             old.unlink(missing_ok=True)
     except Exception as error:  # no room, or programs of a kind that cannot be kept
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
         log.info("%s: a compiled program is not kept: %s", path, error)

@@ -66,7 +66,7 @@ def compressed_rows(
     → the cache, all of the layer's rows as stored (B, N, ·), and in a layer of ratio 4 its index keys (B, N, Di).
     """
     ratio = cfg.ratio(layer)
-    projected = [project_tokens(h, c, cache.csa.z.dtype) for c in compressors(w, layer, ratio)]
+    projected = [project_tokens(h, c.at(layer), cache.csa.z.dtype) for c in compressors(w, ratio).values()]
     cache = append(projected, n, w, cache, layer, cfg, numerics, h.dtype)
     nth = cfg.layers_of_ratio(ratio).index(layer)
     rows = jax.tree.map(lambda x: x[nth], cache.of_ratio(ratio).rows)

@@ -4,6 +4,7 @@ R = 128: the 128 tokens of the window. R = 4 overlaps: a token has two halves, a
 window i - 1 and the b-halves of window i. The indexer has a compressor of its own, of the same kind.
 """
 
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -101,12 +102,11 @@ def compress(
     return kept.replace(rows=rows, **update)
 
 
-def compressors(w: Weights, layer: int, ratio: int) -> list[Compressor]:
-    """A layer's compressors: that of its rows and, with ratio 4, that of its index keys."""
+def compressors(w: Weights, ratio: int) -> dict[str, Compressor]:
+    """The compressors of layers of a ratio, by what of the cache they fill: rows and, with ratio 4, index keys."""
     if ratio == HCA_RATIO:
-        return [w.hca.at(layer).compressor]
-    csa = w.csa.at(layer)
-    return [csa.compressor, csa.indexer.compressor]
+        return {"hca": w.hca.compressor}
+    return {"csa": w.csa.compressor, "index": w.csa.indexer.compressor}
 
 
 def append(
@@ -122,10 +122,10 @@ def append(
     """Append n (B,) tokens to each of a layer's `compressors`, of which `projected` has the values and gates."""
     ratio = cfg.ratio(layer)
     freq, nth = rope.frequencies(cfg, ratio), cfg.layers_of_ratio(ratio).index(layer)
-    kinds = [("hca" if ratio == HCA_RATIO else "csa", num.kv_row, lambda row: row)]
-    kinds.append(("index", num.index_row, lambda row: num.index_rotation(row, numerics)))
-    for (kind, row_format, finish), (z, g), c in zip(kinds, projected, compressors(w, layer, ratio), strict=False):
+    for (kind, family), (z, g) in zip(compressors(w, ratio).items(), projected, strict=True):
+        row_format = num.index_row if kind == "index" else num.kv_row
+        finish = functools.partial(num.index_rotation, numerics=numerics) if kind == "index" else lambda row: row
         fmt, kept = row_format(cfg, numerics, dtype), getattr(cache, kind)
-        moved = compress(z, g, cache.length, n, c, kept, nth, ratio, fmt, freq, cfg, finish)
+        moved = compress(z, g, cache.length, n, family.at(layer), kept, nth, ratio, fmt, freq, cfg, finish)
         cache = cache.replace(**{kind: moved})
     return cache

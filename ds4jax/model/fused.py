@@ -24,7 +24,7 @@ from ds4jax.config import CSA_RATIO, HCA_RATIO, ModelConfig
 from ds4jax.errors import ConfigError
 from ds4jax.model import attention as plain
 from ds4jax.model import moe, rope
-from ds4jax.model.compressor import append
+from ds4jax.model.compressor import append, compressors
 from ds4jax.model.norm import rms_norm
 from ds4jax.quant import Quantized
 from ds4jax.weights import Compressor, HyperConnection, Stack, Weights
@@ -51,9 +51,14 @@ class Matrix(NamedTuple):
         return self.planes[0].shape[-2]
 
 
+def find(w: Stack | Quantized | Array, layer: int) -> tuple[Quantized | Array, int]:
+    """`Stack.find`; what is no layer's is a stack of one."""
+    return w.find(layer) if isinstance(w, Stack) else (jax.tree.map(lambda p: p[None], w), 0)
+
+
 def matrix(w: Stack | Quantized, layer: int = 0) -> Matrix:
     """A layer's matrix of a family, or a matrix that is no layer's."""
-    group, nth = w.find(layer) if isinstance(w, Stack) else (jax.tree.map(lambda p: p[None], w), 0)
+    group, nth = find(w, layer)
     return Matrix(type(group).__name__, tuple(getattr(group, name) for name in group.planes), nth)
 
 
@@ -127,9 +132,7 @@ def boundary(
     s: Streams, hc: HyperConnection, norm: Stack | Array, layer: int, cfg: ModelConfig, impl: Implementation
 ) -> tuple[Array, Array, Array | None, Array | None]:
     """The streams after one sub-layer, and what the next one (or the head) reads: X, h (S, E), its post and C."""
-    stacks = [w.find(layer) if isinstance(w, Stack) else (jax.tree.map(lambda p: p[None], w), 0)
-              for w in (hc.fn, hc.base, hc.scale, norm)]  # fmt: skip
-    (fn, nth), *rest = stacks
+    (fn, nth), *rest = (find(w, layer) for w in (hc.fn, hc.base, hc.scale, norm))
     if any(n != nth for _, n in rest) or not hasattr(fn, "values"):
         raise Unsupported(f"hc_fn: found {type(fn).__name__} in stacks that differ, expected one of F32, F16, BF16")
     numbers = hyper.Numbers(cfg.norm_eps, cfg.hc_eps, cfg.sinkhorn_iters)
@@ -174,8 +177,8 @@ def attention(
     of_h = [Product((matrix(a.q_a, layer),), dtype.name), Product((matrix(a.kv, layer),), "float32")]
     of_r = [Product((matrix(a.q_b, layer),), dtype.name)]
     if ratio:
-        kinds = [w.hca.compressor] if ratio == HCA_RATIO else [w.csa.compressor, w.csa.indexer.compressor]
-        of_h += [Product((matrix(m, layer),), "float32") for c in kinds for m in (c.kv, c.gate)]
+        families = compressors(w, ratio)
+        of_h += [Product((matrix(m, layer),), "float32") for c in families.values() for m in (c.kv, c.gate)]
     if choose:
         of_h.append(Product((matrix(w.csa.indexer.proj, layer),), "float32"))
         of_r.append(Product((matrix(w.csa.indexer.q_b, layer),), "float32"))
@@ -203,9 +206,9 @@ def attention(
 
     rows = indices = None
     if ratio:
-        projected = list(zip(rest[::2], rest[1::2], strict=False))[: len(kinds)]
+        projected = list(zip(rest[::2], rest[1::2], strict=False))[: len(families)]
         if T == 1:
-            cache = _append(projected, kinds, n, cache, layer, nth, turn, cfg, impl)
+            cache = _append(projected, families, n, cache, layer, nth, turn, cfg, impl)
         else:
             projected = [(z.reshape(B, T, -1), g.reshape(B, T, -1)) for z, g in projected]
             cache = append(projected, n, w, cache, layer, cfg, numerics, dtype)
@@ -225,13 +228,12 @@ def attention(
 
 
 def _append(
-    projected: list[tuple[Array, Array]], kinds: list[Compressor], n: Array, cache: Cache, layer: int, nth: int,
-    turn: Turn, cfg: ModelConfig, impl: Implementation,
+    projected: list[tuple[Array, Array]], families: dict[str, Compressor], n: Array, cache: Cache, layer: int,
+    nth: int, turn: Turn, cfg: ModelConfig, impl: Implementation,
 ) -> Cache:  # fmt: skip
     """`compressor.append` for one token of each sequence."""
-    names = ("hca",) if len(kinds) == 1 else ("csa", "index")
-    kept = [getattr(cache, name) for name in names]
-    found = [(c.ape.find(layer), c.norm.find(layer)) for c in kinds]
+    kept = [getattr(cache, kind) for kind in families]
+    found = [(c.ape.find(layer), c.norm.find(layer)) for c in families.values()]
     at = {place for pair in found for _, place in pair}
     if len(at) > 1 or not all(hasattr(ape, "values") for (ape, _), _ in found):
         raise Unsupported(
@@ -242,7 +244,7 @@ def _append(
         [compressor.State(c.rows, c.z, c.g, c.prev_z, c.prev_g) for c in kept], cache.length, n, turn.row_cos,
         turn.row_sin, index(*at), index(nth), eps=cfg.norm_eps, implementation=impl,
     )  # fmt: skip
-    return cache.replace(**{k: c.replace(**s._asdict()) for k, c, s in zip(names, kept, states, strict=True)})
+    return cache.replace(**{k: c.replace(**s._asdict()) for k, c, s in zip(families, kept, states, strict=True)})
 
 
 def _choose(
