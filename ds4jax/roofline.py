@@ -98,12 +98,14 @@ KERNELS = {
 }
 # Families whose products are one call for few tokens (ds4jax/model/fused.py); its name has k and the sum of n.
 CALLS = (
-    ("attn.q_a", "attn.kv", "hca.compressor.kv", "hca.compressor.gate", "csa.compressor.kv", "csa.compressor.gate",
+    ("attn.q_a", "attn.kv"),
+    ("hca.compressor.kv", "hca.compressor.gate", "csa.compressor.kv", "csa.compressor.gate",
      "csa.indexer.compressor.kv", "csa.indexer.compressor.gate", "csa.indexer.proj"),
     ("attn.q_b", "csa.indexer.q_b"),
     ("attn.o_a",),
     ("attn.o_b",),
-    ("ffn.shared.gate", "ffn.shared.up", "ffn.router"),
+    ("ffn.shared.gate", "ffn.shared.up"),
+    ("ffn.router",),
     ("ffn.shared.down",),
     ("head.out",),
 )  # fmt: skip
@@ -424,7 +426,7 @@ def main() -> None:
         if FLAGS[name].value and not Path(FLAGS[name].value).parent.is_dir():
             raise ConfigError(f"{name}: found {FLAGS[name].value}, expected a file in an existing directory")
     context = FLAGS.ctx if FLAGS.ctx is not None else 0 if FLAGS.prefill else 2048
-    settings = Settings.load(FLAGS.config, model=FLAGS.model, batch=FLAGS.batch, prefill_chunk=FLAGS.prefill or 1)
+    settings = Settings.load(FLAGS.config, model=FLAGS.model, batch=FLAGS.batch, prefill_chunk=FLAGS.prefill)
     settings.set_environment()
     import jax
 

@@ -772,7 +772,7 @@ def configs(shape: Shape) -> list[Config]:
 
 
 def _shapes() -> dict[str, Shape]:
-    """The products of DeepSeek-V4-Flash with 1, 4 and 16 tokens; what shares an input is one call."""
+    """The products of DeepSeek-V4-Flash with 1, 4 and 16 tokens, in the calls of ds4jax/model/fused.py."""
     latent = Output(1024, "Q8_0"), Output(512, "Q8_0", "float32")  # q_a, kv
     csa = tuple(Output(n, "F16", "float32") for n in (1024, 1024, 256, 256, 64))  # compressor, indexer's, head weights
     hca = tuple(Output(512, "F16", "float32") for _ in range(2))
@@ -783,14 +783,14 @@ def _shapes() -> dict[str, Shape]:
     for m in (1, 4, 16):
         out |= {
             f"q_a+kv/{m}": Shape(m, 4096, latent),
-            f"q_a+kv+csa/{m}": Shape(m, 4096, latent + csa),
-            f"q_a+kv+hca/{m}": Shape(m, 4096, latent + hca),
+            f"csa/{m}": Shape(m, 4096, csa),
+            f"hca/{m}": Shape(m, 4096, hca),
             f"q_b/{m}": Shape(m, 1024, (q_b,), **norm),
             f"q_b+index/{m}": Shape(m, 1024, (q_b, index_q), **norm),
             f"o_a/{m}": Shape(m, 4096, (Output(8192, "Q8_0"),), groups=8),
             f"o_b/{m}": Shape(m, 8192, (Output(4096, "Q8_0"),)),
             f"shared gate+up/{m}": Shape(m, 4096, (shared,)),
-            f"shared gate+up+router/{m}": Shape(m, 4096, (shared, router)),
+            f"router/{m}": Shape(m, 4096, (router,)),
             f"shared down/{m}": Shape(m, 2048, (Output(4096, "Q8_0", "float32"),)),
             f"mhc/{m}": Shape(m, 16384, (Output(24, "F16", "float32"),), "float32", norm_eps=1e-6),
             f"head/{m}": Shape(m, 4096, (Output(129280, "Q8_0", "float32"),), layers=1),

@@ -173,7 +173,7 @@ def test_lowers_for_every_device(case, device):
     assert lowered(*case, device=device, cores=DEVICES[device]).count("__gpu$xla.gpu.triton") == kernels
 
 
-@pytest.mark.parametrize("name", ["q_a+kv+csa/1", "q_b+index/16", "o_a/4", "mhc/16"])
+@pytest.mark.parametrize("name", ["csa/1", "q_b+index/16", "o_a/4", "mhc/16"])
 def test_defaults_lower(name):
     """The kernel and perhaps its second stage, whatever shares the input, and nothing else that reads weights."""
     shape = matmul.SHAPES[name]
@@ -186,7 +186,7 @@ def test_defaults_lower(name):
 def test_candidates_fit(name):
     shape = matmul.SHAPES[name]
     candidates = matmul.configs(shape)
-    assert candidates[0] == matmul.default_config(shape) and len(candidates) > 4
+    assert candidates[0] == matmul.default_config(shape) and len(candidates) >= 4
     for config in candidates:
         matmul.check(shape, config)
 

@@ -176,13 +176,15 @@ def attention(
 
     of_h = [Product((matrix(a.q_a, layer),), dtype.name), Product((matrix(a.kv, layer),), "float32")]
     of_r = [Product((matrix(a.q_b, layer),), dtype.name)]
+    beside = []  # what else reads h: a call of its own, which runs side by side with q_b
     if ratio:
         families = compressors(w, ratio)
-        of_h += [Product((matrix(m, layer),), "float32") for c in families.values() for m in (c.kv, c.gate)]
+        beside += [Product((matrix(m, layer),), "float32") for c in families.values() for m in (c.kv, c.gate)]
     if choose:
-        of_h.append(Product((matrix(w.csa.indexer.proj, layer),), "float32"))
+        beside.append(Product((matrix(w.csa.indexer.proj, layer),), "float32"))
         of_r.append(Product((matrix(w.csa.indexer.q_b, layer),), "float32"))
-    r, kv, *rest = products(h, of_h, impl)
+    r, kv = products(h, of_h, impl)
+    rest = products(h, beside, impl) if beside else []
     norms, norm_nth = a.q_a_norm.find(layer)
     q, *iq = products(r, of_r, impl, Norm(norms, norm_nth, cfg.norm_eps))
 
@@ -266,7 +268,9 @@ def feed_forward(h: Array, tokens: Array, w: Weights, layer: int, cfg: ModelConf
     """h (S, E), token ids (S,) → (S, E): the routed experts and the shared one; see `ds4jax.model.moe`."""
     f, clamp = w.ffn, cfg.clamp(layer)
     gate_up = Product((matrix(f.shared.gate, layer), matrix(f.shared.up, layer)), h.dtype.name, clamp)
-    act, scores = products(h, [gate_up, Product((matrix(f.router, layer),), "float32")], impl)
+    # Two calls: the routed experts wait for the scores alone, and run side by side with the shared one.
+    (scores,) = products(h, [Product((matrix(f.router, layer),), "float32")], impl)
+    (act,) = products(h, [gate_up], impl)
     (shared,) = products(act, [Product((matrix(f.shared.down, layer),), "float32")], impl)
     by_id = layer < cfg.n_hash_layers
     table, nth = (w.hash.tid2eid if by_id else w.route.bias).find(layer)
