@@ -102,10 +102,15 @@ def main() -> None:
     settings = Settings.load(FLAGS.config, ctx=ctx, **overrides)
     settings.set_environment()
     from ds4jax.engine import runner
+    from ds4jax.model.transformer import bucket
 
     runner.keep_compilations()
     start = time.perf_counter()
-    loaded = runner.Runner(runner.open_model(settings, FLAGS.synthetic), settings, progress=True)
+    sizes = (
+        {bucket(n, runner.LARGEST_BUCKET) for n in chunks(points, settings.prefill_chunk)} if FLAGS.fill is None else ()
+    )
+    source = runner.open_model(settings, FLAGS.synthetic)
+    loaded = runner.Runner(source, settings, progress=True, sizes=sizes)
     if FLAGS.fill is None:
         rows = sweep(loaded, points, FLAGS.gen_tokens, FLAGS.seed)
     else:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -110,8 +111,9 @@ def per_device(tree: Any) -> int:
     return sum(math.prod(shape(x)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def check(programs: Programs) -> Plan:
-    """Plan a model that is about to be loaded, its steps compiled, if the device says how much memory it has.
+def check(programs: Programs, sizes: Iterable[int] = ()) -> Plan:
+    """Plan a model that is about to be loaded, its steps compiled (see `Programs.compile_largest`), if the device says
+    how much memory it has.
 
     Raises ConfigError with the plan, and with the ctx or batch that would fit, if it does not.
     """
@@ -119,7 +121,7 @@ def check(programs: Programs) -> Plan:
     if found.limit is None:
         return found
     if found.fits:  # else there is no need to compile
-        programs.compile_largest()
+        programs.compile_largest(sizes)
         found = plan(programs)
     if not found.fits:
         raise ConfigError(

@@ -44,7 +44,8 @@ def runners():
 def run(runners, monkeypatch, capsys):
     """Runs the tool on the small model: (exit status, stdout, stderr). What is compiled once serves all calls."""
 
-    def runner(model, settings, progress):
+    def runner(model, settings, progress, sizes):
+        assert sizes <= {4}
         if settings not in runners:
             runners[settings] = RUNNER(model, settings)
         return runners[settings]
@@ -233,7 +234,7 @@ def test_a_table_that_cannot_be_written(tmp_path):
 
 def test_the_cache_has_room_for_what_is_needed(run, runners, monkeypatch):
     asked = []
-    monkeypatch.setattr(engine, "Runner", lambda model, settings, progress: asked.append(settings) or exit())
+    monkeypatch.setattr(engine, "Runner", lambda model, settings, progress, sizes: asked.append(settings) or exit())
     with pytest.raises(SystemExit):
         cli.run(bench.main, bench.FLAGS, "", ["--config=h200", "--synthetic=full"])
     expected = Settings.load("h200", ctx=28672 + 128, batch=1)

@@ -9,7 +9,8 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Self
 
 import jax
@@ -42,7 +43,7 @@ Array = jax.Array
 
 BLOCK = 16  # tokens of a sequence that one call decodes at most
 BLOCK_SECONDS = 0.04  # that a call should take: streams, and what arrives, wait for its end
-_LARGEST_BUCKET = 2**20  # no chunk is larger: see Settings
+LARGEST_BUCKET = 2**20  # no chunk is larger: see Settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,12 +118,26 @@ class Programs:
 
     def get(self, name: str, *args: Any) -> Callable:
         """The step `name` compiled for weights, cache and arguments of these shapes."""
-        key = name, *(x.shape for x in jax.tree.leaves(args))
-        if key not in self.compiled:
+        return self.get_all([(name, args)])[0]
+
+    def get_all(self, calls: Sequence[tuple[str, tuple]]) -> list[Callable]:
+        """`get` for several names and arguments; what is missing is compiled side by side, as one has no use for all
+        cores."""
+        keyed = {(name, *(x.shape for x in jax.tree.leaves(args))): (name, args) for name, args in calls}
+        missing = [key for key in keyed if key not in self.compiled]
+        if missing:
             start = time.perf_counter()
-            self.compiled[key] = self._compile(name, args)
+            with ThreadPoolExecutor(len(missing)) as pool:
+                programs = list(pool.map(lambda key: self._compile(*keyed[key]), missing))
+            self.compiled |= zip(missing, programs, strict=True)
             self.seconds += time.perf_counter() - start
-        return self.compiled[key]
+        return [self.compiled[key] for key in keyed]
+
+    def calls(self, sizes: Iterable[int]) -> list[tuple[str, tuple]]:
+        """What `get_all` takes for decoding, and for prefill padded to each of `sizes`."""
+        one, every = sampling.batch([Sampling()]), sampling.batch([Sampling()] * self.batch)
+        prefills = [("prefill", (np.int32(0), np.array([True]), *_pad([0], [size]), one)) for size in sizes]
+        return [("decode", decode_args(np.zeros(self.batch, np.int32), {}, 1, every)), *prefills]
 
     def _compile(self, name: str, args: tuple) -> Callable:
         if self.settings.kernels == "pallas" and (found := jax.default_backend()) != "gpu":
@@ -153,12 +168,10 @@ class Programs:
         ctx, batch = {"ctx": (value, self.batch), "batch": (self.ctx, value)}[key]
         return type(self)(self.source, dataclasses.replace(self.settings, ctx=ctx), batch, self._progress)
 
-    def compile_largest(self) -> None:
-        """Compile the largest call of each step: the ones that need the most memory."""
-        one, every = sampling.batch([Sampling()]), sampling.batch([Sampling()] * self.batch)
-        padded, n = _pad([0] * min(self.settings.prefill_chunk, self.settings.ctx - 1))
-        self.get("prefill", np.int32(0), np.array([True]), padded, n, one)
-        self.get("decode", *decode_args(np.zeros(self.batch, np.int32), {}, 1, every))
+    def compile_largest(self, sizes: Iterable[int] = ()) -> None:
+        """Compile the largest call of each step: the ones that need the most memory; and prefill for `sizes`, too."""
+        padded, _ = _pad([0] * min(self.settings.prefill_chunk, self.settings.ctx - 1))
+        self.get_all(self.calls([padded.shape[1], *sizes]))
 
 
 def _placed(x: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
@@ -181,17 +194,23 @@ class Runner:
         return cls(open_model(settings), settings, batch, progress)
 
     def __init__(
-        self, checkpoint: Checkpoint | Synthetic, settings: Settings, batch: int | None = None, progress: bool = False
+        self,
+        checkpoint: Checkpoint | Synthetic,
+        settings: Settings,
+        batch: int | None = None,
+        progress: bool = False,
+        sizes: Iterable[int] = (),
     ):
         """Load the weights onto the devices, or make them there, and allocate the cache.
 
-        batch: number of slots, by default the settings'. progress: report loading and compilation on stderr.
+        batch: number of slots, by default the settings'. progress: report loading and compilation on stderr. sizes:
+        what chunks of prompts will be padded to, for whatever is compiled before weights are loaded.
         Raises Ds4Error for weights, mesh and memory that do not go together.
         """
         self.programs = Programs(checkpoint, settings, batch, progress)
         self.settings, self.checkpoint, self.cfg = settings, checkpoint, checkpoint.cfg
         self.batch, self._compute = self.programs.batch, self.programs.compute
-        self.plan = memory.check(self.programs)
+        self.plan = memory.check(self.programs, sizes)
         self.lengths, self.stats = [0] * self.batch, Stats(compile_seconds=self.programs.seconds)
         self._empty = functools.partial(
             kv.empty, self.cfg, settings.numerics, settings.dtype, sharding=self.programs.everywhere
@@ -214,10 +233,7 @@ class Runner:
     def compile(self, sizes: Sequence[int]) -> None:
         """Compile now, not on first use: decode, prefill padded to each of `sizes`, `take`, `put` and `choose`."""
         before = self.programs.seconds
-        self.decode_block({}, 1)
-        for size in sizes:
-            one = sampling.batch([Sampling()])
-            self.programs.get("prefill", np.int32(0), np.array([True]), *_pad([0], [size]), one)
+        self.programs.get_all(self.programs.calls(sizes))
         for tokens in snapshots.rooms(self.settings.ctx):
             self.decode_block({}, 1)
             with self._enough_memory("snapshots"):
@@ -436,7 +452,7 @@ def _compiler_options(step: str) -> dict[str, Any] | None:
 def _pad(tokens: Sequence[int], sizes: Sequence[int] = ()) -> tuple[np.ndarray, np.ndarray]:
     """Token ids → int32 (1, T) with T the first of `sizes` that is enough, or else a bucket, and their number (1,)."""
     enough = (size for size in sizes if size >= len(tokens))
-    padded = np.zeros((1, next(enough, bucket(len(tokens), _LARGEST_BUCKET))), np.int32)
+    padded = np.zeros((1, next(enough, bucket(len(tokens), LARGEST_BUCKET))), np.int32)
     padded[0, : len(tokens)] = tokens
     return padded, np.array([len(tokens)], np.int32)
 
