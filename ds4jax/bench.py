@@ -106,9 +106,8 @@ def main() -> None:
 
     runner.keep_compilations()
     start = time.perf_counter()
-    sizes = (
-        {bucket(n, runner.LARGEST_BUCKET) for n in chunks(points, settings.prefill_chunk)} if FLAGS.fill is None else ()
-    )
+    prefills = () if FLAGS.fill else chunks(points, settings.prefill_chunk)
+    sizes = {bucket(n, runner.LARGEST_BUCKET) for n in prefills}
     source = runner.open_model(settings, FLAGS.synthetic)
     loaded = runner.Runner(source, settings, progress=True, sizes=sizes)
     if FLAGS.fill is None:
