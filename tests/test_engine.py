@@ -137,6 +137,37 @@ def test_decoding_goes_on_during_a_long_prefill(engine):
     assert chunks >= 4 and tokens >= chunks
 
 
+def test_an_answer_waits_for_a_chunk_or_for_a_snapshot(engine, runner, monkeypatch):
+    """Not for both, but at the prompt's end; and a prompt given up when a snapshot of it is due takes that along."""
+    work = []
+
+    def log(name):
+        function = getattr(runner, name)
+        monkeypatch.setattr(runner, name, lambda *args: work.append(name) or function(*args))
+
+    for name in ("prefill", "take", "decode_block"):
+        log(name)
+
+    async def main():
+        answer = engine.submit(request(5, 400))
+        while not isinstance(await anext(answer), Token):
+            pass
+        await collect(engine, request(450, 1, start=100))
+        steps = " ".join(work).split("decode_block")[1:]
+        given_up = engine.submit(request(450, 1, start=200))
+        while not isinstance(await anext(given_up), Prefilled):
+            pass
+        await given_up.aclose()
+        await answer.aclose()
+        await collect(engine, request(5, 1))
+        return [step.split() for step in steps]
+
+    steps = asyncio.run(main())
+    both = [i for i, step in enumerate(steps) if len(step) > 1]
+    assert ["prefill"] in steps and ["take"] in steps and len(both) == 1
+    assert engine._due is None and not len(engine._scheduler)
+
+
 @pytest.mark.parametrize(
     "tokens, max_tokens, kind, problem",
     [

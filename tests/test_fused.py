@@ -197,8 +197,10 @@ def test_kernels_agree_with_xla_on_the_gpu(model):
 def test_no_weight_is_copied_and_the_cache_stays_in_place():
     f, (w, cache, *_) = steps(1)
     decode = functools.partial(runner._decode, cfg=SHORT, compute=Compute("official", "bfloat16", kernels="pallas"))
-    args = runner.decode_args(np.zeros(1, np.int32), {0: 0}, 1, runner.sampling.batch([runner.Sampling()]))
-    stats = jax.jit(decode, donate_argnums=1).lower(w, cache, *args).compile().memory_analysis()
+    params = runner.sampling.batch([runner.Sampling()])
+    results = np.zeros((runner.BLOCK + 1, 1), np.int32), np.zeros((1, SHORT.vocab_size), np.float32)
+    args = results, *runner.decode_args({0: 0}, 1, params)
+    stats = jax.jit(decode, donate_argnums=(1, 2)).lower(w, cache, *args).compile().memory_analysis()
     smallest = min(x.size * x.dtype.itemsize for x in jax.tree.leaves(w.ffn.experts))
     assert stats.temp_size_in_bytes < smallest
-    assert stats.alias_size_in_bytes == kv.nbytes(cache)
+    assert stats.alias_size_in_bytes == kv.nbytes(cache) + sum(x.nbytes for x in results)

@@ -261,6 +261,8 @@ class Engine:
         self._refusal: Ds4Error | None = None  # why no request is accepted any more
         self._deadline: float | None = None  # when the engine stops
         self._jobs: dict[Stream, _Running] = {}
+        self._due: tuple[_Running, int] | None = None  # a snapshot to take of a prompt, before its next chunk
+        self._followed: set[_Running] = set()  # jobs whose last token is what the last block ended with
         self._counts: dict[str, float] = collections.defaultdict(int)
         self._ttft = [0] * (len(TTFT_BOUNDS) + 1)
         self._notes: collections.OrderedDict[str, Any] = collections.OrderedDict()
@@ -443,6 +445,8 @@ class Engine:
             self._end(job, "cancelled")
 
     def _end(self, job: _Running, reason: str) -> None:
+        if self._due and self._due[0] is job:
+            self._due = None
         if job.slot is not None and job.cached < job.done < job.prompt and job.done % ALIGN == 0:
             job.tails.append((job.done, {}))  # an interrupted prompt
         if len(job.tails) == 2 and not (reason == "cancelled" and job.done - job.tails[-1][0] < LATE):
@@ -471,15 +475,21 @@ class Engine:
             self._trace.flush()
 
     def _step(self) -> bool:
-        """A chunk of one prompt and a token of every answer; without a chunk, a few. → whether there was any work."""
+        """A chunk of one prompt and a token of every answer; without a chunk, a few. → whether there was any work.
+
+        A snapshot of the chunk before has a step of its own, so that answers do not wait for both.
+        """
+        due, self._due = self._due, None
+        if due:
+            self._take(*due)
         admitted = self._scheduler.admit(self._start)
         for job in admitted:
             self._started(job)
-        if chunk := self._scheduler.next_chunk():
+        if chunk := None if due else self._scheduler.next_chunk():
             self._prefill(*chunk)
         if decoding := list(self._scheduler.decoding):
-            self._decode(decoding, 1 if chunk else self._block(decoding))
-        return bool(admitted or chunk or decoding)
+            self._decode(decoding, 1 if due or chunk else self._block(decoding))
+        return bool(admitted or due or chunk or decoding)
 
     def _start(self, job: _Running) -> int | None:
         """Where a waiting request can start now, or None if it had better wait."""
@@ -512,9 +522,11 @@ class Engine:
         step = self._runner.prefill(job.slot, tokens, job.request.sampling, job.done > 0, self._sizes)
         self._scheduler.advance(job, end)
         job.stream._push(Prefilled(end, job.prompt))
-        if end in job.marks:
-            self._take(job, end)
+        if end in job.marks and end < job.prompt:
+            self._due = job, end
         if end == job.prompt:
+            if end in job.marks:
+                self._take(job, end)
             if end >= ALIGN:
                 planes = self._runner.take(job.slot)
                 self._prefixes.put(Snapshot(key_of(job.tokens), planes, step.logits))
@@ -530,10 +542,12 @@ class Engine:
         return self._runner.block(min(longest, room))
 
     def _decode(self, jobs: list[_Running], n: int) -> None:
-        block = self._runner.decode_block({job.slot: job.tokens[-1] for job in jobs}, n)
+        last = {job.slot: None if job in self._followed else job.tokens[-1] for job in jobs}
+        block = self._runner.decode_block(last, n)
         tokens = {slot: [Token(i) for i in ids] for slot, ids in block.tokens().items()}
         special = self._choose(block.batch_logits, {job.slot: job for job in jobs if job.constraints}, after=1)
         tokens |= {slot: [token] for slot, token in special.items()}
+        self._followed = {job for job in jobs if job.slot not in special}
         for job in jobs:
             for token in tokens[job.slot]:
                 self._scheduler.advance(job, job.done + 1)

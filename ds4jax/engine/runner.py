@@ -8,6 +8,7 @@ import functools
 import os
 import resource
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -42,7 +43,7 @@ from pallas_kernels.common import Unsupported
 Array = jax.Array
 
 BLOCK = 16  # tokens of a sequence that one call decodes at most
-BLOCK_SECONDS = 0.04  # that a call should take: streams, and what arrives, wait for its end
+BLOCK_SECONDS = 0.125  # that a call should take: streams, and what arrives, wait for its end
 LARGEST_BUCKET = 2**20  # no chunk is larger: see Settings
 
 
@@ -86,8 +87,9 @@ def open_model(settings: Settings, synthetic: str | None = None) -> Checkpoint |
 class Programs:
     """The steps of a model, each compiled for the shapes that it is called with. Allocates nothing on a device.
 
-    Attributes: source, settings, cfg (of the model), batch, compute, tree (`weights.abstract`), weights and cache (of
-    `jax.ShapeDtypeStruct`s), compiled (by step and shapes), seconds (spent compiling).
+    Attributes: source, settings, cfg (of the model), batch, compute, tree (`weights.abstract`), weights, cache and
+    results (of `_decode`; all three of `jax.ShapeDtypeStruct`s), compiled (by step and shapes), seconds (spent
+    compiling).
     """
 
     def __init__(
@@ -105,14 +107,18 @@ class Programs:
         self.tree = weights.abstract(self.cfg, source.types)
         self.weights = weights.structs(self.tree)
         self.cache = kv.abstract(self.cfg, settings.numerics, settings.dtype, self.batch, settings.ctx)
+        logits = (self.batch, self.cfg.vocab_size), jnp.dtype(wide(jnp.dtype(settings.dtype)))
+        shapes = ((BLOCK + 1, self.batch), jnp.int32), logits
+        self.results = tuple(jax.ShapeDtypeStruct(*shape, sharding=self.everywhere) for shape in shapes)
         if mesh is not None:
             self.weights = jax.tree.map(_placed, self.weights, weights.shardings(self.tree, mesh))
             self.cache = jax.tree.map(functools.partial(_placed, sharding=self.everywhere), self.cache)
         model = {"cfg": self.cfg, "compute": self.compute}
         self._steps = {
-            name: jax.jit(functools.partial(step, **model), donate_argnums=1, out_shardings=self.everywhere)
-            for name, step in (("prefill", _prefill), ("decode", _decode))
+            name: jax.jit(functools.partial(step, **model), donate_argnums=donated, out_shardings=self.everywhere)
+            for name, step, donated in (("prefill", _prefill, 1), ("decode", _decode, (1, 2)))
         }
+        self._lowering = threading.Lock()
         self.compiled: dict[tuple, Callable] = {}
         self.seconds = 0.0
 
@@ -137,7 +143,7 @@ class Programs:
         """What `get_all` takes for decoding, and for prefill padded to each of `sizes`."""
         one, every = sampling.batch([Sampling()]), sampling.batch([Sampling()] * self.batch)
         prefills = [("prefill", (np.int32(0), np.array([True]), *_pad([0], [size]), one)) for size in sizes]
-        return [("decode", decode_args(np.zeros(self.batch, np.int32), {}, 1, every)), *prefills]
+        return [("decode", (self.results, *decode_args({}, 1, every))), *prefills]
 
     def _compile(self, name: str, args: tuple) -> Callable:
         if self.settings.kernels == "pallas" and (found := jax.default_backend()) != "gpu":
@@ -145,13 +151,13 @@ class Programs:
         args, options = (self.weights, self.cache, *args), _compiler_options(name)
         shapes = jax.tree.map(lambda x: (x.shape, np.dtype(x.dtype).name), args)
         what = name, self.cfg, self.compute, options, jax.tree.structure(args), jax.tree.leaves(shapes)
-        others = {"prefill": 2, "decode": 3}[name]  # results beside the cache
-        if (program := compiled.load(what, args, (*range(others), self.cache))) is not None:
+        if (program := compiled.load(what, args, (0, 0, self.cache))) is not None:
             return program
         if self._progress:
             print(f"compiling {name}, {args[3 if name == 'decode' else 4].size} tokens ...", file=sys.stderr)
         try:
-            lowered = self._steps[name].lower(*args)
+            with self._lowering:  # one at a time: it is Python's work, and small programs are kept on disk on the way
+                lowered = self._steps[name].lower(*args)
         except Unsupported as error:
             raise ConfigError(f"kernels: found 'pallas', expected 'xla' for this model: {error}") from None
         program = lowered.compile(options)
@@ -221,7 +227,9 @@ class Runner:
             self.weights, _ = load(checkpoint, self._compute.mesh, progress)
         self.cache = self._empty(self.batch, settings.ctx)
         self._sampling = [Sampling()] * self.batch
-        self._last = np.zeros(self.batch, np.int32)  # sampled by the last block
+        results = self.programs.results
+        self._results = tuple(jnp.zeros(x.shape, x.dtype, device=x.sharding) for x in results)  # of the last block
+        self._arguments: list[tuple[np.ndarray, Array]] = []  # of the last block, on the host and on the device
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
@@ -283,12 +291,26 @@ class Runner:
             if self.lengths[slot] + n > self.settings.ctx:
                 raise Ds4Error(f"slot {slot}: the context of {self.settings.ctx} tokens is full")
         start = time.perf_counter() - self.stats.compile_seconds
-        args = decode_args(self._last, tokens, n, sampling.batch(self._sampling))
-        sampled, self._last, logits = self._run("decode", *args)
+        args = self._resident(decode_args(tokens, n, sampling.batch(self._sampling)))
+        self._results = tuple(self._run("decode", self._results, *args))
+        sampled, logits = _copy(self._results)  # the next block's will take the place of these
         for slot in tokens:
             self.lengths[slot] += n
         self.stats.decode_tokens += n * len(tokens)
         return Block(self.stats, sampled, logits, tuple(tokens), n, start + self.stats.compile_seconds)
+
+    def _resident(self, args: tuple) -> tuple:
+        """Numpy arguments on the device: where one is as it was in the last block, the very array of that block.
+
+        A step that finds all its buffers where they were runs as it was recorded; else it is first written anew.
+        """
+        leaves, tree = jax.tree.flatten(args)
+        before = self._arguments or [(None, None)] * len(leaves)
+        self._arguments = [
+            (x, there if np.array_equal(x, old) else jax.device_put(x, self.programs.everywhere))
+            for x, (old, there) in zip(leaves, before, strict=True)
+        ]
+        return jax.tree.unflatten(tree, [there for _, there in self._arguments])
 
     def block(self, room: int) -> int:
         """How many tokens to decode at once, BLOCK and `room` at most, so that it takes some BLOCK_SECONDS.
@@ -387,14 +409,13 @@ class Block:
         return {slot: sampled[: self.n, slot].tolist() for slot in self.slots}
 
 
-def decode_args(
-    last: Array | np.ndarray, tokens: Mapping[int, int | None], n: int, params: sampling.Batch
-) -> tuple[Any, ...]:
-    """The arguments of `_decode` after the cache, for decoding n tokens in some slots. last: of each slot (B,)."""
-    ids, active = np.zeros(last.shape, np.int32), np.zeros(last.shape, bool)
+def decode_args(tokens: Mapping[int, int | None], n: int, params: sampling.Batch) -> tuple[Any, ...]:
+    """The arguments of `_decode` after its results, for decoding n tokens in some slots. params: of all slots."""
+    ids = np.zeros(len(params.seed), np.int32)
+    active = np.zeros(len(ids), bool)
     for slot, token in tokens.items():
         ids[slot], active[slot] = -1 if token is None else token, True
-    return last, ids, active, np.int32(n), params
+    return ids, active, np.int32(n), params
 
 
 def _prefill(w, cache: Cache, slot, fresh, tokens, n, params, *, cfg: ModelConfig, compute: Compute):
@@ -409,9 +430,10 @@ def _prefill(w, cache: Cache, slot, fresh, tokens, n, params, *, cfg: ModelConfi
     return sampling.sample(logits, params, one.length), logits, cache
 
 
-def _decode(w, cache: Cache, last, tokens, active, n, params, *, cfg: ModelConfig, compute: Compute):
-    """n tokens, () int32, of every active sequence (B,): tokens (B,), or last (B,) where that is negative, and then
-    the sampled ones. → sampled (BLOCK, B), of which n rows, the last of them (B,), their logits (B, vocab), cache.
+def _decode(w, cache: Cache, results, tokens, active, n, params, *, cfg: ModelConfig, compute: Compute):
+    """n tokens, () int32, of every active sequence (B,): tokens (B,), or the last sampled ones where that is negative,
+    and then the sampled ones. → sampled (BLOCK + 1, B), of which n rows, and in the last row the last of them; their
+    logits (B, vocab); cache. results: those of the call before, but the cache; the new ones take their place.
 
     A loop on the device: the host need not be asked between tokens, and what it costs to start a step is paid once.
     """
@@ -422,14 +444,13 @@ def _decode(w, cache: Cache, last, tokens, active, n, params, *, cfg: ModelConfi
         ids = sampling.sample(logits, params, cache.length)
         return cache, ids, sampled.at[i].set(ids), logits
 
-    B = active.shape[0]
-    sampled = jnp.zeros((BLOCK, B), jnp.int32)
-    logits = jnp.zeros((B, cfg.vocab_size), jnp.dtype(wide(jnp.dtype(compute.dtype))))
-    carry = cache, jnp.where(tokens >= 0, tokens, last), sampled, logits
+    sampled, logits = results
+    carry = cache, jnp.where(tokens >= 0, tokens, sampled[-1]), sampled, logits
     cache, last, sampled, logits = lax.fori_loop(0, n, one, carry)
-    return sampled, last, logits, cache
+    return sampled.at[-1].set(last), logits, cache
 
 
+_copy = jax.jit(functools.partial(jax.tree.map, jnp.copy))
 _choose = jax.jit(sampling.choose)
 
 
