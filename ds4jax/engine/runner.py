@@ -459,7 +459,7 @@ def _compiler_options(step: str) -> dict[str, Any] | None:
 
     On a GPU a step is recorded as a graph, of which every node is rewritten when results lie elsewhere than before.
     A decoding step is launched in a loop, and in a graph kernels that do not depend on each other may run side by side:
-    4 % of it on an H200. Prefill is launched once, and takes 7 % less time without one (7 layers, 2048 tokens).
+    4 % of it on an H200. Prefill is launched once, and takes 6 % less time without one (7 layers, 2048 tokens).
     """
     backend = jax.default_backend()
     if backend == "gpu" and step == "prefill":
