@@ -84,10 +84,11 @@ def plan(programs: Programs) -> Plan:
     device = jax.local_devices()[0]
     workspace: dict[str, int] = {}
     code = 0
+    cache = per_device(programs.cache)
     for (name, *_), program in programs.compiled.items():
         stats = program.memory_analysis()
-        # Of the outputs, the cache takes the place of the old one, which was donated: what is left is new.
-        needs = stats.temp_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
+        # Of the outputs, the cache takes the place of the old one, which was donated.
+        needs = stats.temp_size_in_bytes + stats.output_size_in_bytes - cache
         workspace[name] = max(needs, workspace.get(name, 0))
         code += stats.generated_code_size_in_bytes
     return Plan(
@@ -96,7 +97,7 @@ def plan(programs: Programs) -> Plan:
         ctx=programs.settings.ctx,
         batch=programs.batch,
         weights=per_device(programs.weights),
-        cache=per_device(programs.cache),
+        cache=cache,
         workspace=workspace,
         programs=code,
     )

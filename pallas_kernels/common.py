@@ -55,6 +55,11 @@ def call(
     )
 
 
+def entry(numbers: Any, i: int) -> Any:
+    """numbers[i], of an array or a ref (n,), or (1,): one that stands for all."""
+    return numbers[min(i, numbers.shape[0] - 1)]
+
+
 def ignore_deprecation() -> None:
     """Triton is what Pallas uses on these GPUs until Mosaic GPU can do the same; one line a kernel says nothing new."""
     warnings.filterwarnings("ignore", message=_DEPRECATED, category=DeprecationWarning)

@@ -205,7 +205,7 @@ def reference(
 
     heads = _normed(q.astype(jnp.float32).reshape(B, -1, D), eps)
     queries = rotated(heads, cos[:, None], sin[:, None]).astype(jnp.float16)[:, None]
-    row = rotated(_normed(kv.astype(jnp.float32), eps) * norm[layers[0]], cos, sin)
+    row = rotated(_normed(kv.astype(jnp.float32), eps) * norm[common.entry(layers, 0)], cos, sin)
     codes, exponents = _e4m3(row[:, :-BLOCK].reshape(B, -1, BLOCK))
     new = {
         "codes": codes.reshape(B, -1),
@@ -214,7 +214,7 @@ def reference(
     }
     slot = jnp.where(active > 0, position % W, W)  # out of range: dropped
     b = jnp.arange(B, dtype=jnp.int32)
-    window = {k: x.at[layers[1], b, slot].set(new[k], mode="drop") for k, x in window.items()}
+    window = {k: x.at[common.entry(layers, 1), b, slot].set(new[k], mode="drop") for k, x in window.items()}
     if qi is None:
         return queries, window, None
     x = rotated(qi.astype(jnp.float32).reshape(B, -1, index_dim), cos[:, None], sin[:, None])
@@ -245,8 +245,8 @@ def _kernel(*refs, inputs: int, index_programs: int, eps: float, c: Config):
         queries[b, heads] = _rotated(_normed(x.astype(jnp.float32), eps), *turn).astype(queries.dtype)
 
     def make_row() -> None:
-        x, turn, at, layer = kv[b], angles(kv.shape[1]), position[b], layers[1]
-        stored, weight = active[b] != 0, norm[layers[0]]
+        x, turn, at, layer = kv[b], angles(kv.shape[1]), position[b], common.entry(layers, 1)
+        stored, weight = active[b] != 0, norm[common.entry(layers, 0)]
         blocks = _rotated(_normed(x.astype(jnp.float32)[None], eps) * weight, *turn).reshape(-1, BLOCK)
         place = layer, b, lax.rem(at, codes.shape[2])
         block, dim = (lax.broadcasted_iota(jnp.int32, blocks.shape, axis) for axis in (0, 1))
@@ -321,7 +321,7 @@ def op(
     q (B, H·D), kv (B, D) and, if the layer chooses its rows, qi (B, Hi·Di), Di being `index_dim`: the projections of
     one token of each of B sequences, of any float dtype. norm: float32 (L, D), the weight of kv's RMS norm. cos, sin:
     float32 (B, 32), of RoPE's angles. position: int32 (B,), not negative. active: int32 (B,), 0 for a sequence that
-    stores nothing. layers: int32 (2,), the index into norm and that into the window.
+    stores nothing. layers: int32 (2,), the index into norm and that into the window; (1,) if they are equal.
     window: planes (L', B, W, ·), of which row position mod W is written; donate them, or XLA copies them first.
     Raises Unsupported.
     """

@@ -493,8 +493,8 @@ def _rms(squares: Array, shape: Shape) -> Array:
 
 
 @functools.cache
-def _build(shape: Shape, config: Config, layers: int, interpret: bool) -> Callable:
-    """The call for static `shape` and `config`. layers: how many numbers `layer` has.
+def _build(shape: Shape, config: Config, interpret: bool) -> Callable:
+    """The call for static `shape` and `config`.
 
     → per output (m, n), or with splits partial products (splits, matrices, m, n), float32, for `_combine`.
     """
@@ -513,7 +513,7 @@ def _build(shape: Shape, config: Config, layers: int, interpret: bool) -> Callab
             rows = first_row + lax.iota(jnp.int32, n_rows)
             tile = _Tile(
                 matrices=weights[nth],
-                layer=layer[nth if layers > 1 else 0],
+                layer=common.entry(layer, nth),
                 row=first_row,
                 rows=n_rows,
                 first=split * (shape.k // config.splits),
@@ -629,7 +629,7 @@ def matmul(
     config = config or tuned.config_for(__name__, shape)
     check(shape, config)
     weights = tuple(tuple(tuple(planes) for planes in w) for w in weights)
-    ys = _build(shape, config, layer.size, interpret)(layer, x, weights, norm)
+    ys = _build(shape, config, interpret)(layer, x, weights, norm)
     return tuple(ys if config.splits == 1 else _combine(shape, config.splits, interpret)(ys))
 
 

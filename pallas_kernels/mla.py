@@ -212,10 +212,10 @@ def reference(
 ) -> Array:
     """`op` in plain XLA and float32, a few queries at a time."""
     B, T, H, D = q.shape
-    near = decode_rows({k: x[layers[0]] if ring else x for k, x in window.items()})
+    near = decode_rows({k: x[common.entry(layers, 0)] if ring else x for k, x in window.items()})
     W = near.shape[1] if ring else near.shape[1] - T
-    far = None if rows is None else decode_rows({k: x[layers[1]] for k, x in rows.items()})
-    sink = sinks[layers[2]].astype(jnp.float32)[:, None]
+    far = None if rows is None else decode_rows({k: x[common.entry(layers, 1)] for k, x in rows.items()})
+    sink = sinks[common.entry(layers, 2)].astype(jnp.float32)[:, None]
     dot = functools.partial(jnp.matmul, precision="highest")
 
     def query(i: Array) -> Array:
@@ -361,7 +361,7 @@ def _attend(st: _Static, q, position, layers, sinks, cos, sin, window, rows, ind
     tiles_w = pl.cdiv(n_w, c.rows)
     # The order does not matter, so take the window from the newest row back, or the ring from its start.
     near = (lambda k, _: k) if st.ring else (lambda k, _: st.W + t - k)
-    carry = attend(carry, window, layers[0] if st.ring else 0, n_w, near, lo, jnp.minimum(hi, tiles_w))
+    carry = attend(carry, window, common.entry(layers, 0) if st.ring else 0, n_w, near, lo, jnp.minimum(hi, tiles_w))
     if st.ratio:
 
         def far(k: Array, look: Array) -> Array:
@@ -369,10 +369,10 @@ def _attend(st: _Static, q, position, layers, sinks, cos, sin, window, rows, ind
                 return k
             return plgpu.load(indices.at[b, t, k], mask=jnp.broadcast_to(look, k.shape), other=0)
 
-        carry = attend(carry, rows, layers[1], n, far, jnp.maximum(lo, tiles_w) - tiles_w, hi - tiles_w)
+        carry = attend(carry, rows, common.entry(layers, 1), n, far, jnp.maximum(lo, tiles_w) - tiles_w, hi - tiles_w)
     high, total, acc = carry
     if c.splits == 1:
-        sink = sinks[layers[2], heads]
+        sink = sinks[common.entry(layers, 2), heads]
         out[0][b, t, heads, :] = _finish(high, total, acc, sink, cos, sin, b, t, 0, st.D).astype(st.dtype)
         return
 
@@ -399,7 +399,7 @@ def _combine(st: _Static, position, layers, sinks, cos, sin, highs, totals, accs
     top = high.max(0)
     weight = jnp.exp2(high - top)
     total, acc = (total * weight).sum(0), (acc * weight[:, None]).sum(0)
-    sink = sinks[layers[2], h]
+    sink = sinks[common.entry(layers, 2), h]
     one = _finish(top[None], total[None], acc[None], sink[None], cos, sin, b, t, block * BLOCK, st.D)
     o[b, t, h, pl.ds(block * BLOCK, BLOCK)] = one.reshape(BLOCK).astype(st.dtype)
 
@@ -463,7 +463,8 @@ def op(
         otherwise (B, W + T, ·) with the row of position `position` - W + j at j.
     rows: compressed rows (L', B, N, ·), None if ratio 0. A query at position p sees the first (p + 1) // ratio of them,
     indices: or, if not None, of the rows that it chose, int32 (B, T, K), and K at most. Each lies within 0 … N - 1.
-    position: int32 (B,). layers: int32 (3,), the index into the stacks window (unused without ring), rows and sinks.
+    position: int32 (B,). layers: int32 (3,), the index into the stacks window (unused without ring), rows and sinks; or
+    (1,) if all are equal.
     sinks (L'', H). cos, sin: float32 (B, T, 32) of the queries' RoPE angles. dtype: of the output, by default q's.
     In prefill q is best float16, the kernel's own type: 64 heads of it then go from memory to the tensor cores as they
     are. Another type is cast before the kernel. Raises Unsupported.

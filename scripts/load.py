@@ -32,7 +32,7 @@ flags.DEFINE_integer("prompt", 2048, "Tokens of each prompt.", 1, flag_values=FL
 flags.DEFINE_integer("answer", 128, "Tokens of each answer.", 2, flag_values=FLAGS)
 flags.DEFINE_integer("long", 28_000, "Tokens of the prompt beside which the gap is measured.", 1, flag_values=FLAGS)
 flags.DEFINE_integer("ctx", None, "Of the server that is started; by default what this takes.", flag_values=FLAGS)
-flags.DEFINE_integer("max_seqs", None, "Its slots; by default one more than streams.", 1, flag_values=FLAGS)
+flags.DEFINE_integer("max_seqs", None, "Its slots; by default as many as streams, 2 at least.", 1, flag_values=FLAGS)
 
 IDS = range(32, 127)  # of the prompts' tokens: text, with any tokenizer
 
@@ -106,7 +106,7 @@ async def run() -> None:
     options = {key: FLAGS[key].value for key in ("streams", "prompt", "answer", "long")}
     ctx = FLAGS.ctx or max(FLAGS.prompt + FLAGS.answer, FLAGS.long + 2, 4096)
     command = ["-m", "ds4jax.serve", "--port=0", f"--config={FLAGS.config}", f"--ctx={ctx}"]
-    command += [f"--max_seqs={FLAGS.max_seqs or FLAGS.streams + 1}"]
+    command += [f"--max_seqs={FLAGS.max_seqs or max(2, FLAGS.streams)}"]
     command += [f"--{key}={FLAGS[key].value}" for key in ("model", "synthetic") if FLAGS[key].value]
     async with serving.server(command, FLAGS.url) as url:
         print(json.dumps(await load(url, **options)))

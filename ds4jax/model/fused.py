@@ -63,7 +63,8 @@ def matrix(w: Stack | Quantized, layer: int = 0) -> Matrix:
 
 
 def index(*nth: int) -> Array:
-    return jnp.array(nth, jnp.int32)
+    """int32 (n,), but (1,) where all are equal: of equal numbers XLA makes no constant, but a kernel in every step."""
+    return jnp.array(nth[:1] if len({*nth}) == 1 else nth, jnp.int32)
 
 
 class Norm(NamedTuple):
