@@ -102,12 +102,11 @@ def main() -> None:
     settings = Settings.load(FLAGS.config, ctx=ctx, **overrides)
     settings.set_environment()
     from ds4jax.engine import runner
-    from ds4jax.model.transformer import bucket
 
     runner.keep_compilations()
     start = time.perf_counter()
     prefills = () if FLAGS.fill else chunks(points, settings.prefill_chunk)
-    sizes = {bucket(n, runner.LARGEST_BUCKET) for n in prefills}
+    sizes = runner.chunk_sizes(prefills, settings.prefill_chunk)
     source = runner.open_model(settings, FLAGS.synthetic)
     loaded = runner.Runner(source, settings, progress=True, sizes=sizes)
     if FLAGS.fill is None:

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -88,7 +88,7 @@ def _stream(tokens: list[int], checkpoint: Checkpoint, tokenizer: Tokenizer, set
     request = _request(tokens, {}, checkpoint, settings)
     logprobs = Logprobs(Path(FLAGS.dump_logprobs), tokens, FLAGS.logprobs_top_k) if FLAGS.dump_logprobs else None
     decoder = StreamDecoder(tokenizer)
-    with _runner(checkpoint, settings, 1) as runner, logprobs or contextlib.nullcontext():
+    with _runner(checkpoint, settings, 1, [request]) as runner, logprobs or contextlib.nullcontext():
         try:
             for _, step, finish in batch.run(runner, [request], tokenizer.eos_id, logits=logprobs is not None):
                 cli.check_interrupt()
@@ -208,7 +208,7 @@ def _batch_job(text: str, checkpoint: Checkpoint, tokenizer: Tokenizer, settings
             print(f"{FLAGS.prompts_file} line {line.number}: {line.error}", file=sys.stderr)
     done = 0
     with contextlib.ExitStack() as stack:
-        runner = stack.enter_context(_runner(checkpoint, settings, settings.batch)) if good else None
+        runner = stack.enter_context(_runner(checkpoint, settings, settings.batch, good)) if good else None
         out = stack.enter_context(_output())
         for line in lines:
             if line.error:
@@ -303,12 +303,13 @@ def _request(tokens: list[int], line: dict[str, Any], checkpoint: Checkpoint, se
 
 
 @contextlib.contextmanager
-def _runner(checkpoint: Checkpoint, settings: Settings, batch: int) -> Iterator[Runner]:
-    """A runner; at the end, speed and memory go to stderr."""
+def _runner(checkpoint: Checkpoint, settings: Settings, batch: int, requests: Iterable[Request]) -> Iterator[Runner]:
+    """A runner for some requests; at the end, speed and memory go to stderr."""
     from ds4jax.engine import runner
 
     runner.keep_compilations()
-    loaded = runner.Runner(checkpoint, settings, batch, progress=True)
+    sizes = runner.chunk_sizes((len(request.tokens) for request in requests), settings.prefill_chunk)
+    loaded = runner.Runner(checkpoint, settings, batch, progress=True, sizes=sizes)
     try:
         yield loaded
     finally:

@@ -37,10 +37,10 @@ def runners():
 def run(model, runners, monkeypatch, capsys):
     """Runs the tool on the small model: (exit status, stdout, stderr). What is compiled once serves all calls."""
 
-    def runner(checkpoint, settings, batch, progress):
+    def runner(checkpoint, settings, batch, progress, sizes):
         key = dataclasses.replace(settings, max_tokens=1), batch
         if key not in runners:
-            runners[key] = RUNNER(checkpoint, settings, batch, progress)
+            runners[key] = RUNNER(checkpoint, settings, batch, progress, sizes)
         runners[key].stats = engine.Stats()
         return runners[key]
 

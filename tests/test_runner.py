@@ -141,6 +141,15 @@ def test_seconds_of_decoding_are_all_that_it_takes_but_compiling(runner, monkeyp
     assert runner.block(100) == engine.BLOCK
 
 
+def test_sizes_are_what_prompts_are_padded_to(three):
+    assert engine.chunk_sizes([1, 3, 8, 21], 8) == {1, 4, 8}
+    lengths = [3, 21]
+    for n in lengths:
+        three.prefill(0, [1] * n, GREEDY)
+    padded = {shapes[2][1] for name, *shapes in three.programs.compiled if name == "prefill"}
+    assert engine.chunk_sizes(lengths, three.settings.prefill_chunk) <= padded
+
+
 def test_nothing_is_compiled_twice(three):
     before = set(three.programs.compiled)
     assert sum(name == "decode" for name, *_ in before) == 1

@@ -133,7 +133,7 @@ class Programs:
         missing = [key for key in keyed if key not in self.compiled]
         if missing:
             start = time.perf_counter()
-            with ThreadPoolExecutor(len(missing)) as pool:
+            with ThreadPoolExecutor(min(len(missing), os.cpu_count() or 1)) as pool:
                 programs = list(pool.map(lambda key: self._compile(*keyed[key]), missing))
             self.compiled |= zip(missing, programs, strict=True)
             self.seconds += time.perf_counter() - start
@@ -154,7 +154,8 @@ class Programs:
         if (program := compiled.load(what, args, (0, 0, self.cache))) is not None:
             return program
         if self._progress:
-            print(f"compiling {name}, {args[3 if name == 'decode' else 4].size} tokens ...", file=sys.stderr)
+            what_for = f"{name}, {args[3 if name == 'decode' else 4].size} tokens"
+            sys.stderr.write(f"compiling {what_for} ...\n")  # in one piece: there are several threads
         try:
             with self._lowering:  # one at a time: it is Python's work, and small programs are kept on disk on the way
                 lowered = self._steps[name].lower(*args)
@@ -476,6 +477,11 @@ def _pad(tokens: Sequence[int], sizes: Sequence[int] = ()) -> tuple[np.ndarray, 
     padded = np.zeros((1, next(enough, bucket(len(tokens), LARGEST_BUCKET))), np.int32)
     padded[0, : len(tokens)] = tokens
     return padded, np.array([len(tokens)], np.int32)
+
+
+def chunk_sizes(lengths: Iterable[int], chunk: int) -> set[int]:
+    """What `Runner.prefill` pads the chunks of prompts of these lengths to."""
+    return {bucket(min(chunk, n - start), LARGEST_BUCKET) for n in lengths for start in range(0, n, chunk)}
 
 
 def check_prompt(tokens: Sequence[int], cfg: ModelConfig, ctx: int, before: int = 0) -> None:
