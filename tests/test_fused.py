@@ -198,7 +198,8 @@ def test_no_weight_is_copied_and_the_cache_stays_in_place():
     f, (w, cache, *_) = steps(1)
     decode = functools.partial(runner._decode, cfg=SHORT, compute=Compute("official", "bfloat16", kernels="pallas"))
     params = runner.sampling.batch([runner.Sampling()])
-    results = np.zeros((runner.BLOCK + 1, 1), np.int32), np.zeros((1, SHORT.vocab_size), np.float32)
+    shapes = (runner.BLOCK, 1), (1, 1)
+    results = [*(np.zeros(shape, np.int32) for shape in shapes), np.zeros((1, SHORT.vocab_size), np.float32)]
     args = results, *runner.decode_args({0: 0}, 1, params)
     stats = jax.jit(decode, donate_argnums=(1, 2)).lower(w, cache, *args).compile().memory_analysis()
     smallest = min(x.size * x.dtype.itemsize for x in jax.tree.leaves(w.ffn.experts))

@@ -108,7 +108,7 @@ class Programs:
         self.weights = weights.structs(self.tree)
         self.cache = kv.abstract(self.cfg, settings.numerics, settings.dtype, self.batch, settings.ctx)
         logits = (self.batch, self.cfg.vocab_size), jnp.dtype(wide(jnp.dtype(settings.dtype)))
-        shapes = ((BLOCK + 1, self.batch), jnp.int32), logits
+        shapes = ((BLOCK, self.batch), jnp.int32), ((1, self.batch), jnp.int32), logits
         self.results = tuple(jax.ShapeDtypeStruct(*shape, sharding=self.everywhere) for shape in shapes)
         if mesh is not None:
             self.weights = jax.tree.map(_placed, self.weights, weights.shardings(self.tree, mesh))
@@ -151,7 +151,8 @@ class Programs:
         args, options = (self.weights, self.cache, *args), _compiler_options(name)
         shapes = jax.tree.map(lambda x: (x.shape, np.dtype(x.dtype).name), args)
         what = name, self.cfg, self.compute, options, jax.tree.structure(args), jax.tree.leaves(shapes)
-        if (program := compiled.load(what, args, (0, 0, self.cache))) is not None:
+        others = {"prefill": 2, "decode": 3}[name]  # results beside the cache
+        if (program := compiled.load(what, args, (*range(others), self.cache))) is not None:
             return program
         if self._progress:
             what_for = f"{name}, {args[3 if name == 'decode' else 4].size} tokens"
@@ -294,7 +295,7 @@ class Runner:
         start = time.perf_counter() - self.stats.compile_seconds
         args = self._resident(decode_args(tokens, n, sampling.batch(self._sampling)))
         self._results = tuple(self._run("decode", self._results, *args))
-        sampled, logits = _copy(self._results)  # the next block's will take the place of these
+        sampled, _, logits = _copy(self._results)  # the next block's will take the place of these
         for slot in tokens:
             self.lengths[slot] += n
         self.stats.decode_tokens += n * len(tokens)
@@ -433,10 +434,10 @@ def _prefill(w, cache: Cache, slot, fresh, tokens, n, params, *, cfg: ModelConfi
 
 def _decode(w, cache: Cache, results, tokens, active, n, params, *, cfg: ModelConfig, compute: Compute):
     """n tokens, () int32, of every active sequence (B,): tokens (B,), or the last sampled ones where that is negative,
-    and then the sampled ones. → sampled (BLOCK + 1, B), of which n rows, and in the last row the last of them; their
-    logits (B, vocab); cache. results: those of the call before, but the cache; the new ones take their place.
+    and then the sampled ones. → sampled (BLOCK, B), of which n rows, the last of them (1, B), their logits (B, vocab),
+    cache. results: those of the call before, but the cache; the new ones take their place, as no two have one shape.
 
-    A loop on the device: the host need not be asked between tokens, and what it costs to start a step is paid once.
+    One call, so that what it costs to start one is paid once for n tokens.
     """
 
     def one(i: Array, carry: tuple) -> tuple:
@@ -445,10 +446,10 @@ def _decode(w, cache: Cache, results, tokens, active, n, params, *, cfg: ModelCo
         ids = sampling.sample(logits, params, cache.length)
         return cache, ids, sampled.at[i].set(ids), logits
 
-    sampled, logits = results
-    carry = cache, jnp.where(tokens >= 0, tokens, sampled[-1]), sampled, logits
+    sampled, last, logits = results
+    carry = cache, jnp.where(tokens >= 0, tokens, last[0]), sampled, logits
     cache, last, sampled, logits = lax.fori_loop(0, n, one, carry)
-    return sampled.at[-1].set(last), logits, cache
+    return sampled, last[None], logits, cache
 
 
 _copy = jax.jit(functools.partial(jax.tree.map, jnp.copy))
