@@ -240,10 +240,15 @@ class Runner:
             return byte_tokenizer(self.cfg.vocab_size)
         return Tokenizer.from_metadata(self.checkpoint.file.metadata)
 
-    def compile(self, sizes: Sequence[int]) -> None:
-        """Compile now, not on first use: decode, prefill padded to each of `sizes`, `take`, `put` and `choose`."""
+    def compile_steps(self, sizes: Iterable[int]) -> None:
+        """Compile decode and prefill padded to each of `sizes`, side by side, if they are not compiled yet."""
         before = self.programs.seconds
         self.programs.get_all(self.programs.calls(sizes))
+        self.stats.compile_seconds += self.programs.seconds - before
+
+    def compile(self, sizes: Sequence[int]) -> None:
+        """Compile now, not on first use: decode, prefill padded to each of `sizes`, `take`, `put` and `choose`."""
+        self.compile_steps(sizes)
         for tokens in snapshots.rooms(self.settings.ctx):
             self.decode_block({}, 1)
             with self._enough_memory("snapshots"):
@@ -251,7 +256,6 @@ class Runner:
         for rows in (1, self.batch):
             logits = np.zeros((rows, self.cfg.vocab_size), np.float32)
             self.choose(logits, [Sampling()] * rows, edits([None] * rows, self.cfg.vocab_size), [0] * rows)
-        self.stats.compile_seconds += self.programs.seconds - before
 
     def prefill(
         self, slot: int, tokens: Sequence[int], params: Sampling, append: bool = False, sizes: Sequence[int] = ()
