@@ -766,7 +766,7 @@ def configs(shape: Shape) -> list[Config]:
             config = Config("dot", rows, k_block, 4, num_stages, splits=splits)
             programs = _programs(shape, rows) * splits
             fits = k_block * splits <= columns and shared_memory(shape, config) <= common.SHARED_MEMORY
-            if fits and 64 <= programs and (splits == 1 or programs <= 1056):
+            if fits and 32 <= programs and (splits == 1 or programs <= 1056):
                 out.append(config)
     return list(dict.fromkeys(out))
 

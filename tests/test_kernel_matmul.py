@@ -186,7 +186,7 @@ def test_defaults_lower(name):
 def test_candidates_fit(name):
     shape = matmul.SHAPES[name]
     candidates = matmul.configs(shape)
-    assert candidates[0] == matmul.default_config(shape) and len(candidates) >= 4
+    assert candidates[0] == matmul.default_config(shape) and len(candidates) > 4
     for config in candidates:
         matmul.check(shape, config)
 
