@@ -310,7 +310,6 @@ def _runner(checkpoint: Checkpoint, settings: Settings, batch: int, requests: It
     runner.keep_compilations()
     sizes = runner.chunk_sizes((len(request.tokens) for request in requests), settings.prefill_chunk)
     loaded = runner.Runner(checkpoint, settings, batch, progress=True, sizes=sizes)
-    loaded.compile_steps(sizes)  # now, so that no word of it falls into an answer
     try:
         yield loaded
     finally:

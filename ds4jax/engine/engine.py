@@ -228,9 +228,9 @@ class Engine:
         from ds4jax.engine.fingerprint import fingerprint
 
         runner.keep_compilations()
-        sizes = _sizes(settings)
-        loaded = runner.Runner(runner.open_model(settings, synthetic), settings, max_seqs, progress, sizes)
-        loaded.compile(sizes)
+        model = runner.open_model(settings, synthetic)
+        loaded = runner.Runner(model, settings, max_seqs, progress, _sizes(settings))
+        loaded.compile()
         store = Store(kv_dir, kv_budget_bytes, fingerprint(loaded)) if kv_dir else None
         name = f"synthetic-{synthetic}" if synthetic else Path(settings.model).stem
         return cls(loaded, Prefixes(prefix_budget_bytes, store), name=name, trace=trace)

@@ -10,7 +10,7 @@ import resource
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Self
 
@@ -207,18 +207,20 @@ class Runner:
         settings: Settings,
         batch: int | None = None,
         progress: bool = False,
-        sizes: Iterable[int] = (),
+        sizes: Collection[int] = (),
     ):
         """Load the weights onto the devices, or make them there, and allocate the cache.
 
         batch: number of slots, by default the settings'. progress: report loading and compilation on stderr. sizes:
-        what chunks of prompts will be padded to, for whatever is compiled before weights are loaded.
+        what chunks of prompts will be padded to; prefill for these and decode are then compiled here, side by side.
         Raises Ds4Error for weights, mesh and memory that do not go together.
         """
         self.programs = Programs(checkpoint, settings, batch, progress)
         self.settings, self.checkpoint, self.cfg = settings, checkpoint, checkpoint.cfg
         self.batch, self._compute = self.programs.batch, self.programs.compute
         self.plan = memory.check(self.programs, sizes)
+        if sizes:
+            self.programs.get_all(self.programs.calls(sizes))
         self.lengths, self.stats = [0] * self.batch, Stats(compile_seconds=self.programs.seconds)
         self._empty = functools.partial(
             kv.empty, self.cfg, settings.numerics, settings.dtype, sharding=self.programs.everywhere
@@ -240,15 +242,8 @@ class Runner:
             return byte_tokenizer(self.cfg.vocab_size)
         return Tokenizer.from_metadata(self.checkpoint.file.metadata)
 
-    def compile_steps(self, sizes: Iterable[int]) -> None:
-        """Compile decode and prefill padded to each of `sizes`, side by side, if they are not compiled yet."""
-        before = self.programs.seconds
-        self.programs.get_all(self.programs.calls(sizes))
-        self.stats.compile_seconds += self.programs.seconds - before
-
-    def compile(self, sizes: Sequence[int]) -> None:
-        """Compile now, not on first use: decode, prefill padded to each of `sizes`, `take`, `put` and `choose`."""
-        self.compile_steps(sizes)
+    def compile(self) -> None:
+        """Compile now, not on first use: `take`, `put` and `choose`."""
         for tokens in snapshots.rooms(self.settings.ctx):
             self.decode_block({}, 1)
             with self._enough_memory("snapshots"):
