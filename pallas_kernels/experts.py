@@ -759,7 +759,7 @@ def down(
 ) -> Array:
     """Σ over a token's experts of W act, in the order of `ids`, and what `plus` adds: (S, E) in `dtype`.
 
-    act (S·k, F) float, as `gate_up` returns it; ids and first as there; planes (experts, E, F) in `fmt`; plus: float32
+    act (S·k, F) float, as `gate_up` returns it, zeros for experts held elsewhere; ids and first as there; planes (experts, E, F) in `fmt`; plus: float32
     (S, E) or None. Sums are float32. Raises Unsupported.
     """
     if implementation == "xla":
@@ -958,11 +958,25 @@ def _down(fmt: str, S: int, k: int, F: int, E: int, adds: bool, dtype: np.dtype,
         def expert(i):
             return jnp.maximum(ids[s * k + i], 0) + zero
 
-        totals = program.sweep(k, expert, [(refs, start) for start in starts], act, lambda i: [s * k + i])
-        for start, (total,) in zip(starts, totals, strict=True):
+        def put(start: Array, total: Array) -> None:
             here = s, pl.ds(start, warps)
-            total = total.sum(1)
             out[here] = (total + plus[here] if adds else total).astype(dtype)
+
+        def serve() -> None:
+            totals = program.sweep(k, expert, [(refs, start) for start in starts], act, lambda i: [s * k + i])
+            for start, (total,) in zip(starts, totals, strict=True):
+                put(start, total.sum(1))
+
+        if S == 1:
+            return serve()
+        # Of several tokens some may be none, and have no experts.
+        some = functools.reduce(jnp.maximum, (ids[s * k + i] for i in range(k))) >= 0
+        pl.when(some)(serve)
+
+        @pl.when(~some)
+        def _():
+            for start in starts:
+                put(start, jnp.zeros((warps,), jnp.float32))
 
     return common.call(
         kernel,

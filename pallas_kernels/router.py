@@ -1,7 +1,7 @@
 """Router: logits of the experts → the k experts of each token and their weights.
 
     s = sqrt(softplus(logits))
-    ids = the k highest of s + bias, or those that a table has for the token
+    ids = the k highest of s + bias, or those that a table has for the token; -1 where there is no token
     weight = s at ids, over their sum, times a constant
 
 A program makes one token's choice with one warp. It finds the highest score k times: scores become integers that order
@@ -45,7 +45,7 @@ class Config:
 class Shape:
     """k of `experts` for each of `tokens`. vocab: of the table, in a layer that routes by token id; otherwise 0.
 
-    fmt: if not None, `dim` activations of each token are packed for it.
+    fmt: if not None, `dim` activations of each token are packed for it. gaps: some rows are no tokens.
     """
 
     tokens: int
@@ -57,11 +57,12 @@ class Shape:
     layers: int = 3
     fmt: str | None = None
     dim: int = 4096
+    gaps: bool = False
 
     @property
     def key(self) -> Shape:
-        """Of calls that share a tuned config, see `tuned`: any stacks."""
-        return replace(self, layers=0)
+        """Of calls that share a tuned config, see `tuned`: any stacks, with gaps or without."""
+        return replace(self, layers=0, gaps=False)
 
     @property
     def static(self) -> dict[str, Any]:
@@ -73,11 +74,12 @@ class Shape:
         x = jax.random.normal(keys[3], (self.tokens, self.dim), jnp.bfloat16) if self.fmt else None
         logits = 2 * jax.random.normal(keys[0], (self.tokens, self.experts))
         layer = jnp.array([self.layers - 1], jnp.int32)
+        real = jnp.arange(self.tokens, dtype=jnp.int32) % 3 if self.gaps else None
         if not self.vocab:
-            return logits, 0.3 * jax.random.normal(keys[1], (self.layers, self.experts)), None, layer, x
+            return logits, 0.3 * jax.random.normal(keys[1], (self.layers, self.experts)), None, layer, x, real
         first = jax.random.randint(keys[1], (self.layers, self.vocab, 1), 0, self.experts)
         table = (first + jnp.arange(self.k, dtype=jnp.int32) * (self.experts // self.k)) % self.experts
-        return logits, table, jax.random.randint(keys[2], (self.tokens,), 0, self.vocab), layer, x
+        return logits, table, jax.random.randint(keys[2], (self.tokens,), 0, self.vocab), layer, x, real
 
     @property
     def nbytes(self) -> int:
@@ -101,6 +103,8 @@ SHAPES = {
     "1 by token": Shape(1, vocab=129280),
     "1 by token and pack": Shape(1, vocab=129280, fmt="IQ2_XXS"),
     "16 by token and pack": Shape(16, vocab=129280, fmt="IQ2_XXS"),
+    "16 with gaps and pack": Shape(16, fmt="IQ2_XXS", gaps=True),
+    "16 by token with gaps": Shape(16, vocab=129280, gaps=True),
     "32 by token": Shape(32, vocab=129280),
     "prefill 8192": Shape(8192),
     "prefill 8192 by token": Shape(8192, vocab=129280),
@@ -113,6 +117,7 @@ def reference(
     tokens: Array | None,
     layer: Array,
     x: Array | None = None,
+    real: Array | None = None,
     *,
     k: int,
     norm: bool,
@@ -124,6 +129,7 @@ def reference(
     ids = lax.top_k(s + table, k)[1] if tokens is None else table[tokens]
     weight = jnp.take_along_axis(s, ids, axis=-1)
     weight = (weight / weight.sum(-1, keepdims=True) if norm else weight) * scale
+    ids = ids if real is None else jnp.where(real[:, None] > 0, ids, -1)
     return (ids, weight) if x is None else (ids, weight, experts.reference_pack(x, fmt=fmt))
 
 
@@ -145,8 +151,8 @@ def _highest(score: Array, expert: Array, exists: Array, place: Array, k: int) -
     return lax.fori_loop(0, k, choose, (left, jnp.full_like(place, -1)))[1]
 
 
-def _route(logits, table, tokens, layer, ids_out, weight_out, *, s: Array, k: int, norm: bool, scale: float):
-    """Refs: logits (S, n), table, tokens (S,) or None, layer; → ids (S, k), weights (S, k), of token s."""
+def _route(logits, table, tokens, layer, real, ids_out, weight_out, *, s: Array, k: int, norm: bool, scale: float):
+    """Refs: logits (S, n), table, tokens (S,) or None, layer, real (S,) or None; → ids, weights (S, k), of token s."""
     nth, n = layer[0], logits.shape[1]
     place = lax.iota(jnp.int32, pl.next_power_of_2(k))
     used = place < k
@@ -161,19 +167,23 @@ def _route(logits, table, tokens, layer, ids_out, weight_out, *, s: Array, k: in
     weight = jnp.where(used, _score(plgpu.load(logits.at[s, ids], mask=used, other=0)), 0)
     if norm:
         weight = weight / jnp.sum(weight)
+    ids = ids if real is None else jnp.where(real[s] > 0, ids, -1)
     plgpu.store(ids_out.at[s, place], ids, mask=used)
     plgpu.store(weight_out.at[s, place], weight * scale, mask=used)
 
 
 @functools.cache
-def _call(S: int, by_token: bool, packing: experts.Packing | None, k: int, c: Config, interpret: bool, **static):
-    """Arguments: logits, table, tokens if `by_token`, layer; and with a packing x, order."""
+def _call(
+    S: int, by_token: bool, gaps: bool, packing: experts.Packing | None, k: int, c: Config, interpret: bool, **static
+):
+    """Arguments: logits, table, tokens if `by_token`, layer, real if `gaps`; and with a packing x, order."""
 
     def kernel(logits, table, *refs):
         tokens, layer, *rest = refs if by_token else (None, *refs)
+        real, *rest = rest if gaps else (None, *rest)
         *to_pack, ids, weight = rest if packing is None else [*rest[:2], rest[4], *rest[2:4]]
         s, program = pl.program_id(0), pl.program_id(1)
-        route = functools.partial(_route, logits, table, tokens, layer, ids, weight, s=s, k=k, **static)
+        route = functools.partial(_route, logits, table, tokens, layer, real, ids, weight, s=s, k=k, **static)
         if packing is None:
             route()
         else:
@@ -206,6 +216,7 @@ def op(
     tokens: Array | None,
     layer: Array,
     x: Array | None = None,
+    real: Array | None = None,
     *,
     k: int,
     norm: bool,
@@ -220,7 +231,8 @@ def op(
     logits: float32 (S, n), no NaN. Without tokens, table is the bias, float32 (L, n): the experts of the k highest
     scores with bias, as `lax.top_k` orders them. With tokens, int32 (S,) within 0 … V - 1, it is int32 (L, V, k): the
     experts of each token id. layer: int32 (1,), which of the L. The weights are scores without bias, over their sum if
-    `norm`, times `scale`. x: float (S, K), to be packed for format `fmt` on the way. Raises Unsupported.
+    `norm`, times `scale`. x: float (S, K), to be packed for format `fmt` on the way. real: int32 (S,), 0 where
+    there is no token: its experts are -1, for which `experts` and `grouped_gemm` compute nothing. Raises Unsupported.
     """
     S, n = logits.shape
     expected = ("float32", (n,)) if tokens is None else ("int32", table.shape[1:2] + (k,))
@@ -232,10 +244,10 @@ def op(
         raise Unsupported(f"router: {k} of {n} experts, expected 1 to all of at most {MAX_EXPERTS}")
     packing = None if x is None else experts.Packing(fmt, x.shape[1])
     if implementation == "xla":
-        return reference(logits, table, tokens, layer, x, k=k, norm=norm, scale=scale, fmt=fmt)
+        return reference(logits, table, tokens, layer, x, real, k=k, norm=norm, scale=scale, fmt=fmt)
     shape = Shape(S, 0 if tokens is None else table.shape[1], n, k, norm, scale, fmt=fmt)
     shape = shape if x is None else replace(shape, dim=x.shape[1])
     config = config or tuned.config_for(__name__, shape)
-    call = _call(S, tokens is not None, packing, k, config, interpret, norm=norm, scale=scale)
-    chosen_by = (table,) if tokens is None else (table, tokens)
-    return tuple(call(logits, *chosen_by, layer, *(() if packing is None else (x, packing.order))))
+    call = _call(S, tokens is not None, real is not None, packing, k, config, interpret, norm=norm, scale=scale)
+    given = [arg for arg in (logits, table, tokens, layer, real) if arg is not None]
+    return tuple(call(*given, *(() if packing is None else (x, packing.order))))

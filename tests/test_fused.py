@@ -130,6 +130,24 @@ def test_decoding_through_the_kernels_is_decoding_in_xla(model, interpreted):
         assert (np.asarray(x, np.float32) != np.asarray(y, np.float32)).mean() < 0.03
 
 
+def test_a_sequence_that_rests_changes_nothing(model, interpreted):
+    """Nor does it have an effect on the other, whose logits are the same bit for bit."""
+    _, kernels = steps_of_both("float32")
+    cache = kv.empty(CFG, "official", "float32", 2, 512)
+    both, one = jnp.array([1, 1], jnp.int32), jnp.array([0, 1], jnp.int32)
+    kernels = kernels.lower(model, cache, IDS[:, :1], both).compile()
+    for i in range(5):
+        _, cache = kernels(model, cache, IDS[:, i : i + 1], both)
+    expected, together = kernels(model, cache, IDS[:, 5:6], both)
+    found, alone = kernels(model, cache, IDS[:, 5:6], one)
+    np.testing.assert_array_equal(found[1], expected[1])
+    assert np.isfinite(np.asarray(found)).all()
+    for before, after, other in zip(*(jax.tree.leaves(c) for c in (cache, alone, together)), strict=True):
+        axis = min(1, before.ndim - 1)
+        np.testing.assert_array_equal(after.take(0, axis), before.take(0, axis))
+        np.testing.assert_array_equal(after.take(1, axis), other.take(1, axis))
+
+
 def test_prefill_through_the_kernels_is_prefill_in_xla(model, interpreted):
     """In bfloat16, where both round to 2⁻⁹ at other places."""
     xla, kernels = steps_of_both("bfloat16")

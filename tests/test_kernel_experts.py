@@ -133,6 +133,27 @@ def test_down_adds_to_its_sum():
         np.testing.assert_array_equal(narrow, both.astype(jnp.bfloat16))
 
 
+@pytest.mark.parametrize("config", [SMALL, dataclasses.replace(SMALL, tokens=2)])
+def test_what_is_no_token_has_no_experts(config):
+    """All its experts are -1; the others are served as they are alone."""
+    shape = small("gate_up", "Q8_0", tokens=3, n=256)
+    x, ids, weights, *w = shape.inputs(jax.random.key(0))
+    down = small("down", "Q8_0", tokens=3)
+    *_, planes = down.inputs(jax.random.key(1))
+    plus = jax.random.normal(jax.random.key(2), (3, down.n))
+    options = {"config": config, "interpret": True}
+
+    def both(ids, rows):
+        pairs = x[rows], ids[rows], weights[rows]
+        act = experts.gate_up(*pairs, *w, fmt=shape.fmt, clamp=shape.clamp, **options)
+        return experts.down(act, ids[rows], planes, plus[rows], fmt=down.fmt, **options)
+
+    every, some = slice(None), np.array([0, 2])
+    found = both(ids.at[1].set(-1), every)
+    np.testing.assert_array_equal(found[some], both(ids, every)[some])
+    np.testing.assert_array_equal(found[1], plus[1])
+
+
 def test_gate_up_takes_packed_activations():
     shape = small("gate_up", "Q2_K", tokens=2)
     x, *rest = shape.inputs(jax.random.key(0))

@@ -22,6 +22,8 @@ SMALL = {
     "512": Shape(2, experts=512, norm=False, scale=1.0),
     "by token": Shape(4, vocab=50, experts=12),
     "by token, 5 of 12": Shape(4, vocab=50, experts=12, k=5, norm=False),
+    "gaps": Shape(5, experts=12, k=4, gaps=True),
+    "by token with gaps": Shape(4, vocab=50, experts=12, gaps=True),
 }
 
 
@@ -29,7 +31,7 @@ SMALL = {
 def test_interpreted(name):
     """The values are those of `route` in the model, of which only the product with the router is left out."""
     shape = SMALL[name]
-    logits, table, tokens, layer, _ = inputs = shape.inputs(jax.random.key(0))
+    logits, table, tokens, layer, _, real = inputs = shape.inputs(jax.random.key(0))
     found = op(*inputs, **shape.static, interpret=True)
     nth, experts = int(layer[0]), jnp.eye(shape.experts)
     w = types.SimpleNamespace(
@@ -43,21 +45,23 @@ def test_interpreted(name):
         route_norm=shape.norm,
         route_scale=shape.scale,
     )
-    expected = moe.route(logits, tokens, w, nth, cfg)
+    ids, weight = moe.route(logits, tokens, w, nth, cfg)
+    expected = ids if real is None else jnp.where(real[:, None] == 0, -1, ids), weight
     for ids, weight in (expected, op(*inputs, **shape.static, implementation="xla")):
         np.testing.assert_array_equal(found[0], ids)
         np.testing.assert_allclose(found[1], weight, rtol=1e-6)
     assert [x.dtype for x in found] == [jnp.int32, jnp.float32]
 
 
+@pytest.mark.parametrize("gaps", [False, True])
 @pytest.mark.parametrize("vocab", [0, 9])
-def test_packs_meanwhile(vocab):
-    shape = Shape(2, vocab, experts=16, fmt="Q2_K", dim=512)
+def test_packs_meanwhile(vocab, gaps):
+    shape = Shape(2, vocab, experts=16, fmt="Q2_K", dim=512, gaps=gaps)
     inputs = shape.inputs(jax.random.key(0))
     found = op(*inputs, **shape.static, interpret=True)
     for f, e in zip(found, router.reference(*inputs, **shape.static), strict=True):
         np.testing.assert_allclose(f, e, rtol=1e-6)
-    np.testing.assert_array_equal(found[2], experts.pack(inputs[-1], fmt="Q2_K", interpret=True))
+    np.testing.assert_array_equal(found[2], experts.pack(inputs[4], fmt="Q2_K", interpret=True))
 
 
 def test_ties_and_extremes():

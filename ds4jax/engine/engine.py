@@ -32,7 +32,7 @@ from ds4jax.errors import Ds4Error
 
 if TYPE_CHECKING:
     from ds4jax.engine.grammar import Grammar, Vocabulary
-    from ds4jax.engine.runner import Runner
+    from ds4jax.engine.runner import Runner, Step
     from ds4jax.engine.snapshots import Planes
     from ds4jax.sampling import Sampling
     from ds4jax.settings import Settings
@@ -196,6 +196,16 @@ class _Running(Job):
     first_token: float | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class _Due:
+    """A snapshot of the first `end` tokens of a job, which its slot holds. complete: what follows the whole prompt."""
+
+    job: _Running
+    slot: int
+    end: int
+    complete: Step | None
+
+
 class Engine:
     """A model that answers requests.
 
@@ -261,7 +271,7 @@ class Engine:
         self._refusal: Ds4Error | None = None  # why no request is accepted any more
         self._deadline: float | None = None  # when the engine stops
         self._jobs: dict[Stream, _Running] = {}
-        self._due: tuple[_Running, int] | None = None  # a snapshot to take of a prompt, before its next chunk
+        self._due: _Due | None = None  # to take before anything else happens in its slot
         self._followed: set[_Running] = set()  # jobs whose last token is what the last block ended with
         self._counts: dict[str, float] = collections.defaultdict(int)
         self._ttft = [0] * (len(TTFT_BOUNDS) + 1)
@@ -392,6 +402,7 @@ class Engine:
             worked = False
             while self._take_inbox(worked):
                 worked = self._step()
+            self._take_due()
             error: Ds4Error = Stopping("the server is stopping")
             for job in list(self._jobs.values()):
                 self._end(job, "stopped")
@@ -445,8 +456,8 @@ class Engine:
             self._end(job, "cancelled")
 
     def _end(self, job: _Running, reason: str) -> None:
-        if self._due and self._due[0] is job:
-            self._due = None
+        if self._due and self._due.job is job and not self._due.complete:
+            self._due = None  # it is taken here
         if job.slot is not None and job.cached < job.done < job.prompt and job.done % ALIGN == 0:
             job.tails.append((job.done, {}))  # an interrupted prompt
         if len(job.tails) == 2 and not (reason == "cancelled" and job.done - job.tails[-1][0] < LATE):
@@ -479,15 +490,13 @@ class Engine:
 
         A snapshot of the chunk before has a step of its own, so that answers do not wait for both.
         """
-        due, self._due = self._due, None
-        if due:
-            self._take(*due)
+        due = self._take_due()
         admitted = self._scheduler.admit(self._start)
         for job in admitted:
             self._started(job)
         if chunk := None if due else self._scheduler.next_chunk():
             self._prefill(*chunk)
-        if decoding := list(self._scheduler.decoding):
+        if decoding := [job for job in self._scheduler.decoding if not (self._due and self._due.job is job)]:
             self._decode(decoding, 1 if due or chunk else self._block(decoding))
         return bool(admitted or due or chunk or decoding)
 
@@ -522,14 +531,10 @@ class Engine:
         step = self._runner.prefill(job.slot, tokens, job.request.sampling, job.done > 0, self._sizes)
         self._scheduler.advance(job, end)
         job.stream._push(Prefilled(end, job.prompt))
-        if end in job.marks and end < job.prompt:
-            self._due = job, end
-        if end == job.prompt:
-            if end in job.marks:
-                self._take(job, end)
-            if end >= ALIGN:
-                planes = self._runner.take(job.slot)
-                self._prefixes.put(Snapshot(key_of(job.tokens), planes, step.logits))
+        complete = end == job.prompt
+        if end in job.marks or complete and end >= ALIGN:
+            self._due = _Due(job, job.slot, end, step if complete else None)
+        if complete:
             special = {0: job} if job.constraints else {}
             self._first_token(job, self._choose(step.batch_logits, special).get(0, Token(step.token)))
 
@@ -555,6 +560,21 @@ class Engine:
                     job.tails.append((job.done, self._runner.state(job.slot)))
                 if self._emit(job, token):
                     break  # what the block has beyond the end is dropped
+
+    def _take_due(self) -> bool:
+        """→ whether there was one."""
+        due, self._due = self._due, None
+        if not due:
+            return False
+        key, planes = key_of(due.job.tokens[: due.end]), self._runner.take(due.slot)
+        if due.complete:
+            self._prefixes.put(Snapshot(key, planes, due.complete.logits))
+        if due.end in due.job.marks:
+            due.job.latest = Snapshot(key, planes)
+            self._prefixes.put(due.job.latest)
+            if due.job.slot is None:  # the answer was one token
+                self._prefixes.save(due.job.latest)
+        return True
 
     def _take(self, job: _Running, at: int, state: Planes | None = None) -> None:
         job.latest = Snapshot(key_of(job.tokens[:at]), self._runner.take(job.slot, at, state))

@@ -170,7 +170,8 @@ def attention(
     a, ratio = w.attn, cfg.ratio(layer)
     B, T, _ = turn.cos.shape
     dtype, fmt = h.dtype, num.kv_row(cfg, numerics, h.dtype)
-    position = cache.length[:, None] + jnp.arange(T, dtype=jnp.int32)
+    first = cache.length if B == 1 else jnp.where(n > 0, cache.length, 0)  # a sequence that rests attends to nothing
+    position = first[:, None] + jnp.arange(T, dtype=jnp.int32)
     nth = cfg.layers_of_ratio(ratio).index(layer) if ratio else 0
     capacity = next(iter(cache.of_ratio(ratio).rows.values())).shape[2] if ratio else 0
     choose = ratio == CSA_RATIO and capacity > cfg.index_top_k
@@ -222,7 +223,7 @@ def attention(
 
     sinks, sink_nth = a.sinks.find(layer)
     o = mla.op(
-        q, window, rows, indices, cache.length, index(layer, nth, sink_nth), sinks, turn.cos, turn.sin, ratio=ratio,
+        q, window, rows, indices, first, index(layer, nth, sink_nth), sinks, turn.cos, turn.sin, ratio=ratio,
         ring=T == 1, dtype=dtype, implementation=impl,
     )  # fmt: skip
     (o,) = products(o.reshape(B * T, cfg.o_groups, -1), [Product((matrix(a.o_a, layer),), dtype.name)], impl,
@@ -265,8 +266,13 @@ def _choose(
 
 
 # ---- experts ---------------------------------------------------------------------------------------------------------
-def feed_forward(h: Array, tokens: Array, w: Weights, layer: int, cfg: ModelConfig, impl: Implementation) -> Array:
-    """h (S, E), token ids (S,) → (S, E): the routed experts and the shared one; see `ds4jax.model.moe`."""
+def feed_forward(
+    h: Array, tokens: Array, real: Array | None, w: Weights, layer: int, cfg: ModelConfig, impl: Implementation
+) -> Array:
+    """h (S, E), token ids (S,) → (S, E): the routed experts and the shared one; see `ds4jax.model.moe`.
+
+    real: int32 (S,), 0 for what is no token and needs no experts. None: all are.
+    """
     f, clamp = w.ffn, cfg.clamp(layer)
     gate_up = Product((matrix(f.shared.gate, layer), matrix(f.shared.up, layer)), h.dtype.name, clamp)
     # Two calls: the routed experts wait for the scores alone, and run side by side with the shared one.
@@ -281,7 +287,7 @@ def feed_forward(h: Array, tokens: Array, w: Weights, layer: int, cfg: ModelConf
     few = len(h) <= experts.MAX_TOKENS
     pack = few and impl == "pallas"  # the activations for the experts, on the way
     ids, weight, *packed = router.op(
-        scores, table, tokens if by_id else None, index(nth), h if pack else None, k=cfg.n_experts_used,
+        scores, table, tokens if by_id else None, index(nth), h if pack else None, real, k=cfg.n_experts_used,
         norm=cfg.route_norm, scale=cfg.route_scale, fmt=gate.fmt if pack else None, implementation=impl,
     )  # fmt: skip
     # A stack of layers of experts is a longer list of experts.
@@ -323,13 +329,14 @@ def forward(
     B, T = tokens.shape
     turn = turns(cache, T, cfg)
     flat = tokens.reshape(-1)
+    real = None if B * T == 1 else (jnp.arange(T) < n[:, None]).astype(jnp.int32).reshape(-1)
     x = w.embed[flat].dequantize(jnp.dtype(compute.dtype))
     s = Streams(jnp.broadcast_to(x[:, None], (B * T, cfg.n_streams, cfg.embed_dim)))
     for layer in range(cfg.n_layers):
         X, h, post, C = boundary(s, w.attn.hc, w.attn.norm, layer, cfg, impl)
         y, cache = attention(h, n, w, cache, layer, turn[cfg.ratio(layer)], cfg, compute.numerics, impl)
         X, h, post, C = boundary(Streams(X, (y, post, C)), w.ffn.hc, w.ffn.norm, layer, cfg, impl)
-        y = feed_forward(h, flat, w, layer, cfg, impl)
+        y = feed_forward(h, flat, real, w, layer, cfg, impl)
         s = Streams(X, (y, post, C))
     if not all_positions and T > 1:
         last = jnp.arange(B, dtype=jnp.int32) * T + jnp.maximum(n - 1, 0)
