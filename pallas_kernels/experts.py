@@ -759,8 +759,8 @@ def down(
 ) -> Array:
     """Σ over a token's experts of W act, in the order of `ids`, and what `plus` adds: (S, E) in `dtype`.
 
-    act (S·k, F) float, as `gate_up` returns it, zeros for experts held elsewhere; ids and first as there; planes (experts, E, F) in `fmt`; plus: float32
-    (S, E) or None. Sums are float32. Raises Unsupported.
+    act (S·k, F) float, as `gate_up` returns it, zeros for experts held elsewhere; ids and first as there; planes
+    (experts, E, F) in `fmt`; plus: float32 (S, E) or None. Sums are float32. Raises Unsupported.
     """
     if implementation == "xla":
         return reference_down(act, ids, planes, plus, fmt=fmt, first=first, dtype=dtype)

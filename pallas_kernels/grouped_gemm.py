@@ -7,6 +7,10 @@ of rows meets one matrix of a stack, which is the expert of these rows, or the l
 Experts: pairs (token, slot) are sorted by expert, and the kernel gathers the rows of x and scatters the results by
 index, so activations are not copied. Nothing is added atomically: the same input gives the same bits.
 
+Weights are decoded once for all rows of a tile, so tiles are tall; but experts have few rows, most of them none of a
+second tile, and a product takes as long for rows that are not there. So the kernel has its loop three times, for tiles
+of up to bm / 4, bm / 2 and bm rows. On an H200 that takes 16 % off `gate_up` and 31 % off `down` (4096 tokens).
+
 Bounds, for S tokens of DeepSeek-V4-Flash's layer on an H200: 0.30 S GFLOP (1.9 ms for 4096 at 650 TFLOP/s); 6.4 G
 weights to decode once for every bm rows of an expert; x once for every tile of 128 rows of weights (7.7 GB from the L2
 cache, 1.4 ms; the codes are 1.9 GB). With 96 rows per expert these are close, so warps that decode and warps that
@@ -57,7 +61,7 @@ STEP = 128  # columns of a step along K
 
 @dataclass(frozen=True)
 class Config:
-    """Tile of bm rows of x and, for each warp, 16 rows of weights (of gate and up: 8 and 8).
+    """Tile of bm rows of x at most and, for each warp, 16 rows of weights (of gate and up: 8 and 8).
 
     splits: of K, added up by XLA (linear only). fused: decode tiles in the kernel; otherwise XLA writes the whole
     matrix in bfloat16 and multiplies (linear only).
@@ -72,6 +76,11 @@ class Config:
     def bn(self, matrices: int) -> int:
         """Columns of the result in a tile."""
         return 16 * self.num_warps // matrices
+
+    @property
+    def heights(self) -> list[int]:
+        """Rows for which there is a loop, ascending."""
+        return [bm for bm in (self.bm // 4, self.bm // 2) if bm >= 16] + [self.bm]
 
 
 # ---- shapes --------------------------------------------------------------------------------------------------------
@@ -148,7 +157,9 @@ def _matrix(name: str, n: int, k: int, fmt: str, groups: int = 1) -> dict[str, S
 
 # DeepSeek-V4-Flash. A quarter of the experts in Q8_0: a stack of 256 would have 2^31 bytes.
 SHAPES: dict[str, Shape] = (
-    _layer(2048, ("IQ2_XXS", "Q2_K"))
+    _layer(128, ("IQ2_XXS", "Q2_K"))
+    | _layer(512, ("IQ2_XXS", "Q2_K"))
+    | _layer(2048, ("IQ2_XXS", "Q2_K"))
     | _layer(4096, ("IQ2_XXS", "Q2_K"))
     | _layer(8192, ("IQ2_XXS", "Q2_K"))
     | _layer(2048, ("Q4_K", "Q4_K"))
@@ -176,11 +187,11 @@ def shared_memory(config: Config) -> int:
 
 
 def configs(shape: Shape) -> list[Config]:
-    """What a sweep tries: tiles about as tall as an expert has rows, and splits of K where there are few tiles."""
+    """What a sweep tries: tiles taller than most experts' rows, and splits of K where there are few tiles."""
     n, steps = shape.n // shape.groups, shape.k // STEP
     linear = shape.kind == "linear"
     rows = shape.m * shape.slots // (1 if linear else shape.stack)
-    heights = [bm for bm in (32, 64, 128) if min(rows, 256) / 4 < bm <= 2 * rows]
+    heights = [bm for bm in (32, 64, 128) if min(rows, 256) / 4 < bm <= max(32, 8 * rows)]
     splits = (1, 2, 4, 8) if linear and rows < 512 else (1,)
     out = [Config(fused=False)] if linear else []
     for bm, warps, stages, split in itertools.product(heights, (4, 8, 16), (2,) if linear else (2, 3), splits):
@@ -199,7 +210,8 @@ def default_config(shape: Shape) -> Config:
         fitting = [s for s in (1, 2, 4, 8) if shape.k // STEP % s == 0]
         splits = next((s for s in fitting if blocks * s >= 264), fitting[-1])
         return Config(64, 4, 2, splits)
-    return Config(64, 8) if shape.m * shape.slots <= 64 * shape.stack else Config(128, 16)
+    rows = shape.m * shape.slots / shape.stack
+    return Config(32, 8) if rows <= 8 else Config(64, 8) if rows <= 32 else Config(128, 16)
 
 
 # ---- instructions --------------------------------------------------------------------------------------------------
@@ -647,10 +659,9 @@ def _kernel(x, tiles, source, target, columns, factor, table, *refs, formats, st
     column, tile, split = (pl.program_id(i) for i in range(3))
     expert, start, rows = tiles[0, tile], tiles[1, tile], tiles[2, tile]
 
-    @pl.when(rows > 0)
-    def _():
+    def multiply(bm: int) -> None:
         # A tile that is not full repeats its last row: read again, computed again, and written again with equal bits.
-        place = start + jnp.minimum(jnp.arange(c.bm, dtype=jnp.int32), rows - 1)
+        place = start + jnp.minimum(jnp.arange(bm, dtype=jnp.int32), rows - 1)
         row, row_out = source[place], target[place]
         half = 8 * c.num_warps
         n = [
@@ -687,16 +698,19 @@ def _kernel(x, tiles, source, target, columns, factor, table, *refs, formats, st
             w = w.reshape(2 * half, STEP)
             return total + jnp.dot(w, x_tile.T, preferred_element_type=jnp.float32), codes, coming
 
-        total = jnp.zeros((2 * half, c.bm), jnp.float32)
+        total = jnp.zeros((2 * half, bm), jnp.float32)
         total, *_ = lax.fori_loop(first, last + 1, step, (total, ready(first, load(first)), load(first + 1)))
-        y = jnp.unstack(total.reshape(c.num_warps, 2, 8, c.bm).transpose(0, 2, 3, 1), axis=-1)
+        y = jnp.unstack(total.reshape(c.num_warps, 2, 8, bm).transpose(0, 2, 3, 1), axis=-1)
         if clamp is not None:
             y = [activation(*y, clamp)]
         for part, m in zip(y, n, strict=True):
-            part = part.reshape(half, c.bm)
+            part = part.reshape(half, bm)
             if clamp is not None:
                 part = part * factor[place][None, :]
             out[split, row_out[:, None], m[None, :]] = part.astype(out.dtype).T
+
+    for low, bm in itertools.pairwise([0, *c.heights]):
+        pl.when((rows > low) & (rows <= bm))(functools.partial(multiply, bm))
 
 
 def activation(gate: Array, up: Array, clamp: float) -> Array:
