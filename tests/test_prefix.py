@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from small import CFG, write
 
 from ds4jax import synthetic
+from ds4jax.engine import snapshots
 from ds4jax.engine.engine import Engine, Finished, Prefilled, Request, Started, Token
 from ds4jax.engine.fingerprint import fingerprint
 from ds4jax.engine.keys import key_of
@@ -149,7 +150,7 @@ def test_the_next_turn_reuses_prompt_and_answer(engines):
 @pytest.mark.parametrize("n", [1, 127, 128, 131, 512])
 def test_a_state_taken_and_put_elsewhere_goes_on_bit_for_bit(runner, n):
     runner.prefill(0, TOKENS[:n], GREEDY, sizes=[32, 128])
-    planes = runner.take(0)
+    *_, planes = runner.take(0)
     runner.prefill(2, OTHERS[:500], GREEDY, sizes=[32, 128])  # what was there leaves no trace
     runner.put(2, planes, GREEDY)
     assert all(isinstance(plane, np.ndarray) for plane in planes.values()) and runner.lengths[2] == n
@@ -158,16 +159,40 @@ def test_a_state_taken_and_put_elsewhere_goes_on_bit_for_bit(runner, n):
     np.testing.assert_array_equal(steps[0].logits, steps[2].logits)
 
 
+def test_a_long_state_is_taken_and_put_in_pieces(runner, monkeypatch):
+    """Which end anywhere, also where the cache does; meanwhile the sequence goes on."""
+    n = 700
+    runner.prefill(0, TOKENS[:n], GREEDY, sizes=[32, 128])
+    (whole,) = runner.take(0)
+    monkeypatch.setattr(snapshots, "SMALLEST_ROOM", 128)
+    monkeypatch.setattr(snapshots, "PIECE", 256)
+    pieces = runner.take(0)
+    found = [next(pieces)]
+    for token in OTHERS[:10]:
+        runner.decode({0: token})
+    found += pieces
+    assert found[:-1] == [None, None] and found[-1].keys() == whole.keys()
+    for name, plane in whole.items():
+        np.testing.assert_array_equal(found[-1][name], plane)
+    runner.prefill(1, OTHERS[:720], GREEDY, sizes=[32, 128])
+    runner.put(1, whole, GREEDY)
+    monkeypatch.undo()
+    (again,) = runner.take(1)
+    for name, plane in whole.items():
+        np.testing.assert_array_equal(again[name], plane)
+
+
 def test_a_state_is_taken_later_as_it_was(runner):
     runner.prefill(0, TOKENS[:380], GREEDY, sizes=[32, 128])
     for token in OTHERS[:4]:
         runner.decode({0: token})
-    then, state = runner.take(0), runner.state(0)
+    (then,), state = runner.take(0), runner.state(0)
     for token in OTHERS[4:140]:  # far enough to overwrite the whole window, and to close windows of 128
         runner.decode({0: token})
-    later = runner.take(0, 384, state)
+    (later,) = runner.take(0, 384, state)
+    (now,) = runner.take(0)
     assert later.keys() == then.keys() and all((later[k] == then[k]).all() for k in then)
-    assert any(plane.shape != later[k].shape or (plane != later[k]).any() for k, plane in runner.take(0).items())
+    assert any(now[k].shape != plane.shape or (now[k] != plane).any() for k, plane in later.items())
 
 
 # ---- between requests that run at once -------------------------------------------------------------------------------

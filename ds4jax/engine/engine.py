@@ -18,7 +18,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, TextIO
@@ -196,14 +196,16 @@ class _Running(Job):
     first_token: float | None = None
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class _Due:
-    """A snapshot of the first `end` tokens of a job, which its slot holds. complete: what follows the whole prompt."""
+    """A snapshot of the first `end` tokens of a job. complete: what follows the whole prompt. pieces: of `Runner.take`,
+    the first of which comes before anything else happens in the slot."""
 
     job: _Running
-    slot: int
     end: int
+    pieces: Iterator[Planes | None]
     complete: Step | None
+    begun: bool = False
 
 
 class Engine:
@@ -271,7 +273,7 @@ class Engine:
         self._refusal: Ds4Error | None = None  # why no request is accepted any more
         self._deadline: float | None = None  # when the engine stops
         self._jobs: dict[Stream, _Running] = {}
-        self._due: _Due | None = None  # to take before anything else happens in its slot
+        self._due: collections.deque[_Due] = collections.deque()  # before prompts, and before anyone gets a slot
         self._followed: set[_Running] = set()  # jobs whose last token is what the last block ended with
         self._counts: dict[str, float] = collections.defaultdict(int)
         self._ttft = [0] * (len(TTFT_BOUNDS) + 1)
@@ -402,11 +404,12 @@ class Engine:
             worked = False
             while self._take_inbox(worked):
                 worked = self._step()
-            self._take_due()
             error: Ds4Error = Stopping("the server is stopping")
             for job in list(self._jobs.values()):
                 self._end(job, "stopped")
                 job.stream._push(error)
+            while self._take_due():
+                pass
         except Exception as e:
             log.exception("the engine failed")
             error = EngineFailed(f"the model cannot run any more: {e}")
@@ -456,16 +459,14 @@ class Engine:
             self._end(job, "cancelled")
 
     def _end(self, job: _Running, reason: str) -> None:
-        if self._due and self._due.job is job and not self._due.complete:
-            self._due = None  # it is taken here
-        if job.slot is not None and job.cached < job.done < job.prompt and job.done % ALIGN == 0:
-            job.tails.append((job.done, {}))  # an interrupted prompt
+        interrupted = job.slot is not None and job.cached < job.done < job.prompt and job.done % ALIGN == 0
+        if interrupted and not any(due.job is job for due in self._due):
+            job.tails.append((job.done, {}))
         if len(job.tails) == 2 and not (reason == "cancelled" and job.done - job.tails[-1][0] < LATE):
             job.tails.popleft()
         for tail in job.tails:
-            self._take(job, *tail)
-            self._prefixes.save(job.latest)
-        if job.latest:
+            self._remember(job, *tail)
+        if job.latest and not any(due.job is job for due in self._due):
             self._prefixes.save(job.latest)
         del self._jobs[job.stream]
         self._scheduler.remove(job)
@@ -488,15 +489,16 @@ class Engine:
     def _step(self) -> bool:
         """A chunk of one prompt and a token of every answer; without a chunk, a few. → whether there was any work.
 
-        A snapshot of the chunk before has a step of its own, so that answers do not wait for both.
+        A piece of a snapshot takes the place of the chunk, so that answers do not wait for both.
         """
         due = self._take_due()
-        admitted = self._scheduler.admit(self._start)
+        admitted = [] if self._due else self._scheduler.admit(self._start)
         for job in admitted:
             self._started(job)
         if chunk := None if due else self._scheduler.next_chunk():
             self._prefill(*chunk)
-        if decoding := [job for job in self._scheduler.decoding if not (self._due and self._due.job is job)]:
+        resting = {due.job for due in self._due if not due.begun}
+        if decoding := [job for job in self._scheduler.decoding if job not in resting]:
             self._decode(decoding, 1 if due or chunk else self._block(decoding))
         return bool(admitted or due or chunk or decoding)
 
@@ -533,7 +535,7 @@ class Engine:
         job.stream._push(Prefilled(end, job.prompt))
         complete = end == job.prompt
         if end in job.marks or complete and end >= ALIGN:
-            self._due = _Due(job, job.slot, end, step if complete else None)
+            self._remember(job, end, complete=step if complete else None)
         if complete:
             special = {0: job} if job.constraints else {}
             self._first_token(job, self._choose(step.batch_logits, special).get(0, Token(step.token)))
@@ -561,24 +563,28 @@ class Engine:
                 if self._emit(job, token):
                     break  # what the block has beyond the end is dropped
 
+    def _remember(self, job: _Running, end: int, state: Planes | None = None, complete: Step | None = None) -> None:
+        """A snapshot of the first `end` tokens of a job is due: as its slot is now, or was when `state` was taken."""
+        self._due.append(_Due(job, end, self._runner.take(job.slot, end, state), complete))
+
     def _take_due(self) -> bool:
-        """→ whether there was one."""
-        due, self._due = self._due, None
-        if not due:
+        """A piece of the first snapshot that is due. → whether there was one."""
+        if not self._due:
             return False
-        key, planes = key_of(due.job.tokens[: due.end]), self._runner.take(due.slot)
+        due = self._due[0]
+        planes, due.begun = next(due.pieces), True
+        if planes is None:
+            return True
+        self._due.popleft()
+        job, key = due.job, key_of(due.job.tokens[: due.end])
         if due.complete:
             self._prefixes.put(Snapshot(key, planes, due.complete.logits))
-        if due.end in due.job.marks:
-            due.job.latest = Snapshot(key, planes)
-            self._prefixes.put(due.job.latest)
-            if due.job.slot is None:  # the answer was one token
-                self._prefixes.save(due.job.latest)
+        if not due.complete or due.end in job.marks:
+            job.latest = Snapshot(key, planes)
+            self._prefixes.put(job.latest)
+        if job.latest and job.stream not in self._jobs:
+            self._prefixes.save(job.latest)
         return True
-
-    def _take(self, job: _Running, at: int, state: Planes | None = None) -> None:
-        job.latest = Snapshot(key_of(job.tokens[:at]), self._runner.take(job.slot, at, state))
-        self._prefixes.put(job.latest)
 
     def _choose(self, logits: Any, jobs: dict[int, _Running], after: int = 0) -> dict[int, Token]:
         """The next tokens of some jobs, by their row of logits (B, vocab), as their constraints want them.

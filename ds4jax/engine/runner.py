@@ -43,7 +43,7 @@ from pallas_kernels.common import Unsupported
 Array = jax.Array
 
 BLOCK = 16  # tokens of a sequence that one call decodes at most
-BLOCK_SECONDS = 0.125  # that a call should take: streams, and what arrives, wait for its end
+BLOCK_SECONDS = 0.06  # that a call should take: streams, and what arrives, wait for its end
 LARGEST_BUCKET = 2**20  # no chunk is larger: see Settings
 
 
@@ -342,13 +342,18 @@ class Runner:
         self.cache = kv.restore(self.cache, slot, saved)
         self._sampling[slot], self.lengths[slot] = params, int(saved.length[0])
 
-    def take(self, slot: int, at: int | None = None, state: Planes | None = None) -> Planes:
+    def take(self, slot: int, at: int | None = None, state: Planes | None = None) -> Iterator[Planes | None]:
         """The sequence in `slot` as it is now, in host memory, for `put` (see `ds4jax.engine.snapshots`).
 
-        at, state: as it was when it had `at` tokens and `self.state` gave that; it may only have grown since.
+        In pieces, so that others need not wait for a long one: None after each, and the planes after the last. From the
+        first piece on the sequence may grow. at, state: as it was when it had `at` tokens and `self.state` gave that.
         """
-        with self._enough_memory("take"):
-            return snapshots.take(self.cache, slot, self.lengths[slot] if at is None else at, state)
+        pieces = snapshots.take(lambda: self.cache, slot, self.lengths[slot] if at is None else at, state)
+        planes = None
+        while planes is None:
+            with self._enough_memory("take"):
+                planes = next(pieces)
+            yield planes
 
     def state(self, slot: int) -> Planes:
         """What `take` needs to know later of the sequence in `slot` as it is now, of a multiple of 128 tokens."""

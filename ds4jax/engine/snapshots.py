@@ -7,13 +7,13 @@ as the sequence has, and no open windows where none is open.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Generator
 from typing import Any
 
 import jax
 import numpy as np
 from jax import lax
 
-from ds4jax import cache as kv
 from ds4jax.cache import Cache
 from ds4jax.config import CSA_RATIO, HCA_RATIO
 
@@ -21,92 +21,151 @@ Planes = dict[str, np.ndarray]
 
 LAYOUT = 1  # of planes; changes with whatever makes an older snapshot another state
 SMALLEST_ROOM = 1024  # tokens; copies are made of one of few sizes, because each size is compiled
+PIECE = 32768  # tokens whose rows are copied at once, at most: others wait for that
 
 
 def room(length: int) -> int:
-    """Tokens whose rows are copied between device and host for a sequence of `length`: a power of two."""
+    """Tokens whose rows are copied between device and host for `length` of them: a power of two."""
     return max(SMALLEST_ROOM, 1 << (length - 1).bit_length())
 
 
-def take(cache: Cache, slot: int, length: int, state: Planes | None = None) -> Planes:
-    """The sequence in `slot` as it is after `length` tokens, or as it was then: with what `state` gave at that time."""
-    saved = jax.device_get(_take(cache, np.int32(slot), room(length)))
-    planes = {}
-    for path, x in jax.tree_util.tree_leaves_with_path(saved):
-        if ratio := _ratio(path):
-            planes[_name(path)] = np.ascontiguousarray(x[:, :, : length // ratio])
-        elif length % HCA_RATIO or not _open_window(path):
-            planes[_name(path)] = np.asarray(x)
-    return planes | (state or {})
+def take(
+    cache: Callable[[], Cache], slot: int, length: int, state: Planes | None = None
+) -> Generator[Planes | None, None, None]:
+    """The sequence in `slot` as it is after `length` tokens, or as it was then: with what `state` gave at that time.
+
+    In pieces: yields None after each, and the planes after the last. From the first one on the sequence may grow.
+    cache: what the cache is by then.
+    """
+    planes = dict(state) if state else jax.device_get(_state(cache(), np.int32(slot), length % HCA_RATIO > 0))
+    for name, x in _leaves(cache()):
+        if ratio := _ratio(name):
+            planes[name] = np.empty((x.shape[0], 1, length // ratio, x.shape[3]), x.dtype)
+    for start, tokens in _pieces(length):
+        if start:
+            yield None
+        first = _first(cache(), start, tokens)
+        for name, x in jax.device_get(_rows(cache(), np.int32(slot), first, tokens)).items():
+            rest = planes[name][:, :, first[name] :]
+            rest[:, :, : x.shape[2]] = x[:, :, : rest.shape[2]]
+    yield planes
 
 
 def state(cache: Cache, slot: int) -> Planes:
     """What later tokens will overwrite of a sequence whose length is a multiple of 128: all but the compressed rows."""
-    leaves = jax.device_get(_state(cache, np.int32(slot)))
-    return {_name(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(leaves)}
+    return jax.device_get(_state(cache, np.int32(slot), False))
 
 
 def put(cache: Cache, slot: int, planes: Planes) -> Cache:
     """`cache` (donated) with the sequence in `slot` set to a snapshot, for which it must have room."""
-    length = int(planes["length"][0])
-
-    def padded(path, x: jax.Array) -> np.ndarray:
-        ratio, saved = _ratio(path), planes.get(_name(path))
-        if saved is not None and not ratio:
-            return saved
-        shape = [n if axis != min(1, x.ndim - 1) else 1 for axis, n in enumerate(x.shape)]
-        if ratio:
-            shape[2] = min(x.shape[2], room(length) // ratio)
-        out = np.zeros(shape, x.dtype)
-        if ratio:
-            out[:, :, : length // ratio] = saved
-        return out
-
-    return kv.restore(cache, slot, jax.tree_util.tree_map_with_path(padded, cache))
-
-
-def rooms(ctx: int) -> list[int]:
-    """All values of `room` up to that of ctx."""
-    return [SMALLEST_ROOM << i for i in range((room(ctx) // SMALLEST_ROOM).bit_length())]
-
-
-def compile(cache: Cache, tokens: int) -> Cache:
-    """Compile `take`, `state` and `put` for lengths of that room; → `cache` (donated) as it was."""
-    state(cache, 0)
-    saved = jax.device_get(_take(cache, np.int32(0), tokens))
-    for _ in range(2):  # where a step left the cache, and where another `put` did: JAX tells them apart
-        cache = kv.restore(cache, 0, saved)
+    leaves = dict(_leaves(cache))
+    state = {name: planes.get(name, np.zeros(_one(x), x.dtype)) for name, x in leaves.items() if not _ratio(name)}
+    cache = _put(cache, np.int32(slot), {}, state)
+    for start, tokens in _pieces(int(planes["length"][0])):
+        first, rows = _first(cache, start, tokens), {}
+        for name, at in first.items():
+            layers, _, capacity, dim = leaves[name].shape
+            saved, rows[name] = (
+                planes[name],
+                np.zeros((layers, 1, _size(name, capacity, tokens), dim), planes[name].dtype),
+            )
+            saved = saved[:, :, at : at + rows[name].shape[2]]
+            rows[name][:, :, : saved.shape[2]] = saved
+        cache = _put(cache, np.int32(slot), first, rows)
     return cache
 
 
+def rooms(ctx: int) -> list[int]:
+    """All values of `room` for pieces of a sequence of up to ctx tokens."""
+    return [SMALLEST_ROOM << i for i in range((room(min(ctx, PIECE)) // SMALLEST_ROOM).bit_length())]
+
+
+def compile(cache: Cache, tokens: int) -> Cache:
+    """Compile `take`, `state` and `put` for pieces of that room; → `cache` (donated) as it was."""
+    slot, first = np.int32(0), _first(cache, 0, tokens)
+    state(cache, 0)
+    rest, rows = jax.device_get((_state(cache, slot, True), _rows(cache, slot, first, tokens)))
+    for _ in range(2):  # where a step left the cache, and where another `put` did: JAX tells them apart
+        cache = _put(_put(cache, slot, {}, rest), slot, first, rows)
+    return cache
+
+
+# ---- pieces ----------------------------------------------------------------------------------------------------------
+def _pieces(length: int) -> list[tuple[int, int]]:
+    """The first token of each piece, and the room for it."""
+    return [(start, room(min(PIECE, length - start))) for start in range(0, length, PIECE)]
+
+
+def _size(name: str, capacity: int, tokens: int) -> int:
+    """Compressed rows of a piece."""
+    return min(tokens // _ratio(name), capacity)
+
+
+def _first(cache: Cache, start: int, tokens: int) -> dict[str, np.int32]:
+    """The first compressed row of a piece, by name: at the end of the cache, one that the piece before has, too."""
+    rows = [(name, x.shape[2]) for name, x in _leaves(cache) if _ratio(name)]
+    return {name: np.int32(min(start // _ratio(name), n - _size(name, n, tokens))) for name, n in rows}
+
+
 @functools.partial(jax.jit, static_argnames="tokens")
-def _take(cache: Cache, slot: jax.Array, tokens: int) -> Cache:
+def _rows(cache: Cache, slot: jax.Array, first: dict[str, jax.Array], tokens: int) -> dict[str, jax.Array]:
+    """A piece of the compressed rows."""
+    leaves, out = dict(_leaves(cache)), {}
+    for name, at in first.items():
+        layers, _, capacity, dim = leaves[name].shape
+        size = layers, 1, _size(name, capacity, tokens), dim
+        out[name] = lax.dynamic_slice(leaves[name], (0, slot, at, 0), size)
+    return out
+
+
+@functools.partial(jax.jit, static_argnames="open_windows")
+def _state(cache: Cache, slot: jax.Array, open_windows: bool) -> dict[str, jax.Array]:
+    """All else."""
+    rest = [(name, x) for name, x in _leaves(cache) if not _ratio(name) and (open_windows or not _open_window(name))]
+    return {name: lax.dynamic_slice_in_dim(x, slot, 1, _axis(x)) for name, x in rest}
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _put(cache: Cache, slot: jax.Array, first: dict[str, jax.Array], planes: dict[str, jax.Array]) -> Cache:
+    """What `_state` gave, or `_rows`, in its place."""
+
     def leaf(path, x: jax.Array) -> jax.Array:
-        x = lax.dynamic_slice_in_dim(x, slot, 1, axis=min(1, x.ndim - 1))
-        return x[:, :, : tokens // ratio] if (ratio := _ratio(path)) else x
+        name = _name(path)
+        if name not in planes:
+            return x
+        at = [0] * x.ndim
+        at[_axis(x)] = slot
+        if name in first:
+            at[2] = first[name]
+        return lax.dynamic_update_slice(x, planes[name], at)
 
     return jax.tree_util.tree_map_with_path(leaf, cache)
 
 
-@jax.jit
-def _state(cache: Cache, slot: jax.Array) -> Cache:
-    def leaf(path, x: jax.Array) -> jax.Array | None:
-        if _ratio(path) or _open_window(path):
-            return None
-        return lax.dynamic_slice_in_dim(x, slot, 1, axis=min(1, x.ndim - 1))
+# ---- leaves ----------------------------------------------------------------------------------------------------------
+def _leaves(cache: Cache) -> list[tuple[str, jax.Array]]:
+    return [(_name(path), x) for path, x in jax.tree_util.tree_leaves_with_path(cache)]
 
-    return jax.tree_util.tree_map_with_path(leaf, cache)
+
+def _axis(x: jax.Array) -> int:
+    """Of the sequence: 1, but 0 in `length`."""
+    return min(1, x.ndim - 1)
+
+
+def _one(x: jax.Array) -> tuple[int, ...]:
+    """The shape of one sequence's part."""
+    return tuple(1 if axis == _axis(x) else n for axis, n in enumerate(x.shape))
 
 
 def _name(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
-def _ratio(path: tuple[Any, ...]) -> int | None:
+def _ratio(name: str) -> int | None:
     """Tokens per compressed row, in a plane of such rows."""
-    kind, _, rest = _name(path).partition(".")
+    kind, _, rest = name.partition(".")
     return (HCA_RATIO if kind == "hca" else CSA_RATIO) if rest.startswith("rows.") else None
 
 
-def _open_window(path: tuple[Any, ...]) -> bool:
-    return _name(path).endswith((".z", ".g"))
+def _open_window(name: str) -> bool:
+    return name.endswith((".z", ".g"))
