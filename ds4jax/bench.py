@@ -155,8 +155,9 @@ def sweep(runner: Runner, points: list[int], gen_tokens: int, seed: int) -> Iter
 
 def chunks(points: list[int], chunk: int) -> set[int]:
     """The numbers of tokens in the prefill calls that lead from frontier to frontier."""
-    new = [b - a for a, b in zip([0, *points], points, strict=False)]
-    return {min(chunk, n - start) for n in new for start in range(0, n, chunk)}
+    from ds4jax.engine.runner import chunk_lengths
+
+    return chunk_lengths((b - a for a, b in zip([0, *points], points, strict=False)), chunk)
 
 
 def filled(runner: Runner, length: int, gen_tokens: int, seed: int) -> Iterator[Row]:

@@ -43,7 +43,7 @@ from pallas_kernels.common import Unsupported
 Array = jax.Array
 
 BLOCK = 16  # tokens of a sequence that one call decodes at most
-BLOCK_SECONDS = 0.06  # that a call should take: streams, and what arrives, wait for its end
+BLOCK_SECONDS = 0.125  # that a call should take: streams, and what arrives, wait for its end
 LARGEST_BUCKET = 2**20  # no chunk is larger: see Settings
 
 
@@ -488,9 +488,14 @@ def _pad(tokens: Sequence[int], sizes: Sequence[int] = ()) -> tuple[np.ndarray, 
     return padded, np.array([len(tokens)], np.int32)
 
 
+def chunk_lengths(lengths: Iterable[int], chunk: int) -> set[int]:
+    """How many tokens the chunks have that `Runner.prefill` makes of prompts of these lengths."""
+    return {min(chunk, n - start) for n in lengths for start in range(0, n, chunk)}
+
+
 def chunk_sizes(lengths: Iterable[int], chunk: int) -> set[int]:
-    """What `Runner.prefill` pads the chunks of prompts of these lengths to."""
-    return {bucket(min(chunk, n - start), LARGEST_BUCKET) for n in lengths for start in range(0, n, chunk)}
+    """What it pads them to."""
+    return {bucket(n, LARGEST_BUCKET) for n in chunk_lengths(lengths, chunk)}
 
 
 def check_prompt(tokens: Sequence[int], cfg: ModelConfig, ctx: int, before: int = 0) -> None:
