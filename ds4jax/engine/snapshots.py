@@ -65,11 +65,9 @@ def put(cache: Cache, slot: int, planes: Planes) -> Cache:
         first, rows = _first(cache, start, tokens), {}
         for name, at in first.items():
             layers, _, capacity, dim = leaves[name].shape
-            saved, rows[name] = (
-                planes[name],
-                np.zeros((layers, 1, _size(name, capacity, tokens), dim), planes[name].dtype),
-            )
-            saved = saved[:, :, at : at + rows[name].shape[2]]
+            n = _size(name, capacity, tokens)
+            saved = planes[name][:, :, at : at + n]
+            rows[name] = np.zeros((layers, 1, n, dim), saved.dtype)
             rows[name][:, :, : saved.shape[2]] = saved
         cache = _put(cache, np.int32(slot), first, rows)
     return cache
