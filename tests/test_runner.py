@@ -261,10 +261,10 @@ def test_compiled_programs_are_kept_where_the_user_says(tmp_path, monkeypatch):
             jax.config.update(name, value)
 
 
-@pytest.mark.parametrize("step", ["prefill", "decode"])
-def test_xla_knows_the_options_for_gpus(step, monkeypatch):
+@pytest.mark.parametrize("step, kernels", [("prefill", "xla"), ("decode", "xla"), ("decode", "pallas")])
+def test_xla_knows_the_options_for_gpus(step, kernels, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    options = engine._compiler_options(step)
+    options = engine._compiler_options(step, kernels)
     assert options and jax.jit(lambda x: x + 1).lower(1.0).compile(options)(1.0) == 2
     with pytest.raises(jax.errors.JaxRuntimeError, match="No such compile option"):
         jax.jit(lambda x: x + 2).lower(1.0).compile(options | {"xla_gpu_no_such_option": 1})

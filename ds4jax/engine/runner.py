@@ -38,7 +38,7 @@ from ds4jax.sampling import Sampling
 from ds4jax.settings import Settings
 from ds4jax.synthetic import RECIPES, Synthetic, synthetic_config
 from ds4jax.tokenizer import Tokenizer, byte_tokenizer
-from pallas_kernels.common import Unsupported
+from pallas_kernels.common import Implementation, Unsupported
 
 Array = jax.Array
 
@@ -148,7 +148,7 @@ class Programs:
     def _compile(self, name: str, args: tuple) -> Callable:
         if self.settings.kernels == "pallas" and (found := jax.default_backend()) != "gpu":
             raise ConfigError(f"kernels: found 'pallas' on a {found.upper()}, expected 'xla' or an NVIDIA GPU")
-        args, options = (self.weights, self.cache, *args), _compiler_options(name)
+        args, options = (self.weights, self.cache, *args), _compiler_options(name, self.settings.kernels)
         shapes = jax.tree.map(lambda x: (x.shape, np.dtype(x.dtype).name), args)
         what = name, self.cfg, self.compute, options, jax.tree.structure(args), jax.tree.leaves(shapes)
         others = {"prefill": 2, "decode": 3}[name]  # results beside the cache
@@ -460,22 +460,23 @@ _copy = jax.jit(functools.partial(jax.tree.map, jnp.copy))
 _choose = jax.jit(sampling.choose)
 
 
-def _compiler_options(step: str) -> dict[str, Any] | None:
+def _compiler_options(step: str, kernels: Implementation) -> dict[str, Any] | None:
     """On a CPU most of the time to the first token is LLVM's; level 1 takes two thirds of it, for code as fast.
 
     On a GPU a decoding step is recorded as a graph, in which kernels that do not depend on each other may run side by
-    side: 4 % of it on an H200. The loop over tokens is in the graph, too, which XLA would otherwise leave to the host:
-    0.18 ms a token. Prefill is launched once, and takes 6 % less time without one (7 layers, 2048 tokens).
+    side: 4 % of it on an H200. With our kernels the loop over tokens is in the graph, too, which XLA would otherwise
+    leave to the host: 0.18 ms a token. Without them there are loops in the loop, as a graph not tried so far. Prefill
+    is launched once, and takes 6 % less time without one (7 layers, 2048 tokens).
     """
     backend = jax.default_backend()
     if backend == "gpu" and step == "prefill":
         return {"xla_gpu_enable_command_buffer": ""}
     if backend == "gpu":
-        return {
-            "xla_gpu_command_buffer_scheduling_mode": "CONCURRENT",
-            "xla_gpu_enable_command_buffer":  # XLA's own choice, and the last
-                "CONDITIONAL,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,FUSION,WHILE",
-        }  # fmt: skip
+        options = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
+        if kernels == "pallas":  # XLA's own choice, and the last
+            recorded = "CONDITIONAL,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,FUSION,WHILE"
+            options["xla_gpu_enable_command_buffer"] = recorded
+        return options
     given = "xla_backend_optimization_level" in os.environ.get("XLA_FLAGS", "")
     return {"xla_backend_optimization_level": 1} if backend == "cpu" and not given else None
 
