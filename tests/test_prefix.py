@@ -182,6 +182,34 @@ def test_a_long_state_is_taken_and_put_in_pieces(runner, monkeypatch):
         np.testing.assert_array_equal(again[name], plane)
 
 
+def test_the_last_mark_shares_the_rows_of_the_whole_prompt(engines, runner):
+    """It is what a copy taken there would have been; given up in between, that copy is taken."""
+    prefixes = Prefixes(1 << 30)
+    engine = Engine(runner, prefixes)
+
+    async def main():
+        await collect(engine, (request(TOKENS[:300]),))
+        given_up = engine.submit(request(OTHERS[:300]))
+        while await anext(given_up) != Prefilled(256, 300):
+            pass
+        given_up.cancel()
+        await engine.close()
+
+    asyncio.run(main())
+    for tokens in (TOKENS, OTHERS):
+        found = prefixes.find(key_of(tokens[:299]))
+        assert found.length == 256
+        runner.prefill(0, tokens[:256], GREEDY, sizes=[32, 128])
+        (expected,) = runner.take(0)
+        assert expected.keys() == found.planes.keys()
+        for name, plane in expected.items():
+            np.testing.assert_array_equal(found.planes[name], plane)
+    whole, mark = prefixes.find(key_of(TOKENS[:300])), prefixes.find(key_of(TOKENS[:299]))
+    assert whole.length == 300
+    shared = [name for name, plane in mark.planes.items() if np.shares_memory(plane, whole.planes[name])]
+    assert shared and all(".rows." in name for name in shared)
+
+
 def test_a_state_is_taken_later_as_it_was(runner):
     runner.prefill(0, TOKENS[:380], GREEDY, sizes=[32, 128])
     for token in OTHERS[:4]:

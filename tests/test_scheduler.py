@@ -152,3 +152,19 @@ def test_it_waits_for_one_job_only():
     scheduler.add(other := job(shared + [3]))
     scheduler.admit(lambda job: 0)
     assert not scheduler.should_wait(patient, 0)
+
+
+def test_a_mark_that_comes_with_the_whole_prompt_is_waited_for():
+    scheduler = Scheduler(2, 1024)
+    scheduler.add(leader := job(300, marks={256}))
+    scheduler.admit(lambda _: 0)
+    assert not scheduler.ends_next(leader)
+    scheduler.advance(leader, 256)
+    assert scheduler.ends_next(leader)
+    other = job(300)
+    other.key = leader.key[: 4 * 280] + b"else" * 20
+    assert not scheduler.should_wait(other, 0)  # what is there up to 256 can be had now
+    leader.later = 256
+    assert not scheduler.should_wait(other, 256) and scheduler.should_wait(other, 128)
+    scheduler.add(other)
+    assert not scheduler.ends_next(leader)  # it would be kept for whoever waits

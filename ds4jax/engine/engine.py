@@ -190,6 +190,7 @@ class _Running(Job):
     tails: collections.deque[tuple[int, Planes]] = dataclasses.field(
         default_factory=lambda: collections.deque(maxlen=2)
     )
+    state: Planes | None = None  # at `later`
     submitted: float = dataclasses.field(default_factory=time.perf_counter)
     cached: int = 0
     started: float | None = None
@@ -534,7 +535,9 @@ class Engine:
         self._scheduler.advance(job, end)
         job.stream._push(Prefilled(end, job.prompt))
         complete = end == job.prompt
-        if end in job.marks or complete and end >= ALIGN:
+        if not complete and end in job.marks and self._scheduler.ends_next(job):
+            job.later, job.state = end, self._runner.state(job.slot)  # the whole prompt has nearly the same rows
+        elif end in job.marks or complete and end >= ALIGN:
             self._remember(job, end, complete=step if complete else None)
         if complete:
             special = {0: job} if job.constraints else {}
@@ -576,11 +579,14 @@ class Engine:
         if planes is None:
             return True
         self._due.popleft()
-        job, key = due.job, key_of(due.job.tokens[: due.end])
+        job = due.job
+        kept = {} if due.complete and due.end not in job.marks else {due.end: planes}
         if due.complete:
-            self._prefixes.put(Snapshot(key, planes, due.complete.logits))
-        if not due.complete or due.end in job.marks:
-            job.latest = Snapshot(key, planes)
+            self._prefixes.put(Snapshot(key_of(job.tokens[: due.end]), planes, due.complete.logits))
+            if job.later:
+                kept[job.later], job.state = self._runner.earlier(planes, job.later, job.state), None
+        for end, planes in sorted(kept.items()):
+            job.latest = Snapshot(key_of(job.tokens[:end]), planes)
             self._prefixes.put(job.latest)
         if job.latest and job.stream not in self._jobs:
             self._prefixes.save(job.latest)

@@ -355,6 +355,10 @@ class Runner:
                 planes = next(pieces)
             yield planes
 
+    def earlier(self, planes: Planes, length: int, state: Planes) -> Planes:
+        """What `take` would have given when the sequence had `length` tokens and `self.state` gave that."""
+        return snapshots.earlier(planes, length, state)
+
     def state(self, slot: int) -> Planes:
         """What `take` needs to know later of the sequence in `slot` as it is now, of a multiple of 128 tokens."""
         return snapshots.state(self.cache, slot)

@@ -24,6 +24,7 @@ class Job:
 
     marks: positions in the prompt at which a chunk has to end. slot: where it runs, None while it waits. done: tokens
     that its slot holds. Once done ≥ prompt it decodes. key: the prompt's. leader: the job whose prompt it waits for.
+    later: a mark that is kept with the whole prompt only, or 0.
     """
 
     tokens: list[int]
@@ -33,6 +34,7 @@ class Job:
     done: int = 0
     key: bytes = dataclasses.field(init=False)
     leader: Job | None = None
+    later: int = 0
 
     def __post_init__(self):
         self.key = key_of(self.tokens[: self.prompt])
@@ -98,7 +100,7 @@ class Scheduler:
         """
         for other in self.prefilling if job.leader is None else [job.leader] * (job.leader in self.prefilling):
             target = job.prompt if job.key == other.key else self._parting(job, other)
-            if target > max(have, other.done):
+            if target > max(have, other.done) or have < other.later <= target:
                 job.leader = other
                 other.marks.add(target)
                 return True
@@ -111,9 +113,15 @@ class Scheduler:
         """Whose prompt is next, and up to which position: a mark, a multiple of `chunk` or its end."""
         if not self.prefilling:
             return None
-        job = self.prefilling[0]
+        return (job := self.prefilling[0]), self._end(job)
+
+    def _end(self, job: Job) -> int:
         ends = {job.prompt, job.done // self.chunk * self.chunk + self.chunk, *job.marks}
-        return job, min(end for end in ends if end > job.done)
+        return min(end for end in ends if end > job.done)
+
+    def ends_next(self, job: Job) -> bool:
+        """Whether the next chunk is the last of its prompt, and nobody waits for what there is before it."""
+        return not any(other.leader is job for other in self.waiting) and self._end(job) == job.prompt
 
     def advance(self, job: Job, done: int) -> None:
         """The slot of `job` holds this many tokens now. After a chunk, the next prompt has its turn."""

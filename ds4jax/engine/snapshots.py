@@ -56,6 +56,12 @@ def state(cache: Cache, slot: int) -> Planes:
     return jax.device_get(_state(cache, np.int32(slot), False))
 
 
+def earlier(planes: Planes, length: int, state: Planes) -> Planes:
+    """The same sequence as it was after `length` tokens, when `state` gave that: its rows are the first of these."""
+    rows = {name: x[:, :, : length // _ratio(name)] for name, x in planes.items() if _ratio(name)}
+    return state | rows
+
+
 def put(cache: Cache, slot: int, planes: Planes) -> Cache:
     """`cache` (donated) with the sequence in `slot` set to a snapshot, for which it must have room."""
     leaves = dict(_leaves(cache))
