@@ -148,6 +148,32 @@ def test_a_sequence_that_rests_changes_nothing(model, interpreted):
         np.testing.assert_array_equal(after.take(1, axis), other.take(1, axis))
 
 
+@pytest.mark.parametrize("T, n", [(1, [0, 1]), (4, [4, 3])])
+def test_what_is_no_token_reads_nothing(model, monkeypatch, T, n):
+    """Its experts are -1, which no kernel computes; and a sequence that rests attends from position 0."""
+    chosen, positions = [], []
+
+    def spied(name, function, seen, argument):
+        module = getattr(fused, name)
+
+        def spy(*args, **options):
+            seen.append(np.asarray(args[argument]))
+            return getattr(module, function)(*args, **options)
+
+        monkeypatch.setattr(fused, name, types.SimpleNamespace(**{**vars(module), function: spy}))
+
+    spied("experts", "gate_up", chosen, 1)
+    spied("mla", "op", positions, 4)
+    cache = kv.empty(CFG, "official", "float32", 2, 512).replace(length=jnp.full((2,), 5, jnp.int32))
+    compute = Compute("official", "float32")
+    fused.forward(model, cache, IDS[:, :T], jnp.array(n, jnp.int32), cfg=CFG, compute=compute, impl="xla")
+    real = (np.arange(T) < np.array(n)[:, None]).reshape(-1)
+    assert len(chosen) == len(positions) == CFG.n_layers
+    for ids, position in zip(chosen, positions, strict=True):
+        assert (ids[real] >= 0).all() and (ids[~real] == -1).all()
+        assert position.tolist() == [5 if count else 0 for count in n]
+
+
 def test_prefill_through_the_kernels_is_prefill_in_xla(model, interpreted):
     """In bfloat16, where both round to 2⁻⁹ at other places."""
     xla, kernels = steps_of_both("bfloat16")

@@ -159,19 +159,20 @@ def test_a_state_taken_and_put_elsewhere_goes_on_bit_for_bit(runner, n):
     np.testing.assert_array_equal(steps[0].logits, steps[2].logits)
 
 
-def test_a_long_state_is_taken_and_put_in_pieces(runner, monkeypatch):
-    """Which end anywhere, also where the cache does; meanwhile the sequence goes on."""
+@pytest.mark.parametrize("room, piece", [(128, 256), (512, 512)])
+def test_a_long_state_is_taken_and_put_in_pieces(runner, monkeypatch, room, piece):
+    """Which end anywhere, also where the cache does, or would go beyond it; meanwhile the sequence goes on."""
     n = 700
     runner.prefill(0, TOKENS[:n], GREEDY, sizes=[32, 128])
     (whole,) = runner.take(0)
-    monkeypatch.setattr(snapshots, "SMALLEST_ROOM", 128)
-    monkeypatch.setattr(snapshots, "PIECE", 256)
+    monkeypatch.setattr(snapshots, "SMALLEST_ROOM", room)
+    monkeypatch.setattr(snapshots, "PIECE", piece)
     pieces = runner.take(0)
     found = [next(pieces)]
     for token in OTHERS[:10]:
         runner.decode({0: token})
     found += pieces
-    assert found[:-1] == [None, None] and found[-1].keys() == whole.keys()
+    assert found[:-1] == [None] * ((n - 1) // piece) and found[-1].keys() == whole.keys()
     for name, plane in whole.items():
         np.testing.assert_array_equal(found[-1][name], plane)
     runner.prefill(1, OTHERS[:720], GREEDY, sizes=[32, 128])

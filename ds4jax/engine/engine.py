@@ -460,14 +460,14 @@ class Engine:
             self._end(job, "cancelled")
 
     def _end(self, job: _Running, reason: str) -> None:
-        interrupted = job.slot is not None and job.cached < job.done < job.prompt and job.done % ALIGN == 0
-        if interrupted and not any(due.job is job for due in self._due):
-            job.tails.append((job.done, {}))
+        due = any(due.job is job for due in self._due)
+        if not due and job.slot is not None and job.cached < job.done < job.prompt and job.done % ALIGN == 0:
+            job.tails.append((job.done, {}))  # an interrupted prompt
         if len(job.tails) == 2 and not (reason == "cancelled" and job.done - job.tails[-1][0] < LATE):
             job.tails.popleft()
         for tail in job.tails:
             self._remember(job, *tail)
-        if job.latest and not any(due.job is job for due in self._due):
+        if job.latest and not due and not job.tails:  # else what is due is saved when it is taken
             self._prefixes.save(job.latest)
         del self._jobs[job.stream]
         self._scheduler.remove(job)

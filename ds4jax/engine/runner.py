@@ -468,9 +468,9 @@ def _compiler_options(step: str, kernels: Implementation) -> dict[str, Any] | No
     """On a CPU most of the time to the first token is LLVM's; level 1 takes two thirds of it, for code as fast.
 
     On a GPU a decoding step is recorded as a graph, in which kernels that do not depend on each other may run side by
-    side: 4 % of it on an H200. With our kernels the loop over tokens is in the graph, too, which XLA would otherwise
-    leave to the host: 0.18 ms a token. Without them there are loops in the loop, as a graph not tried so far. Prefill
-    is launched once, and takes 6 % less time without one (7 layers, 2048 tokens).
+    side: 4 % of it on an H200. With Pallas kernels the loop over tokens is in the graph, too, which XLA would otherwise
+    leave to the host: 0.18 ms a token (7 layers). Without them there are loops in the loop, as a graph not tried so
+    far. Prefill is launched once, and takes 6 % less time without one (7 layers, 2048 tokens).
     """
     backend = jax.default_backend()
     if backend == "gpu" and step == "prefill":

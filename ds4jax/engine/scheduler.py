@@ -113,15 +113,15 @@ class Scheduler:
         """Whose prompt is next, and up to which position: a mark, a multiple of `chunk` or its end."""
         if not self.prefilling:
             return None
-        return (job := self.prefilling[0]), self._end(job)
+        return (job := self.prefilling[0]), self._chunk_end(job)
 
-    def _end(self, job: Job) -> int:
+    def _chunk_end(self, job: Job) -> int:
         ends = {job.prompt, job.done // self.chunk * self.chunk + self.chunk, *job.marks}
         return min(end for end in ends if end > job.done)
 
     def ends_next(self, job: Job) -> bool:
         """Whether the next chunk is the last of its prompt, and nobody waits for what there is before it."""
-        return not any(other.leader is job for other in self.waiting) and self._end(job) == job.prompt
+        return not any(other.leader is job for other in self.waiting) and self._chunk_end(job) == job.prompt
 
     def advance(self, job: Job, done: int) -> None:
         """The slot of `job` holds this many tokens now. After a chunk, the next prompt has its turn."""
