@@ -10,7 +10,7 @@ from typing import Any, Self
 import numpy as np
 
 from ds4jax.errors import Ds4Error, GGUFError
-from ds4jax.gguf import show
+from ds4jax.io.gguf import show
 
 ARCHITECTURE = "deepseek4"
 PREFIX = "deepseek4."

@@ -17,17 +17,16 @@ import numpy as np
 from jax import lax
 from jax.scipy.special import logsumexp
 
-from ds4jax import cache as kv
-from ds4jax import numerics as num
-from ds4jax import weights
 from ds4jax.config import CSA_RATIO, ModelConfig
-from ds4jax.model import hyper, indexer, moe, mtp, rope
+from ds4jax.formats.quant import Quantized, lookup, matmul, wide
+from ds4jax.formats.quantize import quantize
+from ds4jax.io.recipes import RECIPES
+from ds4jax.model import cache as kv
+from ds4jax.model import hyper, indexer, moe, mtp, rope, weights
 from ds4jax.model.attention import attention, compressed_rows, project
 from ds4jax.model.transformer import Compute, logits
-from ds4jax.quant import Quantized, lookup, matmul, wide
-from ds4jax.quantize import quantize
-from ds4jax.recipes import RECIPES
-from ds4jax.weights import Stack, SwiGLU, Weights, WeightSpec
+from ds4jax.model.weights import Stack, SwiGLU, Weights, WeightSpec
+from ds4jax.numerics import rows as num
 
 Array = jax.Array
 
@@ -169,7 +168,7 @@ def forward(w: Weights, tokens: Array, cfg: ModelConfig, compute: Compute) -> tu
 def as_stored(w: Weights, formats: SwiGLU, importance: SwiGLU) -> Weights:
     """w with the routed experts as they would be after quantizing; the gradient passes as if they were not.
 
-    formats: the class of `ds4jax.quant` of gate, up and down. importance: of their columns (layers, experts, in), for
+    formats: the class of `formats` of gate, up and down. importance: of their columns (layers, experts, in), for
     the quantizer. Training through this is quantization-aware.
     """
 

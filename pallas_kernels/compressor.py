@@ -16,7 +16,7 @@ its layer must be known first. A token moves 23 kB for both compressors of CSA, 
 for HCA. These pass through one multiprocessor, as the norm needs all channels and programs do not wait for each other;
 to split them would take a second launch, in every step, for what one in 128 does.
 
-Source: ds4jax/model/compressor.py with one token; rows are ds4jax/numerics.py's `Fp8Row` and `Fp4Row`.
+Source: ds4jax/model/compressor.py with one token; rows are ds4jax/numerics/rows.py's `Fp8Row` and `Fp4Row`.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Config:
 
 
 class State(NamedTuple):
-    """What a compressor keeps: stacks over layers, of ds4jax/cache.py's `Compressed`. D: width of a row.
+    """What a compressor keeps: stacks over layers, of ds4jax/model/cache.py's `Compressed`. D: width of a row.
 
     rows: planes (L, B, N, ·): E4M3 "codes" (D − 64), uint8 "exponents" (D/64 − 1), float16 "rope" (64); or, of the
         indexer's keys, uint8 "codes" (D/2) of two E2M1 each and uint8 "exponents" (D/32).

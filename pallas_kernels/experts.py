@@ -632,7 +632,7 @@ SHAPES: dict[str, Shape] = _shapes()
 # ---- reference -------------------------------------------------------------------------------------------------------
 def _quantized(fmt: str):
     """The format's class in ds4jax; only what makes inputs needs it."""
-    from ds4jax import quant
+    from ds4jax.formats import quant
 
     return getattr(quant, fmt)
 

@@ -1,6 +1,6 @@
-"""The values of quantized weights: planes, as `ds4jax.quant` describes them for each format → float32.
+"""The values of quantized weights: planes, as `ds4jax.formats` describes them for each format → float32.
 
-Planes are (..., rows, elements), in the order of ds4jax.quant's fields. All of this is plain XLA: for the model's own
+Planes are (..., rows, elements), in the order of its fields. All of this is plain XLA: for the model's own
 reference path, for references of kernels, and for products that dequantize first. Layouts: ggml (``ggml-common.h``).
 """
 

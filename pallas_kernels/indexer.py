@@ -8,7 +8,7 @@ Decoding of one sequence reads 68 bytes a key, 4.3 µs of an H200 at 262,144 key
 16 kFLOP a key, and in decoding, some 8 instructions a value; below some 50,000 keys the launch is what it costs.
 Prefill is bound by the tensor cores: 8192 queries after 20,480 tokens, 0.8 TFLOP, 1.2 ms at 70 % of their rate.
 
-Source: ds4jax/model/indexer.py, `scores` and `visible`; the planes are those of ds4jax/numerics.py, `Fp4Row`.
+Source: ds4jax/model/indexer.py, `scores` and `visible`; the planes are those of ds4jax/numerics/rows.py, `Fp4Row`.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ dim's number: the values that meet lie in one thread, and between two stages thr
 
 Bytes: 280 kB for a sequence, 0.07 µs of an H200. So it is a launch, one wait for loads, and the butterflies' exchanges:
 2 to 3 µs. Source: ds4jax/model/attention.py, `project`; ds4jax/model/indexer.py, `queries`; the row and the rounding
-are those of ds4jax/numerics.py, `Fp8Row` and `Fp4Row`.
+are those of ds4jax/numerics/rows.py, `Fp8Row` and `Fp4Row`.
 """
 
 from __future__ import annotations

@@ -48,11 +48,11 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from ds4jax import cli
 from ds4jax.errors import ConfigError
+from ds4jax.tools import cli
 
 if TYPE_CHECKING:  # JAX comes late, so that --help is quick and --gpus has no device of its own
-    from ds4jax.limits import Device
+    from ds4jax.tools.limits import Device
 
 ROTATE_BYTES = 512 * 2**20  # four times the largest level-2 cache, 128 MiB
 MOST_CALLS = 64
@@ -213,7 +213,7 @@ def measure(case: Case, configs: Sequence[Any], device: Device, repeats: int, de
 
 def relaunched(program: Callable, results: list[Any], sets: list[Any], repeats: int) -> float:
     """The time of a launch on the results of the launch before it."""
-    from ds4jax import limits
+    from ds4jax.tools import limits
 
     def launch() -> list[Any]:
         nonlocal results
@@ -356,7 +356,7 @@ def run(cases: list[Case], deadline: float) -> dict[str, Any]:
     """Everything on one device: → what the JSON file holds."""
     import jax
 
-    from ds4jax import limits
+    from ds4jax.tools import limits
 
     part, parts = map(int, FLAGS.part.split("/"))
     cases, device = cases[part::parts], limits.measure()

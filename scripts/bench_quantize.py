@@ -21,8 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from ds4jax.quant import FORMATS, Q8_0
-from ds4jax.quantize import quantize
+from ds4jax.formats.quant import FORMATS, Q8_0
+from ds4jax.formats.quantize import quantize
 
 NAMES = {fmt.__name__: fmt for fmt in FORMATS.values()}
 EXPERTS = flags.DEFINE_integer("experts", None, "Experts of the layer (default: 256 on a GPU, 1 on the CPU).")

@@ -30,16 +30,18 @@ import tiny_data  # noqa: E402
 from absl import flags  # noqa: E402
 from tiny_dialogues import HELD_OUT, Generator, held_out  # noqa: E402
 
-from ds4jax import cache as kv  # noqa: E402
-from ds4jax import chat, cli, recipes  # noqa: E402
+from ds4jax.chat import template as chat  # noqa: E402
 from ds4jax.config import ModelConfig  # noqa: E402
-from ds4jax.convert import convert  # noqa: E402
-from ds4jax.load import load  # noqa: E402
+from ds4jax.io import recipes  # noqa: E402
+from ds4jax.io.load import load  # noqa: E402
+from ds4jax.io.tokenizer import Special, Tokenizer  # noqa: E402
 from ds4jax.model import Compute, decode_step, forward, logits, mtp, prefill  # noqa: E402
+from ds4jax.model import cache as kv  # noqa: E402
 from ds4jax.model.transformer import bucket  # noqa: E402
+from ds4jax.model.weights import Weights  # noqa: E402
 from ds4jax.paths import EMBEDDED, embedded_model  # noqa: E402
-from ds4jax.tokenizer import Special, Tokenizer  # noqa: E402
-from ds4jax.weights import Weights  # noqa: E402
+from ds4jax.tools import cli  # noqa: E402
+from ds4jax.tools.convert import convert  # noqa: E402
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_list("models", None, "GGUF files or names of embedded models, instead.", flag_values=FLAGS)

@@ -19,7 +19,7 @@ import httpx
 import serving
 from absl import flags
 
-from ds4jax import cli
+from ds4jax.tools import cli
 
 FLAGS = flags.FlagValues()
 cli.define_model(FLAGS)

@@ -27,11 +27,11 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 
-from ds4jax import cli
 from ds4jax.errors import Ds4Error
-from ds4jax.recipes import RECIPES
+from ds4jax.io.recipes import RECIPES
+from ds4jax.io.synthetic import FULL, Synthetic, first_layers, write_repeating
 from ds4jax.settings import Settings
-from ds4jax.synthetic import FULL, Synthetic, first_layers, write_repeating
+from ds4jax.tools import cli
 
 GIB = 2**30
 
@@ -61,7 +61,7 @@ def main() -> int:
     Settings.load(FLAGS.config).set_environment()
     import jax  # not before its environment is set, nor while another process needs the device
 
-    from ds4jax import load
+    from ds4jax.io import load
 
     load.SLAB_BYTES = FLAGS.slab_mib * 2**20 if FLAGS.slab_mib else load.SLAB_BYTES
     load.IN_FLIGHT = FLAGS.in_flight or load.IN_FLIGHT
@@ -102,7 +102,7 @@ def first_token(path: Path, cache: str) -> tuple[float, str]:
         text=True,
     )
     if run.returncode:
-        raise Ds4Error(f"ds4jax.generate ended with status {run.returncode}: {run.stderr[-1000:]}")
+        raise Ds4Error(f"ds4jax.tools.generate ended with status {run.returncode}: {run.stderr[-1000:]}")
     return time.perf_counter() - start, run.stderr.strip().splitlines()[-1]
 
 
@@ -125,7 +125,7 @@ def check(values, checkpoint) -> int:
     """Compare some tensors on the device with the file, at least one of each format; → exit status."""
     import jax
 
-    from ds4jax import weights
+    from ds4jax.model import weights
 
     specs, treedef = jax.tree.flatten(weights.abstract(checkpoint.cfg, checkpoint.types))
     leaves = [(s, v) for s, v in zip(specs, treedef.flatten_up_to(values), strict=True) if s.quantized]

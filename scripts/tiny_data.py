@@ -30,8 +30,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # a checkout works withou
 
 from tiny_dialogues import Dialogue, Generator, held_out  # noqa: E402
 
-from ds4jax import chat, cli, tokenizer  # noqa: E402
-from ds4jax.tokenizer import Special, Tokenizer  # noqa: E402
+from ds4jax.chat import template as chat  # noqa: E402
+from ds4jax.io import tokenizer  # noqa: E402
+from ds4jax.io.tokenizer import Special, Tokenizer  # noqa: E402
+from ds4jax.tools import cli  # noqa: E402
 
 CONTEXT = 1024
 ROW = CONTEXT + 1  # inputs, and one more to be predicted

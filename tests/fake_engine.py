@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 import uvicorn
 
 from ds4jax.engine.engine import Finished, Prefilled, Request, Started, Stream, Token
+from ds4jax.io.tokenizer import Special, byte_tokenizer
 from ds4jax.server.app import Options, make_app
-from ds4jax.tokenizer import Special, byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
 _SPECIALS = re.compile("(" + "|".join(re.escape(special.value) for special in Special) + ")")

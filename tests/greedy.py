@@ -12,9 +12,9 @@ STEPS = 200  # tokens after each prompt, whatever they are
 def answers(name: str) -> dict[str, np.ndarray]:
     """tokens (20, STEPS), and for each how far the likeliest logit was above the next, (20, STEPS); logits of the
     first prompt at every position (T, vocab)."""
-    from ds4jax import chat
+    from ds4jax.chat import template as chat
     from ds4jax.engine.runner import Runner
-    from ds4jax.sampling import Sampling
+    from ds4jax.engine.sampling import Sampling
     from ds4jax.settings import Settings
 
     questions = json.loads((Path(__file__).parent / "tiny" / "questions.json").read_text())

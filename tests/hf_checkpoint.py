@@ -9,8 +9,8 @@ import struct
 
 import numpy as np
 
-from ds4jax.synthetic import synthetic_config
-from ds4jax.tokenizer import byte_tokenizer
+from ds4jax.io.synthetic import synthetic_config
+from ds4jax.io.tokenizer import byte_tokenizer
 
 CFG = synthetic_config(
     {

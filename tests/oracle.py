@@ -18,11 +18,11 @@ from typing import Literal
 import numpy as np
 from gguf import GGUFReader
 
-from ds4jax.checkpoint import open_checkpoint
 from ds4jax.config import ModelConfig
+from ds4jax.io.checkpoint import open_checkpoint
+from ds4jax.io.synthetic import RECIPES, synthetic_config, write_synthetic
+from ds4jax.io.tokenizer import Tokenizer
 from ds4jax.paths import embedded_model
-from ds4jax.synthetic import RECIPES, synthetic_config, write_synthetic
-from ds4jax.tokenizer import Tokenizer
 
 DIRECTORY = Path(__file__).parent / "goldens"
 LENGTHS = (
@@ -48,7 +48,7 @@ NEAR_TIE = 3e-5
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One random model: a shape and a recipe of `ds4jax.synthetic`, and the seed of its weights and prompts."""
+    """One random model: a shape and a recipe of `ds4jax.io.synthetic`, and the seed of its weights and prompts."""
 
     name: str
     shape: str

@@ -3,8 +3,8 @@
 import dataclasses
 from pathlib import Path
 
-from ds4jax.synthetic import BASE, RECIPES, write_synthetic
-from ds4jax.tokenizer import byte_tokenizer
+from ds4jax.io.synthetic import BASE, RECIPES, write_synthetic
+from ds4jax.io.tokenizer import byte_tokenizer
 
 CFG = dataclasses.replace(
     BASE, n_layers=2, compress_ratios=(4, 128), swiglu_clamp=(10.0,) * 2, n_hash_layers=1,

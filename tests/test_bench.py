@@ -21,13 +21,14 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 import autotune
 from small import CFG
 
-from ds4jax import bench, cli, limits, synthetic
-from ds4jax import cache as kv
 from ds4jax.engine import runner as engine
 from ds4jax.engine.runner import BLOCK
+from ds4jax.engine.sampling import Sampling
 from ds4jax.errors import ConfigError
-from ds4jax.sampling import Sampling
+from ds4jax.io import synthetic
+from ds4jax.model import cache as kv
 from ds4jax.settings import Settings
+from ds4jax.tools import bench, cli, limits
 from pallas_kernels import common, compressor, latent, tuned
 
 MODEL = synthetic.Synthetic(CFG, synthetic.RECIPES["q8"], seed=3)
@@ -169,7 +170,7 @@ def test_a_filled_cache_is_one_that_a_sequence_could_have_left(small):
 
 
 def bench_rows(planes, *dims):
-    from ds4jax.numerics import Fp4Row, Fp8Row
+    from ds4jax.numerics.rows import Fp4Row, Fp8Row
 
     fmt = Fp8Row(*dims) if len(dims) == 2 else Fp4Row(*dims)
     return np.asarray(fmt.decode(planes, "float32"))[0]

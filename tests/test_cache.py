@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ds4jax import cache as kv
-from ds4jax import synthetic, weights
 from ds4jax.config import ModelConfig
 from ds4jax.errors import ConfigError
-from ds4jax.model import Compute, prefill
+from ds4jax.io import synthetic
+from ds4jax.model import Compute, prefill, weights
+from ds4jax.model import cache as kv
 
 CFG = synthetic.synthetic_config("odd")
 

@@ -1,4 +1,4 @@
-"""ds4jax.chat: the prompt format, and that only the renderer can write control tokens."""
+"""ds4jax.chat.template: the prompt format, and that only the renderer can write control tokens."""
 
 import collections
 import json
@@ -7,9 +7,17 @@ import random
 import deepseek_reference as reference
 import pytest
 
-from ds4jax.chat import THINK_MODES, effort_prefix, effort_profile, normalise_tools, render, render_ids, to_text
+from ds4jax.chat.template import (
+    THINK_MODES,
+    effort_prefix,
+    effort_profile,
+    normalise_tools,
+    render,
+    render_ids,
+    to_text,
+)
 from ds4jax.errors import Ds4Error
-from ds4jax.tokenizer import Special, Tokenizer, byte_tokenizer
+from ds4jax.io.tokenizer import Special, Tokenizer, byte_tokenizer
 
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 P1 = """\

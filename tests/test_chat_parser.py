@@ -1,4 +1,4 @@
-"""ds4jax.chat_parser: tokens to events, however the text is cut; what is rendered is read back; nothing is lost."""
+"""ds4jax.chat.parser: tokens to events, however the text is cut; what is rendered is read back; nothing is lost."""
 
 import collections
 import functools
@@ -12,8 +12,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from ds4jax.chat import SampledTurn, render, render_ids, to_text
-from ds4jax.chat_parser import (
+from ds4jax.chat.parser import (
     Finish,
     OutputParser,
     TextDelta,
@@ -25,8 +24,9 @@ from ds4jax.chat_parser import (
     new_call_id,
     parse,
 )
+from ds4jax.chat.template import SampledTurn, render, render_ids, to_text
 from ds4jax.errors import Ds4Error
-from ds4jax.tokenizer import Special, Tokenizer, byte_tokenizer
+from ds4jax.io.tokenizer import Special, Tokenizer, byte_tokenizer
 
 MAKE = {"bytes": functools.cache(byte_tokenizer), "real": reference.real}
 SPECIALS = {special.value: special for special in Special}

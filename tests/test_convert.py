@@ -19,15 +19,15 @@ from gguf import GGMLQuantizationType as Type
 from gguf.quants import dequantize, quantize
 from hf_checkpoint import CFG
 
-from ds4jax import convert as tool
-from ds4jax import hf, recipes
-from ds4jax.checkpoint import open_checkpoint, open_mtp
 from ds4jax.config import ModelConfig
-from ds4jax.convert import convert
 from ds4jax.errors import Ds4Error
-from ds4jax.imatrix import Entry, Imatrix
-from ds4jax.tensors import tensor_table
-from ds4jax.tokenizer import Tokenizer, byte_tokenizer
+from ds4jax.io import hf, recipes
+from ds4jax.io.checkpoint import open_checkpoint, open_mtp
+from ds4jax.io.tokenizer import Tokenizer, byte_tokenizer
+from ds4jax.model.tensors import tensor_table
+from ds4jax.tools import convert as tool
+from ds4jax.tools.convert import convert
+from ds4jax.tools.imatrix import Entry, Imatrix
 
 RECIPES = recipes.RECIPES
 

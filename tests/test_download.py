@@ -1,4 +1,4 @@
-"""ds4jax.download against a local server that speaks as much of the Hugging Face protocol as a download needs."""
+"""ds4jax.io.download against a local server that speaks as much of the Hugging Face protocol as a download needs."""
 
 import fcntl
 import hashlib
@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from ds4jax import download
 from ds4jax.errors import Ds4Error
+from ds4jax.io import download
 from ds4jax.settings import Settings
 
 MODEL = "hf:owner/repo/model.gguf"

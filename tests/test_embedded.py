@@ -10,14 +10,14 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 
 import eval_tiny
 
-from ds4jax import chat
-from ds4jax.checkpoint import open_checkpoint
-from ds4jax.load import load
+from ds4jax.chat import template as chat
+from ds4jax.io.checkpoint import open_checkpoint
+from ds4jax.io.load import load
+from ds4jax.io.recipes import RECIPES, choose, parse_types
+from ds4jax.io.tokenizer import Special, Tokenizer
+from ds4jax.model.tensors import mtp_table, tensor_table
 from ds4jax.paths import EMBEDDED, MODELS, embedded_model
-from ds4jax.recipes import RECIPES, choose, parse_types
 from ds4jax.settings import Settings
-from ds4jax.tensors import mtp_table, tensor_table
-from ds4jax.tokenizer import Special, Tokenizer
 
 RIGHT = {"tiny": 0.90, "tiny_q2": 0.75}  # the part of the questions that must be answered right
 SIZE = {"tiny": 24e6, "tiny_q2": 10e6}

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from small import CFG, write
 
-from ds4jax import synthetic
 from ds4jax.engine import runner as module
 from ds4jax.engine.engine import (
     ContextOverflow,
@@ -25,8 +24,9 @@ from ds4jax.engine.engine import (
     Token,
 )
 from ds4jax.engine.runner import Runner
+from ds4jax.engine.sampling import Sampling
 from ds4jax.errors import Ds4Error
-from ds4jax.sampling import Sampling
+from ds4jax.io import synthetic
 from ds4jax.settings import Settings
 
 GREEDY = Sampling(temperature=0.0)

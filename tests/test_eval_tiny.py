@@ -14,9 +14,10 @@ import eval_tiny
 import tiny_data
 import train_tiny
 
-from ds4jax import chat, training
+from ds4jax import training
+from ds4jax.chat import template as chat
+from ds4jax.io.tokenizer import Special, byte_tokenizer
 from ds4jax.model import Compute
-from ds4jax.tokenizer import Special, byte_tokenizer
 
 TOK = byte_tokenizer()
 

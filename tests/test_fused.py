@@ -9,13 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ds4jax import cache as kv
-from ds4jax import weights
 from ds4jax.engine import runner
 from ds4jax.errors import ConfigError
-from ds4jax.model import Compute, fused, prefill
-from ds4jax.quant import Q8_0
-from ds4jax.synthetic import FULL, RECIPES, Synthetic, synthetic_config
+from ds4jax.formats.quant import Q8_0
+from ds4jax.io.synthetic import FULL, RECIPES, Synthetic, synthetic_config
+from ds4jax.model import Compute, fused, prefill, weights
+from ds4jax.model import cache as kv
 from pallas_kernels import common
 from pallas_kernels.common import Unsupported
 

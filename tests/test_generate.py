@@ -1,4 +1,4 @@
-"""ds4jax.generate: its flags, streams, files and exits, on one small model."""
+"""ds4jax.tools.generate: its flags, streams, files and exits, on one small model."""
 
 import dataclasses
 import json
@@ -12,9 +12,12 @@ import numpy as np
 import pytest
 from small import CFG
 
-from ds4jax import chat, cli, generate, paths, synthetic
+from ds4jax import paths
+from ds4jax.chat import template as chat
 from ds4jax.engine import runner as engine
-from ds4jax.tokenizer import byte_tokenizer
+from ds4jax.io import synthetic
+from ds4jax.io.tokenizer import byte_tokenizer
+from ds4jax.tools import cli, generate
 
 # Prompts have 9 to 16 tokens throughout, so that one bucket is compiled; that takes most of the time.
 TOKENIZER = byte_tokenizer()

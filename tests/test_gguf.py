@@ -17,12 +17,12 @@ import pytest
 from gguf import GGML_QUANT_SIZES, GGUFValueType
 from gguf import GGMLQuantizationType as T
 
-from ds4jax.checkpoint import open_checkpoint, open_mtp
 from ds4jax.config import ModelConfig
 from ds4jax.errors import GGUFError
-from ds4jax.gguf import DTYPES, TYPES, GGUFFile, TensorData, Typed, write_gguf
-from ds4jax.synthetic import SHAPES, synthetic_config
-from ds4jax.tensors import mtp_table, tensor_table
+from ds4jax.io.checkpoint import open_checkpoint, open_mtp
+from ds4jax.io.gguf import DTYPES, TYPES, GGUFFile, TensorData, Typed, write_gguf
+from ds4jax.io.synthetic import SHAPES, synthetic_config
+from ds4jax.model.tensors import mtp_table, tensor_table
 
 V = GGUFValueType
 

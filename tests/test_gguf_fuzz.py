@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from test_gguf import SMALL, blank
 
-from ds4jax.checkpoint import open_checkpoint
 from ds4jax.errors import GGUFError
-from ds4jax.gguf import GGUFFile, _Header, write_gguf
-from ds4jax.tensors import mtp_table, tensor_table
+from ds4jax.io.checkpoint import open_checkpoint
+from ds4jax.io.gguf import GGUFFile, _Header, write_gguf
+from ds4jax.model.tensors import mtp_table, tensor_table
 
 MEMORY_LIMIT = 16 << 20  # the file is 0.2 MB and its header parses to less than 1 MB
 

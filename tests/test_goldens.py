@@ -9,9 +9,9 @@ import oracle
 import pytest
 from gguf import GGUFReader
 
-from ds4jax import cache as kv
-from ds4jax.load import load
+from ds4jax.io.load import load
 from ds4jax.model import Compute, prefill
+from ds4jax.model import cache as kv
 
 CHUNK, CTX = 128, 640  # one compiled shape for prompts of every length
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ds4jax.engine.grammar import Grammar, GrammarError, Matcher, Vocabulary
-from ds4jax.tokenizer import Special, byte_tokenizer
+from ds4jax.io.tokenizer import Special, byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
 VOCABULARY = Vocabulary(TOKENIZER)

@@ -9,16 +9,18 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
 
-from ds4jax import cache as kv
-from ds4jax import cli, imatrix, sharding, synthetic, weights
+from ds4jax import sharding
 from ds4jax.errors import Ds4Error, GGUFError
-from ds4jax.gguf import write_gguf
-from ds4jax.imatrix import Entry, Imatrix, collect, merge
-from ds4jax.load import load
-from ds4jax.model import mtp, transformer
+from ds4jax.io import synthetic
+from ds4jax.io.gguf import write_gguf
+from ds4jax.io.load import load
+from ds4jax.io.tokenizer import byte_tokenizer
+from ds4jax.model import cache as kv
+from ds4jax.model import mtp, transformer, weights
+from ds4jax.model.tensors import tensor_table
 from ds4jax.model.transformer import Compute
-from ds4jax.tensors import tensor_table
-from ds4jax.tokenizer import byte_tokenizer
+from ds4jax.tools import cli, imatrix
+from ds4jax.tools.imatrix import Entry, Imatrix, collect, merge
 
 CFG = synthetic.synthetic_config(
     {

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ds4jax import numerics as num
-from ds4jax.cache import Compressed
+from ds4jax.formats.quant import F16
 from ds4jax.model import compressor as model
-from ds4jax.quant import F16
-from ds4jax.weights import Compressor
+from ds4jax.model.cache import Compressed
+from ds4jax.model.weights import Compressor
+from ds4jax.numerics import rows as num
 from pallas_kernels import common, compressor
 from pallas_kernels.compressor import CSA, HCA, SHAPES, Config, Part, Shape, State, op, reference
 

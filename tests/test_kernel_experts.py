@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ds4jax import quant
+from ds4jax.formats import quant
 from ds4jax.model import moe
-from ds4jax.weights import SwiGLU
+from ds4jax.model.weights import SwiGLU
 from pallas_kernels import common, experts, formats
 from pallas_kernels.common import Unsupported
 from pallas_kernels.experts import FORMATS, SHAPES, Config, Shape

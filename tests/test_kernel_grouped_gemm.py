@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
 
-from ds4jax import quant
+from ds4jax.formats import quant
 from ds4jax.model import moe
-from ds4jax.weights import SwiGLU
+from ds4jax.model.weights import SwiGLU
 from pallas_kernels import common, formats
 from pallas_kernels import grouped_gemm as gg
 from pallas_kernels.common import Unsupported

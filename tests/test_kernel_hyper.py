@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ds4jax.formats.quant import F16
 from ds4jax.model import hyper as model
 from ds4jax.model.norm import rms_norm
-from ds4jax.quant import F16
 from pallas_kernels import common, hyper
 from pallas_kernels.hyper import SHAPES, Config, Numbers, Shape, op
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ds4jax.model import indexer as model
-from ds4jax.numerics import Fp4Row
+from ds4jax.numerics.rows import Fp4Row
 from pallas_kernels import common, indexer
 from pallas_kernels.indexer import SHAPES, Config, Shape, op
 

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ds4jax import numerics as num
 from ds4jax.model import rope
 from ds4jax.model.norm import rms_norm
+from ds4jax.numerics import rows as num
 from pallas_kernels import common, latent
 from pallas_kernels.latent import SHAPES, Config, Shape, op
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
 
-from ds4jax import quant
+from ds4jax.formats import quant
 from pallas_kernels import common, formats, matmul
 from pallas_kernels.matmul import Config, Output, Shape
 

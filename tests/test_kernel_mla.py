@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ds4jax.model import attention, rope
-from ds4jax.numerics import Fp8Row
+from ds4jax.numerics.rows import Fp8Row
 from pallas_kernels import common, mla
 from pallas_kernels.mla import Config, Shape
 

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ds4jax.formats.quant import F32
 from ds4jax.model import moe
-from ds4jax.quant import F32
 from pallas_kernels import common, experts, router
 from pallas_kernels.router import SHAPES, Config, Shape, op
 

@@ -9,11 +9,13 @@ import jax
 import numpy as np
 import pytest
 
-from ds4jax import load as loader
-from ds4jax import sharding, synthetic, weights
-from ds4jax.checkpoint import open_checkpoint
+from ds4jax import sharding
 from ds4jax.errors import ConfigError, GGUFError
-from ds4jax.quant import Quantized
+from ds4jax.formats.quant import Quantized
+from ds4jax.io import load as loader
+from ds4jax.io import synthetic
+from ds4jax.io.checkpoint import open_checkpoint
+from ds4jax.model import weights
 
 CFG = synthetic.synthetic_config("base")
 

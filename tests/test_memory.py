@@ -9,12 +9,16 @@ import numpy as np
 import pytest
 from small import CFG
 
-from ds4jax import cache as kv
-from ds4jax import cli, memory, sharding, synthetic, weights
+from ds4jax import sharding
+from ds4jax.engine import memory
 from ds4jax.engine import runner as engine
 from ds4jax.engine.runner import Programs, Runner
 from ds4jax.errors import ConfigError
+from ds4jax.io import synthetic
+from ds4jax.model import cache as kv
+from ds4jax.model import weights
 from ds4jax.settings import Settings
+from ds4jax.tools import cli
 
 MODEL = synthetic.Synthetic(CFG, synthetic.RECIPES["q2"], seed=3)
 SETTINGS = Settings("none", ctx=1024, batch=2, prefill_chunk=16)

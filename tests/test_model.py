@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ds4jax import cache as kv
-from ds4jax import sharding, synthetic, weights
+from ds4jax import sharding
 from ds4jax.errors import ConfigError
-from ds4jax.model import Compute, decode_step, prefill
+from ds4jax.io import synthetic
+from ds4jax.model import Compute, decode_step, prefill, weights
+from ds4jax.model import cache as kv
 from ds4jax.model.transformer import bucket
 
 ODD = synthetic.synthetic_config("odd")

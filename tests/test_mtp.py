@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 from gguf.constants import GGMLQuantizationType as Type
 
-from ds4jax import cache as kv
-from ds4jax import load as loader
-from ds4jax import sharding, synthetic, weights
+from ds4jax import sharding
 from ds4jax.errors import GGUFError
-from ds4jax.gguf import TensorData, write_gguf
-from ds4jax.model import Compute, forward, mtp
-from ds4jax.synthetic import random_data
-from ds4jax.tensors import mtp_table, tensor_table
+from ds4jax.io import load as loader
+from ds4jax.io import synthetic
+from ds4jax.io.gguf import TensorData, write_gguf
+from ds4jax.io.synthetic import random_data
+from ds4jax.model import Compute, forward, mtp, weights
+from ds4jax.model import cache as kv
+from ds4jax.model.tensors import mtp_table, tensor_table
 
 EPS = 2.0**-17  # a float32, as files have it
 MAIN = dataclasses.replace(

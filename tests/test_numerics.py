@@ -5,9 +5,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from ds4jax import numerics as num
 from ds4jax.errors import ConfigError
-from ds4jax.synthetic import synthetic_config
+from ds4jax.io.synthetic import synthetic_config
+from ds4jax.numerics import rows as num
 
 
 def samples(rows, dim, seed=0):

@@ -11,18 +11,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small import CFG, write
 
-from ds4jax import synthetic
 from ds4jax.engine import snapshots
 from ds4jax.engine.engine import Engine, Finished, Prefilled, Request, Started, Token
 from ds4jax.engine.fingerprint import fingerprint
 from ds4jax.engine.keys import key_of
 from ds4jax.engine.prefix import TAIL, Prefixes, Snapshot, positions
 from ds4jax.engine.runner import Runner
+from ds4jax.engine.sampling import Sampling
 from ds4jax.engine.scheduler import ALIGN
 from ds4jax.engine.store import Store
-from ds4jax.sampling import Sampling
+from ds4jax.io import synthetic
+from ds4jax.io.tokenizer import byte_tokenizer
 from ds4jax.settings import Settings
-from ds4jax.tokenizer import byte_tokenizer
 
 GREEDY = Sampling(temperature=0.0)
 TOKENS = np.random.default_rng(5).integers(2, CFG.vocab_size, 1024).tolist()

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ds4jax.quant import FORMATS, Q2_K, Q8_0, grouped_linear, linear
+from ds4jax.formats.quant import FORMATS, Q2_K, Q8_0, grouped_linear, linear
 
 formats = pytest.mark.parametrize("fmt", FORMATS.values(), ids=lambda f: f.ggml_type.name)
 

@@ -17,8 +17,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ds4jax.errors import Ds4Error
-from ds4jax.quant import BF16, F16, F32, IQ2_XXS, MXFP4, Q2_K, Q4_K, Q8_0
-from ds4jax.quantize import check_values, quantize
+from ds4jax.formats.quant import BF16, F16, F32, IQ2_XXS, MXFP4, Q2_K, Q4_K, Q8_0
+from ds4jax.formats.quantize import check_values, quantize
 from pallas_kernels.formats import IQ2_XXS_GRID
 
 FORMATS = (F32, F16, BF16, Q8_0, Q4_K, Q2_K, IQ2_XXS, MXFP4)
@@ -339,7 +339,7 @@ def test_every_expert_has_its_own_importance(fmt):
 def test_chunks_do_not_change_the_result(fmt, monkeypatch):
     x, importance = matrix("student", (3, 5, 512)), importances((3, 512))
     whole = quantize(x, fmt, importance)
-    monkeypatch.setattr("ds4jax.quantize.CHUNK", 4 * 512)  # three chunks of four rows, and a rest of three
+    monkeypatch.setattr("ds4jax.formats.quantize.CHUNK", 4 * 512)  # three chunks of four rows, and a rest of three
     assert_same(quantize(x, fmt, importance), whole, x, importance)
 
 

@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import pytest
 from small import CFG
 
-from ds4jax import cli, limits, roofline, weights
 from ds4jax.engine import runner
 from ds4jax.errors import ConfigError
-from ds4jax.model import Compute, transformer
+from ds4jax.io.synthetic import BASE, FULL, RECIPES, Synthetic
+from ds4jax.model import Compute, transformer, weights
 from ds4jax.settings import Settings
-from ds4jax.synthetic import BASE, FULL, RECIPES, Synthetic
+from ds4jax.tools import cli, limits, roofline
 
 # The longest kernels of a decoded token, µs of all their calls, as a profile of the full shape on an H200 names them.
 DECODE = {

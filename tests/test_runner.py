@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from small import CFG, write
 
-from ds4jax import synthetic
 from ds4jax.engine import batch
 from ds4jax.engine import runner as engine
 from ds4jax.engine.batch import Request
 from ds4jax.engine.runner import Runner
+from ds4jax.engine.sampling import Sampling
 from ds4jax.errors import ConfigError, Ds4Error, GGUFError
-from ds4jax.sampling import Sampling
+from ds4jax.io import synthetic
 from ds4jax.settings import Settings
 
 GREEDY = Sampling(temperature=0.0)

@@ -8,10 +8,10 @@ import jax
 import numpy as np
 import pytest
 
-from ds4jax import sampling
+from ds4jax.engine import sampling
 from ds4jax.engine.constraints import Constraints, edits
+from ds4jax.engine.sampling import Sampling
 from ds4jax.errors import ConfigError
-from ds4jax.sampling import Sampling
 
 sample, allowed = jax.jit(sampling.sample), jax.jit(lambda x, b: sampling.allowed(sampling.tempered(x, b), b))
 

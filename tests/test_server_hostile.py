@@ -14,8 +14,8 @@ import httpx
 import pytest
 from fake_engine import CALL, FakeEngine, serving
 
+from ds4jax.io.tokenizer import Special
 from ds4jax.server.app import Options
-from ds4jax.tokenizer import Special
 
 TOOL = {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {"x": {"type": "string"}}}}
 CALLS = [{"id": "call_1", "type": "function", "function": {"name": "f", "arguments": '{"x": "y"}'}}]

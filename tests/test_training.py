@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ds4jax import cache as kv
-from ds4jax import numerics as num
-from ds4jax import synthetic, training, weights
-from ds4jax.model import Compute, mtp, transformer
-from ds4jax.quant import IQ2_XXS, Q2_K
-from ds4jax.quantize import quantize
+from ds4jax import training
+from ds4jax.formats.quant import IQ2_XXS, Q2_K
+from ds4jax.formats.quantize import quantize
+from ds4jax.io import synthetic
+from ds4jax.model import Compute, mtp, transformer, weights
+from ds4jax.model import cache as kv
+from ds4jax.numerics import rows as num
 
 CFG = dataclasses.replace(
     synthetic.synthetic_config("odd"), n_layers=3, compress_ratios=(0, 4, 128), swiglu_clamp=(1.0, 1.5, 2.0),

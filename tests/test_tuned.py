@@ -9,12 +9,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from ds4jax import cache as kv
-from ds4jax import weights
 from ds4jax.errors import ConfigError
-from ds4jax.model import Compute, transformer
+from ds4jax.io.synthetic import FULL, RECIPES, Synthetic
+from ds4jax.model import Compute, transformer, weights
+from ds4jax.model import cache as kv
 from ds4jax.settings import CONFIG_DIR
-from ds4jax.synthetic import FULL, RECIPES, Synthetic
 from pallas_kernels import common, hyper, indexer, matmul, mla, topk, tuned
 
 SMALL = topk.Shape(4, 64, 60, k=8)

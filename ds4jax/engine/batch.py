@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from ds4jax.engine.runner import Runner, Step
-    from ds4jax.sampling import Sampling
+    from ds4jax.engine.sampling import Sampling
 
 Finish = Literal["stop", "length"]
 """Why a sequence ended: the model's end token, or max_tokens or the context."""

@@ -10,7 +10,7 @@ import numpy as np
 
 if TYPE_CHECKING:
     from ds4jax.engine.grammar import Matcher
-    from ds4jax.sampling import Edits, Sampling
+    from ds4jax.engine.sampling import Edits, Sampling
 
 
 class Constraints:
@@ -67,7 +67,7 @@ class Constraints:
 
 def edits(rows: Sequence[Constraints | None], vocab: int) -> Edits:
     """The edits of a batch, as numpy arrays; None for a sequence without."""
-    from ds4jax.sampling import Edits
+    from ds4jax.engine.sampling import Edits
 
     size = 16
     while size < max(len(row.ids) if row else 0 for row in rows):  # few shapes, because each is compiled

@@ -33,8 +33,8 @@ from ds4jax.errors import Ds4Error
 if TYPE_CHECKING:
     from ds4jax.engine.grammar import Grammar, Vocabulary
     from ds4jax.engine.runner import Runner, Step
+    from ds4jax.engine.sampling import Sampling
     from ds4jax.engine.snapshots import Planes
-    from ds4jax.sampling import Sampling
     from ds4jax.settings import Settings
 
 MAX_NOTES = 100_000  # in memory
@@ -375,7 +375,7 @@ class Engine:
 
     def _problem(self, request: Request) -> Ds4Error | None:
         from ds4jax.engine.runner import check_prompt
-        from ds4jax.sampling import MAX_LOGPROBS
+        from ds4jax.engine.sampling import MAX_LOGPROBS
 
         if len(request.tokens) >= self.ctx:
             return ContextOverflow(len(request.tokens), self.ctx)

@@ -9,8 +9,8 @@ import numpy as np
 
 from ds4jax.engine.runner import Runner
 from ds4jax.engine.snapshots import LAYOUT
-from ds4jax.synthetic import Synthetic
-from ds4jax.tensors import tensor_table
+from ds4jax.io.synthetic import Synthetic
+from ds4jax.model.tensors import tensor_table
 
 SAMPLE = 4096  # bytes of each tensor that are looked at; all of them would take minutes
 

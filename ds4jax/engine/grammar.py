@@ -10,7 +10,7 @@ import llguidance
 import numpy as np
 
 from ds4jax.errors import Ds4Error
-from ds4jax.tokenizer import Tokenizer
+from ds4jax.io.tokenizer import Tokenizer
 
 
 class GrammarError(Ds4Error):

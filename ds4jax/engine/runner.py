@@ -19,25 +19,26 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ds4jax import cache as kv
-from ds4jax import memory, numerics, sampling, sharding, weights
-from ds4jax.cache import Cache
-from ds4jax.checkpoint import Checkpoint, open_checkpoint
+from ds4jax import sharding
 from ds4jax.config import ModelConfig
-from ds4jax.download import resolve_model
-from ds4jax.engine import compiled, snapshots
+from ds4jax.engine import compiled, memory, sampling, snapshots
 from ds4jax.engine.constraints import edits
+from ds4jax.engine.sampling import Sampling
 from ds4jax.engine.snapshots import Planes
 from ds4jax.errors import ConfigError, Ds4Error
-from ds4jax.load import load
-from ds4jax.model import transformer
+from ds4jax.formats.quant import wide
+from ds4jax.io.checkpoint import Checkpoint, open_checkpoint
+from ds4jax.io.download import resolve_model
+from ds4jax.io.load import load
+from ds4jax.io.synthetic import RECIPES, Synthetic, synthetic_config
+from ds4jax.io.tokenizer import Tokenizer, byte_tokenizer
+from ds4jax.model import cache as kv
+from ds4jax.model import transformer, weights
+from ds4jax.model.cache import Cache
 from ds4jax.model.transformer import Compute, bucket
+from ds4jax.numerics import rows as numerics
 from ds4jax.paths import cache_dir
-from ds4jax.quant import wide
-from ds4jax.sampling import Sampling
 from ds4jax.settings import Settings
-from ds4jax.synthetic import RECIPES, Synthetic, synthetic_config
-from ds4jax.tokenizer import Tokenizer, byte_tokenizer
 from pallas_kernels.common import Implementation, Unsupported
 
 Array = jax.Array

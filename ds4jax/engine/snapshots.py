@@ -14,8 +14,8 @@ import jax
 import numpy as np
 from jax import lax
 
-from ds4jax.cache import Cache
 from ds4jax.config import CSA_RATIO, HCA_RATIO
+from ds4jax.model.cache import Cache
 
 Planes = dict[str, np.ndarray]
 

@@ -13,14 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ds4jax import numerics as num
-from ds4jax.cache import Cache
 from ds4jax.config import CSA_RATIO, ModelConfig
+from ds4jax.formats.quant import grouped_linear, linear, matmul, wide
 from ds4jax.model import indexer, rope
+from ds4jax.model.cache import Cache
 from ds4jax.model.compressor import append, compressors, project_tokens
 from ds4jax.model.norm import rms_norm
-from ds4jax.quant import grouped_linear, linear, matmul, wide
-from ds4jax.weights import Attention, Weights
+from ds4jax.model.weights import Attention, Weights
+from ds4jax.numerics import rows as num
 
 Array = jax.Array
 

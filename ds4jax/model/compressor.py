@@ -12,13 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ds4jax import numerics as num
-from ds4jax.cache import Cache, Compressed
 from ds4jax.config import CSA_RATIO, HCA_RATIO, ModelConfig
+from ds4jax.formats.quant import linear, lookup
 from ds4jax.model import rope
+from ds4jax.model.cache import Cache, Compressed
 from ds4jax.model.norm import rms_norm
-from ds4jax.quant import linear, lookup
-from ds4jax.weights import Compressor, Weights
+from ds4jax.model.weights import Compressor, Weights
+from ds4jax.numerics import rows as num
 
 Array = jax.Array
 

@@ -18,16 +18,16 @@ from typing import TYPE_CHECKING, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ds4jax import numerics as num
-from ds4jax.cache import Cache
 from ds4jax.config import CSA_RATIO, HCA_RATIO, ModelConfig
 from ds4jax.errors import ConfigError
+from ds4jax.formats.quant import Quantized
 from ds4jax.model import attention as plain
 from ds4jax.model import moe, rope
+from ds4jax.model.cache import Cache
 from ds4jax.model.compressor import append, compressors
 from ds4jax.model.norm import rms_norm
-from ds4jax.quant import Quantized
-from ds4jax.weights import Compressor, HyperConnection, Stack, Weights
+from ds4jax.model.weights import Compressor, HyperConnection, Stack, Weights
+from ds4jax.numerics import rows as num
 from pallas_kernels import compressor, experts, grouped_gemm, hyper, indexer, latent, matmul, mla, router, topk
 from pallas_kernels.common import Implementation, Unsupported
 

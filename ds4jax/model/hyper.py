@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from ds4jax.config import ModelConfig
+from ds4jax.formats.quant import linear, wide
 from ds4jax.model.norm import rms_norm
-from ds4jax.quant import linear, wide
-from ds4jax.weights import HyperConnection
+from ds4jax.model.weights import HyperConnection
 
 Array = jax.Array
 

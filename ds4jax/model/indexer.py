@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ds4jax import numerics as num
 from ds4jax.config import CSA_RATIO, ModelConfig
+from ds4jax.formats.quant import linear, matmul
 from ds4jax.model import rope
-from ds4jax.quant import linear, matmul
-from ds4jax.weights import Indexer
+from ds4jax.model.weights import Indexer
+from ds4jax.numerics import rows as num
 
 Array = jax.Array
 

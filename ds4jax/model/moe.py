@@ -8,9 +8,9 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from ds4jax.config import ModelConfig
-from ds4jax.quant import linear, matmul, wide
+from ds4jax.formats.quant import linear, matmul, wide
+from ds4jax.model.weights import FFN, SwiGLU, Weights
 from ds4jax.sharding import RULES, partition_spec
-from ds4jax.weights import FFN, SwiGLU, Weights
 
 Array = jax.Array
 

@@ -8,12 +8,12 @@ attends to its own rows only.
 import jax
 import jax.numpy as jnp
 
-from ds4jax.cache import Cache
 from ds4jax.config import ModelConfig
+from ds4jax.formats.quant import linear
+from ds4jax.model.cache import Cache
 from ds4jax.model.norm import rms_norm
 from ds4jax.model.transformer import Compute, block, logits
-from ds4jax.quant import linear
-from ds4jax.weights import Head, Mtp, Weights
+from ds4jax.model.weights import Head, Mtp, Weights
 
 Array = jax.Array
 

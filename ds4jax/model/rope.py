@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ds4jax.config import ModelConfig
-from ds4jax.quant import wide
+from ds4jax.formats.quant import wide
 
 
 def frequencies(cfg: ModelConfig, ratio: int) -> np.ndarray:

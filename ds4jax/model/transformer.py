@@ -9,15 +9,15 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from ds4jax.cache import Cache
 from ds4jax.config import ModelConfig
+from ds4jax.formats.quant import linear, wide
 from ds4jax.model import fused, hyper
 from ds4jax.model.attention import attention
+from ds4jax.model.cache import Cache
 from ds4jax.model.moe import moe
 from ds4jax.model.norm import rms_norm
-from ds4jax.numerics import Numerics
-from ds4jax.quant import linear, wide
-from ds4jax.weights import Weights
+from ds4jax.model.weights import Weights
+from ds4jax.numerics.rows import Numerics
 from pallas_kernels.common import Implementation
 
 Array = jax.Array
@@ -27,7 +27,7 @@ Array = jax.Array
 class Compute:
     """How to compute, as opposed to what: a static argument of every jitted step.
 
-    numerics: see `ds4jax.numerics`. dtype: of activations. mesh: where the weights lie, None for one device.
+    numerics: see `ds4jax.numerics.rows`. dtype: of activations. mesh: where the weights lie, None for one device.
     query_blocks: how many blocks of queries attention takes at once; more are faster, and need more memory.
     kernels: "xla" for the functions of this folder as they are, "pallas" for `fused` with the kernels.
     """

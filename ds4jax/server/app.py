@@ -18,7 +18,7 @@ from starlette.responses import HTMLResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from ds4jax import chat as prompt
+from ds4jax.chat import template as prompt
 from ds4jax.engine.engine import Engine, EngineFailed, Stopping
 from ds4jax.errors import Ds4Error
 from ds4jax.server import conversation, requests

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ds4jax.chat_parser import Event, Finish, TextDelta, ThinkingDelta, ToolCallDelta, ToolCallStarted
+from ds4jax.chat.parser import Event, Finish, TextDelta, ThinkingDelta, ToolCallDelta, ToolCallStarted
 from ds4jax.server.conversation import Conversation, Logprob, Usage
 from ds4jax.server.sse import Reply, event, new_id
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-from ds4jax.chat_parser import Event, TextDelta
+from ds4jax.chat.parser import Event, TextDelta
 from ds4jax.server.chat import DONE, finish_reason, usage
 from ds4jax.server.conversation import Conversation, Logprob
 from ds4jax.server.sse import Reply, event, new_id

@@ -1,7 +1,7 @@
 """One request from `Ask` to its last event: render, submit, parse, count. All that the APIs share; no HTTP here.
 
     conversation = await Conversation.start(engine, ask)     # raises ApiError while a status can still be sent
-    async for event in conversation: ...                     # ds4jax.chat_parser's events, and Tick
+    async for event in conversation: ...                     # ds4jax.chat.parser's events, and Tick
     conversation.finish, conversation.usage, conversation.message
 
 A conversation that is dropped or cancelled, at whatever point, gives its place in the engine back.
@@ -15,13 +15,14 @@ import functools
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from ds4jax import chat, chat_parser
-from ds4jax.chat_parser import Event, Finish, OutputParser, TextDelta
+from ds4jax.chat import parser as chat_parser
+from ds4jax.chat import template as chat
+from ds4jax.chat.parser import Event, Finish, OutputParser, TextDelta
 from ds4jax.engine.engine import Engine, Finished, Prefilled, Request, Started, Token
 from ds4jax.engine.engine import Event as EngineEvent
+from ds4jax.io.tokenizer import Special, Tokenizer
 from ds4jax.server.errors import ApiError, overflow
 from ds4jax.server.requests import Ask
-from ds4jax.tokenizer import Special, Tokenizer
 
 ADMISSION = 1.0
 """Seconds to wait for a place in the engine before the first event goes out without the number of cached tokens."""
@@ -92,7 +93,7 @@ class Conversation:
 
     @property
     def message(self) -> dict[str, Any]:
-        """The answer as an assistant message in Chat Completions' form; see `ds4jax.chat_parser.message`."""
+        """The answer as an assistant message in Chat Completions' form; see `ds4jax.chat.parser.message`."""
         return chat_parser.message(self._events)
 
     def cancel(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from ds4jax.chat_parser import Event, Finish, TextDelta, ThinkingDelta, ToolCallFinished
+from ds4jax.chat.parser import Event, Finish, TextDelta, ThinkingDelta, ToolCallFinished
 from ds4jax.server.conversation import Conversation, Tick, Usage
 from ds4jax.server.errors import ApiError
 from ds4jax.server.sse import Reply, event, new_id

@@ -12,7 +12,7 @@ import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ds4jax.sampling import Sampling
+from ds4jax.engine.sampling import Sampling
 from ds4jax.server.errors import ApiError
 
 MAX_STOPS, MAX_STOP = 16, 1024  # stop strings, and characters of one
@@ -26,10 +26,10 @@ class Ask:
     """A request, whichever API it came by.
 
     model: the name the client used; any will do. stream: whether events are wanted.
-    messages: in Chat Completions' form, for `ds4jax.chat.render`; or None for a raw `prompt`, text or token ids.
+    messages: in Chat Completions' form, for `template.render`; or None for a raw `prompt`, text or token ids.
     tools: those the model may call. custom_tools: names of those that take free text; namespaces: (namespace, name) of
         those that have one, by the name that the model sees (Responses).
-    think: one of `ds4jax.chat.THINK_MODES`.
+    think: one of `ds4jax.chat.template.THINK_MODES`.
     schema: what the reply must follow: a JSON schema or "json_object". max_tokens: None for all the room there is.
     logprobs: None, or how many of the likeliest tokens to report beside each token of the text.
     include_usage: a last chunk with the usage (Chat Completions, Completions). summary: thoughts are shown (Responses).

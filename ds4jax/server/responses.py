@@ -6,7 +6,7 @@ import json
 import time
 from typing import Any
 
-from ds4jax.chat_parser import Event, TextDelta, ThinkingDelta, ToolCallFinished
+from ds4jax.chat.parser import Event, TextDelta, ThinkingDelta, ToolCallFinished
 from ds4jax.server.conversation import Conversation, Tick, Usage
 from ds4jax.server.errors import ApiError
 from ds4jax.server.requests import Ask

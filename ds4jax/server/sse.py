@@ -7,7 +7,7 @@ import secrets
 import time
 from typing import Any, ClassVar
 
-from ds4jax.chat_parser import Event
+from ds4jax.chat.parser import Event
 from ds4jax.server.conversation import Conversation, Tick
 from ds4jax.server.errors import ApiError
 

@@ -24,7 +24,7 @@ def define_model(flag_values: flags.FlagValues) -> None:
 
 def define_synthetic(flag_values: flags.FlagValues) -> None:
     """The flag --synthetic, of tools that measure: their model needs no file."""
-    from ds4jax.synthetic import SHAPES
+    from ds4jax.io.synthetic import SHAPES
 
     text = "Instead of a model file: random weights of this shape, in the q2 file's types; full is DeepSeek-V4-Flash."
     flags.DEFINE_enum("synthetic", None, list(SHAPES), text, flag_values=flag_values)

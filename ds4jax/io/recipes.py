@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from ds4jax.errors import ConfigError
-from ds4jax.tensors import TensorSpec
+from ds4jax.model.tensors import TensorSpec
 
 Type = GGMLQuantizationType
 Recipe = Callable[[TensorSpec], Type]

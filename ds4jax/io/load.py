@@ -25,10 +25,10 @@ from gguf import GGMLQuantizationType as GGMLType
 from jax import lax
 from tqdm import tqdm
 
-from ds4jax import weights
-from ds4jax.checkpoint import Checkpoint, open_checkpoint
-from ds4jax.quant import FORMATS
-from ds4jax.weights import Weights, WeightSpec
+from ds4jax.formats.quant import FORMATS
+from ds4jax.io.checkpoint import Checkpoint, open_checkpoint
+from ds4jax.model import weights
+from ds4jax.model.weights import Weights, WeightSpec
 
 # JAX copies what is below 1 GiB into page-locked memory, with one thread for each plane. Small slabs keep this memory,
 # and that for the slabs themselves, small: a page that is used for the first time costs more than all of its copies.

@@ -23,8 +23,8 @@ from jax.sharding import Mesh, NamedSharding
 from ds4jax import sharding
 from ds4jax.config import ModelConfig
 from ds4jax.errors import GGUFError
-from ds4jax.quant import FORMATS, Quantized
-from ds4jax.tensors import TensorSpec, mtp_layout, mtp_table, tensor_table
+from ds4jax.formats.quant import FORMATS, Quantized
+from ds4jax.model.tensors import TensorSpec, mtp_layout, mtp_table, tensor_table
 
 Leaf = Any  # Stack of Quantized or Array; after `.at(layer)`, Quantized or Array; in `abstract`, WeightSpec
 

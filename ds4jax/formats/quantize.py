@@ -1,4 +1,4 @@
-"""Quantizers: a float matrix → the planes of any format of `ds4jax.quant`, one jitted function of array operations.
+"""Quantizers: a float matrix → the planes of any format, one jitted function of array operations.
 
 A quantizer minimises a weighted squared error (`_error_weights`) over short lists of candidates, with least squares:
 
@@ -23,7 +23,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ds4jax.errors import Ds4Error
-from ds4jax.quant import BF16, F16, F32, IQ2_XXS, MXFP4, Q2_K, Q4_K, Q8_0, Quantized
+from ds4jax.formats.quant import BF16, F16, F32, IQ2_XXS, MXFP4, Q2_K, Q4_K, Q8_0, Quantized
 from pallas_kernels.formats import IQ2_XXS_GRID
 
 Array = jax.Array

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ds4jax.errors import Ds4Error
-from ds4jax.tokenizer import Special, Tokenizer
+from ds4jax.io.tokenizer import Special, Tokenizer
 
 Segment = str | Special | int
 """One piece of a prompt: plain text, a trusted control token, or a token of a turn that is repeated as sampled."""
@@ -30,7 +30,7 @@ class SampledTurn:
     spelled otherwise, a different cut into tokens. `render` takes the tokens where the message is still the same.
 
     thinking: whether the generation header before it opened a thought.
-    message: OpenAI-style and plain JSON, as `ds4jax.chat_parser.message` makes it.
+    message: OpenAI-style and plain JSON, as `ds4jax.chat.parser.message` makes it.
     ids: the sampled tokens after the generation header, the closing tag of the calls included, without EOS.
     """
 
@@ -441,11 +441,3 @@ def _in_call_order(blocks: Sequence[str | _Result], call_order: Mapping[str, int
         block if isinstance(block, str) else RESULT_OPEN + escape(next(ordered).text, RESULT_CLOSE) + RESULT_CLOSE
         for block in blocks
     ]
-
-
-if __name__ == "__main__":  # `python -m ds4jax.chat` is the chat in the terminal
-    import sys
-
-    from ds4jax import cli, terminal
-
-    sys.exit(cli.run(terminal.main, terminal.FLAGS, terminal.__doc__))

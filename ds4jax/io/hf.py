@@ -1,8 +1,9 @@
 """A Hugging Face checkpoint of DeepSeek-V4: safetensors shards, config.json, tokenizer.json.
 
-Opened, every tensor of `ds4jax.tensors` is known to be there with the right shape and dtype; reading takes one slab of
-rows at a time. Names are DeepSeek's own (``layers.3.attn.wq_a.weight``) or transformers' (``model.layers.3.self_attn.
-q_a_proj.weight``), with or without a leading ``model.``, in any mixture: transformers itself writes one.
+Opened, every tensor of `ds4jax.model.tensors` is known to be there with the right shape and dtype; reading takes one
+slab of rows at a time. Names are DeepSeek's own (``layers.3.attn.wq_a.weight``) or transformers'
+(``model.layers.3.self_attn.q_a_proj.weight``), with or without a leading
+``model.``, in any mixture: transformers itself writes one.
 
 Weights are F32, F16 or BF16; or E4M3 with one scale per block of 128 × 128; or E2M1, two values a byte (the first in
 the low nibble), with one scale per 32 values. The scales are powers of two (E8M0).
@@ -29,10 +30,10 @@ import tokenizers
 
 from ds4jax.config import ModelConfig
 from ds4jax.errors import Ds4Error
-from ds4jax.gguf import show
-from ds4jax.numerics import E2M1_VALUES
-from ds4jax.tensors import TensorSpec, mtp_table, tensor_table
-from ds4jax.tokenizer import Tokenizer
+from ds4jax.io.gguf import show
+from ds4jax.io.tokenizer import Tokenizer
+from ds4jax.model.tensors import TensorSpec, mtp_table, tensor_table
+from ds4jax.numerics.rows import E2M1_VALUES
 
 Array = jax.Array
 Mtp = Literal["keep", "skip", "only"]

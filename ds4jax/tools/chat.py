@@ -25,11 +25,12 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 from tqdm import tqdm
 
-from ds4jax import chat, cli
-from ds4jax.chat_parser import TextDelta, ThinkingDelta
+from ds4jax.chat import template as chat
+from ds4jax.chat.parser import TextDelta, ThinkingDelta
 from ds4jax.errors import Ds4Error
 from ds4jax.paths import cache_dir
 from ds4jax.settings import Settings
+from ds4jax.tools import cli
 
 if TYPE_CHECKING:  # JAX takes a second to import
     from ds4jax.engine.engine import Engine
@@ -164,7 +165,7 @@ class Session:
 
     async def _answer(self, said: dict[str, Any]) -> None:
         """Prints the answer as it comes; `said` becomes its message, also if this is cancelled."""
-        from ds4jax.sampling import Sampling
+        from ds4jax.engine.sampling import Sampling
         from ds4jax.server.conversation import Conversation, Tick
         from ds4jax.server.requests import Ask
 
@@ -243,3 +244,7 @@ def _write(path: str, text: str) -> None:
         Path(path).expanduser().write_text(text, encoding="utf-8")
     except OSError as error:
         raise Ds4Error(f"{path or 'FILE'}: cannot be written: {error.strerror}") from None
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main, FLAGS, __doc__))

@@ -1,7 +1,7 @@
 """Text to token ids and back: a GGUF file's byte-level BPE, run by the `tokenizers` package.
 
 Ordinary text and control tokens never mix here: `encode_text` cannot produce a control token whatever it is given,
-and a prompt that needs them states them as ids (`encode_segments`). `ds4jax.chat` builds such prompts.
+and a prompt that needs them states them as ids (`encode_segments`). `ds4jax.chat.template` builds such prompts.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Tokenizer:
     All others are control tokens (or unused): they enter a prompt by id only, and decode to their literal spelling.
 
     Attributes: ``tokens`` (spelling by id), ``bos_id``, ``eos_id``, ``add_bos`` (whether `encode_raw` starts with BOS)
-    and ``chat_template`` (the file's template, or None; `ds4jax.chat.effort_profile` reads it).
+    and ``chat_template`` (the file's template, or None; `ds4jax.chat.template.effort_profile` reads it).
     """
 
     def __init__(

@@ -16,10 +16,10 @@ import numpy as np
 from flax import struct
 from jax import lax
 
-from ds4jax import numerics as num
 from ds4jax.config import CSA_RATIO, HCA_RATIO, ModelConfig
 from ds4jax.errors import ConfigError
-from ds4jax.quant import wide
+from ds4jax.formats.quant import wide
+from ds4jax.numerics import rows as num
 
 Array = jax.Array
 

@@ -1,4 +1,4 @@
-"""Sampled tokens to a chat message, as they come: thinking, text and tool calls. What `ds4jax.chat` renders, read back.
+"""Sampled tokens to a chat message, as they come: thinking, text and tool calls. What `template` renders, read back.
 
     THINK ── </think> ──► TEXT ── <｜DSML｜tool_calls> ──► TOOL ── </｜DSML｜tool_calls> ──► DONE
       (if the header opened it)      (if there are tools)
@@ -18,9 +18,9 @@ import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
-from ds4jax import chat
+from ds4jax.chat import template as chat
 from ds4jax.errors import Ds4Error
-from ds4jax.tokenizer import Special, StreamDecoder, Tokenizer
+from ds4jax.io.tokenizer import Special, StreamDecoder, Tokenizer
 
 # Lone surrogates stand for the control tokens: decoded UTF-8 has none.
 _THINK, _END_THINK, _DSML = "\ud800", "\ud801", "\ud802"

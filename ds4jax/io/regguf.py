@@ -1,4 +1,4 @@
-"""A GGUF file as what `ds4jax.convert` reads: the same tensors in other types."""
+"""A GGUF file as what `ds4jax.tools.convert` reads: the same tensors in other types."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ds4jax.checkpoint import Checkpoint, open_checkpoint
 from ds4jax.errors import Ds4Error
-from ds4jax.gguf import GGUFFile
-from ds4jax.hf import Mtp, Source
-from ds4jax.quant import FORMATS
-from ds4jax.tensors import mtp_table, tensor_table
-from ds4jax.tokenizer import Tokenizer
+from ds4jax.formats.quant import FORMATS
+from ds4jax.io.checkpoint import Checkpoint, open_checkpoint
+from ds4jax.io.gguf import GGUFFile
+from ds4jax.io.hf import Mtp, Source
+from ds4jax.io.tokenizer import Tokenizer
+from ds4jax.model.tensors import mtp_table, tensor_table
 
 
 @dataclasses.dataclass(frozen=True)

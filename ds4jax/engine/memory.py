@@ -1,0 +1,193 @@
+"""What a model needs of each device's memory, known before any is taken: ``python -m ds4jax.memory --config h200``.
+
+Weights and cache follow from their abstract trees; the workspace is what XLA has planned for each compiled step, on top
+of both. Loading makes the same plan, and refuses a model that does not fit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import jax
+from absl import flags
+
+from ds4jax.config import HCA_RATIO
+from ds4jax.errors import ConfigError
+from ds4jax.settings import Settings
+from ds4jax.tools import cli
+
+if TYPE_CHECKING:
+    from ds4jax.engine.runner import Programs
+
+_GIB = 2**30
+
+FLAGS = flags.FlagValues()
+cli.define_model(FLAGS)
+cli.define_synthetic(FLAGS)
+flags.DEFINE_integer("ctx", None, "Tokens that one sequence can hold; by default the config's.", flag_values=FLAGS)
+flags.DEFINE_integer("batch", None, "Sequences at once; by default the config's.", flag_values=FLAGS)
+flags.DEFINE_bool(
+    "compile", True, "Compile the steps, which takes a minute at full size; without, the workspace is left out.",
+    flag_values=FLAGS,
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Bytes on each device.
+
+    device: its kind. limit: what JAX may take of it, or None where JAX does not say (a CPU). ctx, batch: of the cache.
+    workspace: what the compiled calls of each step need beside weights and cache; empty if none is compiled.
+    programs: the compiled code. The driver keeps it outside of what JAX may take.
+    """
+
+    device: str
+    limit: int | None
+    ctx: int
+    batch: int
+    weights: int
+    cache: int
+    workspace: dict[str, int]
+    programs: int
+
+    @property
+    def total(self) -> int:
+        """What JAX has to take: steps run one at a time, so the largest workspace counts."""
+        return self.weights + self.cache + max(self.workspace.values(), default=0)
+
+    @property
+    def fits(self) -> bool:
+        return self.limit is None or self.total <= self.limit
+
+    def __str__(self) -> str:
+        """The plan as a table."""
+        steps = ", ".join(f"{name} {n / _GIB:.3f}" for name, n in self.workspace.items())
+        rows: list[tuple[str, int | None, str]] = [
+            ("weights", self.weights, ""),
+            ("cache", self.cache, f"batch {self.batch}, ctx {self.ctx}"),
+            ("workspace", max(self.workspace.values(), default=None), steps or "not compiled"),
+            ("together", self.total, ""),
+            ("limit", self.limit, "what JAX may take (memory_fraction)" if self.limit else "JAX does not say here"),
+            *([("left", self.limit - self.total, "")] if self.limit else []),
+            ("programs", self.programs if self.workspace else None, "compiled code, outside of the limit"),
+        ]
+        lines = [f"{name:<10} {'?' if n is None else f'{n / _GIB:.3f}':>9}  {note}" for name, n, note in rows]
+        return "\n".join([f"GiB on each device ({self.device})", *(line.rstrip() for line in lines)])
+
+
+def plan(programs: Programs) -> Plan:
+    """The plan for `programs`, with the workspace of those that are compiled."""
+    device = jax.local_devices()[0]
+    workspace: dict[str, int] = {}
+    code = 0
+    cache = per_device(programs.cache)
+    for (name, *_), program in programs.compiled.items():
+        stats = program.memory_analysis()
+        # Of the outputs, the cache takes the place of the old one, which was donated.
+        needs = stats.temp_size_in_bytes + stats.output_size_in_bytes - cache
+        workspace[name] = max(needs, workspace.get(name, 0))
+        code += stats.generated_code_size_in_bytes
+    return Plan(
+        device=device.device_kind,
+        limit=(device.memory_stats() or {}).get("bytes_limit"),
+        ctx=programs.settings.ctx,
+        batch=programs.batch,
+        weights=per_device(programs.weights),
+        cache=cache,
+        workspace=workspace,
+        programs=code,
+    )
+
+
+def per_device(tree: Any) -> int:
+    """Bytes that one device holds of a tree of `jax.ShapeDtypeStruct`s; without a sharding it holds all."""
+
+    def shape(x: jax.ShapeDtypeStruct) -> tuple[int, ...]:
+        return x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
+
+    return sum(math.prod(shape(x)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def check(programs: Programs, sizes: Iterable[int] = ()) -> Plan:
+    """Plan a model that is about to be loaded, its steps compiled (see `Programs.compile_largest`), if the device says
+    how much memory it has.
+
+    Raises ConfigError with the plan, and with the ctx or batch that would fit, if it does not.
+    """
+    found = plan(programs)
+    if found.limit is None:
+        return found
+    if found.fits:  # else there is no need to compile
+        programs.compile_largest(sizes)
+        found = plan(programs)
+    if not found.fits:
+        raise ConfigError(
+            f"memory: found {found.limit / _GIB:.1f} GiB, expected at least {found.total / _GIB:.1f} GiB\n"
+            f"{found}\n{advice(programs)}"
+        )
+    return found
+
+
+def advice(programs: Programs) -> str:
+    """What would fit, of the same model on the same device, where `programs` does not. May have to compile."""
+    ctx, batch = (largest(programs, key, step) for key, step in (("ctx", HCA_RATIO), ("batch", 1)))
+    ways = [f"ctx {ctx} with batch {programs.batch}"] if ctx else []
+    ways += [f"batch {batch} with ctx {programs.settings.ctx}"] if batch else []
+    if ways:
+        return f"would fit: {', or '.join(ways)}"
+    if plan(programs).workspace:
+        return "no smaller ctx or batch alone would fit; a smaller prefill_chunk needs less workspace"
+    return "no ctx or batch would fit: more devices (tp, ep), a smaller file or a larger memory_fraction might"
+
+
+def largest(programs: Programs, key: str, step: int) -> int | None:
+    """The largest `key` (ctx or batch; a multiple of `step`) below that of `programs` with which the plan fits.
+
+    None if none does. The workspace of a larger call serves as the bound for smaller ones, so that at most a few have
+    to be compiled; where it alone is too much, the result may not be the very largest.
+    """
+    found, asked = plan(programs), getattr(programs, key)
+    workspace = max(found.workspace.values(), default=0)
+
+    def fits(steps: int) -> bool:
+        return found.weights + per_device(programs.but(key, steps * step).cache) + workspace <= found.limit
+
+    low, high = 0, (asked - 1) // step
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    n = low * step
+    if n and found.workspace:
+        return n
+    if not n:
+        n = asked // 8 // step * step
+        if not found.workspace or not n:
+            return None
+    smaller = programs.but(key, n)
+    smaller.compile_largest()
+    return n if plan(smaller).fits else largest(smaller, key, step)
+
+
+def main() -> int:
+    """Run the tool as FLAGS say; → exit status: 1 if the plan does not fit. Raises Ds4Error."""
+    settings = Settings.load(FLAGS.config, **{key: FLAGS[key].value for key in ("model", "ctx", "batch")})
+    settings.set_environment()
+    from ds4jax.engine import runner
+
+    runner.keep_compilations()
+    programs = runner.Programs(runner.open_model(settings, FLAGS.synthetic), settings, progress=True)
+    if FLAGS.compile and plan(programs).fits:
+        programs.compile_largest()
+    found = plan(programs)
+    print(found)
+    if not found.fits:
+        print(advice(programs) if FLAGS.compile else "does not fit")
+    return 0 if found.fits else 1
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main, FLAGS, __doc__))

@@ -1,0 +1,268 @@
+"""Prefill and decode speed over context: ``python -m ds4jax.bench --config h200 --synthetic full --csv F``.
+
+At each frontier (ctx_start, times step_mul, ..., and ctx_max): the tokens since the last frontier are prefilled, a
+snapshot is taken, gen_tokens are generated greedily, whatever they are, and the snapshot is put back. One line of CSV
+each, with ds4's columns; ctx_tokens are those of one sequence, everything else is summed over the batch:
+
+  prefill_tokens, prefill_tps   tokens since the last frontier; and per second
+  gen_tokens, gen_tps           tokens generated from there; and per second
+  kvcache_bytes                 of the snapshot
+
+Seconds are the caller's, everything included but compilation and three calls of every shape before. Prompts are random
+tokens. Progress, start-up time and memory go to stderr.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from absl import flags
+
+from ds4jax.config import HCA_RATIO
+from ds4jax.errors import ConfigError
+from ds4jax.settings import Settings
+from ds4jax.tools import cli
+
+if TYPE_CHECKING:  # JAX must not run before `Settings.set_environment`
+    from ds4jax.engine.runner import Runner
+    from ds4jax.model.cache import Cache
+
+WARM = 3  # calls before anything is timed: XLA runs a program op by op first, and records it as a graph then
+
+FLAGS = flags.FlagValues()
+cli.define_model(FLAGS)
+cli.define_synthetic(FLAGS)
+flags.DEFINE_integer("ctx_start", 2048, "The first frontier.", flag_values=FLAGS)
+flags.DEFINE_integer("ctx_max", 28672, "The last frontier.", flag_values=FLAGS)
+flags.DEFINE_float("step_mul", 2, "From one frontier to the next.", flag_values=FLAGS)
+flags.DEFINE_integer("gen_tokens", 128, "Tokens to generate at each frontier, by each sequence.", flag_values=FLAGS)
+flags.DEFINE_integer(
+    "fill", None, "Instead of the sweep: fill the cache with random rows up to this many tokens, and generate there.",
+    flag_values=FLAGS,
+)  # fmt: skip
+flags.DEFINE_integer("batch", 1, "Sequences, each of its own tokens.", flag_values=FLAGS)
+flags.DEFINE_integer("ctx", None, "Tokens that the cache has room for; by default what is needed.", flag_values=FLAGS)
+flags.DEFINE_integer("prefill_chunk", None, "Tokens per prefill call; by default the config's.", flag_values=FLAGS)
+flags.DEFINE_integer("seed", 0, "Of the prompts and of a filled cache.", flag_values=FLAGS)
+flags.DEFINE_string("csv", None, "Where the table goes; by default stdout.", flag_values=FLAGS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One line of the table; see the top of this file."""
+
+    ctx_tokens: int
+    prefill_tokens: int
+    prefill_tps: float
+    gen_tokens: int
+    gen_tps: float
+    kvcache_bytes: int
+
+    def cells(self) -> list[str]:
+        """As text, in order."""
+        return [f"{x:.2f}" if isinstance(x, float) else str(x) for x in dataclasses.astuple(self)]
+
+
+COLUMNS = [field.name for field in dataclasses.fields(Row)]
+
+
+def frontiers(start: int, stop: int, factor: float) -> list[int]:
+    """start, start·factor, …, and exactly `stop`. Raises ConfigError."""
+    if not 1 <= start <= stop:
+        raise ConfigError(f"ctx_start: found {start}, expected 1 to {stop} (ctx_max)")
+    if not factor > 1:
+        raise ConfigError(f"step_mul: found {factor:g}, expected more than 1")
+    points = [start]
+    while points[-1] < stop:
+        points.append(min(stop, max(points[-1] + 1, int(points[-1] * factor))))
+    return points
+
+
+def main() -> None:
+    """Run the tool as FLAGS say. Raises Ds4Error."""
+    points = frontiers(FLAGS.ctx_start, FLAGS.ctx_max, FLAGS.step_mul) if FLAGS.fill is None else [FLAGS.fill]
+    for name, least in (("gen_tokens", 1), ("fill", 1), ("seed", 0)):
+        if FLAGS[name].value is not None and FLAGS[name].value < least:
+            raise ConfigError(f"{name}: found {FLAGS[name].value}, expected at least {least}")
+    need = points[-1] + FLAGS.gen_tokens
+    ctx = -(-need // HCA_RATIO) * HCA_RATIO if FLAGS.ctx is None else FLAGS.ctx
+    if ctx < need:
+        raise ConfigError(f"ctx: found {ctx}, expected at least {need} for this table")
+    path = Path(FLAGS.csv) if FLAGS.csv else None
+    if path and not path.parent.is_dir():
+        raise ConfigError(f"csv: found {path}, expected a file in an existing directory")
+    overrides = {key: FLAGS[key].value for key in ("model", "batch", "prefill_chunk")}
+    settings = Settings.load(FLAGS.config, ctx=ctx, **overrides)
+    settings.set_environment()
+    from ds4jax.engine import runner
+
+    runner.keep_compilations()
+    start = time.perf_counter()
+    prefills = () if FLAGS.fill else chunks(points, settings.prefill_chunk)
+    sizes = runner.chunk_sizes(prefills, settings.prefill_chunk)
+    source = runner.open_model(settings, FLAGS.synthetic)
+    loaded = runner.Runner(source, settings, progress=True, sizes=sizes)
+    if FLAGS.fill is None:
+        rows = sweep(loaded, points, FLAGS.gen_tokens, FLAGS.seed)
+    else:
+        rows = filled(loaded, FLAGS.fill, FLAGS.gen_tokens, FLAGS.seed)
+    done = []
+    for row in rows:
+        if not done:
+            total, compiling = time.perf_counter() - start, loaded.stats.compile_seconds
+            print(f"first row after {total:.1f} s, of which compilation {compiling:.1f} s", file=sys.stderr)
+        done.append(row)
+        print("  ".join(f"{name} {cell}" for name, cell in zip(COLUMNS, row.cells(), strict=True)), file=sys.stderr)
+        if path:  # whole at any time, and not lost with what comes after
+            write(path, done)
+    if not path:
+        _write(sys.stdout, done)
+    print(runner.describe_peak(loaded.programs), file=sys.stderr)
+
+
+# ---- measuring -------------------------------------------------------------------------------------------------------
+def sweep(runner: Runner, points: list[int], gen_tokens: int, seed: int) -> Iterator[Row]:
+    """A row for every frontier; all of the runner's slots go there together."""
+    import numpy as np
+
+    from ds4jax.engine.sampling import Sampling
+
+    greedy, slots = Sampling(temperature=0.0), range(runner.batch)
+    tokens = np.random.default_rng(seed).integers(runner.cfg.vocab_size, size=(runner.batch, points[-1])).tolist()
+    for size in sorted(chunks(points, runner.settings.prefill_chunk)):
+        print(f"warming up: prefill of {size} tokens ...", file=sys.stderr)
+        for _ in range(WARM):
+            runner.prefill(0, tokens[0][:size], greedy)
+    _warm_decode(runner)
+
+    before = 0
+    for point in points:
+        new = [row[before:point] for row in tokens]
+        start = time.perf_counter()
+        last = {slot: runner.prefill(slot, new[slot], greedy, append=before > 0).token for slot in slots}
+        seconds = time.perf_counter() - start
+        n = runner.batch * (point - before)
+        yield Row(point, n, n / seconds, *_generate(runner, last, gen_tokens))
+        before = point
+
+
+def chunks(points: list[int], chunk: int) -> set[int]:
+    """The numbers of tokens in the prefill calls that lead from frontier to frontier."""
+    from ds4jax.engine.runner import chunk_lengths
+
+    return chunk_lengths((b - a for a, b in zip([0, *points], points, strict=False)), chunk)
+
+
+def filled(runner: Runner, length: int, gen_tokens: int, seed: int) -> Iterator[Row]:
+    """One row, with nothing prefilled: every slot gets a `random_sequence`."""
+    from ds4jax.engine.sampling import Sampling
+
+    def fill() -> None:
+        for slot in range(runner.batch):
+            runner.restore(slot, random_sequence(runner, length, seed + slot), Sampling(temperature=0.0))
+
+    fill()
+    _warm_decode(runner)
+    fill()
+    yield Row(length, 0, 0.0, *_generate(runner, dict.fromkeys(range(runner.batch), 0), gen_tokens))
+
+
+def _warm_decode(runner: Runner) -> None:
+    print("warming up: decoding ...", file=sys.stderr)
+    for _ in range(WARM):
+        runner.decode(dict.fromkeys(range(runner.batch), 0))
+
+
+def _generate(runner: Runner, tokens: dict[int, int], n: int) -> tuple[int, float, int]:
+    """n greedy tokens in every slot from the given ones on, then taken back: → tokens, per second, bytes of cache."""
+    import jax
+
+    from ds4jax.engine.runner import BLOCK
+    from ds4jax.engine.sampling import Sampling
+    from ds4jax.model import cache
+
+    saved = jax.block_until_ready([runner.snapshot(slot) for slot in range(runner.batch)])
+    start = time.perf_counter()
+    running = []
+    for done in range(0, n, BLOCK):  # the device is a block ahead of the host
+        running.append(runner.decode_block(tokens if done == 0 else dict.fromkeys(tokens), min(BLOCK, n - done)))
+        if len(running) > 1:
+            running.pop(0).tokens()
+    running.pop().tokens()
+    seconds = time.perf_counter() - start
+    for slot, state in enumerate(saved):
+        runner.restore(slot, state, Sampling(temperature=0.0))
+    total = n * runner.batch
+    return total, total / seconds, sum(cache.nbytes(state) for state in saved)
+
+
+def random_sequence(runner: Runner, length: int, seed: int) -> Cache:
+    """A cache as if one sequence of `length` tokens had been through the model: Gaussian rows, stored as rows are."""
+    import jax
+    import jax.numpy as jnp
+
+    from ds4jax.model import cache
+    from ds4jax.numerics import rows as numerics
+
+    cfg, compute = runner.cfg, runner.programs.compute
+    dtype, fields = jnp.dtype(compute.dtype), ("z", "g", "prev_z", "prev_g")
+    kv_row, index_row = (row(cfg, compute.numerics, dtype) for row in (numerics.kv_row, numerics.index_row))
+    form = cache.abstract(cfg, compute.numerics, dtype, 1, length)
+
+    @jax.jit
+    def make(key: jax.Array) -> Cache:
+        keys = iter(jax.random.split(key, 4 * (1 + len(fields))))
+
+        def normal(x: jax.ShapeDtypeStruct) -> jax.Array:
+            return jax.random.normal(next(keys), x.shape, x.dtype)
+
+        def rows(fmt: numerics.RowFormat, planes: numerics.Rows) -> numerics.Rows:
+            layers, _, n, _ = next(iter(planes.values())).shape
+
+            def layer(key: jax.Array) -> numerics.Rows:  # one at a time: unrounded rows are up to eight times as large
+                return fmt.encode(jax.random.normal(key, (1, n, fmt.dim), dtype))
+
+            return jax.lax.map(layer, jax.random.split(next(keys), layers))
+
+        def compressed(fmt: numerics.RowFormat, like: cache.Compressed) -> cache.Compressed:
+            return cache.Compressed(rows=rows(fmt, like.rows), **{f: normal(getattr(like, f)) for f in fields})
+
+        return cache.Cache(
+            length=jnp.full((1,), length, jnp.int32),
+            window=rows(kv_row, form.window),
+            csa=compressed(kv_row, form.csa),
+            index=compressed(index_row, form.index),
+            hca=compressed(kv_row, form.hca),
+        )
+
+    return make(jax.random.key(seed))
+
+
+# ---- the table -------------------------------------------------------------------------------------------------------
+def write(path: Path, rows: list[Row]) -> None:
+    """Write the whole table, in place of what was there. Raises ConfigError."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(partial, "w", encoding="utf-8", newline="") as file:
+            _write(file, rows)
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise ConfigError(f"csv: {path} cannot be written: {error.strerror}") from None
+
+
+def _write(file, rows: list[Row]) -> None:
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    writer.writerows(row.cells() for row in rows)
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main, FLAGS, __doc__))

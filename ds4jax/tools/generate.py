@@ -1,0 +1,340 @@
+"""Generate text: ``python -m ds4jax.generate --config tiny --prompt "..."``, or a batch job with --prompts_file.
+
+Text goes to stdout as it comes; progress, speed and memory go to stderr.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+import numpy as np
+from absl import flags
+
+from ds4jax.chat import template as chat
+from ds4jax.errors import ConfigError, Ds4Error
+from ds4jax.io.checkpoint import Checkpoint, open_checkpoint
+from ds4jax.io.download import resolve_model
+from ds4jax.io.tokenizer import StreamDecoder, Tokenizer
+from ds4jax.settings import Settings
+from ds4jax.tools import cli
+
+if TYPE_CHECKING:  # JAX takes a second to import, and must not run before `Settings.set_environment`
+    from ds4jax.engine.batch import Request
+    from ds4jax.engine.runner import Runner, Step
+
+DEFAULT_PROMPT = "Once upon a time"
+
+FLAGS = flags.FlagValues()
+cli.define_model(FLAGS)
+flags.DEFINE_string("prompt", None, f"The user's message. Without any prompt: {DEFAULT_PROMPT!r}.", flag_values=FLAGS)
+flags.DEFINE_string("prompt_file", None, "A UTF-8 file with the user's message.", flag_values=FLAGS)
+flags.DEFINE_string(
+    "prompts_file",
+    None,
+    'A batch job: JSON lines with "prompt" (and "system") or "messages", and perhaps "id", "think", "max_tokens" and '
+    "sampling parameters, which replace the flags.",
+    flag_values=FLAGS,
+)
+flags.DEFINE_string("out", None, "Where a batch job's results go, as JSON lines; by default stdout.", flag_values=FLAGS)
+flags.DEFINE_string("system", "", "The system prompt.", flag_values=FLAGS)
+flags.DEFINE_enum("think", "on", ["on", "off", "max"], "Whether the model reasons first.", flag_values=FLAGS)
+flags.DEFINE_bool("raw", False, "Continue the prompt as it is, without the chat template.", flag_values=FLAGS)
+flags.DEFINE_integer("max_tokens", None, "The longest answer; by default the config's.", flag_values=FLAGS)
+flags.DEFINE_integer("ctx", None, "Tokens of prompt and answer together; by default the config's.", flag_values=FLAGS)
+flags.DEFINE_float("temperature", 1.0, "0 takes the likeliest token.", flag_values=FLAGS)
+flags.DEFINE_float("top_p", 1.0, "Sample from the likeliest tokens that reach this probability.", flag_values=FLAGS)
+flags.DEFINE_integer("top_k", 0, "Sample from this many of the likeliest tokens; 0 is off.", flag_values=FLAGS)
+flags.DEFINE_float("min_p", 0.05, "Drop tokens this much less likely than the likeliest.", flag_values=FLAGS)
+flags.DEFINE_integer("seed", 0, "Of the random draws.", flag_values=FLAGS)
+flags.DEFINE_enum("numerics", None, ["official", "plain"], "By default the config's.", flag_values=FLAGS)
+flags.DEFINE_enum("kernels", None, ["pallas", "xla"], "By default the config's.", flag_values=FLAGS)
+flags.DEFINE_bool("dump_tokens", False, "Print the prompt's token ids and pieces, and stop.", flag_values=FLAGS)
+flags.DEFINE_string("dump_logprobs", None, "A JSON file for the logits behind every token.", flag_values=FLAGS)
+flags.DEFINE_integer("logprobs_top_k", 20, "Alternatives per step in --dump_logprobs.", flag_values=FLAGS)
+
+
+def main() -> int:
+    """Run the tool as FLAGS say; → exit status. Raises Ds4Error."""
+    source, several = _prompt_source()
+    overrides = {key: FLAGS[key].value for key in ("model", "ctx", "max_tokens", "numerics", "kernels")}
+    settings = Settings.load(FLAGS.config, **overrides)
+    settings.set_environment()
+    checkpoint = open_checkpoint(resolve_model(settings))
+    try:
+        tokenizer = Tokenizer.from_metadata(checkpoint.file.metadata)
+    except Ds4Error as error:
+        raise Ds4Error(f"{checkpoint.file.path}: {error}") from None
+    _note_lost_effort(tokenizer, settings)
+    if several:
+        return _batch_job(source, checkpoint, tokenizer, settings)
+    tokens = _encode(source, tokenizer, settings)
+    if FLAGS.dump_tokens:
+        for id in tokens:
+            print(f"{id}\t{tokenizer.piece(id)}")
+        return 0
+    return _stream(tokens, checkpoint, tokenizer, settings)
+
+
+# ---- one prompt ------------------------------------------------------------------------------------------------------
+def _stream(tokens: list[int], checkpoint: Checkpoint, tokenizer: Tokenizer, settings: Settings) -> int:
+    from ds4jax.engine import batch
+
+    request = _request(tokens, {}, checkpoint, settings)
+    logprobs = Logprobs(Path(FLAGS.dump_logprobs), tokens, FLAGS.logprobs_top_k) if FLAGS.dump_logprobs else None
+    decoder = StreamDecoder(tokenizer)
+    with _runner(checkpoint, settings, 1, [request]) as runner, logprobs or contextlib.nullcontext():
+        try:
+            for _, step, finish in batch.run(runner, [request], tokenizer.eos_id, logits=logprobs is not None):
+                cli.check_interrupt()
+                text = "" if finish == "stop" else decoder.push(step.token)
+                sys.stdout.write(text)
+                sys.stdout.flush()
+                if logprobs:
+                    logprobs.add(step, text)
+        finally:  # an interrupted answer ends properly too
+            print(decoder.flush(), flush=True)
+    return 0
+
+
+class Logprobs:
+    """The logits behind every token, for --dump_logprobs: written when the block ends, however it ends.
+
+    ``{"prompt_tokens": [id, ...], "steps": [{"id", "text", "logit", "logprob", "top": [[id, logit, logprob], ...]}]}``.
+    Logits are those of the position that the token was drawn from, before temperature and filters, to float32's full
+    precision; `top` has the likeliest, in order. `text` is what the step added to the output: an end token adds none,
+    nor does one that ends within a character.
+    """
+
+    def __init__(self, path: Path, prompt: list[int], top_k: int):
+        if not path.parent.is_dir():
+            raise ConfigError(f"dump_logprobs: found {path}, expected a file in an existing directory")
+        if top_k < 0:
+            raise ConfigError(f"logprobs_top_k: found {top_k}, expected at least 0")
+        self._path, self._top_k = path, top_k
+        self._content: dict[str, Any] = {"prompt_tokens": prompt, "steps": []}
+
+    def add(self, step: Step, text: str) -> None:
+        logits = step.logits
+        if not np.isfinite(logits).all():
+            raise Ds4Error(f"step {len(self._content['steps'])}: found logits that are not finite; a damaged model?")
+        wide = logits.astype(np.float64) - logits.max()
+        logprobs = (wide - np.log(np.exp(wide).sum())).astype(np.float32)
+        top = np.argsort(-logits, kind="stable")[: self._top_k]
+        self._content["steps"].append(
+            {
+                "id": step.token,
+                "text": text,
+                "logit": float(logits[step.token]),
+                "logprob": float(logprobs[step.token]),
+                "top": [[int(i), float(logits[i]), float(logprobs[i])] for i in top],
+            }
+        )
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *exc) -> None:
+        partial = self._path.with_name(f".{self._path.name}.{os.getpid()}")
+        try:
+            partial.write_text(json.dumps(self._content) + "\n")
+            os.replace(partial, self._path)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise Ds4Error(f"dump_logprobs: {self._path} cannot be written: {error.strerror}") from None
+
+
+# ---- many prompts ----------------------------------------------------------------------------------------------------
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """A line of a batch job: its number, its id (by default the number), and the request or what is wrong with it."""
+
+    number: int
+    id: Any
+    request: Request | None
+    error: str | None = None
+
+
+# Keys of a line → the types of their values.
+_NUMBER = (int, float)
+_SAMPLING = {"temperature": _NUMBER, "top_k": int, "top_p": _NUMBER, "min_p": _NUMBER, "seed": int}
+_KEYS = {"prompt": str, "system": str, "messages": list, "think": str, "id": (str, int), "max_tokens": int, **_SAMPLING}
+
+
+def parse_line(text: str, number: int, make: Callable[[dict[str, Any]], Request]) -> Line:
+    """A line of --prompts_file: an object with ``prompt`` (and perhaps ``system``) or ``messages``; ``id``, ``think``,
+    ``max_tokens`` and the sampling parameters are optional, and replace the flags."""
+    id: Any = number
+    try:
+        try:
+            line = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise Ds4Error(f"not JSON: {error}") from None
+        if not isinstance(line, dict):
+            raise Ds4Error(f"found {text.strip():.40}, expected an object")
+        if type(line.get("id")) in _KEYS["id"]:
+            id = line["id"]
+        for key, value in line.items():
+            if key not in _KEYS:
+                raise Ds4Error(f"found the key {key!r}, expected some of {', '.join(_KEYS)}")
+            if not isinstance(value, _KEYS[key]) or isinstance(value, bool):
+                raise Ds4Error(f"{key}: found {json.dumps(value):.40}, expected another type of value")
+        if ("prompt" in line) == ("messages" in line):
+            raise Ds4Error("expected either prompt or messages")
+        if "messages" in line and "system" in line:
+            raise Ds4Error("found system beside messages, expected it among them")
+        return Line(number, id, make(line))
+    except Ds4Error as error:
+        return Line(number, id, None, str(error))
+
+
+def _batch_job(text: str, checkpoint: Checkpoint, tokenizer: Tokenizer, settings: Settings) -> int:
+    """Results as they finish, one JSON object per line: id, text, tokens (of the answer, without the end token),
+    finish_reason and n_prompt_tokens; or id, line and error."""
+    from ds4jax.engine import batch
+
+    def make(line: dict[str, Any]) -> Request:
+        return _request(_encode(line, tokenizer, settings), line, checkpoint, settings)
+
+    lines = [parse_line(line, n, make) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+    good = {line.request: line for line in lines if line.request}
+    for line in lines:
+        if line.error:
+            print(f"{FLAGS.prompts_file} line {line.number}: {line.error}", file=sys.stderr)
+    done = 0
+    with contextlib.ExitStack() as stack:
+        runner = stack.enter_context(_runner(checkpoint, settings, settings.batch, good)) if good else None
+        out = stack.enter_context(_output())
+        for line in lines:
+            if line.error:
+                _write(out, {"id": line.id, "line": line.number, "error": line.error})
+        answers: dict[int, list[int]] = {line.number: [] for line in good.values()}
+        try:
+            for request, step, finish in batch.run(runner, good, tokenizer.eos_id) if runner else ():
+                cli.check_interrupt()
+                line, answer = good[request], answers[good[request].number]
+                if finish != "stop":
+                    answer.append(step.token)
+                if finish:
+                    result = {"id": line.id, "text": tokenizer.decode(answer), "tokens": answer}
+                    _write(out, result | {"finish_reason": finish, "n_prompt_tokens": len(request.tokens)})
+                    done += 1
+        finally:
+            print(f"{done} of {len(lines)} prompts finished", file=sys.stderr)
+    return 0 if done == len(lines) else 1
+
+
+@contextlib.contextmanager
+def _output() -> Iterator[TextIO]:
+    if FLAGS.out is None:
+        yield sys.stdout
+        return
+    try:
+        file = open(FLAGS.out, "w", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"out: {FLAGS.out} cannot be written: {error.strerror}") from None
+    with file:
+        yield file
+
+
+def _write(out: TextIO, result: dict) -> None:
+    """One whole line at once: what is in the file can be used while the job runs, and after it broke off."""
+    out.write(json.dumps(result, ensure_ascii=False) + "\n")
+    out.flush()
+
+
+# ---- both ------------------------------------------------------------------------------------------------------------
+def _prompt_source() -> tuple[Any, bool]:
+    """What the flags say to continue: (the values of one line, see `parse_line`), or the text of many and True."""
+    given = [name for name in ("prompt", "prompt_file", "prompts_file") if FLAGS[name].value is not None]
+    if len(given) > 1:
+        raise ConfigError(f"found --{given[0]} and --{given[1]}, expected one of them")
+    if FLAGS.prompts_file is not None:
+        for name in ("dump_tokens", "dump_logprobs"):
+            if FLAGS[name].value:
+                raise ConfigError(f"found --{name} with --prompts_file, expected it with a single prompt")
+        return _read(FLAGS.prompts_file), True
+    if FLAGS.out is not None:
+        raise ConfigError("found --out without --prompts_file; the text of a single prompt goes to stdout")
+    if FLAGS.prompt_file is not None:
+        return {"prompt": _read(FLAGS.prompt_file)}, False
+    return {"prompt": DEFAULT_PROMPT if FLAGS.prompt is None else FLAGS.prompt}, False
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_bytes().decode()
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{path}: found {error.object[error.start]:#04x} at byte {error.start}, expected UTF-8"
+        ) from None
+
+
+def _encode(values: dict[str, Any], tokenizer: Tokenizer, settings: Settings) -> list[int]:
+    """The token ids of a prompt: `values` as in a line of a batch job."""
+    system = values.get("system", FLAGS.system)
+    if FLAGS.raw:
+        if system or "messages" in values:
+            raise ConfigError(f"found --raw with {'a system prompt' if system else 'messages'}, expected only a prompt")
+        return tokenizer.encode_raw(values["prompt"])
+    messages = [{"role": "system", "content": system}] if system else []
+    messages += values.get("messages", [{"role": "user", "content": values.get("prompt")}])
+    return chat.render_ids(tokenizer, messages, think=values.get("think", FLAGS.think), ctx=settings.ctx)
+
+
+def _request(tokens: list[int], line: dict[str, Any], checkpoint: Checkpoint, settings: Settings) -> Request:
+    """A request: parameters that a line has replace those of the flags. Raises Ds4Error if it cannot run."""
+    from ds4jax.engine.batch import Request
+    from ds4jax.engine.runner import check_prompt
+    from ds4jax.engine.sampling import Sampling
+
+    check_prompt(tokens, checkpoint.cfg, settings.ctx)
+    max_tokens = line.get("max_tokens", settings.max_tokens)
+    if max_tokens < 1:
+        raise ConfigError(f"max_tokens: found {max_tokens}, expected at least 1")
+    return Request(tokens, max_tokens, Sampling(**{name: line.get(name, FLAGS[name].value) for name in _SAMPLING}))
+
+
+@contextlib.contextmanager
+def _runner(checkpoint: Checkpoint, settings: Settings, batch: int, requests: Iterable[Request]) -> Iterator[Runner]:
+    """A runner for some requests; at the end, speed and memory go to stderr."""
+    from ds4jax.engine import runner
+
+    runner.keep_compilations()
+    sizes = runner.chunk_sizes((len(request.tokens) for request in requests), settings.prefill_chunk)
+    loaded = runner.Runner(checkpoint, settings, batch, progress=True, sizes=sizes)
+    try:
+        yield loaded
+    finally:
+        stats = loaded.stats
+        for what, n, seconds in (
+            ("prefill", stats.prefill_tokens, stats.prefill_seconds),
+            ("decode", stats.decode_tokens, stats.decode_seconds),
+        ):
+            if n:
+                print(f"{what}: {n} tokens in {seconds:.2f} s, {n / seconds:.1f} tokens/s", file=sys.stderr)
+        peak = runner.describe_peak(loaded.programs)
+        print(f"compilation: {stats.compile_seconds:.1f} s; {peak}", file=sys.stderr)
+
+
+def _note_lost_effort(tokenizer: Tokenizer, settings: Settings) -> None:
+    if FLAGS.think == "max" and not FLAGS.raw:
+        profile = chat.effort_profile(tokenizer.chat_template)
+        if not chat.effort_prefix("max", profile, settings.ctx):
+            print(
+                f"note: --think=max acts as on: this model's instruction for it needs a ctx of "
+                f"{chat.MAX_EFFORT_CTX}, found {settings.ctx}",
+                file=sys.stderr,
+            )
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main, FLAGS, __doc__))

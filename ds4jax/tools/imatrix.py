@@ -1,0 +1,381 @@
+"""Importance matrices: how strongly a text drives each column of each weight matrix.
+
+    python -m ds4jax.imatrix --config NAME --text FILE --out F.gguf [--ctx 512] [--chunks N]
+    python -m ds4jax.imatrix --merge A.gguf,B.gguf --out F.gguf
+
+The model reads the text, and for every matrix the squares of what it is multiplied with are summed, column by column,
+over the tokens; for routed experts, over the tokens that were routed to each. The sums over the counts weigh the
+squared errors that a quantizer makes (`ds4jax.formats.quantize`). Files are those of llama.cpp's tools.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from jax import lax
+from jax.sharding import PartitionSpec
+from tqdm import tqdm
+
+from ds4jax import sharding
+from ds4jax.config import ModelConfig
+from ds4jax.errors import ConfigError, Ds4Error
+from ds4jax.formats.quant import linear, matmul
+from ds4jax.io.checkpoint import open_checkpoint
+from ds4jax.io.download import resolve_model
+from ds4jax.io.gguf import GGUFFile, TensorData, show, write_gguf
+from ds4jax.io.load import load
+from ds4jax.io.recipes import Type
+from ds4jax.io.tokenizer import Tokenizer
+from ds4jax.model import cache as kv
+from ds4jax.model import hyper, mtp
+from ds4jax.model.attention import attention
+from ds4jax.model.cache import Cache
+from ds4jax.model.moe import activation, moe, route
+from ds4jax.model.norm import rms_norm
+from ds4jax.model.tensors import MtpLayout, mtp_table, tensor_table
+from ds4jax.model.transformer import Compute, bucket
+from ds4jax.model.weights import SwiGLU, Weights
+from ds4jax.numerics import rows as numerics
+from ds4jax.settings import Settings
+from ds4jax.tools import cli
+
+Array = jax.Array
+
+_SUMS, _COUNTS = ".in_sum2", ".counts"
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """Of one tensor: sums (matrices, columns) of x², and counts (matrices,) of tokens; floats ≥ 0."""
+
+    sums: np.ndarray
+    counts: np.ndarray
+
+    def __add__(self, other: Entry) -> Entry:
+        return Entry(self.sums.astype(np.float64) + other.sums, self.counts.astype(np.float64) + other.counts)
+
+    def means(self) -> np.ndarray:
+        """x² on average, float32 (matrices, columns); 1 in a matrix that saw no token: an expert never chosen."""
+        bad = sum(int((~(np.isfinite(x) & (x >= 0))).sum()) for x in (self.sums, self.counts))
+        if bad:
+            raise Ds4Error(f"imatrix: found {bad} sums or counts that are negative or not finite")
+        counts = self.counts[:, None].astype(np.float64)
+        return np.where(counts > 0, self.sums / np.maximum(counts, 1), 1).astype(np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Imatrix:
+    """entries: tensor name → Entry. datasets: where they come from. The texts had `chunks` × `chunk_size` tokens."""
+
+    entries: dict[str, Entry]
+    datasets: list[str]
+    chunks: int
+    chunk_size: int
+
+    @classmethod
+    def read(cls, path: str | Path) -> Self:
+        """A file of `write` or of llama.cpp's llama-imatrix. Sums are read when they are used, not now.
+
+        For each tensor NAME it has F32 tensors NAME.in_sum2, dims [columns, matrices], and NAME.counts, dims
+        [1, matrices], or [1] for all of them. Raises Ds4Error (llama.cpp's older format, .dat, is not GGUF).
+        """
+        with GGUFFile.open(path) as file:
+
+            def get(key: str, kind: type) -> Any:
+                value = file.metadata.get(key)
+                if type(value) is not kind:
+                    raise Ds4Error(f"{path}: key '{key}': found {show(value)}, expected {kind.__name__}")
+                return value
+
+            if get("general.type", str) != "imatrix":
+                raise Ds4Error(
+                    f"{path}: key 'general.type': found {show(file.metadata['general.type'])}, expected 'imatrix'"
+                )
+            entries = {}
+            for name in file.tensors:
+                if name.endswith(_SUMS):
+                    stem = name.removesuffix(_SUMS)
+                    sums, counts = (file.array(stem + end) for end in (_SUMS, _COUNTS))
+                    sums, counts = np.atleast_2d(sums), counts.reshape(-1)
+                    if sums.ndim != 2 or len(counts) not in (1, len(sums)):
+                        raise Ds4Error(
+                            f"{path}: tensor {show(stem + _COUNTS)}: found {len(counts)} values, "
+                            f"expected 1 or {len(sums)}, as {_SUMS} has shape {sums.shape}"
+                        )
+                    entries[stem] = Entry(sums, np.broadcast_to(counts, len(sums)))
+            if not entries:
+                raise Ds4Error(f"{path}: found no tensor *{_SUMS}")
+            chunks, chunk_size = (get(f"imatrix.{key}", int) for key in ("chunk_count", "chunk_size"))
+            return cls(entries, get("imatrix.datasets", list), chunks, chunk_size)
+
+    def write(self, path: str | Path) -> None:
+        """Writes the file described in `read`; the same bytes for the same contents. Raises GGUFError."""
+        metadata = {
+            "general.type": "imatrix",
+            "imatrix.datasets": self.datasets,
+            "imatrix.chunk_count": self.chunks,
+            "imatrix.chunk_size": self.chunk_size,
+        }
+        tensors = []
+        for name, entry in sorted(self.entries.items()):
+            for end, values in ((_SUMS, entry.sums), (_COUNTS, entry.counts[:, None])):
+                values = values.astype(np.float32)
+                tensors.append((name + end, TensorData(values.shape, Type.F32, functools.partial(np.asarray, values))))
+        write_gguf(path, metadata, tensors)
+
+    def entry(self, name: str, matrices: int, columns: int) -> Entry | None:
+        """What there is about a tensor of that many matrices and columns, or None.
+
+        A tensor that is one matrix here but several in the file, as llama.cpp has one for each group of
+        ``attn_output_a``, gets their sum. Raises Ds4Error for sums of another shape.
+        """
+        entry = self.entries.get(name)
+        if entry is None:
+            return None
+        if matrices == 1:
+            entry = Entry(entry.sums.sum(0, keepdims=True), entry.counts.sum(keepdims=True))
+        if entry.sums.shape != (matrices, columns):
+            raise Ds4Error(
+                f"imatrix: tensor {show(name)}: found sums for {entry.sums.shape}, expected {(matrices, columns)}"
+            )
+        return entry
+
+
+def merge(parts: Sequence[Imatrix]) -> Imatrix:
+    """What one run over all the texts would have counted. Raises Ds4Error where shapes contradict."""
+    entries: dict[str, Entry] = {}
+    for part in parts:
+        for name, entry in part.entries.items():
+            old = entries.get(name)
+            if old is not None and old.sums.shape != entry.sums.shape:
+                raise Ds4Error(
+                    f"imatrix: tensor {show(name)}: found sums for {entry.sums.shape} and for {old.sums.shape}, "
+                    "expected files of one model"
+                )
+            entries[name] = entry if old is None else old + entry
+    size = parts[0].chunk_size
+    tokens = sum(part.chunks * part.chunk_size for part in parts)
+    return Imatrix(entries, [name for part in parts for name in part.datasets], -(-tokens // max(1, size)), size)
+
+
+# ---- collection ------------------------------------------------------------------------------------------------------
+# Families of matrices → what they are multiplied with, as `_block` names it. The matrices between the attention heads
+# and the residual streams are not among them.
+_INPUTS = {
+    **dict.fromkeys(("attn.q_a", "attn.kv", "csa.indexer.proj"), "attn"),
+    **dict.fromkeys(("csa.compressor.kv", "csa.compressor.gate", "hca.compressor.kv", "hca.compressor.gate"), "attn"),
+    **dict.fromkeys(("csa.indexer.compressor.kv", "csa.indexer.compressor.gate"), "attn"),
+    **dict.fromkeys(("attn.q_b", "csa.indexer.q_b"), "query"),
+    **dict.fromkeys(("ffn.router", "ffn.shared.gate", "ffn.shared.up"), "ffn"),
+    "ffn.shared.down": "shared",
+    **dict.fromkeys(("ffn.experts.gate", "ffn.experts.up"), "routed"),
+    "ffn.experts.down": "weighted",
+}
+Totals = list[
+    dict[str, tuple[Array, Array]]
+]  # per layer: name of an input → sums (matrices, columns), counts (matrices,)
+
+
+def collect(
+    w: Weights,
+    cfg: ModelConfig,
+    compute: Compute,
+    texts: Iterable[Sequence[int]],
+    ctx: int,
+    piece: int = 128,
+    layout: MtpLayout | None = None,
+) -> dict[str, Entry]:
+    """Runs texts, of 1 to `ctx` token ids each, through the model, `piece` tokens at a time; → entries by tensor.
+
+    Routed experts count the tokens routed to them, and ``ffn_down_exps`` sees its input after the route's weight.
+    layout: of the names of the MTP head's tensors, if the model has one; see `Checkpoint.mtp`.
+    """
+    everywhere = sharding.replicated(compute.mesh) if compute.mesh else None
+    cache = kv.empty(cfg, compute.numerics, compute.dtype, 1, ctx, everywhere)
+    totals: Totals | None = None
+    for text in texts:
+        for start in range(0, len(text), piece):
+            size = bucket(min(piece, len(text)), 2**20)
+            (tokens, n), (following, n_head) = (_pad(text[s : s + piece], size) for s in (start, start + 1))
+            n_head = np.minimum(n, n_head)  # the head has nothing to read with the last token of a text
+            args = tokens, n, following, n_head, np.array([start == 0])
+            found, cache = _observe(w, cache, *args, cfg=cfg, compute=compute)
+            totals = found if totals is None else _add(totals, found)
+    out = {}
+    for spec in tensor_table(cfg) + (mtp_table(cfg, layout) if layout else []):
+        family = spec.family.removeprefix("mtp.")
+        if family in _INPUTS and totals is not None:
+            layer = spec.layer if family == spec.family else cfg.n_layers
+            sums, counts = (np.asarray(x, np.float64) for x in totals[layer][_INPUTS[family]])
+            if not np.isfinite(sums).all():
+                raise Ds4Error(f"tensor {show(spec.name)}: found inputs that are not finite; a damaged model?")
+            out[spec.name] = Entry(sums, counts)
+    return out
+
+
+def _pad(part: Sequence[int], size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids → int32 (1, size), and their number (1,)."""
+    tokens = np.zeros((1, size), np.int32)
+    tokens[0, : len(part)] = part
+    return tokens, np.array([len(part)], np.int32)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _add(a: Totals, b: Totals) -> Totals:
+    return jax.tree.map(jnp.add, a, b)
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "compute"), donate_argnames="cache")
+def _observe(
+    w: Weights,
+    cache: Cache,
+    tokens: Array,
+    n: Array,
+    following: Array,
+    n_head: Array,
+    fresh: Array,
+    *,
+    cfg: ModelConfig,
+    compute: Compute,
+) -> tuple[Totals, Cache]:
+    """`transformer.forward`, and `mtp.draft` of as many tokens as have one `following`, with sums over the tokens.
+
+    Sequences marked `fresh` (B,) are emptied first.
+    """
+    cache = kv.reset(cache, fresh)
+    x = w.embed[tokens].dequantize(jnp.dtype(compute.dtype))
+    X = jnp.broadcast_to(x[:, :, None], (*tokens.shape, cfg.n_streams, cfg.embed_dim))
+    totals = []
+    for layer in range(cfg.n_layers):
+        X, cache, found = _block(X, tokens, n, w, cache, layer, cfg, compute)
+        totals.append(found)
+    if cfg.n_mtp:
+        Z = mtp.join(X, w.embed[following].dequantize(X.dtype), w.mtp, cfg)
+        _, cache, found = _block(Z, following, n_head, w, cache, cfg.n_layers, cfg, compute)
+        totals.append(found)
+    return totals, cache.replace(length=cache.length + n)
+
+
+def _block(
+    X: Array, tokens: Array, n: Array, w: Weights, cache: Cache, layer: int, cfg: ModelConfig, compute: Compute
+) -> tuple[Array, Cache, dict[str, tuple[Array, Array]]]:
+    """The steps of `transformer.block`, and the sums of squares of what its matrices are multiplied with."""
+    clamp = cfg.clamp(layer)
+    real = (jnp.arange(tokens.shape[1], dtype=jnp.int32) < n[:, None]).reshape(-1, 1).astype(jnp.float32)
+
+    def sums(x: Array, who: Array) -> tuple[Array, Array]:
+        """x (B, T, columns); who (B·T, matrices), 1 where a matrix is multiplied with that row."""
+        x = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+        return matmul("sm,si->mi", who, x * x), who.sum(0)
+
+    found: dict[str, tuple[Array, Array]] = {}
+
+    def attend(h: Array) -> tuple[Array, Cache]:
+        query = rms_norm(linear(h, w.attn.q_a[layer]), cfg.norm_eps, w.attn.q_a_norm[layer])
+        found.update(attn=sums(h, real), query=sums(query, real))
+        return attention(h, n, w, cache, layer, cfg, compute.numerics)
+
+    def feed_forward(h: Array) -> tuple[Array, None]:
+        ffn = w.ffn.at(layer)
+        x = h.reshape(-1, h.shape[-1])
+        ids, weight = route(x, tokens.reshape(-1), w, layer, cfg)
+        chosen = (ids[..., None] == jnp.arange(cfg.n_experts, dtype=ids.dtype)).any(1).astype(jnp.float32) * real
+        shared = activation(linear(x, ffn.shared.gate), linear(x, ffn.shared.up), clamp)
+        found.update(ffn=sums(h, real), routed=sums(h, chosen), shared=sums(shared, real))
+        run = _weighted if compute.mesh is None else functools.partial(_sharded_weighted, mesh=compute.mesh)
+        found["weighted"] = run(x, ids, weight * real, ffn.experts, clamp), found["routed"][1]
+        return moe(h, tokens, w, layer, cfg, compute.mesh), None
+
+    X, cache = hyper.connect(X, w.attn.hc.at(layer), w.attn.norm[layer], attend, cfg)
+    X, _ = hyper.connect(X, w.ffn.hc.at(layer), w.ffn.norm[layer], feed_forward, cfg)
+    return X, cache, found
+
+
+def _weighted(x: Array, ids: Array, weight: Array, w: SwiGLU, clamp: float, first: Array | int = 0) -> Array:
+    """For the experts held in w, which are first, first + 1, …: Σ over tokens of (activation · weight)², (held, F).
+
+    x (S, E); ids, weight (S, k). The weight of tokens that do not count is 0.
+    """
+
+    def one(_, expert: tuple[SwiGLU, Array]) -> tuple[None, Array]:
+        e, i = expert
+        share = jnp.where(ids == i, weight, 0).sum(-1, keepdims=True)
+        act = activation(linear(x, e.gate), linear(x, e.up), clamp).astype(jnp.float32) * share
+        return None, (act * act).sum(0)
+
+    return lax.scan(one, None, (w, first + jnp.arange(w.gate.shape[0], dtype=ids.dtype)))[1]
+
+
+def _sharded_weighted(x: Array, ids: Array, weight: Array, w: SwiGLU, clamp: float, mesh: jax.sharding.Mesh) -> Array:
+    """`_weighted` with the expert axis spread over the mesh."""
+    axes = sharding.RULES["experts"]
+
+    def local(x, ids, weight, w):
+        return _weighted(x, ids, weight, w, clamp, lax.axis_index(axes) * w.gate.shape[0])
+
+    everywhere = PartitionSpec()
+    by_expert = jax.tree.map(lambda _: sharding.partition_spec(("experts", None, None)), w)
+    return jax.shard_map(
+        local, mesh=mesh, in_specs=(everywhere, everywhere, everywhere, by_expert), out_specs=PartitionSpec(axes),
+        check_vma=False,
+    )(x, ids, weight, w)  # fmt: skip
+
+
+# ---- command line ----------------------------------------------------------------------------------------------------
+FLAGS = flags.FlagValues()
+cli.define_model(FLAGS)
+flags.DEFINE_string("text", None, "A UTF-8 file for the model to read.", flag_values=FLAGS)
+flags.DEFINE_integer("ctx", 512, "Tokens that are read together, the first of them BOS.", flag_values=FLAGS)
+flags.DEFINE_integer("chunks", None, "Read no more than this many times --ctx tokens.", flag_values=FLAGS)
+flags.DEFINE_list("merge", None, "Instead of reading a text: files to add up, with commas.", flag_values=FLAGS)
+flags.DEFINE_string("out", None, "The GGUF file to write.", flag_values=FLAGS)
+
+
+def main() -> None:
+    """Run the tool as FLAGS say. Raises Ds4Error."""
+    if not FLAGS.out or bool(FLAGS.text) == bool(FLAGS.merge):
+        raise ConfigError("expected --out FILE, and either --text FILE or --merge A,B")
+    result = merge([Imatrix.read(path) for path in FLAGS.merge]) if FLAGS.merge else _read_text(Path(FLAGS.text))
+    result.write(FLAGS.out)
+    experts = [entry.counts for entry in result.entries.values() if len(entry.counts) > 1]
+    unseen = sum(int((counts == 0).sum()) for counts in experts)
+    print(f"{FLAGS.out}: {len(result.entries)} tensors, {result.chunks} chunks of {result.chunk_size} tokens; "
+          f"{unseen} of {sum(map(len, experts))} expert matrices saw no token", file=sys.stderr)  # fmt: skip
+
+
+def _read_text(path: Path) -> Imatrix:
+    try:
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise Ds4Error(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    if FLAGS.chunks is not None and FLAGS.chunks < 1:
+        raise ConfigError(f"chunks: found {FLAGS.chunks}, expected at least 1")
+    settings = Settings.load(FLAGS.config, model=FLAGS.model, ctx=FLAGS.ctx)
+    settings.set_environment()
+    checkpoint = open_checkpoint(resolve_model(settings))
+    tokenizer = Tokenizer.from_metadata(checkpoint.file.metadata)
+    numerics.check(checkpoint.cfg, settings.numerics)
+    chunks = itertools.batched(tokenizer.encode_text(text), settings.ctx - 1)
+    chunks = [(tokenizer.bos_id, *chunk) for chunk in itertools.islice(chunks, FLAGS.chunks)]
+    if not chunks:
+        raise Ds4Error(f"{path}: found no text")
+    mesh = sharding.make_mesh(settings.tp, settings.ep) if settings.tp * settings.ep > 1 else None
+    w, _ = load(checkpoint, mesh, progress=True)
+    compute = Compute(settings.numerics, settings.dtype, mesh)
+    bar = tqdm(chunks, desc="reading", unit="chunk")
+    entries = collect(w, checkpoint.cfg, compute, bar, settings.ctx, settings.prefill_chunk, checkpoint.mtp)
+    return Imatrix(entries, [path.name], len(chunks), settings.ctx)
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main, FLAGS, __doc__))

@@ -1,0 +1,483 @@
+"""What a step must read and compute, and where its time goes: ``python -m ds4jax.roofline --config h200``.
+
+One decoded token of every sequence, or with --prefill a chunk of one sequence, after --ctx tokens. By component:
+
+  bytes, FLOPs   counted from the weight tree and the cache, see `count`
+  limit          the larger of bytes over the bandwidth of a copy and FLOPs over the rate of a bfloat16 matrix product,
+                 both measured first
+  time           of the component's kernels in a profile of the step, known by their names, see `attribute`
+  lost           time beyond the limit, and its share of all that is lost
+
+What no name tells is "rest"; "idle" is the step's time, measured without a profiler, in which no kernel runs. Without a
+GPU only bytes and FLOPs are shown, and nothing is allocated.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import dataclasses
+import math
+import os
+import re
+import sys
+import tempfile
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from absl import flags
+
+from ds4jax.config import CSA_RATIO, HCA_RATIO
+from ds4jax.errors import ConfigError
+from ds4jax.settings import Settings
+from ds4jax.tools import cli
+
+if TYPE_CHECKING:  # JAX must not run before `Settings.set_environment`
+    from ds4jax.engine.runner import Programs, Runner
+    from ds4jax.tools.limits import Device
+
+FLAGS = flags.FlagValues()
+cli.define_model(FLAGS)
+cli.define_synthetic(FLAGS)
+flags.DEFINE_integer("ctx", None, "Tokens before the step; by default 2048, or 0 for a prefill.", flag_values=FLAGS)
+flags.DEFINE_integer(
+    "room", None, "Tokens that the cache has room for, which kernels are made for; by default what is needed.",
+    flag_values=FLAGS,
+)  # fmt: skip
+flags.DEFINE_integer("batch", 1, "Sequences that decode together.", flag_values=FLAGS)
+flags.DEFINE_integer("prefill", None, "Instead of decoding: prefill this many tokens in one call.", flag_values=FLAGS)
+flags.DEFINE_integer("seed", 0, "Of what is in the cache.", flag_values=FLAGS)
+flags.DEFINE_string("csv", None, "A file for the table.", flag_values=FLAGS)
+flags.DEFINE_string("plot", None, "A PNG file; needs matplotlib.", flag_values=FLAGS)
+
+WARM = 3  # calls until a program runs as a graph
+BLOCKS = 4  # decoded in a row, timed and then profiled
+
+# Families of weights → component; the longest beginning counts.
+COMPONENTS = {
+    "attn": "projections",
+    "attn.hc": "streams",
+    "attn.norm": "streams",
+    "attn.kv_norm": "new rows",
+    "attn.sinks": "attention",
+    "csa": "compressors",
+    "csa.indexer": "indexer",
+    "csa.indexer.compressor": "compressors",
+    "hca": "compressors",
+    "ffn.hc": "streams",
+    "ffn.norm": "streams",
+    "ffn.router": "router",
+    "hash": "router",
+    "route": "router",
+    "ffn.experts": "experts",
+    "ffn.shared": "shared expert",
+    "head": "head",
+    "head.hc": "streams",
+    "head.norm": "streams",
+    "embed": "rest",
+}
+ORDER = (
+    "projections", "new rows", "compressors", "indexer", "attention", "router", "experts", "shared expert", "streams",
+    "head", "rest", "idle",
+)  # fmt: skip
+
+# Beginnings of the names of kernels → component. Those of products are not here: see `product_names`.
+KERNELS = {
+    "latent": "new rows",
+    "compressor": "compressors",
+    "indexer_scores": "indexer",
+    "topk": "indexer",
+    "mla_": "attention",
+    "router": "router",
+    "pack_": "experts",
+    "experts_": "experts",
+    "hyper_": "streams",
+}
+# Families whose products are one call for few tokens (ds4jax/model/fused.py); its name has k and the sum of n.
+CALLS = (
+    ("attn.q_a", "attn.kv"),
+    ("hca.compressor.kv", "hca.compressor.gate", "csa.compressor.kv", "csa.compressor.gate",
+     "csa.indexer.compressor.kv", "csa.indexer.compressor.gate", "csa.indexer.proj"),
+    ("attn.q_b", "csa.indexer.q_b"),
+    ("attn.o_a",),
+    ("attn.o_b",),
+    ("ffn.shared.gate", "ffn.shared.up"),
+    ("ffn.router",),
+    ("ffn.shared.down",),
+    ("head.out",),
+)  # fmt: skip
+NO_COLUMNS = "ffn.shared.up"  # part of gate's output
+PRODUCT = re.compile("nvjet|gemm|cublas|cutlass")  # what XLA calls products that it makes itself
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What a step does with one weight, or with a part of the cache. layer, shape: of a weight, else None."""
+
+    family: str
+    component: str
+    nbytes: float
+    flops: float = 0.0
+    layer: int | None = None
+    shape: tuple[int, ...] | None = None
+
+
+# ---- counting --------------------------------------------------------------------------------------------------------
+def count(programs: Programs, context: int, tokens: int, sequences: int) -> list[Work]:
+    """The work of a step that appends `tokens` to each of `sequences`, which have `context` tokens.
+
+    Weights are read once, of the routed experts as many as independent uniform choices touch, of tables the rows used;
+    stored rows once per sequence, but in decoding only those seen; a compressor's open window is written and read once.
+    Of activations only the streams count, read and written at every boundary; the others are small beside these, or
+    their products are bound by the tensor cores. FLOPs are those of matrix products.
+    """
+    return [*_weights(programs, tokens, sequences), *_cache(programs, context, tokens, sequences)]
+
+
+def chooses(programs: Programs) -> bool:
+    """Whether CSA layers choose rows, rather than take all that there is room for."""
+    return next(iter(programs.cache.csa.rows.values())).shape[2] > programs.cfg.index_top_k
+
+
+def _weights(programs: Programs, tokens: int, sequences: int) -> Iterable[Work]:
+    import jax
+
+    cfg, S, choice = programs.cfg, tokens * sequences, ("csa.indexer.q_b", "csa.indexer.proj")
+    for spec in jax.tree.leaves(programs.tree):  # a leaf is a stack
+        for t in spec.tensors:
+            family = t.family
+            if family.startswith("mtp.") or (t.layer or 0) >= cfg.n_layers:
+                continue
+            if family in choice and not chooses(programs):
+                continue
+            parts = family.split(".")
+            component = next(c for i in range(len(parts), 0, -1) if (c := COMPONENTS.get(".".join(parts[:i]))))
+            nbytes, rows = spec.nbytes / len(spec.tensors), sequences if family.startswith("head.") else S
+            if t.kind == "ids" or family == "embed":
+                nbytes *= min(1, S / t.shape[0])
+            elif family.endswith(".ape"):
+                nbytes *= min(1, tokens / t.shape[0])
+            elif family.startswith("ffn.experts."):
+                share = cfg.n_experts_used / cfg.n_experts
+                nbytes, rows = nbytes * (1 - (1 - share) ** S), S * share
+            product = t.kind == "matrix" and family != "embed" and not family.endswith(".ape")
+            flops = 2.0 * rows * math.prod(t.shape) if product else 0.0
+            yield Work(family, component, nbytes, flops, t.layer, t.shape)
+
+
+def _cache(programs: Programs, context: int, tokens: int, sequences: int) -> Iterable[Work]:
+    import numpy as np
+
+    cfg, cache = programs.cfg, programs.cache
+    at = context + np.arange(tokens)  # positions of the new tokens
+    near = np.minimum(at + 1, cfg.window)
+    row = _row(cache.window)
+    itemsize = np.dtype(programs.compute.dtype).itemsize
+    streams = tokens * sequences * cfg.n_streams * cfg.embed_dim * itemsize
+    for _ in range(2 * cfg.n_layers + 1):
+        yield Work("streams", "streams", 2 * streams)
+    for layer in range(cfg.n_layers):
+        ratio = cfg.ratio(layer)
+        seen = (at + 1) // ratio if ratio else 0 * at
+        read = near + (np.minimum(seen, cfg.index_top_k) if ratio == CSA_RATIO and chooses(programs) else seen)
+        rows = read.sum() if tokens == 1 else min(context, cfg.window) + tokens + seen[-1]
+        flops = 4.0 * cfg.n_heads * cfg.head_dim * read.sum()
+        yield Work("rows", "attention", sequences * row * float(rows), sequences * flops)
+        yield Work("rows", "new rows", sequences * row * float(min(tokens, cfg.window)))
+        kinds = {CSA_RATIO: (cache.csa, cache.index), HCA_RATIO: (cache.hca,)}.get(ratio, ())
+        for kind in kinds:
+            token = sum(x.shape[-1] * x.dtype.itemsize for x in (kind.z, kind.g))
+            yield Work("window", "compressors", sequences * tokens * (2.0 * token + _row(kind.rows) / ratio))
+        if ratio == CSA_RATIO and chooses(programs):
+            flops = 2.0 * cfg.index_heads * cfg.index_head_dim * seen.sum()
+            yield Work("keys", "indexer", sequences * _row(cache.index.rows) * float(seen[-1]), sequences * flops)
+
+
+def _row(planes: Mapping[str, Any]) -> int:
+    """Bytes of one stored row."""
+    return sum(x.shape[-1] * x.dtype.itemsize for x in planes.values())
+
+
+# ---- the profile -----------------------------------------------------------------------------------------------------
+Shares = dict[str, dict[str, float]]  # name → component → its share of what the name does
+
+
+def product_names(works: Iterable[Work]) -> tuple[Shares, dict[str, float]]:
+    """Names of our product kernels → the components they serve, by bytes; and those that XLA's serve, by FLOPs."""
+    layers: dict[int | None, dict[str, Work]] = defaultdict(dict)
+    for w in works:
+        if w.shape and w.flops:
+            layers[w.layer][w.family] = w
+    names: Shares = defaultdict(Counter)
+    dense: Counter[str] = Counter()
+    for families in layers.values():
+        for call in CALLS:
+            found = [families[f] for f in call if f in families]
+            if not found:
+                continue
+            k, n = found[0].shape[-1], sum(w.shape[-2] for w in found if w.family != NO_COLUMNS)
+            for w in found:
+                for kind in ("matmul", "matmul_combine"):
+                    names[f"{kind}_{k}_{n}"][w.component] += w.nbytes
+                dense[w.component] += w.flops
+        for w in families.values():  # of many tokens
+            names[f"grouped_{w.shape[-1]}_{w.shape[-2]}"][w.component] += w.flops
+    for name, parts in names.items():
+        if "experts" in parts:  # a matrix of the shared expert has the same name, if it is not left to XLA
+            names[name] = {"experts": 1.0}
+    return {name: _normal(parts) for name, parts in names.items()}, _normal(dense)
+
+
+def _normal(parts: Mapping[str, float]) -> dict[str, float]:
+    total = sum(parts.values())
+    return {name: x / total for name, x in parts.items()}
+
+
+def attribute(times: Mapping[str, float], works: list[Work]) -> dict[str, float]:
+    """Seconds by kernel → seconds by component. What serves several components is shared out by what each must do.
+
+    XLA appends __1, __2, … to equal names.
+    """
+    products, dense = product_names(works)
+    out: Counter[str] = Counter()
+    for name, seconds in times.items():
+        name = name.split("__")[0]
+        known = next((c for start, c in KERNELS.items() if name.startswith(start)), None)
+        parts = products.get(name) or (dense if PRODUCT.search(name) else {known or "rest": 1.0})
+        for component, share in parts.items():
+            out[component] += seconds * share
+    return dict(out)
+
+
+def kernel_times(trace: Path, steps: int) -> dict[str, float]:
+    """Seconds per step of every kernel and copy on the GPU, from what the profiler left in a folder.
+
+    Kernels that run side by side share that time equally, so that all of them take as long as the GPU was busy.
+    """
+    import jax
+
+    edges: list[tuple[float, int, str]] = []
+    for path in trace.glob("**/*.xplane.pb"):
+        for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
+            for line in plane.lines if "GPU" in plane.name else ():
+                for event in line.events if line.name.startswith("Stream") else ():
+                    edges.append((event.start_ns, 1, event.name))
+                    edges.append((event.start_ns + event.duration_ns, -1, event.name))
+    times: Counter[str] = Counter()
+    running: Counter[str] = Counter()
+    last = 0.0
+    for at, change, name in sorted(edges):  # ends come first
+        for one, n in running.items():
+            times[one] += (at - last) * n / running.total()
+        running[name] += change
+        running += Counter()  # without the zeros
+        last = at
+    return {name: ns * 1e-9 / steps for name, ns in times.items()}
+
+
+def measure(runner: Runner, context: int, prefill: int | None, seed: int) -> tuple[float, dict[str, float]]:
+    """The time of a step, and its kernels' times."""
+    import jax
+    import numpy as np
+
+    from ds4jax.engine.runner import BLOCK
+    from ds4jax.engine.sampling import Sampling
+    from ds4jax.tools.bench import random_sequence
+
+    greedy = Sampling(temperature=0.0)
+    tokens = np.random.default_rng(seed).integers(runner.cfg.vocab_size, size=prefill or runner.batch).tolist()
+    saved = random_sequence(runner, context, seed) if context else None
+
+    def run(around: Any = None) -> float:
+        """Seconds of some steps, all of them at this context or a little beyond. around: a context manager."""
+        for slot in range(runner.batch) if saved is not None else ():
+            runner.restore(slot, saved, greedy)
+        jax.block_until_ready(runner.cache)
+        with around or contextlib.nullcontext():
+            start = time.perf_counter()
+            if prefill:
+                runner.prefill(0, tokens, greedy, append=context > 0)
+            else:
+                given, blocks = dict(enumerate(tokens)), []
+                for _ in range(BLOCKS):  # the device is a block ahead of the host
+                    blocks.append(runner.decode_block(given, BLOCK))
+                    if len(blocks) > 1:
+                        blocks.pop(0).tokens()
+                    given = dict.fromkeys(given)
+                blocks.pop().tokens()
+            return time.perf_counter() - start
+
+    steps = 1 if prefill else BLOCKS * BLOCK
+    for _ in range(WARM):
+        run()
+    seconds = min(run() for _ in range(3)) / steps
+    with tempfile.TemporaryDirectory() as folder:
+        run(jax.profiler.trace(folder))
+        return seconds, kernel_times(Path(folder), steps)
+
+
+# ---- the table -------------------------------------------------------------------------------------------------------
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One component. limit, seconds: None where nothing was measured."""
+
+    component: str
+    nbytes: float
+    flops: float
+    limit: float | None = None
+    seconds: float | None = None
+
+    @property
+    def lost(self) -> float | None:
+        return None if self.seconds is None else self.seconds - self.limit
+
+    def cells(self, lost: float | None) -> list[str]:
+        """As COLUMNS has them. lost: by all components."""
+        out = [self.component, f"{self.nbytes / 1e6:.2f}", f"{self.flops / 1e9:.3f}"]
+        if self.seconds is None:
+            return out
+        rates = (0.0, 0.0) if not self.seconds else (self.nbytes / self.seconds / 1e9, self.flops / self.seconds / 1e12)
+        share = self.limit / self.seconds if self.seconds else 0.0
+        return out + [
+            f"{self.limit * 1e3:.4f}", f"{self.seconds * 1e3:.4f}", f"{rates[0]:.1f}", f"{rates[1]:.2f}",
+            f"{share:.1%}", f"{self.lost * 1e3:.4f}", f"{self.lost / lost if lost else 0:.1%}",
+        ]  # fmt: skip
+
+
+COLUMNS = ("component", "MB", "GFLOP", "limit_ms", "ms", "GB/s", "TFLOP/s", "of_limit", "lost_ms", "of_lost")
+
+
+def rows(
+    works: list[Work],
+    device: Device | None = None,
+    seconds: float = 0.0,
+    by_component: Mapping[str, float] | None = None,
+) -> list[Row]:
+    """A row for every component, in order, and their sum. seconds: of the step."""
+    nbytes, flops = Counter(), Counter()
+    for w in works:
+        nbytes[w.component] += w.nbytes
+        flops[w.component] += w.flops
+    times = None if by_component is None else {**by_component, "idle": max(0.0, seconds - sum(by_component.values()))}
+    out = []
+    for c in ORDER:
+        if times is None and c in nbytes:
+            out.append(Row(c, nbytes[c], flops[c]))
+        elif times is not None and (c in nbytes or c in times):
+            out.append(Row(c, nbytes[c], flops[c], device.floor(nbytes[c], flops[c]), times.get(c, 0.0)))
+    total = [sum(getattr(row, name) for row in out) for name in ("nbytes", "flops")]
+    if times is not None:
+        total += [sum(getattr(row, name) for row in out) for name in ("limit", "seconds")]
+    return [*out, Row("total", *total)]
+
+
+def table(found: list[Row]) -> list[list[str]]:
+    """The header and the cells of all rows."""
+    cells = [row.cells(found[-1].lost) for row in found]
+    return [list(COLUMNS[: len(cells[0])]), *cells]
+
+
+def text(cells: list[list[str]]) -> str:
+    """Cells in columns."""
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [
+        [c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))]
+        for line in cells
+    ]
+    return "\n".join("  ".join(line) for line in lines)
+
+
+def plot(path: Path, found: list[Row], title: str) -> None:
+    """A PNG of every component's limit and of the time beyond it. Raises ConfigError without matplotlib."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ConfigError(
+            "plot: found no matplotlib, expected it to be installed (pip install 'ds4jax[plot]')"
+        ) from None
+    shown = sorted((row for row in found[:-1] if row.seconds), key=lambda row: row.seconds)
+    figure = Figure(figsize=(9, 0.4 * len(shown) + 1.6), layout="constrained")
+    axes = FigureCanvasAgg(figure).figure.subplots()
+    names = [row.component for row in shown]
+    limits = [min(row.limit, row.seconds) * 1e3 for row in shown]
+    axes.barh(names, limits, label="limit")
+    axes.barh(names, [max(row.lost, 0) * 1e3 for row in shown], left=limits, label="beyond it", alpha=0.5)
+    for row in shown:
+        axes.annotate(f" {row.limit / row.seconds:.0%}", (row.seconds * 1e3, row.component), va="center")
+    axes.set_xlabel("ms per step")
+    axes.set_title(title)
+    axes.margins(x=0.1)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    """Run the tool as FLAGS say. Raises Ds4Error."""
+    for name, least in (("ctx", 0 if FLAGS.prefill else 1), ("batch", 1), ("prefill", 2), ("seed", 0)):
+        if FLAGS[name].value is not None and FLAGS[name].value < least:
+            raise ConfigError(f"{name}: found {FLAGS[name].value}, expected at least {least}")
+    if FLAGS.prefill and FLAGS.batch > 1:
+        raise ConfigError(f"batch: found {FLAGS.batch}, expected 1 with prefill, which takes one sequence at a time")
+    for name in ("csv", "plot"):
+        if FLAGS[name].value and not Path(FLAGS[name].value).parent.is_dir():
+            raise ConfigError(f"{name}: found {FLAGS[name].value}, expected a file in an existing directory")
+    context = FLAGS.ctx if FLAGS.ctx is not None else 0 if FLAGS.prefill else 2048
+    settings = Settings.load(FLAGS.config, model=FLAGS.model, batch=FLAGS.batch, prefill_chunk=FLAGS.prefill)
+    settings.set_environment()
+    import jax
+
+    from ds4jax.engine import runner
+    from ds4jax.engine.runner import BLOCK
+    from ds4jax.tools import limits
+
+    need = context + (FLAGS.prefill + 1 if FLAGS.prefill else BLOCKS * BLOCK)
+    room = -(-need // HCA_RATIO) * HCA_RATIO if FLAGS.room is None else FLAGS.room
+    if room < need:
+        raise ConfigError(f"room: found {room}, expected at least {need}")
+    settings = dataclasses.replace(settings, ctx=room)
+    source, tokens = runner.open_model(settings, FLAGS.synthetic), FLAGS.prefill or 1
+    if jax.default_backend() != "gpu":
+        print(
+            f"no GPU here, {jax.devices()[0].device_kind}: only bytes and FLOPs, nothing is measured", file=sys.stderr
+        )
+        if FLAGS.plot:
+            raise ConfigError("plot: found nothing to show, expected a GPU to measure on")
+        found = rows(count(runner.Programs(source, settings), context, tokens, FLAGS.batch))
+        _report(found)
+        return
+    device = limits.measure()
+    print(f"{device.name}: {device.bandwidth / 1e9:.0f} GB/s, {device.rate / 1e12:.1f} TFLOP/s", file=sys.stderr)
+    runner.keep_compilations()
+    loaded = runner.Runner(source, settings, progress=True)
+    works = count(loaded.programs, context, tokens, FLAGS.batch)
+    seconds, times = measure(loaded, context, FLAGS.prefill, FLAGS.seed)
+    found = rows(works, device, seconds, attribute(times, works))
+    what = f"prefill of {tokens}" if FLAGS.prefill else f"decoding, {FLAGS.batch} at once"
+    n = tokens * FLAGS.batch
+    title = f"{device.name}, {what} after {context} tokens: {n / seconds:.1f} tokens/s, limit {n / found[-1].limit:.1f}"
+    print(title)
+    _report(found)
+    unknown = {name: t for name, t in times.items() if set(attribute({name: t}, works)) == {"rest"}}
+    print(
+        "longest of the rest: " + ", ".join(f"{name} {t * 1e3:.4f} ms" for name, t in Counter(unknown).most_common(8))
+    )
+    if FLAGS.plot:
+        plot(Path(FLAGS.plot), found, title)
+
+
+def _report(found: list[Row]) -> None:
+    cells = table(found)
+    print(text(cells))
+    if FLAGS.csv:
+        partial = Path(f"{FLAGS.csv}.{os.getpid()}")
+        with open(partial, "w", encoding="utf-8", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows(cells)
+        os.replace(partial, FLAGS.csv)
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main, FLAGS, __doc__))
