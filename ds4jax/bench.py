@@ -1,6 +1,8 @@
-"""`python -m ds4jax.bench`."""
+"""`python -m ds4jax.bench`: the tool `ds4jax bench`."""
 
-import runpy
+import sys
+
+from ds4jax.__main__ import main
 
 if __name__ == "__main__":
-    runpy.run_module("ds4jax.tools.bench", run_name="__main__", alter_sys=True)
+    sys.exit(main(["bench", *sys.argv[1:]]))

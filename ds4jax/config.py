@@ -9,8 +9,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from ds4jax.errors import Ds4Error, GGUFError
-from ds4jax.io.gguf import show
+from ds4jax.errors import Ds4Error, GGUFError, show
 
 ARCHITECTURE = "deepseek4"
 PREFIX = "deepseek4."

@@ -1,6 +1,8 @@
-"""`python -m ds4jax.convert`."""
+"""`python -m ds4jax.convert`: the tool `ds4jax convert`."""
 
-import runpy
+import sys
+
+from ds4jax.__main__ import main
 
 if __name__ == "__main__":
-    runpy.run_module("ds4jax.tools.convert", run_name="__main__", alter_sys=True)
+    sys.exit(main(["convert", *sys.argv[1:]]))

@@ -1,6 +1,8 @@
-"""`python -m ds4jax.download`."""
+"""`python -m ds4jax.download`: the tool `ds4jax download`."""
 
-import runpy
+import sys
+
+from ds4jax.__main__ import main
 
 if __name__ == "__main__":
-    runpy.run_module("ds4jax.io.download", run_name="__main__", alter_sys=True)
+    sys.exit(main(["download", *sys.argv[1:]]))

@@ -1,6 +1,8 @@
-"""`python -m ds4jax.generate`."""
+"""`python -m ds4jax.generate`: the tool `ds4jax generate`."""
 
-import runpy
+import sys
+
+from ds4jax.__main__ import main
 
 if __name__ == "__main__":
-    runpy.run_module("ds4jax.tools.generate", run_name="__main__", alter_sys=True)
+    sys.exit(main(["generate", *sys.argv[1:]]))

@@ -1,6 +1,8 @@
-"""`python -m ds4jax.imatrix`."""
+"""`python -m ds4jax.imatrix`: the tool `ds4jax imatrix`."""
 
-import runpy
+import sys
+
+from ds4jax.__main__ import main
 
 if __name__ == "__main__":
-    runpy.run_module("ds4jax.tools.imatrix", run_name="__main__", alter_sys=True)
+    sys.exit(main(["imatrix", *sys.argv[1:]]))

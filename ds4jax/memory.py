@@ -1,6 +1,8 @@
-"""`python -m ds4jax.memory`."""
+"""`python -m ds4jax.memory`: the tool `ds4jax memory`."""
 
-import runpy
+import sys
+
+from ds4jax.__main__ import main
 
 if __name__ == "__main__":
-    runpy.run_module("ds4jax.engine.memory", run_name="__main__", alter_sys=True)
+    sys.exit(main(["memory", *sys.argv[1:]]))

@@ -1,6 +1,8 @@
-"""`python -m ds4jax.roofline`."""
+"""`python -m ds4jax.roofline`: the tool `ds4jax roofline`."""
 
-import runpy
+import sys
+
+from ds4jax.__main__ import main
 
 if __name__ == "__main__":
-    runpy.run_module("ds4jax.tools.roofline", run_name="__main__", alter_sys=True)
+    sys.exit(main(["roofline", *sys.argv[1:]]))

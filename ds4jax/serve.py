@@ -1,6 +1,8 @@
-"""`python -m ds4jax.serve`."""
+"""`python -m ds4jax.serve`: the tool `ds4jax serve`."""
 
-import runpy
+import sys
+
+from ds4jax.__main__ import main
 
 if __name__ == "__main__":
-    runpy.run_module("ds4jax.tools.serve", run_name="__main__", alter_sys=True)
+    sys.exit(main(["serve", *sys.argv[1:]]))

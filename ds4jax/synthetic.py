@@ -1,6 +1,8 @@
-"""`python -m ds4jax.synthetic`."""
+"""`python -m ds4jax.synthetic`: the tool `ds4jax synthetic`."""
 
-import runpy
+import sys
+
+from ds4jax.__main__ import main
 
 if __name__ == "__main__":
-    runpy.run_module("ds4jax.io.synthetic", run_name="__main__", alter_sys=True)
+    sys.exit(main(["synthetic", *sys.argv[1:]]))

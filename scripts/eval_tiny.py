@@ -33,6 +33,7 @@ from tiny_dialogues import HELD_OUT, Generator, held_out  # noqa: E402
 from ds4jax.chat import template as chat  # noqa: E402
 from ds4jax.config import ModelConfig  # noqa: E402
 from ds4jax.io import recipes  # noqa: E402
+from ds4jax.io.convert import convert  # noqa: E402
 from ds4jax.io.load import load  # noqa: E402
 from ds4jax.io.tokenizer import Special, Tokenizer  # noqa: E402
 from ds4jax.model import Compute, decode_step, forward, logits, mtp, prefill  # noqa: E402
@@ -41,7 +42,6 @@ from ds4jax.model.transformer import bucket  # noqa: E402
 from ds4jax.model.weights import Weights  # noqa: E402
 from ds4jax.paths import EMBEDDED, embedded_model  # noqa: E402
 from ds4jax.tools import cli  # noqa: E402
-from ds4jax.tools.convert import convert  # noqa: E402
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_list("models", None, "GGUF files or names of embedded models, instead.", flag_values=FLAGS)

@@ -102,7 +102,7 @@ def first_token(path: Path, cache: str) -> tuple[float, str]:
         text=True,
     )
     if run.returncode:
-        raise Ds4Error(f"ds4jax.tools.generate ended with status {run.returncode}: {run.stderr[-1000:]}")
+        raise Ds4Error(f"ds4jax.generate ended with status {run.returncode}: {run.stderr[-1000:]}")
     return time.perf_counter() - start, run.stderr.strip().splitlines()[-1]
 
 

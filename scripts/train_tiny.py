@@ -40,6 +40,7 @@ from ds4jax.config import ModelConfig  # noqa: E402
 from ds4jax.errors import ConfigError  # noqa: E402
 from ds4jax.formats.quant import IQ2_XXS, Q2_K, Quantized  # noqa: E402
 from ds4jax.io.gguf import TensorData, write_gguf  # noqa: E402
+from ds4jax.io.imatrix import Imatrix  # noqa: E402
 from ds4jax.io.load import load  # noqa: E402
 from ds4jax.io.recipes import RECIPES  # noqa: E402
 from ds4jax.io.synthetic import BASE, storage_type  # noqa: E402
@@ -262,9 +263,9 @@ def column_importance(w: Weights, cfg: ModelConfig, tokens: np.ndarray, out: Pat
     """Let the model read rows of tokens, write the importance matrix to `out`, and return that of the experts."""
     texts = [row[:-1].tolist() for row in tokens]
     entries = imatrix.collect(w, cfg, Compute("official"), texts, ctx=len(texts[0]), piece=len(texts[0]), layout="mtp")
-    imatrix.Imatrix(entries, ["rows of the training data"], len(texts), len(texts[0])).write(out)
+    Imatrix(entries, ["rows of the training data"], len(texts), len(texts[0])).write(out)
     # What the converter will read: float32.
-    entries = imatrix.Imatrix.read(out).entries
+    entries = Imatrix.read(out).entries
 
     def stacked(name: str) -> jax.Array:
         prefixes = [f"blk.{layer}" for layer in range(cfg.n_layers)] + ["mtp.0"]

@@ -19,15 +19,17 @@ from gguf import GGMLQuantizationType as Type
 from gguf.quants import dequantize, quantize
 from hf_checkpoint import CFG
 
+from ds4jax.__main__ import main
 from ds4jax.config import ModelConfig
 from ds4jax.errors import Ds4Error
+from ds4jax.io import convert as tool
 from ds4jax.io import hf, recipes
 from ds4jax.io.checkpoint import open_checkpoint, open_mtp
+from ds4jax.io.convert import convert
+from ds4jax.io.imatrix import Entry, Imatrix
 from ds4jax.io.tokenizer import Tokenizer, byte_tokenizer
 from ds4jax.model.tensors import tensor_table
-from ds4jax.tools import convert as tool
-from ds4jax.tools.convert import convert
-from ds4jax.tools.imatrix import Entry, Imatrix
+from ds4jax.tools.convert import FLAGS
 
 RECIPES = recipes.RECIPES
 
@@ -257,7 +259,7 @@ def test_importances_of_another_model_are_refused(folders, tmp_path):
 # ---- resumption ------------------------------------------------------------------------------------------------------
 KILLED = """
 import os, random, signal, sys
-from ds4jax import convert, recipes
+from ds4jax.io import convert, recipes
 
 source, out, seed = sys.argv[1:]
 rng, real = random.Random(int(seed)), {name: getattr(os, name) for name in ("pwrite", "ftruncate", "fsync", "replace")}
@@ -578,10 +580,9 @@ def test_bad_types(types, message, folders, tmp_path):
 
 def test_command_line(folders, tmp_path, f16, capsys):
     def run(*argv):
-        tool.FLAGS.unparse_flags()
-        for flag in tool.FLAGS:
-            tool.FLAGS[flag].unparse()
-        return tool.cli.run(tool.main, tool.FLAGS, tool.__doc__, [*map(str, argv)])
+        for flag in FLAGS:
+            FLAGS[flag].unparse()
+        return main(["convert", *map(str, argv)])
 
     out = tmp_path / "m.gguf"
     assert run("--source", folders("official"), "--out", out, "--recipe", "q4", "--types", "ffn.experts=F16,attn=F16,"
@@ -670,7 +671,7 @@ def test_chat_templates(tmp_path):
 # ---- memory ----------------------------------------------------------------------------------------------------------
 MEMORY = """
 import sys, threading, time, re
-from ds4jax import convert, recipes
+from ds4jax.io import convert, recipes
 import jax
 jax.numpy.zeros(1).block_until_ready()
 

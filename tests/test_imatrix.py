@@ -12,7 +12,8 @@ from gguf import GGMLQuantizationType as Type
 from ds4jax import sharding
 from ds4jax.errors import Ds4Error, GGUFError
 from ds4jax.io import synthetic
-from ds4jax.io.gguf import write_gguf
+from ds4jax.io.gguf import TensorData, write_gguf
+from ds4jax.io.imatrix import Entry, Imatrix, merge
 from ds4jax.io.load import load
 from ds4jax.io.tokenizer import byte_tokenizer
 from ds4jax.model import cache as kv
@@ -20,7 +21,7 @@ from ds4jax.model import mtp, transformer, weights
 from ds4jax.model.tensors import tensor_table
 from ds4jax.model.transformer import Compute
 from ds4jax.tools import cli, imatrix
-from ds4jax.tools.imatrix import Entry, Imatrix, collect, merge
+from ds4jax.tools.imatrix import collect
 
 CFG = synthetic.synthetic_config(
     {
@@ -169,7 +170,7 @@ def test_bad_metadata(changes, message, tmp_path):
 )  # fmt: skip
 def test_bad_tensors(tensors, message, tmp_path):
     metadata = {"general.type": "imatrix", "imatrix.datasets": ["a"], "imatrix.chunk_count": 1, "imatrix.chunk_size": 1}
-    data = [(name, imatrix.TensorData(a.shape, Type.F32, lambda a=a: a)) for name, a in tensors.items()]
+    data = [(name, TensorData(a.shape, Type.F32, lambda a=a: a)) for name, a in tensors.items()]
     write_gguf(tmp_path / "i.gguf", metadata, data)
     with pytest.raises(Ds4Error, match=message):
         Imatrix.read(tmp_path / "i.gguf")

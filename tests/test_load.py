@@ -148,7 +148,8 @@ def test_stacks_stay_below_32_bit_offsets(monkeypatch):
 
 MEMORY_PROBE = """
 import sys, threading, time, re, jax
-from ds4jax import load, weights
+from ds4jax.io import load
+from ds4jax.model import weights
 
 def status(key):
     return int(re.search(key + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024

@@ -10,6 +10,7 @@ import pytest
 from small import CFG
 
 from ds4jax import sharding
+from ds4jax.__main__ import main
 from ds4jax.engine import memory
 from ds4jax.engine import runner as engine
 from ds4jax.engine.runner import Programs, Runner
@@ -18,7 +19,6 @@ from ds4jax.io import synthetic
 from ds4jax.model import cache as kv
 from ds4jax.model import weights
 from ds4jax.settings import Settings
-from ds4jax.tools import cli
 
 MODEL = synthetic.Synthetic(CFG, synthetic.RECIPES["q2"], seed=3)
 SETTINGS = Settings("none", ctx=1024, batch=2, prefill_chunk=16)
@@ -191,7 +191,7 @@ def run(monkeypatch, capsys):
     monkeypatch.setattr(engine, "keep_compilations", lambda: None)
 
     def call(*argv):
-        status = cli.run(memory.main, memory.FLAGS, memory.__doc__, list(argv))
+        status = main(["memory", *argv])
         return status, *capsys.readouterr()
 
     return call

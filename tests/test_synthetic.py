@@ -8,12 +8,12 @@ from gguf import GGMLQuantizationType as Type
 from gguf import GGUFReader
 from gguf.quants import dequantize
 
+from ds4jax.__main__ import main
 from ds4jax.errors import ConfigError
 from ds4jax.io import synthetic
 from ds4jax.io.checkpoint import open_checkpoint
 from ds4jax.io.tokenizer import Tokenizer
 from ds4jax.model.tensors import tensor_table
-from ds4jax.tools import cli
 
 BASE, ODD = synthetic.synthetic_config("base"), synthetic.synthetic_config("odd")
 
@@ -82,7 +82,7 @@ def test_a_file_holds_the_tensors_and_the_tokenizer(tmp_path):
 def test_a_repeating_file_is_a_model_like_any_other(tmp_path, monkeypatch):
     monkeypatch.setattr(synthetic, "PIECE_BYTES", 10_000)
     path = tmp_path / "m.gguf"
-    assert cli.run(synthetic.main, synthetic.FLAGS, "", ["--synthetic=base", "--layers=4", f"--out={path}"]) == 0
+    assert main(["synthetic", "--synthetic=base", "--layers=4", f"--out={path}"]) == 0
     cfg = synthetic.first_layers(BASE, 4)
     checkpoint = open_checkpoint(path)
     assert dataclasses.replace(checkpoint.cfg, norm_eps=cfg.norm_eps, hc_eps=cfg.hc_eps) == cfg  # stored as float32

@@ -11,8 +11,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 import train_tiny
 
 from ds4jax.io import load as loader
+from ds4jax.io.imatrix import Imatrix
 from ds4jax.io.tokenizer import Tokenizer, byte_tokenizer
-from ds4jax.tools.imatrix import Imatrix
 
 
 def test_smoke(tmp_path, capsys):

@@ -1,6 +1,8 @@
-"""`python -m ds4jax.chat`."""
+"""`python -m ds4jax.chat`: the tool `ds4jax chat`."""
 
-import runpy
+import sys
+
+from ds4jax.__main__ import main
 
 if __name__ == "__main__":
-    runpy.run_module("ds4jax.tools.chat", run_name="__main__", alter_sys=True)
+    sys.exit(main(["chat", *sys.argv[1:]]))

@@ -1,4 +1,4 @@
-"""What a model needs of each device's memory, known before any is taken: ``python -m ds4jax.memory --config h200``.
+"""What a model needs of each device's memory, known before any is taken.
 
 Weights and cache follow from their abstract trees; the workspace is what XLA has planned for each compiled step, on top
 of both. Loading makes the same plan, and refuses a model that does not fit.
@@ -8,32 +8,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import jax
-from absl import flags
 
 from ds4jax.config import HCA_RATIO
 from ds4jax.errors import ConfigError
-from ds4jax.settings import Settings
-from ds4jax.tools import cli
 
 if TYPE_CHECKING:
     from ds4jax.engine.runner import Programs
 
 _GIB = 2**30
-
-FLAGS = flags.FlagValues()
-cli.define_model(FLAGS)
-cli.define_synthetic(FLAGS)
-flags.DEFINE_integer("ctx", None, "Tokens that one sequence can hold; by default the config's.", flag_values=FLAGS)
-flags.DEFINE_integer("batch", None, "Sequences at once; by default the config's.", flag_values=FLAGS)
-flags.DEFINE_bool(
-    "compile", True, "Compile the steps, which takes a minute at full size; without, the workspace is left out.",
-    flag_values=FLAGS,
-)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,24 +156,3 @@ def largest(programs: Programs, key: str, step: int) -> int | None:
     smaller = programs.but(key, n)
     smaller.compile_largest()
     return n if plan(smaller).fits else largest(smaller, key, step)
-
-
-def main() -> int:
-    """Run the tool as FLAGS say; → exit status: 1 if the plan does not fit. Raises Ds4Error."""
-    settings = Settings.load(FLAGS.config, **{key: FLAGS[key].value for key in ("model", "ctx", "batch")})
-    settings.set_environment()
-    from ds4jax.engine import runner
-
-    runner.keep_compilations()
-    programs = runner.Programs(runner.open_model(settings, FLAGS.synthetic), settings, progress=True)
-    if FLAGS.compile and plan(programs).fits:
-        programs.compile_largest()
-    found = plan(programs)
-    print(found)
-    if not found.fits:
-        print(advice(programs) if FLAGS.compile else "does not fit")
-    return 0 if found.fits else 1
-
-
-if __name__ == "__main__":
-    sys.exit(cli.run(main, FLAGS, __doc__))

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from gguf.constants import GGMLQuantizationType
 
 from ds4jax.config import ARCHITECTURE, ModelConfig
-from ds4jax.errors import GGUFError
-from ds4jax.io.gguf import TYPES, GGUFFile, show
+from ds4jax.errors import GGUFError, show
+from ds4jax.io.gguf import TYPES, GGUFFile
 from ds4jax.model.tensors import Kind, MtpLayout, TensorSpec, mtp_layout, mtp_table, tensor_table
 
 MTP_ARCHITECTURE = "deepseek4_mtp_support"  # general.architecture of a published MTP file

@@ -1,4 +1,4 @@
-"""Model files from Hugging Face: ``python -m ds4jax.download --config NAME``, with progress, and resumed.
+"""Model files from Hugging Face, and where they lie on this machine.
 
 huggingface_hub supplies the transfer, the credentials and the cache, where other programs find the file too. Its own
 `hf_hub_download` starts over after an interruption (huggingface_hub issue 4196), which for 81 GiB will not do: so the
@@ -15,12 +15,9 @@ import shutil
 import sys
 from pathlib import Path
 
-from absl import flags
-
 from ds4jax.errors import Ds4Error
 from ds4jax.paths import EMBEDDED, embedded_model
 from ds4jax.settings import Settings
-from ds4jax.tools import cli
 
 MARGIN = 2**30  # bytes of disk that must stay free
 _GIB = 2**30
@@ -145,17 +142,3 @@ def _verify(partial: Path, size: int, etag: str, name: str) -> None:
     if not good:
         partial.unlink()
         raise Ds4Error(f"{name}: what was received is not the file that the repository states; deleted it, try again")
-
-
-def main() -> None:
-    """Print the path of the model file, downloaded if need be."""
-    settings = Settings.load(FLAGS.config, model=FLAGS.model)
-    print(download(*settings.hf_file) if settings.hf_file else resolve_model(settings))
-
-
-FLAGS = flags.FlagValues()
-flags.DEFINE_string("config", "tiny", "Name of a config, or path of a TOML file.", flag_values=FLAGS)
-flags.DEFINE_string("model", None, "Instead of the config's model: hf:OWNER/REPO/FILE.", flag_values=FLAGS)
-
-if __name__ == "__main__":
-    sys.exit(cli.run(main, FLAGS, __doc__))

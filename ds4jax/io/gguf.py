@@ -31,7 +31,7 @@ from gguf.constants import (
     GGUFValueType,
 )
 
-from ds4jax.errors import GGUFError
+from ds4jax.errors import GGUFError, show
 
 MAGIC = b"GGUF"
 MAX_DIMS = 4
@@ -97,12 +97,6 @@ class TensorData:
     shape: tuple[int, ...]
     type: GGMLQuantizationType
     data: Callable[[], np.ndarray | Iterable[np.ndarray]]
-
-
-def show(value: Any) -> str:
-    """`value` for an error message: its repr, cut to a length that fits one line."""
-    text = " ".join(repr(value[:100] if isinstance(value, str | bytes | list | np.ndarray) else value).split())
-    return text if len(text) <= 100 else text[:97] + "..."
 
 
 def _nbytes(name: str, shape: tuple[int, ...], qtype: GGMLQuantizationType) -> int:

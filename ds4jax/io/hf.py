@@ -29,8 +29,7 @@ import numpy as np
 import tokenizers
 
 from ds4jax.config import ModelConfig
-from ds4jax.errors import Ds4Error
-from ds4jax.io.gguf import show
+from ds4jax.errors import Ds4Error, show
 from ds4jax.io.tokenizer import Tokenizer
 from ds4jax.model.tensors import TensorSpec, mtp_table, tensor_table
 from ds4jax.numerics.rows import E2M1_VALUES

@@ -1,4 +1,4 @@
-"""A GGUF file as what `ds4jax.tools.convert` reads: the same tensors in other types."""
+"""A GGUF file as what `ds4jax.io.convert` reads: the same tensors in other types."""
 
 from __future__ import annotations
 

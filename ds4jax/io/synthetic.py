@@ -1,9 +1,5 @@
 """Random models: a config, every tensor of its table, and a GGUF file of them, in any mix of formats. No JAX.
 
-    python -m ds4jax.synthetic --synthetic full --out FILE.gguf [--layers N] [--recipe q2] [--seed S]
-
-writes a file of any size as fast as the disk takes it, for timing: see `write_repeating`.
-
 The same seed gives the same bytes on every machine and numpy version: each tensor draws from its own Philox stream
 (keyed by seed and name, so order does not matter), whose raw integers numpy guarantees, and all arithmetic on them is
 either on integers or a single rounding.
@@ -16,13 +12,11 @@ import functools
 import hashlib
 import math
 import os
-import sys
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
-from absl import flags
 from gguf.constants import GGML_QUANT_SIZES
 from gguf.quants import quantize
 from tqdm import tqdm
@@ -34,7 +28,6 @@ from ds4jax.io.gguf import TensorData, write_gguf
 from ds4jax.io.recipes import MATRIX_TYPES, Recipe, Type, fits
 from ds4jax.io.tokenizer import byte_tokenizer
 from ds4jax.model.tensors import TensorSpec, model_table
-from ds4jax.tools import cli
 
 # DeepSeek-V4-Flash. Of this size, weights are made on a device, see `Synthetic`, or repeat themselves.
 FULL = ModelConfig(
@@ -336,26 +329,3 @@ def first_layers(cfg: ModelConfig, n: int) -> ModelConfig:
         swiglu_clamp=cfg.swiglu_clamp[:n],
         n_hash_layers=min(n, cfg.n_hash_layers),
     )
-
-
-# ---- command line ----------------------------------------------------------------------------------------------------
-FLAGS = flags.FlagValues()
-flags.DEFINE_enum("synthetic", "full", list(SHAPES), "The shape; full is DeepSeek-V4-Flash.", flag_values=FLAGS)
-flags.DEFINE_string("out", None, "The GGUF file to write.", flag_values=FLAGS)
-flags.DEFINE_enum("recipe", "q2", list(RECIPES), "The types of the matrices.", flag_values=FLAGS)
-flags.DEFINE_integer("layers", None, "No more than the first layers.", flag_values=FLAGS)
-flags.DEFINE_integer("seed", 0, "Of the random numbers.", flag_values=FLAGS)
-
-
-def main() -> None:
-    """Run the tool as FLAGS say. Raises Ds4Error."""
-    if not FLAGS.out:
-        raise ConfigError("expected --out FILE.gguf")
-    cfg = synthetic_config(FLAGS.synthetic)
-    cfg = cfg if FLAGS.layers is None else first_layers(cfg, FLAGS.layers)
-    write_repeating(FLAGS.out, Synthetic(cfg, RECIPES[FLAGS.recipe], FLAGS.seed), progress=True)
-    print(FLAGS.out)
-
-
-if __name__ == "__main__":
-    sys.exit(cli.run(main, FLAGS, __doc__))

@@ -262,7 +262,3 @@ def _write(file, rows: list[Row]) -> None:
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(COLUMNS)
     writer.writerows(row.cells() for row in rows)
-
-
-if __name__ == "__main__":
-    sys.exit(cli.run(main, FLAGS, __doc__))

@@ -244,7 +244,3 @@ def _write(path: str, text: str) -> None:
         Path(path).expanduser().write_text(text, encoding="utf-8")
     except OSError as error:
         raise Ds4Error(f"{path or 'FILE'}: cannot be written: {error.strerror}") from None
-
-
-if __name__ == "__main__":
-    sys.exit(cli.run(main, FLAGS, __doc__))

@@ -334,7 +334,3 @@ def _note_lost_effort(tokenizer: Tokenizer, settings: Settings) -> None:
                 f"{chat.MAX_EFFORT_CTX}, found {settings.ctx}",
                 file=sys.stderr,
             )
-
-
-if __name__ == "__main__":
-    sys.exit(cli.run(main, FLAGS, __doc__))

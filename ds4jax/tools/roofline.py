@@ -477,7 +477,3 @@ def _report(found: list[Row]) -> None:
         with open(partial, "w", encoding="utf-8", newline="") as file:
             csv.writer(file, lineterminator="\n").writerows(cells)
         os.replace(partial, FLAGS.csv)
-
-
-if __name__ == "__main__":
-    sys.exit(cli.run(main, FLAGS, __doc__))

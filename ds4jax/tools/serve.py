@@ -100,7 +100,3 @@ async def serve(engine: Engine, options: Options, listener: socket.socket, grace
 
     config = uvicorn.Config(make_app(engine, options), log_level="warning", lifespan="off")
     await Server(config).serve([listener])
-
-
-if __name__ == "__main__":
-    sys.exit(cli.run(main, FLAGS, __doc__))

@@ -1,0 +1,43 @@
+"""The command `ds4jax`: one tool for each first argument, as in ``ds4jax generate --prompt Hi``."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+from ds4jax.tools import cli
+
+TOOLS = {
+    "generate": "answer a prompt, or every prompt of a file",
+    "chat": "chat in the terminal",
+    "serve": "serve a model over HTTP: OpenAI's and Anthropic's APIs, and a chat page",
+    "download": "fetch a model file from Hugging Face",
+    "memory": "show what a model needs of each device's memory",
+    "bench": "measure the speed of prefill and decoding over the context",
+    "roofline": "show what a step must read and compute, and where its time goes",
+    "convert": "make a GGUF file of a Hugging Face checkpoint, or of a GGUF file of other types",
+    "imatrix": "measure which columns of the weights matter, for convert",
+    "synthetic": "write a GGUF file of random weights",
+}
+"""Name → what it does. Each is the module of its name in `ds4jax.tools`, with `main`, FLAGS and a docstring."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the tool that the first argument names with the others; → its exit status, see `cli.run`.
+
+    argv: arguments without the program's name, by default the process's.
+    """
+    name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if name in ("--help", "-help", "-h", "help"):
+        print("usage: ds4jax TOOL [FLAGS]; ds4jax TOOL --help lists a tool's flags\n")
+        print(*(f"  {tool:<10} {what}" for tool, what in TOOLS.items()), sep="\n")
+        return 0
+    if name not in TOOLS:
+        print(f"error: found the tool {name!r}, expected one of {', '.join(TOOLS)}", file=sys.stderr)
+        return 1
+    tool = importlib.import_module(f"ds4jax.tools.{name}")
+    return cli.run(tool.main, tool.FLAGS, tool.__doc__ or "", rest)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

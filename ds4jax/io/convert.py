@@ -1,0 +1,252 @@
+"""GGUF files from a Hugging Face checkpoint of DeepSeek-V4, or from a GGUF file of other types.
+
+Tensors pass through memory a slab at a time. The file grows as FILE.gguf.partial, beside it a journal; killed at any
+moment, the same command goes on after the last tensor that was complete, and the result has the same bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import hashlib
+import json
+import math
+import os
+import shutil
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+import ds4jax
+from ds4jax.errors import Ds4Error, show
+from ds4jax.formats.quant import FORMATS
+from ds4jax.formats.quantize import quantize
+from ds4jax.io import gguf, hf, recipes, regguf
+from ds4jax.io.checkpoint import MTP_ARCHITECTURE
+from ds4jax.io.gguf import Layout, TensorData, TensorInfo
+from ds4jax.io.imatrix import Entry, Imatrix
+from ds4jax.io.recipes import Recipe, Type
+from ds4jax.model.tensors import TensorSpec
+
+SLAB = 1 << 23  # weights that are dequantized and quantized at once: 32 MiB in float32
+MARGIN = 1 << 30  # bytes of disk that must stay free
+_GIB, _READ = 1 << 30, 1 << 25
+
+
+def convert(
+    source: str | Path,
+    out: str | Path,
+    recipe: Recipe,
+    types: Mapping[str, Type] | None = None,
+    imatrix: str | Path | None = None,
+    mtp: hf.Mtp = "keep",
+    restart: bool = False,
+    progress: bool = False,
+) -> None:
+    """Converts the checkpoint in folder `source`, or the GGUF file `source`, to the GGUF file `out`, or goes on so.
+
+    recipe, types: see `recipes.choose`. imatrix: importances of the columns for the quantizers. mtp: see
+    `hf.open_source`. restart: begin again even if there is a part of the file already. progress: a bar on stderr.
+    The same arguments give the same bytes on the same kind of device. Raises Ds4Error; all that can be known to be
+    wrong before reading the weights' values is known before anything is written.
+    """
+    out = Path(out)
+    if out.exists():
+        raise Ds4Error(f"{out}: exists already, expected a new file")
+    opened = (regguf if Path(source).is_file() else hf).open_source(source, mtp)
+    chosen = recipes.choose(opened.table, recipe, types or {})
+    importances = Imatrix.read(imatrix) if imatrix else None
+    metadata = _metadata(opened, importances, mtp)
+    plan = gguf.layout(metadata, [(spec.name, spec.shape, chosen[spec.name]) for spec in opened.table])
+    inputs = {
+        "config, tokenizer or types": hashlib.sha256(plan.header).hexdigest(),
+        "weights": hashlib.sha256("\n".join(opened.identity).encode()).hexdigest(),
+        "importances": _file_sha256(imatrix) if imatrix else None,
+        "software or device": f"ds4jax {ds4jax.__version__}, jax {jax.__version__}, {jax.devices()[0].device_kind}",
+    }
+    entries = {spec.name: _entry(spec, importances) for spec in opened.table}
+    if importances is not None and not any(entries.values()):
+        raise Ds4Error(f"{imatrix}: found sums for none of the tensors, such as {opened.table[-1].name}")
+    with Partial(out, plan, inputs, restart) as partial:
+        if progress and partial.done:
+            print(f"going on after {len(partial.done)} of {len(plan.tensors)} tensors", file=sys.stderr)
+        bar = tqdm(total=plan.size, unit="B", unit_scale=True, desc="converting", disable=not progress)
+        for spec in opened.table:
+            info = plan.tensors[spec.name]
+            if spec.name not in partial.done:
+                pieces = functools.partial(_pieces, opened, spec, info.type, entries[spec.name])
+                partial.write(info, gguf.pieces(spec.name, TensorData(info.shape, info.type, pieces)))
+            bar.update(info.offset + info.nbytes - bar.n)
+        bar.close()
+        partial.finish()
+
+
+def _file_sha256(path: str | Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _entry(spec: TensorSpec, importances: Imatrix | None) -> Entry | None:
+    if importances is None or spec.kind != "matrix":
+        return None
+    return importances.entry(spec.name, math.prod(spec.shape[:-2]), spec.shape[-1])
+
+
+def _pieces(opened: hf.Source, spec: TensorSpec, qtype: Type, entry: Entry | None) -> Iterator[np.ndarray]:
+    """A tensor's bytes in the new file, piece by piece."""
+    if spec.kind != "matrix":
+        yield opened.values(spec)
+        return
+    means = entry and entry.means()
+    for i, x in opened.slabs(spec, SLAB):
+        try:
+            yield quantize(x, FORMATS[qtype], None if means is None else means[i]).to_bytes()
+        except Ds4Error as error:
+            raise Ds4Error(f"tensor {show(spec.name)}: {error}") from None
+
+
+def _metadata(opened: hf.Source, importances: Imatrix | None, mtp: hf.Mtp) -> dict[str, Any]:
+    if mtp == "only":
+        return {"general.architecture": MTP_ARCHITECTURE}
+    metadata = {**opened.cfg.to_metadata(), "general.quantization_version": 2, **opened.about()}
+    if importances is not None:  # as llama.cpp notes it
+        metadata["quantize.imatrix.dataset"] = ", ".join(importances.datasets)
+        metadata["quantize.imatrix.entries_count"] = len(importances.entries)
+        metadata["quantize.imatrix.chunks_count"] = importances.chunks
+    return metadata
+
+
+class Partial:
+    """A file that grows, and a journal that says how far it has come.
+
+    The journal, FILE.partial.json, has a line of JSON with what the file is made from, then a line for each complete
+    tensor with the SHA-256 of its bytes. When the file is opened again, only what these confirm counts as written: so
+    it does not matter at what moment a process, or the machine, came to its end.
+
+    done: names of the complete tensors.
+    """
+
+    def __init__(self, out: Path, plan: Layout, inputs: Mapping[str, str | None], restart: bool):
+        """Opens or creates FILE.partial; Ds4Error if it was begun with other inputs, is in use, or has no room."""
+        self._out, self._plan = out, plan
+        self._path = out.with_name(f"{out.name}.partial")
+        self._journal_path = out.with_name(f"{out.name}.partial.json")
+        self.done: set[str] = set()
+        _check_disk(self._path, plan.size)
+        with self._no_os_errors():
+            self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+            self._journal = open(self._journal_path, "a+b", buffering=0)
+        try:
+            with self._no_os_errors():
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self._resume(inputs, restart)
+        except BaseException:
+            self.close()
+            raise
+
+    def _resume(self, inputs: Mapping[str, str | None], restart: bool) -> None:
+        self._journal.seek(0)
+        lines = self._journal.read().splitlines(keepends=True)
+        begun, *records = [_record(line) for line in lines] or [None]
+        header, end = self._plan.header, 0
+        if isinstance(begun, dict) and not restart:
+            changed = [what for what in inputs if begun.get(what) != inputs[what]]
+            if changed:
+                raise Ds4Error(
+                    f"{self._path}: was begun with other {', '.join(changed)}; give the same again, or --restart"
+                )
+            if os.pread(self._fd, len(header), 0) == header:
+                end = len(header)
+                for info, record in zip(self._plan.tensors.values(), records, strict=False):
+                    if record != {"tensor": info.name, "sha256": self._sha256(info)}:
+                        break
+                    self.done.add(info.name)
+                    end = info.offset + info.nbytes
+        os.ftruncate(self._fd, end)
+        self._journal.truncate(sum(map(len, lines[: 1 + len(self.done)])) if end else 0)
+        if not end:
+            self._write(0, header)
+            self._note(inputs)
+
+    def _sha256(self, info: TensorInfo) -> str:
+        digest, end = hashlib.sha256(), info.offset + info.nbytes
+        for start in range(info.offset, end, _READ):
+            digest.update(os.pread(self._fd, min(_READ, end - start), start))
+        return digest.hexdigest()
+
+    def _write(self, offset: int, data: bytes | memoryview) -> int:
+        """All of `data` at `offset`; → the offset behind it."""
+        data = memoryview(data)
+        while data:
+            n = os.pwrite(self._fd, data, offset)
+            data, offset = data[n:], offset + n
+        return offset
+
+    def _note(self, record: Mapping[str, Any]) -> None:
+        self._journal.write(json.dumps(record).encode() + b"\n")
+
+    def write(self, info: TensorInfo, pieces: Iterable[memoryview]) -> None:
+        """Writes a tensor from its pieces, then notes that it is complete."""
+        digest, offset = hashlib.sha256(), info.offset
+        with self._no_os_errors():
+            for piece in pieces:
+                offset = self._write(offset, piece)
+                digest.update(piece)
+            self._note({"tensor": info.name, "sha256": digest.hexdigest()})
+        self.done.add(info.name)
+
+    def finish(self) -> None:
+        """Gives the file its name, once all of it is on disk."""
+        with self._no_os_errors():
+            os.ftruncate(self._fd, self._plan.size)
+            os.fsync(self._fd)
+            os.replace(self._path, self._out)
+            self._journal_path.unlink()
+
+    @contextlib.contextmanager
+    def _no_os_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except BlockingIOError:
+            raise Ds4Error(f"{self._path}: another process is writing this file") from None
+        except OSError as error:
+            raise Ds4Error(
+                f"{self._path}: cannot be written: {error.strerror}; the same command will go on from here"
+            ) from None
+
+    def close(self) -> None:
+        os.close(self._fd)
+        self._journal.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.close()
+
+
+def _record(line: bytes) -> Any:
+    """A line of the journal, None if it is damaged."""
+    try:
+        return json.loads(line) if line.endswith(b"\n") else None
+    except ValueError:
+        return None
+
+
+def _check_disk(partial: Path, size: int) -> None:
+    try:
+        have = partial.stat().st_blocks * 512 if partial.exists() else 0
+        free = shutil.disk_usage(partial.parent).free
+    except OSError as error:
+        raise Ds4Error(f"{partial.parent}: {error.strerror}, expected a folder for the new file") from None
+    if free + have < size + MARGIN:
+        raise Ds4Error(
+            f"{partial.parent}: found {free / _GIB:.1f} GiB free, expected {(size - have) / _GIB:.1f} GiB for the file "
+            f"and {MARGIN / _GIB:.0f} GiB to spare"
+        )

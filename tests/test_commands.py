@@ -1,0 +1,44 @@
+"""The command `ds4jax` and `python -m ds4jax.NAME`: every tool is there under both."""
+
+import os
+import pkgutil
+import runpy
+import subprocess
+import sys
+
+import pytest
+
+import ds4jax.tools
+from ds4jax.__main__ import TOOLS, main
+
+LIBRARIES = {"cli", "limits"}  # modules of ds4jax.tools that are no tool
+
+
+def test_every_tool_is_listed(capsys):
+    assert set(TOOLS) == {module.name for module in pkgutil.iter_modules(ds4jax.tools.__path__)} - LIBRARIES
+    for argv in [], ["--help"]:
+        assert main(argv) == 0
+        lines = capsys.readouterr().out.splitlines()[2:]
+        assert [line.split(maxsplit=1) for line in lines] == [[name, what] for name, what in TOOLS.items()]
+
+
+@pytest.mark.parametrize("name", TOOLS)
+def test_one_tool_has_two_names(name, capsys, monkeypatch):
+    assert main([name, "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert f"ds4jax.{name} --" in shown
+    monkeypatch.setattr(sys, "argv", ["python", "--help"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module(f"ds4jax.{name}", run_name="__main__", alter_sys=True)
+    assert stop.value.code == 0 and capsys.readouterr().out == shown
+
+
+def test_an_unknown_tool_is_one_line(capsys):
+    assert main(["generte"]) == 1
+    assert capsys.readouterr() == ("", f"error: found the tool 'generte', expected one of {', '.join(TOOLS)}\n")
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["chat", "--help"], ["chat", "--config=x"]])
+def test_nothing_imports_jax_before_it_is_needed(argv):
+    code = f"import sys; from ds4jax.__main__ import main; main({argv}); assert 'jax' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ, stdout=subprocess.DEVNULL)
