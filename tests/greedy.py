@@ -13,12 +13,12 @@ def answers(name: str) -> dict[str, np.ndarray]:
     """tokens (20, STEPS), and for each how far the likeliest logit was above the next, (20, STEPS); logits of the
     first prompt at every position (T, vocab)."""
     from ds4jax.chat import template as chat
-    from ds4jax.engine.runner import Runner
+    from ds4jax.engine.model_runner import ModelRunner
     from ds4jax.engine.sampling import Sampling
     from ds4jax.settings import Settings
 
     questions = json.loads((Path(__file__).parent / "tiny" / "questions.json").read_text())
-    runner = Runner.load(Settings.load(name, batch=20, ctx=512))
+    runner = ModelRunner.load(Settings.load(name, batch=20, ctx=512))
     tokens, gaps, prompts = [], [], []
     for slot, question in enumerate(questions[:20]):
         messages = [{"role": "user", "content": question["question"]}]

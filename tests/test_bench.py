@@ -21,8 +21,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 import autotune
 from small import CFG
 
-from ds4jax.engine import runner as engine
-from ds4jax.engine.runner import BLOCK
+from ds4jax.engine import compile_cache
+from ds4jax.engine import model_runner as engine
+from ds4jax.engine.compiled_steps import BLOCK
 from ds4jax.engine.sampling import Sampling
 from ds4jax.errors import ConfigError
 from ds4jax.io import synthetic
@@ -33,7 +34,7 @@ from pallas_kernels import common, compressor, latent, tuned
 
 MODEL = synthetic.Synthetic(CFG, synthetic.RECIPES["q8"], seed=3)
 GREEDY = Sampling(temperature=0.0)
-RUNNER = engine.Runner
+RUNNER = engine.ModelRunner
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +53,8 @@ def run(runners, monkeypatch, capsys):
         return runners[settings]
 
     monkeypatch.setattr(engine, "open_model", lambda settings, shape: MODEL)
-    monkeypatch.setattr(engine, "Runner", runner)
-    monkeypatch.setattr(engine, "keep_compilations", lambda: None)
+    monkeypatch.setattr(engine, "ModelRunner", runner)
+    monkeypatch.setattr(compile_cache, "keep_compilations", lambda: None)
 
     def call(*argv):
         flags = ["--ctx_start=8", "--ctx_max=20", "--gen_tokens=4", "--batch=2", "--prefill_chunk=4", "--ctx=256"]
@@ -235,7 +236,9 @@ def test_a_table_that_cannot_be_written(tmp_path):
 
 def test_the_cache_has_room_for_what_is_needed(run, runners, monkeypatch):
     asked = []
-    monkeypatch.setattr(engine, "Runner", lambda model, settings, progress, sizes: asked.append(settings) or exit())
+    monkeypatch.setattr(
+        engine, "ModelRunner", lambda model, settings, progress, sizes: asked.append(settings) or exit()
+    )
     with pytest.raises(SystemExit):
         cli.run(bench.main, bench.FLAGS, "", ["--config=h200", "--synthetic=full"])
     expected = Settings.load("h200", ctx=28672 + 128, batch=1)

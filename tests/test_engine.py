@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from small import CFG, write
 
-from ds4jax.engine import runner as module
+from ds4jax.engine import compile_cache
 from ds4jax.engine.engine import (
     ContextOverflow,
     Engine,
@@ -23,7 +23,7 @@ from ds4jax.engine.engine import (
     Stopping,
     Token,
 )
-from ds4jax.engine.runner import Runner
+from ds4jax.engine.model_runner import ModelRunner
 from ds4jax.engine.sampling import Sampling
 from ds4jax.errors import Ds4Error
 from ds4jax.io import synthetic
@@ -40,7 +40,7 @@ def path(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runner(path):
-    return Runner.load(Settings(path, ctx=512, numerics="plain"), batch=3)
+    return ModelRunner.load(Settings(path, ctx=512, numerics="plain"), batch=3)
 
 
 @pytest.fixture
@@ -336,7 +336,7 @@ def test_edits_that_cannot_be(engine, rest, problem):
 
 # ---- opening ---------------------------------------------------------------------------------------------------------
 def test_nothing_is_compiled_once_it_is_open(path, tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(module, "keep_compilations", lambda: None)
+    monkeypatch.setattr(compile_cache, "keep_compilations", lambda: None)
     settings = Settings(path, ctx=2048, numerics="plain", prefill_chunk=128)
     engine = Engine.open(settings, max_seqs=2, kv_dir=tmp_path / "kv", kv_budget_bytes=1 << 28)
 
@@ -362,7 +362,7 @@ def test_nothing_is_compiled_once_it_is_open(path, tmp_path, caplog, monkeypatch
 
 
 def test_a_folder_in_use_is_refused(path, tmp_path, monkeypatch):
-    monkeypatch.setattr(Runner, "compile", lambda *_: None)
+    monkeypatch.setattr(ModelRunner, "compile", lambda *_: None)
     settings = Settings(path, ctx=64, numerics="plain")
     engine = Engine.open(settings, kv_dir=tmp_path)
     with pytest.raises(Ds4Error, match="in use by another process"):
@@ -375,7 +375,7 @@ def test_a_folder_in_use_is_refused(path, tmp_path, monkeypatch):
 
 
 def test_a_model_of_random_weights_answers(path, monkeypatch):
-    monkeypatch.setattr(Runner, "compile", lambda *_: None)
+    monkeypatch.setattr(ModelRunner, "compile", lambda *_: None)
     monkeypatch.setitem(synthetic.SHAPES, "small", dataclasses.replace(CFG, vocab_size=400))
     engine = Engine.open(Settings(path, ctx=64, numerics="plain", prefill_chunk=32), synthetic="small")
     events = asyncio.run(collect(engine, Request(engine.tokenizer.encode_raw("Hi"), 3, GREEDY)))

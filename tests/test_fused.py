@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ds4jax.engine import runner
+from ds4jax.engine import compiled_steps, sampling
 from ds4jax.errors import ConfigError
 from ds4jax.formats.quant import Q8_0
 from ds4jax.io.synthetic import FULL, RECIPES, Synthetic, synthetic_config
@@ -239,11 +239,13 @@ def test_kernels_agree_with_xla_on_the_gpu(model):
 @pytest.mark.gpu
 def test_no_weight_is_copied_and_the_cache_stays_in_place():
     f, (w, cache, *_) = steps(1)
-    decode = functools.partial(runner._decode, cfg=SHORT, compute=Compute("official", "bfloat16", kernels="pallas"))
-    params = runner.sampling.batch([runner.Sampling()])
-    shapes = (runner.BLOCK, 1), (1, 1)
+    decode = functools.partial(
+        compiled_steps.decode_step, cfg=SHORT, compute=Compute("official", "bfloat16", kernels="pallas")
+    )
+    params = sampling.batch([sampling.Sampling()])
+    shapes = (compiled_steps.BLOCK, 1), (1, 1)
     results = [*(np.zeros(shape, np.int32) for shape in shapes), np.zeros((1, SHORT.vocab_size), np.float32)]
-    args = results, *runner.decode_args({0: 0}, 1, params)
+    args = results, *compiled_steps.decode_args({0: 0}, 1, params)
     stats = jax.jit(decode, donate_argnums=(1, 2)).lower(w, cache, *args).compile().memory_analysis()
     smallest = min(x.size * x.dtype.itemsize for x in jax.tree.leaves(w.ffn.experts))
     assert stats.temp_size_in_bytes < smallest

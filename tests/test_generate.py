@@ -14,14 +14,15 @@ from small import CFG
 
 from ds4jax import paths
 from ds4jax.chat import template as chat
-from ds4jax.engine import runner as engine
+from ds4jax.engine import compile_cache
+from ds4jax.engine import model_runner as engine
 from ds4jax.io import synthetic
 from ds4jax.io.tokenizer import byte_tokenizer
 from ds4jax.tools import cli, generate
 
 # Prompts have 9 to 16 tokens throughout, so that one bucket is compiled; that takes most of the time.
 TOKENIZER = byte_tokenizer()
-RUNNER = engine.Runner
+RUNNER = engine.ModelRunner
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +48,8 @@ def run(model, runners, monkeypatch, capsys):
         runners[key].stats = engine.Stats()
         return runners[key]
 
-    monkeypatch.setattr(engine, "Runner", runner)
-    monkeypatch.setattr(engine, "keep_compilations", lambda: None)
+    monkeypatch.setattr(engine, "ModelRunner", runner)
+    monkeypatch.setattr(compile_cache, "keep_compilations", lambda: None)
 
     def call(*argv, model=model):
         flags = [f"--model={model}", "--numerics=plain", "--ctx=128", *argv]
@@ -159,7 +160,7 @@ def tokens_of(run, *argv):
 
 
 def test_prompts_are_rendered(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(engine, "Runner", lambda *_: pytest.fail("no inference was asked for"))
+    monkeypatch.setattr(engine, "ModelRunner", lambda *_: pytest.fail("no inference was asked for"))
     user = [{"role": "user", "content": "Hi\r\n"}]
     system = [{"role": "system", "content": "Be brief."}]
     (tmp_path / "prompt.txt").write_bytes(b"Hi\r\n")

@@ -11,9 +11,10 @@ from small import CFG
 
 from ds4jax import sharding
 from ds4jax.__main__ import main
-from ds4jax.engine import memory
-from ds4jax.engine import runner as engine
-from ds4jax.engine.runner import Programs, Runner
+from ds4jax.engine import compile_cache, compiled_steps, memory
+from ds4jax.engine.compiled_steps import CompiledSteps
+from ds4jax.engine.model_runner import ModelRunner
+from ds4jax.engine.sampling import Sampling
 from ds4jax.errors import ConfigError
 from ds4jax.io import synthetic
 from ds4jax.model import cache as kv
@@ -39,7 +40,7 @@ def limit(monkeypatch):
 def runner():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "local_devices", gpu(2**30))
-        return Runner(MODEL, SETTINGS)
+        return ModelRunner(MODEL, SETTINGS)
 
 
 def nbytes(tree):
@@ -54,7 +55,7 @@ def test_the_plan_is_what_a_runner_allocates(runner):
 def test_workspace_is_what_steps_need_beside_weights_and_cache(runner):
     plan, logits = runner.plan, 4 * CFG.vocab_size
     assert plan.workspace.keys() == {"prefill", "decode"}
-    for (name, *_), program in runner.programs.compiled.items():
+    for (name, *_), program in runner.steps.compiled.items():
         stats = program.memory_analysis()
         results = nbytes(runner._results) if name == "decode" else 0
         assert stats.alias_size_in_bytes == plan.cache + results  # the cache is updated in place
@@ -64,39 +65,39 @@ def test_workspace_is_what_steps_need_beside_weights_and_cache(runner):
 
 
 def test_the_largest_calls_are_compiled_ahead_where_memory_is_limited(runner):
-    assert sorted(runner.programs.compiled) == [
+    assert sorted(runner.steps.compiled) == [
         ("decode", (16, 2), (1, 2), (2, CFG.vocab_size), (2,), (2,), (), *[(2,)] * 5),
         ("prefill", (), (1,), (1, 16), (1,), *[(1,)] * 5),
     ]
-    before = set(runner.programs.compiled)
-    assert runner.stats.compile_seconds == runner.programs.seconds > 0
-    step = runner.prefill(1, [1] * 16, engine.Sampling())
+    before = set(runner.steps.compiled)
+    assert runner.stats.compile_seconds == runner.steps.seconds > 0
+    step = runner.prefill(1, [1] * 16, Sampling())
     runner.decode({0: 1, 1: step.token})
-    assert set(runner.programs.compiled) == before
+    assert set(runner.steps.compiled) == before
     assert np.isfinite(step.logits).all() and step.logits.std() > 0.01
 
 
 def test_a_mesh_divides_the_weights():
     tree, mesh = weights.abstract(CFG, MODEL.types), sharding.make_mesh(tp=2, ep=2)
     alone, experts = weights.nbytes(tree), sum(spec.nbytes for spec in jax.tree.leaves(tree.ffn.experts))
-    plan = memory.plan(Programs(MODEL, dataclasses.replace(SETTINGS, tp=2, ep=2)))
+    plan = memory.plan(CompiledSteps(MODEL, dataclasses.replace(SETTINGS, tp=2, ep=2)))
     assert alone / 4 < plan.weights < alone - 3 / 4 * experts
     empty = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), weights.structs(tree))
     placed = jax.device_put(empty, weights.shardings(tree, mesh))
     assert plan.weights == sum(s.data.nbytes for x in jax.tree.leaves(placed) for s in x.addressable_shards) / 4
-    assert plan.cache == memory.plan(Programs(MODEL, SETTINGS)).cache  # every device holds it whole
+    assert plan.cache == memory.plan(CompiledSteps(MODEL, SETTINGS)).cache  # every device holds it whole
 
 
 def test_the_full_shape_is_planned_without_memory():
     model = synthetic.Synthetic(synthetic.FULL, synthetic.RECIPES["q2"])
-    plan = memory.plan(Programs(model, Settings("none", ctx=32768, dtype="bfloat16")))
+    plan = memory.plan(CompiledSteps(model, Settings("none", ctx=32768, dtype="bfloat16")))
     assert round(plan.weights / 2**30, 2) == 80.76  # the published file
     assert 3.6e3 < plan.cache / 32768 < 4.3e3  # and what a short cache has besides
 
 
 # ---- what does not fit -----------------------------------------------------------------------------------------------
 class Fake:
-    """Stands in for `Programs`: 1000 bytes of weights, 10 of cache and 4 of workspace per token."""
+    """Stands in for `CompiledSteps`: 1000 bytes of weights, 10 of cache and 4 of workspace per token."""
 
     compilations = []
 
@@ -172,23 +173,23 @@ def test_a_smaller_chunk_is_offered_when_the_workspace_is_what_is_too_large(limi
 
 def test_weights_that_are_too_large_are_refused_at_once(limit, monkeypatch):
     monkeypatch.setattr(weights, "init_random", lambda *_: pytest.fail("made weights"))
-    monkeypatch.setattr(Programs, "compile_largest", lambda *_: pytest.fail("compiled"))
+    monkeypatch.setattr(CompiledSteps, "compile_largest", lambda *_: pytest.fail("compiled"))
     limit(2**20)
     with pytest.raises(ConfigError, match=r"no ctx or batch would fit: more devices \(tp, ep\), a smaller file"):
-        Runner(MODEL, SETTINGS)
+        ModelRunner(MODEL, SETTINGS)
 
 
 def test_planned_and_actual_peak_are_shown_together(runner, limit):
-    assert re.fullmatch(r"peak process memory: [\d.]+ GiB", engine.describe_peak(runner.programs))
+    assert re.fullmatch(r"peak process memory: [\d.]+ GiB", memory.describe_peak(runner.steps))
     limit(2**30, peak=int(runner.plan.total * 1.02))
-    shown = engine.describe_peak(runner.programs)
+    shown = memory.describe_peak(runner.steps)
     assert re.fullmatch(r"peak device memory: 0.\d\d GiB, planned 0.\d\d GiB \(\+2.0%\)", shown)
 
 
 # ---- the tool --------------------------------------------------------------------------------------------------------
 @pytest.fixture
 def run(monkeypatch, capsys):
-    monkeypatch.setattr(engine, "keep_compilations", lambda: None)
+    monkeypatch.setattr(compile_cache, "keep_compilations", lambda: None)
 
     def call(*argv):
         status = main(["memory", *argv])
@@ -216,7 +217,9 @@ def test_the_tool_fails_where_loading_would(run, limit):
 
 
 def test_the_steps_are_compiled_for_the_workspace(run, monkeypatch, compilations):
-    monkeypatch.setattr(engine, "Programs", lambda model, settings, progress: Fake(settings.ctx, settings.batch))
+    monkeypatch.setattr(
+        compiled_steps, "CompiledSteps", lambda model, settings, progress: Fake(settings.ctx, settings.batch)
+    )
     status, out, _ = run("--synthetic=base", "--ctx=1048576", "--batch=16")
     assert (status, compilations) == (0, [(2**20, 16)])
     assert "workspace      0.062  decode 0.062\n" in out
@@ -225,3 +228,12 @@ def test_the_steps_are_compiled_for_the_workspace(run, monkeypatch, compilations
 def test_a_missing_file_is_an_error(run):
     status, out, err = run("--model=/nowhere.gguf")
     assert (status, out) == (1, "") and "no such file" in err
+
+
+def test_peak_memory(monkeypatch):
+    n, what = memory.peak_memory()
+    assert what == "process memory" and 2**27 < n < 2**40
+    monkeypatch.setattr(
+        jax, "local_devices", lambda: [types.SimpleNamespace(memory_stats=lambda: {"peak_bytes_in_use": 5})]
+    )
+    assert memory.peak_memory() == (5, "device memory")

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 from small import CFG
 
-from ds4jax.engine import runner
+from ds4jax.engine import compiled_steps, model_runner
 from ds4jax.errors import ConfigError
 from ds4jax.io.synthetic import BASE, FULL, RECIPES, Synthetic
 from ds4jax.model import Compute, transformer, weights
@@ -35,7 +35,7 @@ DECODE = {
 
 def programs(cfg, recipe="q2", ctx=4096, batch=1):
     settings = Settings.load("h200", ctx=ctx, batch=batch)
-    return runner.Programs(Synthetic(cfg, RECIPES[recipe]), settings)
+    return compiled_steps.CompiledSteps(Synthetic(cfg, RECIPES[recipe]), settings)
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +178,7 @@ def test_steps_are_timed_at_their_context(monkeypatch):
     monkeypatch.setattr(roofline, "BLOCKS", 2)
     monkeypatch.setattr(roofline, "WARM", 1)
     settings = Settings.load("tiny", ctx=256, batch=2, prefill_chunk=8)
-    small = runner.Runner(Synthetic(CFG, RECIPES["q8"]), settings)
+    small = model_runner.ModelRunner(Synthetic(CFG, RECIPES["q8"]), settings)
     lengths, run = [], small._run
 
     def log(name, *args):

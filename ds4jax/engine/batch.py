@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from ds4jax.engine.runner import Runner, Step
+    from ds4jax.engine.model_runner import ModelRunner, Sampled
     from ds4jax.engine.sampling import Sampling
 
 Finish = Literal["stop", "length"]
@@ -24,19 +24,19 @@ class Request:
 
 
 def run(
-    runner: Runner, requests: Iterable[Request], eos: int, logits: bool = False
-) -> Iterator[tuple[Request, Step, Finish | None]]:
+    runner: ModelRunner, requests: Iterable[Request], eos: int, logits: bool = False
+) -> Iterator[tuple[Request, Sampled, Finish | None]]:
     """Continue all requests, as many at a time as the runner has slots.
 
     Yields every token as it comes, the one that ends a sequence (possibly `eos`) with the reason. A device that is
     quick decodes some tokens at a time; of these steps only the last has logits, unless `logits`.
     """
-    from ds4jax.engine.runner import Step
+    from ds4jax.engine.model_runner import Sampled
 
     waiting, free = iter(requests), list(range(runner.batch))
     running: dict[int, tuple[Request, int, int]] = {}  # slot → request, tokens so far, the last of them
 
-    def advance(slot: int, request: Request, n: int, step: Step) -> Finish | None:
+    def advance(slot: int, request: Request, n: int, step: Sampled) -> Finish | None:
         room = runner.settings.ctx - len(request.tokens)
         finish = "stop" if step.token == eos else "length" if n >= min(request.max_tokens, room) else None
         if finish:
@@ -59,6 +59,6 @@ def run(
         tokens = block.tokens()
         for i in range(size):
             for slot in [slot for slot in tokens if slot in running]:
-                step = Step(tokens[slot][i], block.batch_logits if i == size - 1 else None, slot)
+                step = Sampled(tokens[slot][i], block.batch_logits if i == size - 1 else None, slot)
                 request, n, _ = running[slot]
                 yield request, step, advance(slot, request, n + 1, step)

@@ -25,16 +25,16 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TextIO
 
 from ds4jax.engine.constraints import Constraints, edits
 from ds4jax.engine.keys import key_of
-from ds4jax.engine.prefix import Prefixes, Snapshot, positions
+from ds4jax.engine.kv_store import KVStore
+from ds4jax.engine.prefix_cache import PrefixCache, Snapshot, positions
 from ds4jax.engine.scheduler import ALIGN, Job, Scheduler
-from ds4jax.engine.store import Store
 from ds4jax.errors import Ds4Error
 
 if TYPE_CHECKING:
     from ds4jax.engine.grammar import Grammar, Vocabulary
-    from ds4jax.engine.runner import Runner, Step
+    from ds4jax.engine.model_runner import ModelRunner, Sampled
     from ds4jax.engine.sampling import Sampling
-    from ds4jax.engine.snapshots import Planes
+    from ds4jax.engine.snapshot import Planes
     from ds4jax.settings import Settings
 
 MAX_NOTES = 100_000  # in memory
@@ -199,13 +199,16 @@ class _Running(Job):
 
 @dataclasses.dataclass
 class _Due:
-    """A snapshot of the first `end` tokens of a job. complete: what follows the whole prompt. pieces: of `Runner.take`,
-    the first of which comes before anything else happens in the slot."""
+    """A snapshot of the first `end` tokens of a job that is still to be taken.
+
+    pieces: of `ModelRunner.take`; the first comes before anything else happens in the slot. complete: of a whole
+    prompt, the token sampled after it.
+    """
 
     job: _Running
     end: int
     pieces: Iterator[Planes | None]
-    complete: Step | None
+    complete: Sampled | None
     begun: bool = False
 
 
@@ -229,7 +232,7 @@ class Engine:
         trace: str | Path | None = None,
         progress: bool = False,
     ) -> Self:
-        """Load the model of `settings`, or a synthetic one (see `runner.open_model`), and compile its steps.
+        """Load the model of `settings`, or a synthetic one (see `model_runner.open_model`), and compile its steps.
 
         max_seqs: sequences at once, by default the settings' batch. kv_dir: a folder for prefixes and notes, for this
         engine alone, of at most kv_budget_bytes. prefix_budget_bytes: of memory, for prefixes. trace: a file to which a
@@ -237,21 +240,21 @@ class Engine:
         Raises Ds4Error for what cannot be loaded or does not fit into memory.
         """
         settings.set_environment()
-        from ds4jax.engine import runner
+        from ds4jax.engine import compile_cache, model_runner
         from ds4jax.engine.fingerprint import fingerprint
 
-        runner.keep_compilations()
-        model = runner.open_model(settings, synthetic)
-        loaded = runner.Runner(model, settings, max_seqs, progress, _sizes(settings))
+        compile_cache.keep_compilations()
+        model = model_runner.open_model(settings, synthetic)
+        loaded = model_runner.ModelRunner(model, settings, max_seqs, progress, _sizes(settings))
         loaded.compile()
-        store = Store(kv_dir, kv_budget_bytes, fingerprint(loaded)) if kv_dir else None
+        store = KVStore(kv_dir, kv_budget_bytes, fingerprint(loaded)) if kv_dir else None
         name = f"synthetic-{synthetic}" if synthetic else Path(settings.model).stem
-        return cls(loaded, Prefixes(prefix_budget_bytes, store), name=name, trace=trace)
+        return cls(loaded, PrefixCache(prefix_budget_bytes, store), name=name, trace=trace)
 
     def __init__(
         self,
-        runner: Runner,
-        prefixes: Prefixes | None = None,
+        runner: ModelRunner,
+        prefixes: PrefixCache | None = None,
         *,
         name: str = "model",
         trace: str | Path | None = None,
@@ -265,7 +268,7 @@ class Engine:
         self.ctx, self.chat_template = runner.settings.ctx, runner.tokenizer.chat_template
         self.model_name = name
         self._runner, self._max_waiting = runner, max_waiting
-        self._prefixes = Prefixes(2 << 30) if prefixes is None else prefixes
+        self._prefixes = PrefixCache(2 << 30) if prefixes is None else prefixes
         self._sizes = _sizes(runner.settings)
         self._scheduler = Scheduler(runner.batch, self._sizes[-1])
         self._trace = _open_trace(trace) if trace else None
@@ -374,7 +377,7 @@ class Engine:
         return self._notes.get(key) if store is None else store.note(key)
 
     def _problem(self, request: Request) -> Ds4Error | None:
-        from ds4jax.engine.runner import check_prompt
+        from ds4jax.engine.model_runner import check_prompt
         from ds4jax.engine.sampling import MAX_LOGPROBS
 
         if len(request.tokens) >= self.ctx:
@@ -566,7 +569,7 @@ class Engine:
                 if self._emit(job, token):
                     break  # what the block has beyond the end is dropped
 
-    def _remember(self, job: _Running, end: int, state: Planes | None = None, complete: Step | None = None) -> None:
+    def _remember(self, job: _Running, end: int, state: Planes | None = None, complete: Sampled | None = None) -> None:
         """A snapshot of the first `end` tokens of a job is due: as its slot is now, or was when `state` was taken."""
         self._due.append(_Due(job, end, self._runner.take(job.slot, end, state), complete))
 

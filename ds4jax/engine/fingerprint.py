@@ -7,16 +7,16 @@ import hashlib
 import jax
 import numpy as np
 
-from ds4jax.engine.runner import Runner
-from ds4jax.engine.snapshots import LAYOUT
+from ds4jax.engine.model_runner import ModelRunner
+from ds4jax.engine.snapshot import LAYOUT
 from ds4jax.io.synthetic import Synthetic
 from ds4jax.model.tensors import tensor_table
 
 SAMPLE = 4096  # bytes of each tensor that are looked at; all of them would take minutes
 
 
-def fingerprint(runner: Runner) -> dict[str, str | int]:
-    """Model (its tokenizer included), numerics, devices, and the layout of snapshots; for `engine.store.Store`."""
+def fingerprint(runner: ModelRunner) -> dict[str, str | int]:
+    """Model (its tokenizer included), numerics, devices, and the layout of snapshots; for `engine.kv_store.KVStore`."""
     settings = runner.settings
     return {
         "model": _model(runner),
@@ -29,7 +29,7 @@ def fingerprint(runner: Runner) -> dict[str, str | int]:
     }
 
 
-def _model(runner: Runner) -> str:
+def _model(runner: ModelRunner) -> str:
     digest, source = hashlib.blake2b(repr(runner.cfg).encode(), digest_size=16), runner.checkpoint
     if isinstance(source, Synthetic):
         types = [(spec.name, int(source.types(spec))) for spec in tensor_table(runner.cfg)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import resource
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from ds4jax.config import HCA_RATIO
 from ds4jax.errors import ConfigError
 
 if TYPE_CHECKING:
-    from ds4jax.engine.runner import Programs
+    from ds4jax.engine.compiled_steps import CompiledSteps
 
 _GIB = 2**30
 
@@ -65,7 +66,7 @@ class Plan:
         return "\n".join([f"GiB on each device ({self.device})", *(line.rstrip() for line in lines)])
 
 
-def plan(programs: Programs) -> Plan:
+def plan(programs: CompiledSteps) -> Plan:
     """The plan for `programs`, with the workspace of those that are compiled."""
     device = jax.local_devices()[0]
     workspace: dict[str, int] = {}
@@ -98,9 +99,8 @@ def per_device(tree: Any) -> int:
     return sum(math.prod(shape(x)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def check(programs: Programs, sizes: Iterable[int] = ()) -> Plan:
-    """Plan a model that is about to be loaded, its steps compiled (see `Programs.compile_largest`), if the device says
-    how much memory it has.
+def check(programs: CompiledSteps, sizes: Iterable[int] = ()) -> Plan:
+    """Plan the memory of a model before it is loaded; its steps are compiled if the device says how much memory it has.
 
     Raises ConfigError with the plan, and with the ctx or batch that would fit, if it does not.
     """
@@ -118,7 +118,7 @@ def check(programs: Programs, sizes: Iterable[int] = ()) -> Plan:
     return found
 
 
-def advice(programs: Programs) -> str:
+def advice(programs: CompiledSteps) -> str:
     """What would fit, of the same model on the same device, where `programs` does not. May have to compile."""
     ctx, batch = (largest(programs, key, step) for key, step in (("ctx", HCA_RATIO), ("batch", 1)))
     ways = [f"ctx {ctx} with batch {programs.batch}"] if ctx else []
@@ -130,7 +130,7 @@ def advice(programs: Programs) -> str:
     return "no ctx or batch would fit: more devices (tp, ep), a smaller file or a larger memory_fraction might"
 
 
-def largest(programs: Programs, key: str, step: int) -> int | None:
+def largest(programs: CompiledSteps, key: str, step: int) -> int | None:
     """The largest `key` (ctx or batch; a multiple of `step`) below that of `programs` with which the plan fits.
 
     None if none does. The workspace of a larger call serves as the bound for smaller ones, so that at most a few have
@@ -156,3 +156,20 @@ def largest(programs: Programs, key: str, step: int) -> int | None:
     smaller = programs.but(key, n)
     smaller.compile_largest()
     return n if plan(smaller).fits else largest(smaller, key, step)
+
+
+def peak_memory() -> tuple[int, str]:
+    """The most memory in use so far: bytes, and of what (the first GPU, or the process where JAX cannot tell)."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "peak_bytes_in_use" in stats:
+        return stats["peak_bytes_in_use"], "device memory"
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "process memory"
+
+
+def describe_peak(programs: CompiledSteps) -> str:
+    """`peak_memory` in words, beside the plan for `programs` where the two can be compared."""
+    peak, of = peak_memory()
+    text, planned = f"peak {of}: {peak / 2**30:.2f} GiB", plan(programs)
+    if planned.limit is None:
+        return text
+    return f"{text}, planned {planned.total / 2**30:.2f} GiB ({peak / planned.total - 1:+.1%})"

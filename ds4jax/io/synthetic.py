@@ -110,7 +110,7 @@ SHAPES = {"base": BASE, "odd": ODD, "full": FULL}
 
 @dataclasses.dataclass(frozen=True)
 class Synthetic:
-    """A model without a file: `engine.runner.Runner` makes its weights on the devices (`weights.init_random`).
+    """A model without a file: `ModelRunner` makes its weights on the devices (`weights.init_random`).
 
     They have the shapes and types of a file's, not the bytes of `random_data`, which would come from the host.
     """

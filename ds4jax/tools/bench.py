@@ -31,7 +31,7 @@ from ds4jax.settings import Settings
 from ds4jax.tools import cli
 
 if TYPE_CHECKING:  # JAX must not run before `Settings.set_environment`
-    from ds4jax.engine.runner import Runner
+    from ds4jax.engine.model_runner import ModelRunner
     from ds4jax.model.cache import Cache
 
 WARM = 3  # calls before anything is timed: XLA runs a program op by op first, and records it as a graph then
@@ -101,14 +101,14 @@ def main() -> None:
     overrides = {key: FLAGS[key].value for key in ("model", "batch", "prefill_chunk")}
     settings = Settings.load(FLAGS.config, ctx=ctx, **overrides)
     settings.set_environment()
-    from ds4jax.engine import runner
+    from ds4jax.engine import compile_cache, compiled_steps, memory, model_runner
 
-    runner.keep_compilations()
+    compile_cache.keep_compilations()
     start = time.perf_counter()
     prefills = () if FLAGS.fill else chunks(points, settings.prefill_chunk)
-    sizes = runner.chunk_sizes(prefills, settings.prefill_chunk)
-    source = runner.open_model(settings, FLAGS.synthetic)
-    loaded = runner.Runner(source, settings, progress=True, sizes=sizes)
+    sizes = compiled_steps.chunk_sizes(prefills, settings.prefill_chunk)
+    source = model_runner.open_model(settings, FLAGS.synthetic)
+    loaded = model_runner.ModelRunner(source, settings, progress=True, sizes=sizes)
     if FLAGS.fill is None:
         rows = sweep(loaded, points, FLAGS.gen_tokens, FLAGS.seed)
     else:
@@ -124,11 +124,11 @@ def main() -> None:
             write(path, done)
     if not path:
         _write(sys.stdout, done)
-    print(runner.describe_peak(loaded.programs), file=sys.stderr)
+    print(memory.describe_peak(loaded.steps), file=sys.stderr)
 
 
 # ---- measuring -------------------------------------------------------------------------------------------------------
-def sweep(runner: Runner, points: list[int], gen_tokens: int, seed: int) -> Iterator[Row]:
+def sweep(runner: ModelRunner, points: list[int], gen_tokens: int, seed: int) -> Iterator[Row]:
     """A row for every frontier; all of the runner's slots go there together."""
     import numpy as np
 
@@ -155,12 +155,12 @@ def sweep(runner: Runner, points: list[int], gen_tokens: int, seed: int) -> Iter
 
 def chunks(points: list[int], chunk: int) -> set[int]:
     """The numbers of tokens in the prefill calls that lead from frontier to frontier."""
-    from ds4jax.engine.runner import chunk_lengths
+    from ds4jax.engine.compiled_steps import chunk_lengths
 
     return chunk_lengths((b - a for a, b in zip([0, *points], points, strict=False)), chunk)
 
 
-def filled(runner: Runner, length: int, gen_tokens: int, seed: int) -> Iterator[Row]:
+def filled(runner: ModelRunner, length: int, gen_tokens: int, seed: int) -> Iterator[Row]:
     """One row, with nothing prefilled: every slot gets a `random_sequence`."""
     from ds4jax.engine.sampling import Sampling
 
@@ -174,17 +174,17 @@ def filled(runner: Runner, length: int, gen_tokens: int, seed: int) -> Iterator[
     yield Row(length, 0, 0.0, *_generate(runner, dict.fromkeys(range(runner.batch), 0), gen_tokens))
 
 
-def _warm_decode(runner: Runner) -> None:
+def _warm_decode(runner: ModelRunner) -> None:
     print("warming up: decoding ...", file=sys.stderr)
     for _ in range(WARM):
         runner.decode(dict.fromkeys(range(runner.batch), 0))
 
 
-def _generate(runner: Runner, tokens: dict[int, int], n: int) -> tuple[int, float, int]:
+def _generate(runner: ModelRunner, tokens: dict[int, int], n: int) -> tuple[int, float, int]:
     """n greedy tokens in every slot from the given ones on, then taken back: → tokens, per second, bytes of cache."""
     import jax
 
-    from ds4jax.engine.runner import BLOCK
+    from ds4jax.engine.compiled_steps import BLOCK
     from ds4jax.engine.sampling import Sampling
     from ds4jax.model import cache
 
@@ -203,7 +203,7 @@ def _generate(runner: Runner, tokens: dict[int, int], n: int) -> tuple[int, floa
     return total, total / seconds, sum(cache.nbytes(state) for state in saved)
 
 
-def random_sequence(runner: Runner, length: int, seed: int) -> Cache:
+def random_sequence(runner: ModelRunner, length: int, seed: int) -> Cache:
     """A cache as if one sequence of `length` tokens had been through the model: Gaussian rows, stored as rows are."""
     import jax
     import jax.numpy as jnp
@@ -211,7 +211,7 @@ def random_sequence(runner: Runner, length: int, seed: int) -> Cache:
     from ds4jax.model import cache
     from ds4jax.numerics import rows as numerics
 
-    cfg, compute = runner.cfg, runner.programs.compute
+    cfg, compute = runner.cfg, runner.steps.compute
     dtype, fields = jnp.dtype(compute.dtype), ("z", "g", "prev_z", "prev_g")
     kv_row, index_row = (row(cfg, compute.numerics, dtype) for row in (numerics.kv_row, numerics.index_row))
     form = cache.abstract(cfg, compute.numerics, dtype, 1, length)

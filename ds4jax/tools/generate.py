@@ -27,7 +27,7 @@ from ds4jax.tools import cli
 
 if TYPE_CHECKING:  # JAX takes a second to import, and must not run before `Settings.set_environment`
     from ds4jax.engine.batch import Request
-    from ds4jax.engine.runner import Runner, Step
+    from ds4jax.engine.model_runner import ModelRunner, Sampled
 
 DEFAULT_PROMPT = "Once upon a time"
 
@@ -120,7 +120,7 @@ class Logprobs:
         self._path, self._top_k = path, top_k
         self._content: dict[str, Any] = {"prompt_tokens": prompt, "steps": []}
 
-    def add(self, step: Step, text: str) -> None:
+    def add(self, step: Sampled, text: str) -> None:
         logits = step.logits
         if not np.isfinite(logits).all():
             raise Ds4Error(f"step {len(self._content['steps'])}: found logits that are not finite; a damaged model?")
@@ -293,7 +293,7 @@ def _encode(values: dict[str, Any], tokenizer: Tokenizer, settings: Settings) ->
 def _request(tokens: list[int], line: dict[str, Any], checkpoint: Checkpoint, settings: Settings) -> Request:
     """A request: parameters that a line has replace those of the flags. Raises Ds4Error if it cannot run."""
     from ds4jax.engine.batch import Request
-    from ds4jax.engine.runner import check_prompt
+    from ds4jax.engine.model_runner import check_prompt
     from ds4jax.engine.sampling import Sampling
 
     check_prompt(tokens, checkpoint.cfg, settings.ctx)
@@ -304,13 +304,15 @@ def _request(tokens: list[int], line: dict[str, Any], checkpoint: Checkpoint, se
 
 
 @contextlib.contextmanager
-def _runner(checkpoint: Checkpoint, settings: Settings, batch: int, requests: Iterable[Request]) -> Iterator[Runner]:
+def _runner(
+    checkpoint: Checkpoint, settings: Settings, batch: int, requests: Iterable[Request]
+) -> Iterator[ModelRunner]:
     """A runner for some requests; at the end, speed and memory go to stderr."""
-    from ds4jax.engine import runner
+    from ds4jax.engine import compile_cache, compiled_steps, memory, model_runner
 
-    runner.keep_compilations()
-    sizes = runner.chunk_sizes((len(request.tokens) for request in requests), settings.prefill_chunk)
-    loaded = runner.Runner(checkpoint, settings, batch, progress=True, sizes=sizes)
+    compile_cache.keep_compilations()
+    sizes = compiled_steps.chunk_sizes((len(request.tokens) for request in requests), settings.prefill_chunk)
+    loaded = model_runner.ModelRunner(checkpoint, settings, batch, progress=True, sizes=sizes)
     try:
         yield loaded
     finally:
@@ -321,7 +323,7 @@ def _runner(checkpoint: Checkpoint, settings: Settings, batch: int, requests: It
         ):
             if n:
                 print(f"{what}: {n} tokens in {seconds:.2f} s, {n / seconds:.1f} tokens/s", file=sys.stderr)
-        peak = runner.describe_peak(loaded.programs)
+        peak = memory.describe_peak(loaded.steps)
         print(f"compilation: {stats.compile_seconds:.1f} s; {peak}", file=sys.stderr)
 
 

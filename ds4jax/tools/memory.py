@@ -25,14 +25,14 @@ def main() -> int:
     """Run the tool as FLAGS say; → exit status: 1 if the plan does not fit. Raises Ds4Error."""
     settings = Settings.load(FLAGS.config, **{key: FLAGS[key].value for key in ("model", "ctx", "batch")})
     settings.set_environment()
-    from ds4jax.engine import memory, runner
+    from ds4jax.engine import compile_cache, compiled_steps, memory, model_runner
 
-    runner.keep_compilations()
-    programs = runner.Programs(runner.open_model(settings, FLAGS.synthetic), settings, progress=True)
-    if FLAGS.compile and memory.plan(programs).fits:
-        programs.compile_largest()
-    found = memory.plan(programs)
+    compile_cache.keep_compilations()
+    steps = compiled_steps.CompiledSteps(model_runner.open_model(settings, FLAGS.synthetic), settings, progress=True)
+    if FLAGS.compile and memory.plan(steps).fits:
+        steps.compile_largest()
+    found = memory.plan(steps)
     print(found)
     if not found.fits:
-        print(memory.advice(programs) if FLAGS.compile else "does not fit")
+        print(memory.advice(steps) if FLAGS.compile else "does not fit")
     return 0 if found.fits else 1

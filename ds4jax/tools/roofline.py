@@ -36,7 +36,8 @@ from ds4jax.settings import Settings
 from ds4jax.tools import cli
 
 if TYPE_CHECKING:  # JAX must not run before `Settings.set_environment`
-    from ds4jax.engine.runner import Programs, Runner
+    from ds4jax.engine.compiled_steps import CompiledSteps
+    from ds4jax.engine.model_runner import ModelRunner
     from ds4jax.tools.limits import Device
 
 FLAGS = flags.FlagValues()
@@ -126,7 +127,7 @@ class Work:
 
 
 # ---- counting --------------------------------------------------------------------------------------------------------
-def count(programs: Programs, context: int, tokens: int, sequences: int) -> list[Work]:
+def count(programs: CompiledSteps, context: int, tokens: int, sequences: int) -> list[Work]:
     """The work of a step that appends `tokens` to each of `sequences`, which have `context` tokens.
 
     Weights are read once, of the routed experts as many as independent uniform choices touch, of tables the rows used;
@@ -137,12 +138,12 @@ def count(programs: Programs, context: int, tokens: int, sequences: int) -> list
     return [*_weights(programs, tokens, sequences), *_cache(programs, context, tokens, sequences)]
 
 
-def chooses(programs: Programs) -> bool:
+def chooses(programs: CompiledSteps) -> bool:
     """Whether CSA layers choose rows, rather than take all that there is room for."""
     return next(iter(programs.cache.csa.rows.values())).shape[2] > programs.cfg.index_top_k
 
 
-def _weights(programs: Programs, tokens: int, sequences: int) -> Iterable[Work]:
+def _weights(programs: CompiledSteps, tokens: int, sequences: int) -> Iterable[Work]:
     import jax
 
     cfg, S, choice = programs.cfg, tokens * sequences, ("csa.indexer.q_b", "csa.indexer.proj")
@@ -168,7 +169,7 @@ def _weights(programs: Programs, tokens: int, sequences: int) -> Iterable[Work]:
             yield Work(family, component, nbytes, flops, t.layer, t.shape)
 
 
-def _cache(programs: Programs, context: int, tokens: int, sequences: int) -> Iterable[Work]:
+def _cache(programs: CompiledSteps, context: int, tokens: int, sequences: int) -> Iterable[Work]:
     import numpy as np
 
     cfg, cache = programs.cfg, programs.cache
@@ -278,12 +279,12 @@ def kernel_times(trace: Path, steps: int) -> dict[str, float]:
     return {name: ns * 1e-9 / steps for name, ns in times.items()}
 
 
-def measure(runner: Runner, context: int, prefill: int | None, seed: int) -> tuple[float, dict[str, float]]:
+def measure(runner: ModelRunner, context: int, prefill: int | None, seed: int) -> tuple[float, dict[str, float]]:
     """The time of a step, and its kernels' times."""
     import jax
     import numpy as np
 
-    from ds4jax.engine.runner import BLOCK
+    from ds4jax.engine.compiled_steps import BLOCK
     from ds4jax.engine.sampling import Sampling
     from ds4jax.tools.bench import random_sequence
 
@@ -430,8 +431,8 @@ def main() -> None:
     settings.set_environment()
     import jax
 
-    from ds4jax.engine import runner
-    from ds4jax.engine.runner import BLOCK
+    from ds4jax.engine import compile_cache, compiled_steps, model_runner
+    from ds4jax.engine.compiled_steps import BLOCK
     from ds4jax.tools import limits
 
     need = context + (FLAGS.prefill + 1 if FLAGS.prefill else BLOCKS * BLOCK)
@@ -439,21 +440,21 @@ def main() -> None:
     if room < need:
         raise ConfigError(f"room: found {room}, expected at least {need}")
     settings = dataclasses.replace(settings, ctx=room)
-    source, tokens = runner.open_model(settings, FLAGS.synthetic), FLAGS.prefill or 1
+    source, tokens = model_runner.open_model(settings, FLAGS.synthetic), FLAGS.prefill or 1
     if jax.default_backend() != "gpu":
         print(
             f"no GPU here, {jax.devices()[0].device_kind}: only bytes and FLOPs, nothing is measured", file=sys.stderr
         )
         if FLAGS.plot:
             raise ConfigError("plot: found nothing to show, expected a GPU to measure on")
-        found = rows(count(runner.Programs(source, settings), context, tokens, FLAGS.batch))
+        found = rows(count(compiled_steps.CompiledSteps(source, settings), context, tokens, FLAGS.batch))
         _report(found)
         return
     device = limits.measure()
     print(f"{device.name}: {device.bandwidth / 1e9:.0f} GB/s, {device.rate / 1e12:.1f} TFLOP/s", file=sys.stderr)
-    runner.keep_compilations()
-    loaded = runner.Runner(source, settings, progress=True)
-    works = count(loaded.programs, context, tokens, FLAGS.batch)
+    compile_cache.keep_compilations()
+    loaded = model_runner.ModelRunner(source, settings, progress=True)
+    works = count(loaded.steps, context, tokens, FLAGS.batch)
     seconds, times = measure(loaded, context, FLAGS.prefill, FLAGS.seed)
     found = rows(works, device, seconds, attribute(times, works))
     what = f"prefill of {tokens}" if FLAGS.prefill else f"decoding, {FLAGS.batch} at once"

@@ -2,7 +2,6 @@
 
 import dataclasses
 import time
-import types
 
 import jax
 import numpy as np
@@ -10,11 +9,11 @@ import pytest
 from small import CFG, write
 
 from ds4jax.engine import batch
-from ds4jax.engine import runner as engine
 from ds4jax.engine.batch import Request
-from ds4jax.engine.runner import Runner
+from ds4jax.engine.compiled_steps import BLOCK, chunk_sizes
+from ds4jax.engine.model_runner import ModelRunner
 from ds4jax.engine.sampling import Sampling
-from ds4jax.errors import ConfigError, Ds4Error, GGUFError
+from ds4jax.errors import Ds4Error, GGUFError
 from ds4jax.io import synthetic
 from ds4jax.settings import Settings
 
@@ -35,12 +34,12 @@ def settings(path):
 
 @pytest.fixture(scope="module")
 def runner(settings):
-    return Runner.load(settings)
+    return ModelRunner.load(settings)
 
 
 @pytest.fixture(scope="module")
 def three(settings):
-    return Runner.load(dataclasses.replace(settings, prefill_chunk=8), batch=3)
+    return ModelRunner.load(dataclasses.replace(settings, prefill_chunk=8), batch=3)
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +116,7 @@ def test_blocks_find_their_buffers_where_they_were(runner):
 
 
 def test_seconds_of_decoding_are_all_that_it_takes_but_compiling(runner, monkeypatch):
-    get, before = runner.programs.get, dataclasses.replace(runner.stats)
+    get, before = runner.steps.get, dataclasses.replace(runner.stats)
 
     def slow_to_start(*args):
         step = get(*args)
@@ -127,10 +126,10 @@ def test_seconds_of_decoding_are_all_that_it_takes_but_compiling(runner, monkeyp
             return step(*args)
 
         time.sleep(0.2)
-        runner.programs.seconds += 0.2
+        runner.steps.seconds += 0.2
         return start
 
-    monkeypatch.setattr(runner.programs, "get", slow_to_start)
+    monkeypatch.setattr(runner.steps, "get", slow_to_start)
     runner.prefill(0, [1] * 8, GREEDY)
     runner.decode_block({0: 1}, 2).tokens()
     seconds = runner.stats.decode_seconds - before.decode_seconds
@@ -138,23 +137,23 @@ def test_seconds_of_decoding_are_all_that_it_takes_but_compiling(runner, monkeyp
     monkeypatch.setattr(runner.stats, "token_seconds", 0.03)
     assert [runner.block(room) for room in (0, 1, 3, 100)] == [1, 1, 3, 4]
     monkeypatch.setattr(runner.stats, "token_seconds", 1e-6)
-    assert runner.block(100) == engine.BLOCK
+    assert runner.block(100) == BLOCK
 
 
 def test_sizes_are_what_prompts_are_padded_to(three):
-    assert engine.chunk_sizes([1, 3, 8, 21], 8) == {1, 4, 8}
+    assert chunk_sizes([1, 3, 8, 21], 8) == {1, 4, 8}
     lengths = [3, 21]
     for n in lengths:
         three.prefill(0, [1] * n, GREEDY)
-    padded = {shapes[2][1] for name, *shapes in three.programs.compiled if name == "prefill"}
-    assert engine.chunk_sizes(lengths, three.settings.prefill_chunk) <= padded
+    padded = {shapes[2][1] for name, *shapes in three.steps.compiled if name == "prefill"}
+    assert chunk_sizes(lengths, three.settings.prefill_chunk) <= padded
 
 
 def test_nothing_is_compiled_twice(three):
-    before = set(three.programs.compiled)
+    before = set(three.steps.compiled)
     assert sum(name == "decode" for name, *_ in before) == 1
     list(batch.run(three, requests(), eos=-1))
-    assert set(three.programs.compiled) == before
+    assert set(three.steps.compiled) == before
 
 
 def test_an_end_token_ends_a_sequence_and_frees_its_slot(three):
@@ -172,7 +171,7 @@ def test_a_sequence_ends_where_the_context_does(runner):
 
 
 def test_a_mesh_gives_the_same_logits(settings, expected):
-    sharded = Runner.load(dataclasses.replace(settings, tp=2, ep=2, prefill_chunk=8))
+    sharded = ModelRunner.load(dataclasses.replace(settings, tp=2, ep=2, prefill_chunk=8))
     assert len(sharded.weights.head.out.q.sharding.device_set) == 4
     step = sharded.prefill(0, TOKENS[:16], GREEDY)
     close(step.logits, expected[15])
@@ -216,71 +215,19 @@ def test_a_full_context_is_refused(runner):
         runner.decode({0: 1})
 
 
-def device(**stats):
-    return lambda: [types.SimpleNamespace(memory_stats=lambda: stats)]
-
-
 def test_running_out_of_memory_says_what_to_do(runner, monkeypatch):
     def fail(*_):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes")
 
     runner.prefill(0, [1], GREEDY)
     runner.decode({0: 1})
-    monkeypatch.setattr(runner.programs, "compiled", dict.fromkeys(runner.programs.compiled, fail))
+    monkeypatch.setattr(runner.steps, "compiled", dict.fromkeys(runner.steps.compiled, fail))
     with pytest.raises(Ds4Error, match=r"decode: out of device memory; a smaller prefill_chunk, ctx or batch"):
         runner.decode({0: 1})
 
 
-def test_peak_memory(monkeypatch):
-    n, what = engine.peak_memory()
-    assert what == "process memory" and 2**27 < n < 2**40
-    monkeypatch.setattr(jax, "local_devices", device(peak_bytes_in_use=5))
-    assert engine.peak_memory() == (5, "device memory")
-
-
 def test_a_file_without_a_tokenizer_runs_but_has_none(tmp_path):
     synthetic.write_synthetic(tmp_path / "bare.gguf", CFG, 3, synthetic.RECIPES["q8"])
-    bare = Runner.load(Settings(str(tmp_path / "bare.gguf"), ctx=8))
+    bare = ModelRunner.load(Settings(str(tmp_path / "bare.gguf"), ctx=8))
     with pytest.raises(GGUFError, match="the file has no usable tokenizer"):
         _ = bare.tokenizer
-
-
-def test_compiled_programs_are_kept_where_the_user_says(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    names = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
-    before = {name: getattr(jax.config, name) for name in names}
-    try:
-        jax.config.update("jax_compilation_cache_dir", "elsewhere")
-        engine.keep_compilations()
-        assert jax.config.jax_compilation_cache_dir == "elsewhere"
-        jax.config.update("jax_compilation_cache_dir", None)
-        engine.keep_compilations()
-        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "ds4jax" / "xla")
-    finally:
-        for name, value in before.items():
-            jax.config.update(name, value)
-
-
-@pytest.mark.parametrize("step, kernels", [("prefill", "xla"), ("decode", "xla"), ("decode", "pallas")])
-def test_xla_knows_the_options_for_gpus(step, kernels, monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    options = engine._compiler_options(step, kernels)
-    assert options and jax.jit(lambda x: x + 1).lower(1.0).compile(options)(1.0) == 2
-    with pytest.raises(jax.errors.JaxRuntimeError, match="No such compile option"):
-        jax.jit(lambda x: x + 2).lower(1.0).compile(options | {"xla_gpu_no_such_option": 1})
-
-
-def test_kernels_are_for_gpus(monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
-    settings = Settings("tiny", ctx=256, dtype="bfloat16", kernels="pallas")
-    programs = engine.Programs(synthetic.Synthetic(CFG, synthetic.RECIPES["q2"]), settings)
-    with pytest.raises(ConfigError, match="kernels: found 'pallas' on a CPU, expected 'xla' or an NVIDIA GPU"):
-        programs.compile_largest()
-
-
-def test_a_model_that_the_kernels_do_not_take_is_refused_in_one_line(monkeypatch):
-    settings = Settings("tiny", ctx=256, dtype="bfloat16", kernels="pallas")
-    programs = engine.Programs(synthetic.Synthetic(CFG, synthetic.RECIPES["q2"]), settings)
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    with pytest.raises(ConfigError, match="kernels: found 'pallas', expected 'xla' for this model: "):
-        programs.compile_largest()

@@ -1,4 +1,7 @@
-"""Compiled steps kept on disk, beside JAX's own compilation cache: a start that finds one traces and lowers nothing.
+"""Compiled programs kept on disk, in JAX's own compilation cache and beside it.
+
+JAX finds a program by its lowered code. A whole step is also kept under the names of all that it depends on, so that
+a start that finds it traces and lowers nothing.
 
 A file's name is a hash of all that the program depends on: what the caller names, the sources of this package and of
 the kernels, their tuned tiles, the versions, the device and XLA's flags. Files are executable code, read by pickle:
@@ -20,6 +23,8 @@ from jax.experimental import serialize_executable
 
 import ds4jax
 import pallas_kernels
+from ds4jax.errors import Ds4Error
+from ds4jax.paths import cache_dir
 from ds4jax.settings import CONFIG_DIR
 
 KEPT = 48  # files; those used longest ago go first
@@ -84,3 +89,13 @@ def save(what: Any, program: jax.stages.Compiled) -> None:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
         log.info("%s: a compiled program is not kept: %s", path, error)
+
+
+def keep_compilations() -> None:
+    """Let JAX keep compiled programs in the user's cache, for a quicker next start, unless it has been told where."""
+    if jax.config.jax_compilation_cache_dir is None:
+        try:
+            jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # many small ones add up, too
+        except Ds4Error:
+            pass  # not writable: every start compiles

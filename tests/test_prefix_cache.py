@@ -11,15 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small import CFG, write
 
-from ds4jax.engine import snapshots
+from ds4jax.engine import snapshot as snapshots
 from ds4jax.engine.engine import Engine, Finished, Prefilled, Request, Started, Token
 from ds4jax.engine.fingerprint import fingerprint
 from ds4jax.engine.keys import key_of
-from ds4jax.engine.prefix import TAIL, Prefixes, Snapshot, positions
-from ds4jax.engine.runner import Runner
+from ds4jax.engine.kv_store import KVStore
+from ds4jax.engine.model_runner import ModelRunner
+from ds4jax.engine.prefix_cache import TAIL, PrefixCache, Snapshot, positions
 from ds4jax.engine.sampling import Sampling
 from ds4jax.engine.scheduler import ALIGN
-from ds4jax.engine.store import Store
 from ds4jax.io import synthetic
 from ds4jax.io.tokenizer import byte_tokenizer
 from ds4jax.settings import Settings
@@ -36,7 +36,7 @@ def path(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runner(path):
-    return Runner.load(Settings(str(path), ctx=768), batch=3)
+    return ModelRunner.load(Settings(str(path), ctx=768), batch=3)
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def engines(runner):
 
     def make(budget=1 << 30, store=None):
         close()
-        running.append(Engine(runner, Prefixes(budget, store)))
+        running.append(Engine(runner, PrefixCache(budget, store)))
         return lambda *requests: asyncio.run(collect(running[-1], requests))
 
     yield make
@@ -119,11 +119,11 @@ def test_a_reused_beginning_gives_a_cold_run_wherever_the_prompts_part(engines):
 
 @pytest.mark.slow
 def test_larger_chunks_reuse_as_much_to_the_last_bits(path):
-    larger = Runner.load(Settings(str(path), ctx=768, prefill_chunk=512), batch=2)
+    larger = ModelRunner.load(Settings(str(path), ctx=768, prefill_chunk=512), batch=2)
     prompts = [TOKENS[:k] + OTHERS[: 720 - k] for k in (300, 600)]
 
     async def main(budget):
-        engine = Engine(larger, Prefixes(budget))
+        engine = Engine(larger, PrefixCache(budget))
         events = [await collect(engine, [request(tokens)]) for tokens in [TOKENS[:720], *prompts, *prompts]]
         await engine.close()
         return events
@@ -185,7 +185,7 @@ def test_a_long_state_is_taken_and_put_in_pieces(runner, monkeypatch, room, piec
 
 def test_the_last_mark_shares_the_rows_of_the_whole_prompt(engines, runner):
     """It is what a copy taken there would have been; given up in between, that copy is taken."""
-    prefixes = Prefixes(1 << 30)
+    prefixes = PrefixCache(1 << 30)
     engine = Engine(runner, prefixes)
 
     async def main():
@@ -287,19 +287,19 @@ def test_an_answer_that_its_reader_ends_is_reused_up_to_what_was_read(runner):
 # ---- on disk ---------------------------------------------------------------------------------------------------------
 def test_a_restarted_engine_goes_on_with_a_conversation(engines, runner, path, tmp_path):
     prompt = TOKENS[:500]
-    run = engines(store=Store(tmp_path / "kv", 1 << 30, fingerprint(runner)))
+    run = engines(store=KVStore(tmp_path / "kv", 1 << 30, fingerprint(runner)))
     first = run(request(prompt, 150))
     turn = request(prompt + ids(first) + OTHERS[:20])
     live = run(turn)
     engines(budget=0)  # closes the first one
-    again = Runner.load(runner.settings, batch=3)
-    store = Store(tmp_path / "kv", 1 << 30, fingerprint(again))
+    again = ModelRunner.load(runner.settings, batch=3)
+    store = KVStore(tmp_path / "kv", 1 << 30, fingerprint(again))
     warm = engines(store=store)(turn)
     assert warm[0] == Started(640, 670) and tokens(warm) == tokens(live)
 
 
 def test_a_killed_engine_has_saved_what_ended(engines, runner, tmp_path):
-    store = Store(tmp_path / "kv", 1 << 30, fingerprint(runner))
+    store = KVStore(tmp_path / "kv", 1 << 30, fingerprint(runner))
     engines(store=store)(request(TOKENS[:400]))
     deadline = time.monotonic() + 20
     while not len(store) and time.monotonic() < deadline:
@@ -309,18 +309,18 @@ def test_a_killed_engine_has_saved_what_ended(engines, runner, tmp_path):
 
 def test_a_damaged_file_is_computed_anew(engines, runner, tmp_path, caplog):
     folder = tmp_path / "kv"
-    cold = engines(store=Store(folder, 1 << 30, fingerprint(runner)))(request(TOKENS[:400]))
+    cold = engines(store=KVStore(folder, 1 << 30, fingerprint(runner)))(request(TOKENS[:400]))
     engines(budget=0)
     for file in folder.glob("*.kv"):
         data = bytearray(file.read_bytes())
         data[len(data) // 2] ^= 1
         file.write_bytes(data)
-    found = engines(store=Store(folder, 1 << 30, fingerprint(runner)))(request(TOKENS[:400]))
+    found = engines(store=KVStore(folder, 1 << 30, fingerprint(runner)))(request(TOKENS[:400]))
     assert found[0] == Started(0, 400) and tokens(found) == tokens(cold) and "checksum" in caplog.text
 
 
 def test_beyond_the_memory_budget_prefixes_are_read_from_disk(engines, runner, tmp_path):
-    run = engines(budget=0, store=Store(tmp_path / "kv", 1 << 30, fingerprint(runner)))
+    run = engines(budget=0, store=KVStore(tmp_path / "kv", 1 << 30, fingerprint(runner)))
     cold = run(request(TOKENS[:400]))
     deadline = time.monotonic() + 20
     while (warm := run(request(TOKENS[:400])))[0].cached_tokens == 0 and time.monotonic() < deadline:
@@ -341,11 +341,11 @@ def test_fingerprints_tell_models_and_settings_apart(runner, path, tmp_path):
         Settings(str(path), ctx=8, numerics="plain", dtype="bfloat16"),
         Settings(str(path), ctx=8, tp=2),
     ]
-    found = [str(sorted(fingerprint(Runner.load(settings)).items())) for settings in load]
+    found = [str(sorted(fingerprint(ModelRunner.load(settings)).items())) for settings in load]
     random = [synthetic.Synthetic(CFG, synthetic.RECIPES[r], seed) for r, seed in (("q8", 0), ("q8", 1), ("q2", 0))]
-    random = [str(sorted(fingerprint(Runner(source, load[0])).items())) for source in random]
+    random = [str(sorted(fingerprint(ModelRunner(source, load[0])).items())) for source in random]
     assert len({*found, *random}) == len(load) + 3
-    assert fingerprint(Runner.load(dataclasses.replace(load[0], ctx=9, batch=2))) == fingerprint(runner)
+    assert fingerprint(ModelRunner.load(dataclasses.replace(load[0], ctx=9, batch=2))) == fingerprint(runner)
 
 
 # ---- the parts alone -------------------------------------------------------------------------------------------------
@@ -367,7 +367,7 @@ def snapshot(tokens, nbytes, used=0):
 
 @given(st.lists(st.tuples(st.lists(st.integers(0, 1), min_size=1, max_size=6), st.booleans()), max_size=30))
 def test_memory_finds_the_longest_and_stays_within_its_budget(puts):
-    prefixes, budget = Prefixes(1000), 1000
+    prefixes, budget = PrefixCache(1000), 1000
     for i, (tokens, complete) in enumerate(puts):
         new = snapshot(tokens, 100, i)
         prefixes.put(dataclasses.replace(new, logits=np.zeros(4, np.float32)) if complete else new)
@@ -391,8 +391,8 @@ def iter_common(query, snapshot):
 
 
 def test_what_is_evicted_goes_to_disk(tmp_path):
-    store = Store(tmp_path, 1 << 20, {"model": "m"})
-    prefixes = Prefixes(250, store)
+    store = KVStore(tmp_path, 1 << 20, {"model": "m"})
+    prefixes = PrefixCache(250, store)
     for i in range(4):
         prefixes.put(snapshot([i, i], 100, i))
     assert len(prefixes) == 2 and prefixes.find(key_of([3, 3, 3])) and not prefixes.find(key_of([0, 0, 0]))
@@ -403,5 +403,5 @@ def test_what_is_evicted_goes_to_disk(tmp_path):
     assert read.key == key_of([0, 0]) and read.planes["x"].shape == (100,)
     assert prefixes.fetch(key_of([0, 0]), more_than=0) is None  # one token has to be computed
     prefixes.close(save=True)
-    with Store(tmp_path, 1 << 20, {"model": "m"}) as reopened:
+    with KVStore(tmp_path, 1 << 20, {"model": "m"}) as reopened:
         assert sorted(reopened.longest([i, i]).length for i in range(4)) == [2] * 4

@@ -1,6 +1,6 @@
 """Snapshots of the KV cache on disk, found by the tokens they were computed from. No JAX here.
 
-    with Store(folder, 50 << 30, {"model": "…", "numerics": "official", "layout": 1}) as store:
+    with KVStore(folder, 50 << 30, {"model": "…", "numerics": "official", "layout": 1}) as store:
         store.put(tokens, planes, extra)
         while entry := store.longest(prompt):           # the longest snapshot that `prompt` begins with
             if (loaded := store.load(entry)) is not None:
@@ -95,7 +95,7 @@ class Entry:
         return len(self.key) // 4
 
 
-class Store:
+class KVStore:
     """A folder of snapshots and notes that only this process uses.
 
     Methods may be called from several threads; `put` in one does not hold up `longest` and `load` in others.
@@ -173,7 +173,7 @@ class Store:
         """Let other processes have the folder."""
         self._open.close()
 
-    def __enter__(self) -> Store:
+    def __enter__(self) -> KVStore:
         return self
 
     def __exit__(self, *exc: object) -> None:

@@ -20,8 +20,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ds4jax.engine import store as module
-from ds4jax.engine.store import Store
+from ds4jax.engine import kv_store as module
+from ds4jax.engine.kv_store import KVStore
 from ds4jax.errors import Ds4Error
 
 FP = {"model": "tiny", "layout": 1}
@@ -98,9 +98,9 @@ def test_round_trip_of_every_dtype(tmp_path, dtype):
             planes[str(shape)] = np.frombuffer(rng.bytes(count * dtype.itemsize), dtype).reshape(shape)
     planes["strided"] = planes["(3, 5, 7)"].transpose(2, 0, 1)[::2]
     extra = {"text": "ü\n\0", "nested": [1, 2.5, None, {"a": True}]}
-    with Store(tmp_path, BIG, FP) as store:
+    with KVStore(tmp_path, BIG, FP) as store:
         assert store.put([1, 2, 3], planes, extra)
-    with Store(tmp_path, BIG, FP) as store:
+    with KVStore(tmp_path, BIG, FP) as store:
         loaded = store.load(store.longest([1, 2, 3]))
     assert same(loaded, (planes, extra))
     assert all(x.ctypes.data % 64 == 0 for x in loaded[0].values() if x.size)
@@ -110,19 +110,19 @@ def test_round_trip_of_every_dtype(tmp_path, dtype):
 
 @pytest.mark.parametrize("plane", [np.zeros(3, ">f4"), np.array([{}]), np.zeros(2, "i4,f4")])
 def test_planes_that_could_not_come_back_are_refused(tmp_path, plane):
-    with Store(tmp_path, BIG, FP) as store, pytest.raises(TypeError, match="plane p"):
+    with KVStore(tmp_path, BIG, FP) as store, pytest.raises(TypeError, match="plane p"):
         store.put([1], {"p": plane})
 
 
 def test_no_tokens_no_snapshot(tmp_path):
-    with Store(tmp_path, BIG, FP) as store:
+    with KVStore(tmp_path, BIG, FP) as store:
         with pytest.raises(ValueError, match="at least one token"):
             store.put([], {})
         assert store.longest([]) is None
 
 
 def test_the_same_tokens_again_renew_the_use_and_write_nothing(tmp_path, clock):
-    with Store(tmp_path, BIG, FP) as store:
+    with KVStore(tmp_path, BIG, FP) as store:
         put(store, [1, 2])
         before = store.nbytes
         clock[0] += 5
@@ -138,7 +138,7 @@ TOKENS = st.lists(st.integers(0, 1) | st.sampled_from([255, 256, 2**32 - 1]), mi
 @settings(max_examples=150, deadline=None)
 @given(stored=st.lists(TOKENS, max_size=12), queries=st.lists(TOKENS, max_size=12), gone=st.sets(st.integers(0, 11)))
 def test_longest_prefix_is_that_of_a_naive_search(tmp_path_factory, stored, queries, gone):
-    store = object.__new__(Store)  # the index alone
+    store = object.__new__(KVStore)  # the index alone
     store._entries, store._lock, store._bytes = [], threading.Lock(), 0
     entries = {tuple(t): module.Entry(Path(), module.key_of(t), 1, 0) for t in stored}
     for entry in entries.values():
@@ -155,7 +155,7 @@ def test_long_conversations_are_found_fast(tmp_path):
     rng = np.random.default_rng(1)
     shared = rng.integers(0, 129280, 10_000)
     talks = [np.concatenate([shared, rng.integers(0, 129280, 10_000)]) for _ in range(5)]
-    with Store(tmp_path, BIG, FP) as store:
+    with KVStore(tmp_path, BIG, FP) as store:
         for talk, n in itertools.product(talks, (128, 10_000, 10_128, 15_000, 19_968)):
             put(store, talk[:n])
         assert len(store) == 2 + 5 * 3
@@ -172,7 +172,7 @@ def test_long_conversations_are_found_fast(tmp_path):
 
 # ---- trouble with files -------------------------------------------------------------------------------------------
 def one_file(folder, tokens=(1, 2, 3)):
-    with Store(folder, BIG, FP) as store:
+    with KVStore(folder, BIG, FP) as store:
         put(store, list(tokens), size=40)
         return store.longest(tokens).path
 
@@ -187,7 +187,7 @@ def test_damage_anywhere_is_never_served(tmp_path, caplog, moment):
     for damaged in rng.sample(damages[: len(whole)], 250) + damages[len(whole) :]:
         caplog.clear()
         path.write_bytes(whole if moment == "while open" else damaged)
-        with Store(tmp_path, BIG, FP) as store:
+        with KVStore(tmp_path, BIG, FP) as store:
             if moment == "while open":
                 path.write_bytes(damaged)
             assert not served(store, [1, 2, 3], size=40)
@@ -196,7 +196,7 @@ def test_damage_anywhere_is_never_served(tmp_path, caplog, moment):
 
 
 def test_a_damaged_entry_makes_way_for_the_next_and_for_itself(tmp_path):
-    with Store(tmp_path, BIG, FP) as store:
+    with KVStore(tmp_path, BIG, FP) as store:
         put(store, [1])
         put(store, [1, 2])
         path = store.longest([1, 2]).path
@@ -207,19 +207,19 @@ def test_a_damaged_entry_makes_way_for_the_next_and_for_itself(tmp_path):
 
 
 def test_entries_of_others_are_left_alone(tmp_path, caplog):
-    with Store(tmp_path, BIG, {**FP, "model": "other"}) as store:
+    with KVStore(tmp_path, BIG, {**FP, "model": "other"}) as store:
         for i in range(3):
             put(store, [1, i])
         store.put_note("call", 1)
         before = files(tmp_path)
-    with Store(tmp_path, BIG, FP) as store:
+    with KVStore(tmp_path, BIG, FP) as store:
         assert len(store) == store.nbytes == 0
         assert store.longest([1, 1]) is None and store.note("call") is None
         assert put(store, [1, 1])
     assert set(before) < set(files(tmp_path))
     assert len(caplog.records) == 1
     assert "(and 2 more files): left alone and not used: model is 'other', here 'tiny'" in caplog.text
-    with Store(tmp_path, BIG, {**FP, "model": "other"}) as store:
+    with KVStore(tmp_path, BIG, {**FP, "model": "other"}) as store:
         assert served(store, [1, 1]) and store.note("call") == 1
 
 
@@ -229,7 +229,7 @@ def test_files_of_later_versions_and_strangers_are_left_alone(tmp_path, caplog, 
     monkeypatch.undo()
     (tmp_path / "README").write_text("mine")
     (tmp_path / f"{0:032x}.kv").mkdir()
-    with Store(tmp_path, BIG, FP) as store:
+    with KVStore(tmp_path, BIG, FP) as store:
         assert not len(store)
     assert path.exists() and (tmp_path / "README").exists()
     assert "version 2, here 1" in caplog.text
@@ -238,20 +238,20 @@ def test_files_of_later_versions_and_strangers_are_left_alone(tmp_path, caplog, 
 def test_an_entry_under_the_name_of_another_is_not_served(tmp_path, caplog):
     path = one_file(tmp_path)
     path.rename(path.with_name(f"{7:032x}.kv"))
-    with Store(tmp_path, BIG, FP) as store:
+    with KVStore(tmp_path, BIG, FP) as store:
         assert not len(store)
     assert "name does not fit" in caplog.text
 
 
 def test_unreadable_entries_are_skipped(tmp_path, caplog, monkeypatch):
     path = one_file(tmp_path)
-    with Store(tmp_path, BIG, FP) as store:
+    with KVStore(tmp_path, BIG, FP) as store:
         entry = store.longest([1, 2, 3])
         monkeypatch.setattr(module, "open", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "I/O error")), False)
         assert store.load(entry) is None and store.longest([1, 2, 3]) is None
         monkeypatch.undo()
     assert path.exists() and "I/O error" in caplog.text and len(caplog.records) == 1
-    with Store(tmp_path, BIG, FP) as store:
+    with KVStore(tmp_path, BIG, FP) as store:
         assert served(store, [1, 2, 3], size=40)
 
 
@@ -261,27 +261,27 @@ def test_leftovers_are_deleted_at_start(tmp_path):
     for name in leftovers:
         (tmp_path / name).write_bytes(b"half")
     (tmp_path / "my.tmp").write_bytes(b"not ours")
-    Store(tmp_path, BIG, FP).close()
+    KVStore(tmp_path, BIG, FP).close()
     assert files(tmp_path) == sorted([path.name, "my.tmp"])
 
 
 def test_one_process_at_a_time(tmp_path):
-    code = "import sys; from ds4jax.engine.store import Store; Store(sys.argv[1], 1 << 20, {})"
+    code = "import sys; from ds4jax.engine.kv_store import KVStore; KVStore(sys.argv[1], 1 << 20, {})"
     command = [sys.executable, "-c", code, str(tmp_path)]
-    with Store(tmp_path, BIG, FP):
+    with KVStore(tmp_path, BIG, FP):
         other = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
         assert other.returncode == 1 and "Ds4Error" in other.stderr and "in use by another process" in other.stderr
         with pytest.raises(Ds4Error, match="in use"):
-            Store(tmp_path, BIG, FP)
-    Store(tmp_path, BIG, FP).close()
+            KVStore(tmp_path, BIG, FP)
+    KVStore(tmp_path, BIG, FP).close()
 
 
 def test_a_file_is_not_a_folder(tmp_path):
     (tmp_path / "f").touch()
     with pytest.raises(Ds4Error, match="a directory for snapshots is expected"):
-        Store(tmp_path / "f", BIG, FP)
+        KVStore(tmp_path / "f", BIG, FP)
     with pytest.raises(Ds4Error, match="cannot be used as a store"):
-        Store(tmp_path / "f" / "g", BIG, FP)
+        KVStore(tmp_path / "f" / "g", BIG, FP)
 
 
 # ---- trouble with the disk ----------------------------------------------------------------------------------------
@@ -291,7 +291,7 @@ def failing(*_, **__):
 
 @pytest.mark.parametrize("call", ["write", "open", "fsync", "replace", "utime", "_sync_folder"])
 def test_a_failing_put_leaves_nothing_behind(tmp_path, caplog, monkeypatch, call):
-    with Store(tmp_path, BIG, FP) as store:
+    with KVStore(tmp_path, BIG, FP) as store:
         put(store, [1])
         store.put_note("a", 1)
         before = files(tmp_path), store.nbytes
@@ -311,7 +311,7 @@ def test_a_failing_put_leaves_nothing_behind(tmp_path, caplog, monkeypatch, call
 
 
 def test_a_folder_that_vanishes(tmp_path, caplog):
-    with Store(tmp_path / "kv", BIG, FP) as store:
+    with KVStore(tmp_path / "kv", BIG, FP) as store:
         put(store, [1])
         shutil.rmtree(tmp_path / "kv")
         assert not served(store, [1]) and not put(store, [1])
@@ -326,7 +326,7 @@ def test_the_budget_is_never_exceeded(tmp_path, monkeypatch):
     peak, fsync, rng = [0], os.fsync, random.Random(2)
     monkeypatch.setattr(module.os, "fsync", lambda fd: (peak.__setitem__(0, max(peak[0], disk(tmp_path))), fsync(fd)))
     budget = 60_000
-    with Store(tmp_path, budget, FP) as store:
+    with KVStore(tmp_path, budget, FP) as store:
         for i in range(150):
             tokens = [rng.randrange(3) for _ in range(rng.randrange(1, 9))]
             put(store, tokens, size=rng.randrange(6000))
@@ -335,13 +335,13 @@ def test_the_budget_is_never_exceeded(tmp_path, monkeypatch):
             assert store.longest(tokens)
         assert len(store) > 3
     assert 0.8 * budget < peak[0] <= budget
-    with Store(tmp_path, budget // 3, FP) as store:
+    with KVStore(tmp_path, budget // 3, FP) as store:
         assert 0 < store.nbytes <= budget // 3 and disk(tmp_path) == store.nbytes
 
 
 def test_what_exceeds_the_budget_is_refused_and_evicts_nothing(tmp_path, caplog):
     caplog.set_level(logging.INFO)
-    with Store(tmp_path, 8000, FP) as store:
+    with KVStore(tmp_path, 8000, FP) as store:
         assert put(store, [1])
         assert not put(store, [2], size=3000)
         assert served(store, [1]) and len(files(tmp_path)) == 1
@@ -366,7 +366,7 @@ def exact(store, tokens):
 @pytest.mark.parametrize("reopened", [False, True])
 def test_least_recently_used_first(tmp_path, clock, reopened):
     probes = {name: [ord(name)] * 8 for name in "abcd"}
-    store = Store(tmp_path, BIG, FP)
+    store = KVStore(tmp_path, BIG, FP)
     for tokens in probes.values():
         put(store, tokens)
         clock[0] += 1
@@ -375,14 +375,14 @@ def test_least_recently_used_first(tmp_path, clock, reopened):
         clock[0] += 1
     if reopened:  # the last use is kept on disk
         store.close()
-        store = Store(tmp_path, BIG, FP)
+        store = KVStore(tmp_path, BIG, FP)
     assert evicted_in_order(store, probes) == ["b", "d", "c", "a"]
     store.close()
 
 
 def test_tokens_per_byte_weigh_against_recency(tmp_path, clock):
     probes = {"long": [1] * 1024, "dear": [2] * 64, "cheap": [3] * 64}
-    with Store(tmp_path, BIG, FP) as store:
+    with KVStore(tmp_path, BIG, FP) as store:
         put(store, probes["long"], size=20_000)
         clock[0] += 6 * 3600
         put(store, probes["cheap"], size=20_000)
@@ -394,20 +394,20 @@ def test_tokens_per_byte_weigh_against_recency(tmp_path, clock):
 def test_superseded_entries_go_before_others_unless_shared(tmp_path, clock):
     system, talk = [1] * 64, [1] * 64 + [2] * 8
     probes = {"other": [9] * 72, "system": system, "talk": talk, "next turn": talk + [3] * 8}
-    with Store(tmp_path, BIG, FP) as store:
+    with KVStore(tmp_path, BIG, FP) as store:
         for tokens in probes.values():
             put(store, tokens)
             clock[0] += 1
         assert evicted_in_order(store, probes) == ["system", "talk", "other", "next turn"]
     probes["other talk"] = [1] * 64 + [4] * 8
-    with Store(tmp_path, BIG, FP) as store:
+    with KVStore(tmp_path, BIG, FP) as store:
         for tokens in probes.values():
             put(store, tokens)
             clock[0] += 1
         order = evicted_in_order(store, probes)
         assert order[0] == "talk" and order.index("system") > 0
         assert served(store, probes["next turn"]) is False
-    with Store(tmp_path, BIG, FP) as store:  # one that was used after its continuation was saved is not superseded
+    with KVStore(tmp_path, BIG, FP) as store:  # one that was used after its continuation was saved is not superseded
         put(store, system)
         put(store, talk)
         clock[0] += 6 * 3600
@@ -416,7 +416,7 @@ def test_superseded_entries_go_before_others_unless_shared(tmp_path, clock):
 
 
 def test_an_entry_makes_way_for_its_own_continuation(tmp_path, clock):
-    with Store(tmp_path, BIG, FP) as store:
+    with KVStore(tmp_path, BIG, FP) as store:
         for tokens in ([9] * 64, [1] * 64):
             put(store, tokens)
             clock[0] += 1
@@ -428,10 +428,10 @@ def test_an_entry_makes_way_for_its_own_continuation(tmp_path, clock):
 def test_a_clock_that_was_ahead_leaves_no_immortals(tmp_path, clock):
     probes = {"ahead": [1] * 8, "now": [2] * 8}
     clock[0] += 1e9
-    with Store(tmp_path, BIG, FP) as store:
+    with KVStore(tmp_path, BIG, FP) as store:
         put(store, probes["ahead"])
     clock[0] -= 1e9
-    with Store(tmp_path, BIG, FP) as store:
+    with KVStore(tmp_path, BIG, FP) as store:
         clock[0] += 1
         put(store, probes["now"])
         assert evicted_in_order(store, probes) == ["ahead", "now"]
@@ -440,7 +440,7 @@ def test_a_clock_that_was_ahead_leaves_no_immortals(tmp_path, clock):
 # ---- notes --------------------------------------------------------------------------------------------------------
 def test_notes_persist_and_the_last_one_counts(tmp_path):
     value = {"tokens": [1, 2, 3], "text": "<｜DSML｜>\n\r\u2028"}
-    with Store(tmp_path, BIG, FP) as store:
+    with KVStore(tmp_path, BIG, FP) as store:
         store.put_note("ü \n", value)
         store.put_note("b", 1)
         store.put_note("b", None)
@@ -448,12 +448,12 @@ def test_notes_persist_and_the_last_one_counts(tmp_path):
         size = store.nbytes
         store.put_note("b", 2)
         assert store.nbytes == size == disk(tmp_path)
-    with Store(tmp_path, BIG, FP) as store:
+    with KVStore(tmp_path, BIG, FP) as store:
         assert (store.note("ü \n"), store.note("b"), store.note("c")) == (value, 2, None)
 
 
 def test_damaged_notes_are_never_served(tmp_path, caplog):
-    with Store(tmp_path, BIG, FP) as store:
+    with KVStore(tmp_path, BIG, FP) as store:
         for i in range(5):
             store.put_note(f"call_{i}", i)
     (path,) = (p for p in tmp_path.iterdir() if p.name.startswith("notes"))
@@ -462,37 +462,37 @@ def test_damaged_notes_are_never_served(tmp_path, caplog):
     for i in range(0, len(whole), 3):
         caplog.clear()
         path.write_bytes(whole[:i] + bytes([whole[i] ^ 16]) + whole[i + 1 :])
-        with Store(tmp_path, BIG, FP) as store:
+        with KVStore(tmp_path, BIG, FP) as store:
             notes = [store.note(f"call_{j}") for j in range(5)]
             assert len(caplog.records) == 1 and str(path) in caplog.text
             assert all(n in (j, None) for j, n in enumerate(notes)) and notes.count(None) <= 2
             store.put_note("more", "x")
         caplog.clear()
-        with Store(tmp_path, BIG, FP) as store:  # the damage is gone
+        with KVStore(tmp_path, BIG, FP) as store:  # the damage is gone
             assert store.note("more") == "x" and not caplog.records
     path.write_bytes(whole[:-5])
-    with Store(tmp_path, BIG, FP) as store:
+    with KVStore(tmp_path, BIG, FP) as store:
         assert [store.note(f"call_{j}") for j in range(5)] == [0, 1, 2, 3, None]
         assert store.nbytes == 4 * length
 
 
 def test_least_recently_used_notes_go_first(tmp_path):
     room = 16_000
-    with Store(tmp_path, room * module.NOTES_SHARE, FP) as store:
+    with KVStore(tmp_path, room * module.NOTES_SHARE, FP) as store:
         for i in range(1000):
             store.put_note(f"call_{i}", i)
             assert store.note("call_0") == 0
             assert store.nbytes == disk(tmp_path) <= room // 2
         store.put_note("huge", "x" * room)
         assert store.note("huge") is None
-    with Store(tmp_path, room * module.NOTES_SHARE, FP) as store:
+    with KVStore(tmp_path, room * module.NOTES_SHARE, FP) as store:
         kept = [i for i in range(1000) if store.note(f"call_{i}") is not None]
     assert kept[0] == 0 and kept[1:] == list(range(kept[1], 1000)) and 30 < len(kept) < 200
 
 
 @pytest.mark.parametrize("call", ["write", "open", "fsync"])
 def test_a_failing_note_is_served_from_memory_and_saved_later(tmp_path, caplog, monkeypatch, call):
-    with Store(tmp_path, BIG, FP) as store:
+    with KVStore(tmp_path, BIG, FP) as store:
         store.put_note("a", "x" * 1000)
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
         if call == "write":
@@ -509,7 +509,7 @@ def test_a_failing_note_is_served_from_memory_and_saved_later(tmp_path, caplog, 
         assert {r.levelname for r in caplog.records} == {"WARNING"}
         caplog.clear()
         store.put_note("d", 1)
-    with Store(tmp_path, BIG, FP) as store:
+    with KVStore(tmp_path, BIG, FP) as store:
         assert [store.note(k) for k in "abcd"] == ["x" * 1000, "y" * 1000, "z" * 1000, 1]
     assert not caplog.records and len(files(tmp_path)) == 1
 
@@ -529,7 +529,7 @@ def test_threads_put_find_and_load(tmp_path):
         except BaseException as e:
             failures.append(e)
 
-    with Store(tmp_path, 30_000, FP) as store:
+    with KVStore(tmp_path, 30_000, FP) as store:
         threads = [threading.Thread(target=read) for _ in range(3)]
         for t in threads:
             t.start()
@@ -545,7 +545,7 @@ def test_threads_put_find_and_load(tmp_path):
 
 def writer(folder, budget, first, pipe):
     """Puts one snapshot and one note after the other, and says so, until it is killed."""
-    with Store(folder, budget, FP) as store:
+    with KVStore(folder, budget, FP) as store:
         for i in itertools.count(first):
             os.write(pipe, b"s")
             assert put(store, [7, i], size=i * 997 % 50_000)
@@ -573,7 +573,7 @@ def kill_many(folder, budget, kills):
         finished = n + said.count(b"e")
         middle += said.endswith(b"s")
         assert disk(folder) <= budget
-        with Store(folder, budget, FP) as store:
+        with KVStore(folder, budget, FP) as store:
             assert store.nbytes == disk(folder) and not [f for f in files(folder) if f.endswith(".tmp")]
             for i in range(max(0, finished - 20), finished + 1):
                 there = served(store, [7, i], size=i * 997 % 50_000)
@@ -587,7 +587,7 @@ def kill_many(folder, budget, kills):
 @pytest.mark.parametrize("budget", [BIG, 300_000])
 def test_kill_at_any_moment(tmp_path, budget):
     """In a process of its own, as it forks. A small budget: so that kills also fall into evictions and rewriting."""
-    code = f"import test_store; print(*test_store.kill_many({str(tmp_path / 'kv')!r}, {budget}, 60))"
+    code = f"import test_kv_store; print(*test_kv_store.kill_many({str(tmp_path / 'kv')!r}, {budget}, 60))"
     here = Path(__file__).parent
     env = {**os.environ, "PYTHONPATH": f"{here}{os.pathsep}{here.parent}"}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)

@@ -19,8 +19,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 
 from ds4jax.engine import keys
+from ds4jax.engine.kv_store import KVStore, values
 from ds4jax.engine.scheduler import ALIGN
-from ds4jax.engine.store import Store, values
 
 TAIL = 30
 """A prompt whose last TAIL tokens change is computed anew from at most ALIGN tokens before them."""
@@ -67,13 +67,13 @@ def positions(prompt: int, chunk: int, shared: int) -> set[int]:
     return marks - {0}
 
 
-class Prefixes:
-    """Snapshots within a budget of memory, in front of a `Store` that may be there. For one thread.
+class PrefixCache:
+    """Snapshots within a budget of memory, in front of a `KVStore` that may be there. For one thread.
 
     Prompts are given as keys (see `ds4jax.engine.keys`).
     """
 
-    def __init__(self, budget_bytes: int, store: Store | None = None):
+    def __init__(self, budget_bytes: int, store: KVStore | None = None):
         """budget_bytes: of memory. store: takes what is evicted, and what `save` is called for."""
         self.budget, self.store = budget_bytes, store
         self.nbytes = 0

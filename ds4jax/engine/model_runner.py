@@ -1,0 +1,323 @@
+"""The runner: weights, cache and compiled steps of one model. Nothing else in the engine touches a device."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ds4jax.config import ModelConfig
+from ds4jax.engine import memory, sampling, snapshot
+from ds4jax.engine.compiled_steps import BLOCK, CompiledSteps, decode_args, pad
+from ds4jax.engine.constraints import edits
+from ds4jax.engine.sampling import Sampling
+from ds4jax.engine.snapshot import Planes
+from ds4jax.errors import Ds4Error
+from ds4jax.io.checkpoint import Checkpoint, open_checkpoint
+from ds4jax.io.download import resolve_model
+from ds4jax.io.load import load
+from ds4jax.io.synthetic import RECIPES, Synthetic, synthetic_config
+from ds4jax.io.tokenizer import Tokenizer, byte_tokenizer
+from ds4jax.model import cache as kv
+from ds4jax.model import transformer, weights
+from ds4jax.model.cache import Cache
+from ds4jax.settings import Settings
+
+Array = jax.Array
+
+BLOCK_SECONDS = 0.125
+"""Seconds that a decoding call should take: streams and new requests wait for its end."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampled:
+    """One sampled token, and the logits it was sampled from (still on the device until asked for).
+
+    batch_logits: (B, vocab), of which `row` is this token's; None for tokens inside a block.
+    """
+
+    token: int
+    batch_logits: Array | None
+    row: int
+
+    @property
+    def logits(self) -> np.ndarray:
+        """float32 (vocab,), before temperature and filters."""
+        return np.asarray(self.batch_logits)[self.row]
+
+
+@dataclasses.dataclass
+class Stats:
+    """Tokens through the model and the seconds they took, compilation apart."""
+
+    prefill_tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_tokens: int = 0
+    decode_seconds: float = 0.0
+    compile_seconds: float = 0.0
+    decoded_at: float = 0.0  # time.perf_counter() when the last tokens had come
+    token_seconds: float = 0.0  # for a token of each sequence, in the last block
+
+
+def open_model(settings: Settings, synthetic: str | None = None) -> Checkpoint | Synthetic:
+    """The model file of `settings`, or one of `synthetic.SHAPES` in the published q2 file's types. Raises Ds4Error."""
+    if synthetic is None:
+        return open_checkpoint(resolve_model(settings))
+    return Synthetic(synthetic_config(synthetic), RECIPES["q2"])
+
+
+class ModelRunner:
+    """A model on its devices with a cache of `batch` sequences, each in a slot of its own.
+
+    `prefill` starts a sequence in a slot and samples its first token; `decode` appends one token to each of some
+    sequences and samples the next. Every shape is compiled once, when first used, and can then only run as compiled.
+
+    Attributes: settings, cfg (of the model), checkpoint (the open file), steps, plan (of memory), weights, cache,
+    batch, lengths (tokens in each slot's cache), stats.
+    """
+
+    @classmethod
+    def load(cls, settings: Settings, batch: int | None = None, progress: bool = False) -> Self:
+        """The model of `settings`; see `ModelRunner`. Raises Ds4Error if its file is missing."""
+        return cls(open_model(settings), settings, batch, progress)
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint | Synthetic,
+        settings: Settings,
+        batch: int | None = None,
+        progress: bool = False,
+        sizes: Collection[int] = (),
+    ):
+        """Load the weights onto the devices, or make them there, and allocate the cache.
+
+        batch: number of slots, by default the settings'. progress: report loading and compilation on stderr. sizes:
+        what chunks of prompts will be padded to; prefill for these and decode are then compiled here, side by side.
+        Raises Ds4Error for weights, mesh and memory that do not go together.
+        """
+        self.steps = CompiledSteps(checkpoint, settings, batch, progress)
+        self.settings, self.checkpoint, self.cfg = settings, checkpoint, checkpoint.cfg
+        self.batch, self._compute = self.steps.batch, self.steps.compute
+        self.plan = memory.check(self.steps, sizes)
+        if sizes:
+            self.steps.get_all(self.steps.calls(sizes))
+        self.lengths, self.stats = [0] * self.batch, Stats(compile_seconds=self.steps.seconds)
+        self._empty = functools.partial(
+            kv.empty, self.cfg, settings.numerics, settings.dtype, sharding=self.steps.everywhere
+        )
+        if isinstance(checkpoint, Synthetic):
+            self.weights = weights.init_random(self.steps.tree, self.cfg, checkpoint.seed, self._compute.mesh)
+        else:
+            self.weights, _ = load(checkpoint, self._compute.mesh, progress)
+        self.cache = self._empty(self.batch, settings.ctx)
+        self._sampling = [Sampling()] * self.batch
+        results = self.steps.results
+        self._results = tuple(jnp.zeros(x.shape, x.dtype, device=x.sharding) for x in results)  # of the last block
+        self._arguments: list[tuple[np.ndarray, Array]] = []  # of the last block, on the host and on the device
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer in the model's file (GGUFError if there is none), or one for a model of random weights."""
+        if isinstance(self.checkpoint, Synthetic):
+            return byte_tokenizer(self.cfg.vocab_size)
+        return Tokenizer.from_metadata(self.checkpoint.file.metadata)
+
+    def compile(self) -> None:
+        """Compile now, not on first use: `take`, `put` and `choose`."""
+        for tokens in snapshot.rooms(self.settings.ctx):
+            self.decode_block({}, 1)
+            with self._enough_memory("snapshots"):
+                self.cache = snapshot.compile(self.cache, tokens)
+        for rows in (1, self.batch):
+            logits = np.zeros((rows, self.cfg.vocab_size), np.float32)
+            self.choose(logits, [Sampling()] * rows, edits([None] * rows, self.cfg.vocab_size), [0] * rows)
+
+    def prefill(
+        self, slot: int, tokens: Sequence[int], params: Sampling, append: bool = False, sizes: Sequence[int] = ()
+    ) -> Sampled:
+        """Start a sequence in `slot`, in place of what was there; → its first token, drawn as `params` say.
+
+        append: continue the sequence that is there instead. sizes: what chunks are padded to, ascending, or buckets.
+        Raises Ds4Error unless there are 1 to ctx - 1 tokens (with those that are there), all in the vocabulary.
+        """
+        before = self.lengths[slot] if append else 0
+        check_prompt(tokens, self.cfg, self.settings.ctx, before)
+        self._sampling[slot], self.lengths[slot] = params, before
+        for start in range(0, len(tokens), self.settings.prefill_chunk):
+            padded, n = pad(tokens[start : start + self.settings.prefill_chunk], sizes)
+            fresh = np.array([self.lengths[slot] == 0])
+            begun = time.perf_counter() - self.stats.compile_seconds
+            sampled, logits = self._run("prefill", np.int32(slot), fresh, padded, n, sampling.batch([params]))
+            sampled.block_until_ready()
+            self.lengths[slot] += int(n[0])
+            self.stats.prefill_tokens += int(n[0])
+            self.stats.prefill_seconds += time.perf_counter() - self.stats.compile_seconds - begun
+        return Sampled(int(sampled[0]), logits, 0)
+
+    def decode(self, tokens: Mapping[int, int]) -> dict[int, Sampled]:
+        """Append to the sequence of each given slot its token; → what follows, by slot. Other slots rest.
+
+        Raises Ds4Error if a sequence has ctx tokens already.
+        """
+        block = self.decode_block(tokens, 1)
+        return {slot: Sampled(token, block.batch_logits, slot) for slot, (token,) in block.tokens().items()}
+
+    def decode_block(self, tokens: Mapping[int, int | None], n: int) -> Block:
+        """Append n tokens, 1 to BLOCK, to the sequence of each given slot: its token, then what was sampled from it.
+
+        Nothing is waited for, so that the device goes on while the host reads: for a slot whose token is None the
+        block starts from the last token of the block before. Raises Ds4Error if a sequence has no room for n tokens.
+        """
+        for slot in tokens:
+            if self.lengths[slot] + n > self.settings.ctx:
+                raise Ds4Error(f"slot {slot}: the context of {self.settings.ctx} tokens is full")
+        start = time.perf_counter() - self.stats.compile_seconds
+        args = self._resident(decode_args(tokens, n, sampling.batch(self._sampling)))
+        self._results = tuple(self._run("decode", self._results, *args))
+        sampled, _, logits = _copy(self._results)  # the next block's will take the place of these
+        for slot in tokens:
+            self.lengths[slot] += n
+        self.stats.decode_tokens += n * len(tokens)
+        return Block(self.stats, sampled, logits, tuple(tokens), n, start + self.stats.compile_seconds)
+
+    def _resident(self, args: tuple) -> tuple:
+        """Numpy arguments on the device: where one is as it was in the last block, the very array of that block.
+
+        A step that finds all its buffers where they were runs as it was recorded; else it is first written anew.
+        """
+        leaves, tree = jax.tree.flatten(args)
+        before = self._arguments or [(None, None)] * len(leaves)
+        self._arguments = [
+            (x, there if np.array_equal(x, old) else jax.device_put(x, self.steps.everywhere))
+            for x, (old, there) in zip(leaves, before, strict=True)
+        ]
+        return jax.tree.unflatten(tree, [there for _, there in self._arguments])
+
+    def block(self, room: int) -> int:
+        """How many tokens to decode at once, BLOCK and `room` at most, so that it takes some BLOCK_SECONDS.
+
+        One until the first have shown how long they take.
+        """
+        seconds = self.stats.token_seconds
+        return max(1, min(room, BLOCK, int(BLOCK_SECONDS / seconds) if seconds else 1))
+
+    def logits(self, tokens: Sequence[int]) -> np.ndarray:
+        """The logits at every position of a text: float32 (S, vocab). No slot is touched; takes a cache of its own."""
+        check_prompt(tokens, self.cfg, self.settings.ctx + 1)
+        cache, out = self._empty(1, self.settings.ctx), []
+        for start in range(0, len(tokens), self.settings.prefill_chunk):
+            padded, n = pad(tokens[start : start + self.settings.prefill_chunk])
+            logits, cache = transformer.prefill(
+                self.weights, cache, padded, n, cfg=self.cfg, compute=self._compute, all_positions=True
+            )
+            out.append(np.asarray(logits)[0, : n[0]])
+        return np.concatenate(out)
+
+    def snapshot(self, slot: int) -> Cache:
+        """The sequence in `slot` as it is now, for `restore`; no larger than its length needs."""
+        return kv.snapshot(self.cache, slot)
+
+    def restore(self, slot: int, saved: Cache, params: Sampling) -> None:
+        """Put a snapshot into `slot`, in place of what was there; its next tokens are drawn as `params` say."""
+        self.cache = kv.restore(self.cache, slot, saved)
+        self._sampling[slot], self.lengths[slot] = params, int(saved.length[0])
+
+    def take(self, slot: int, at: int | None = None, state: Planes | None = None) -> Iterator[Planes | None]:
+        """The sequence in `slot` as it is now, in host memory, for `put` (see `ds4jax.engine.snapshot`).
+
+        In pieces, so that others need not wait for a long one: None after each, and the planes after the last. From the
+        first piece on the sequence may grow. at, state: as it was when it had `at` tokens and `self.state` gave that.
+        """
+        pieces = snapshot.take(lambda: self.cache, slot, self.lengths[slot] if at is None else at, state)
+        planes = None
+        while planes is None:
+            with self._enough_memory("take"):
+                planes = next(pieces)
+            yield planes
+
+    def earlier(self, planes: Planes, length: int, state: Planes) -> Planes:
+        """What `take` would have given when the sequence had `length` tokens and `self.state` gave that."""
+        return snapshot.earlier(planes, length, state)
+
+    def state(self, slot: int) -> Planes:
+        """What `take` needs to know later of the sequence in `slot` as it is now, of a multiple of 128 tokens."""
+        return snapshot.state(self.cache, slot)
+
+    def put(self, slot: int, planes: Planes, params: Sampling) -> None:
+        """Put a state from `take` into `slot`, in place of what was there; see `restore`."""
+        with self._enough_memory("put"):
+            self.cache = snapshot.put(self.cache, slot, planes)
+        self._sampling[slot], self.lengths[slot] = params, int(planes["length"][0])
+
+    def choose(
+        self, logits: Array | np.ndarray, params: Sequence[Sampling], changes: sampling.Edits, position: Sequence[int]
+    ) -> tuple[np.ndarray, ...]:
+        """`sampling.choose` for logits (B, vocab), with numpy results."""
+        return jax.device_get(_choose(logits, sampling.batch(params), changes, np.array(position, np.int32)))
+
+    def _run(self, name: str, *args: Any) -> list[Array]:
+        """One step on the weights, the cache and numpy arguments: → what it returns beside the cache."""
+        with self._enough_memory(name):
+            before = self.steps.seconds
+            step = self.steps.get(name, *args)
+            self.stats.compile_seconds += self.steps.seconds - before
+            *out, self.cache = step(self.weights, self.cache, *args)
+            return out
+
+    @contextlib.contextmanager
+    def _enough_memory(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise Ds4Error(
+                f"{what}: out of device memory; a smaller prefill_chunk, ctx or batch needs less (found "
+                f"{self.settings.prefill_chunk}, {self.settings.ctx}, {self.batch})"
+            ) from error
+
+
+@dataclasses.dataclass
+class Block:
+    """Tokens that the device is sampling for some slots, n each. batch_logits (B, vocab): those of the last ones."""
+
+    stats: Stats
+    sampled: Array
+    batch_logits: Array
+    slots: tuple[int, ...]
+    n: int
+    start: float
+
+    def tokens(self) -> dict[int, list[int]]:
+        """By slot; waits for them."""
+        sampled = np.asarray(self.sampled)
+        now = time.perf_counter()
+        # Blocks overlap: what the one before took is not this one's.
+        seconds = now - max(self.start, self.stats.decoded_at)
+        self.stats.decode_seconds += seconds
+        self.stats.decoded_at, self.stats.token_seconds = now, seconds / self.n
+        return {slot: sampled[: self.n, slot].tolist() for slot in self.slots}
+
+
+_copy = jax.jit(functools.partial(jax.tree.map, jnp.copy))
+_choose = jax.jit(sampling.choose)
+
+
+def check_prompt(tokens: Sequence[int], cfg: ModelConfig, ctx: int, before: int = 0) -> None:
+    """Raises Ds4Error unless a prompt has at least one token, room for one more, and only ids of the vocabulary.
+
+    before: tokens that are in its place already.
+    """
+    if not 0 < len(tokens) < ctx - before:
+        there = f", of which {before} are taken" if before else ""
+        raise Ds4Error(f"prompt: found {len(tokens)} tokens, expected 1 to {ctx - before - 1} (ctx is {ctx}{there})")
+    if not 0 <= min(tokens) <= max(tokens) < cfg.vocab_size:
+        wrong = min(tokens) if min(tokens) < 0 else max(tokens)
+        raise Ds4Error(f"prompt: found token id {wrong}, expected 0 to {cfg.vocab_size - 1}")
