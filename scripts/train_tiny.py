@@ -1,4 +1,6 @@
-"""Trains the tiny model: ``python scripts/train_tiny.py --data build/tiny --out build/run``, on one GPU.
+"""Trains the tiny model: ``python scripts/train_tiny.py --data build/tiny --out build/run``.
+
+As many GPUs as divide a step's rows evenly take part.
 
 The data come from scripts/tiny_data.py. A run that is interrupted, or stopped by --minutes, goes on where its last
 checkpoint is when started again with the same flags; the end is the same as without the interruption.
@@ -7,14 +9,15 @@ It writes tiny-f32.gguf, the weights as trained; tiny.imatrix.gguf, from some of
 tiny_q2-f32.gguf, the weights after further steps in which the experts are seen as the q2 recipe and that imatrix store
 them. `python -m ds4jax.convert` makes the embedded models of these: see their cards in ds4jax/models.
 
-The seed decides the result: XLA is told to take no operation whose result depends on timing, and not to choose kernels
-by timing them, which would sum in another order at another time.
+The seed and the number of GPUs decide the result: XLA is told to take no operation whose result depends on timing, and
+not to choose kernels by timing them, which would sum in another order at another time.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import os
 import sys
 import tempfile
@@ -34,6 +37,7 @@ import orbax.checkpoint as ocp  # noqa: E402
 import tiny_data  # noqa: E402
 from absl import flags  # noqa: E402
 from flax import struct  # noqa: E402
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec  # noqa: E402
 
 from ds4jax import training  # noqa: E402
 from ds4jax.config import ModelConfig  # noqa: E402
@@ -53,8 +57,8 @@ from ds4jax.tools import cli, imatrix  # noqa: E402
 # compressed rows of its context in sight (512 tokens have 128 of them), and the indexer beside it, to rank them.
 TINY = dataclasses.replace(
     BASE, n_layers=6, compress_ratios=(0, 0, 4, 128, 4, 128), swiglu_clamp=(10.0,) * 6, n_hash_layers=2, n_mtp=1,
-    vocab_size=tiny_data.VOCAB, head_dim=96, rope_dim=32, q_lora_rank=96, o_lora_rank=32, o_groups=8, index_heads=4,
-    index_head_dim=64, index_top_k=128, n_experts=8, n_experts_used=2, yarn_factor=2.0,
+    vocab_size=tiny_data.VOCAB, n_heads=16, head_dim=128, rope_dim=64, q_lora_rank=128, o_lora_rank=32, o_groups=8,
+    index_heads=32, index_head_dim=64, index_top_k=128, n_experts=8, n_experts_used=2, yarn_factor=2.0,
     yarn_original_ctx=tiny_data.CONTEXT // 2,
 )  # fmt: skip
 
@@ -143,6 +147,12 @@ def expert_table(tokens: np.ndarray, cfg: ModelConfig) -> np.ndarray:
     return table
 
 
+def mesh(plan: Plan) -> Mesh:
+    """As many devices as divide a step's rows evenly. Each takes its share of the rows and has all of the state."""
+    n = math.gcd(len(jax.devices()), plan.batch)
+    return jax.make_mesh((n,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:n])
+
+
 @functools.partial(jax.jit, static_argnames="plan", donate_argnames="state")
 def train_step(
     state: State, tokens: jax.Array, mask: jax.Array, rows: jax.Array, importance: SwiGLU | None, *, plan: Plan
@@ -154,13 +164,21 @@ def train_step(
     # Every compressed row of a training row is seen, so that no choice stands between the loss and the rows.
     cfg = dataclasses.replace(plan.cfg, index_top_k=max(plan.cfg.index_top_k, tokens.shape[1]))
 
-    def loss(params: Weights) -> tuple[jax.Array, dict[str, jax.Array]]:
-        w = params.replace(hash=state.hash, route=state.route)
-        if importance is not None:
-            w = training.as_stored(w, Q2_EXPERTS, importance)
-        return training.loss(w, tokens[rows].astype(jnp.int32), mask[rows], cfg, plan.compute)
+    def share(state: State, tokens: jax.Array, mask: jax.Array, rows: jax.Array, importance: SwiGLU | None):
+        """The gradient and the parts of the loss of one device's rows, in the mean over the devices."""
 
-    gradient, parts = jax.grad(loss, has_aux=True)(state.params)
+        def loss(params: Weights) -> tuple[jax.Array, dict[str, jax.Array]]:
+            w = params.replace(hash=state.hash, route=state.route)
+            if importance is not None:
+                w = training.as_stored(w, Q2_EXPERTS, importance)
+            return training.loss(w, tokens[rows].astype(jnp.int32), mask[rows], cfg, plan.compute)
+
+        return jax.lax.pmean(jax.grad(loss, has_aux=True)(state.params), "data")
+
+    all_of_it, a_part = PartitionSpec(), PartitionSpec("data")
+    specs = all_of_it, all_of_it, all_of_it, a_part, all_of_it
+    shared = jax.shard_map(share, mesh=mesh(plan), in_specs=specs, out_specs=all_of_it, check_vma=False)
+    gradient, parts = shared(state, tokens, mask, rows, importance)
     update, moments = plan.optimiser().update(gradient, state.moments, state.params)
     route = training.balance(state.weights, parts["loads"]).route
     params = optax.apply_updates(state.params, update)
@@ -210,11 +228,13 @@ def train(
         if checkpoints.latest_step() is not None:
             leaves = checkpoints.restore(checkpoints.latest_step(), args=ocp.args.StandardRestore(leaves))
         # Placed explicitly, as a restored state is: a step compiled for one would not take the other.
-        state = jax.tree.unflatten(treedef, jax.device_put(leaves, jax.devices()[0]))
-        data, first, at = (jnp.asarray(tokens), jnp.asarray(mask)), int(state.step), int(state.step)
+        everywhere = NamedSharding(mesh(plan), PartitionSpec())
+        leaves, importance, *data = jax.device_put((leaves, importance, tokens, mask), everywhere)
+        state = jax.tree.unflatten(treedef, leaves)
+        first = at = int(state.step)
         since = time.monotonic()
         while at < last and time.monotonic() < deadline:
-            rows = jnp.asarray(rows_of(plan, at, len(tokens)))
+            rows = jax.device_put(rows_of(plan, at, len(tokens)), everywhere)
             state, parts = train_step(state, *data, rows, importance, plan=plan)
             at += 1
             if at % log_every == 0 or at in (first + 1, last):
@@ -297,12 +317,12 @@ def main() -> int:
     trained = out / "tiny-f32.gguf"
     if trained.exists():
         print(f"{trained} is there already: going on with the steps for q2")
-        w, _ = load(trained)
     else:
         w = stage(plan, out)
         if w is None:
             return 0
         export(trained, w, cfg, tok)
+    w, _ = load(trained)
     importance = column_importance(w, cfg, tokens[:CALIBRATION_ROWS], out / "tiny.imatrix.gguf")
     plan = dataclasses.replace(plan, steps=FLAGS.q2_steps, learning_rate=FLAGS.q2_learning_rate, seed=FLAGS.seed + 1)
     w = stage(plan, out / "q2", start=w, importance=importance)
