@@ -490,15 +490,18 @@ def test_api_key_and_cors():
         assert a.messages.create(model="m", max_tokens=9, messages=HI).content
         for path, (body, _, _) in STREAMS.items():
             for headers in ({}, {"authorization": "Bearer x"}, {"x-api-key": "ключ".encode()}):
-                response = http.post(path, json=body, headers=headers)
+                response = http.post(path, json=body, headers=headers | {"origin": "https://x.example"})
                 assert response.status_code == 401 and response.json()["error"]["message"]
                 assert response.headers["access-control-allow-origin"] == "*"
         assert http.get("/metrics").status_code == 401 and http.get("/health").status_code == 200
         assert http.get("/").status_code == 200
         both = {"x-api-key": "other", "authorization": "Bearer k"}
         assert http.get("/v1/models", headers=both).status_code == 200
-        preflight = http.options("/v1/messages", headers={"origin": "https://x.example"})
-        assert preflight.status_code == 204 and "POST" in preflight.headers["access-control-allow-methods"]
+        asked = {"access-control-request-method": "POST", "access-control-request-headers": "x-api-key,content-type"}
+        preflight = http.options("/v1/messages", headers={"origin": "https://x.example", **asked})
+        assert preflight.status_code == 200 and "POST" in preflight.headers["access-control-allow-methods"]
+        assert preflight.headers["access-control-allow-origin"] == "*"
+        assert preflight.headers["access-control-allow-headers"] == "x-api-key,content-type"
     with clients("Hi") as (_, _, http, _):
         assert "access-control-allow-origin" not in http.get("/v1/models", headers={"origin": "null"}).headers
 

@@ -13,6 +13,8 @@ from typing import Any
 import prometheus_client
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, Response, StreamingResponse
 from starlette.routing import Route
@@ -21,16 +23,17 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from ds4jax.chat import template as prompt
 from ds4jax.engine.engine import Engine, EngineFailed, Stopping
 from ds4jax.errors import Ds4Error
-from ds4jax.server import conversation, requests
-from ds4jax.server.chat import ChatReply
-from ds4jax.server.completions import CompletionReply
+from ds4jax.server import conversation
+from ds4jax.server.ask import Ask
 from ds4jax.server.conversation import Conversation, Tick
 from ds4jax.server.errors import ApiError
-from ds4jax.server.messages import MessagesReply
 from ds4jax.server.metrics import Metrics
-from ds4jax.server.requests import Ask
-from ds4jax.server.responses import ResponsesReply
-from ds4jax.server.sse import Reply, dumps
+from ds4jax.server.replies.chat import ChatReply
+from ds4jax.server.replies.completions import CompletionReply
+from ds4jax.server.replies.messages import MessagesReply
+from ds4jax.server.replies.responses import ResponsesReply
+from ds4jax.server.replies.sse import Reply, dumps
+from ds4jax.server.schemas import chat, completions, messages, responses
 
 MAX_COMPLETION = 393216  # tokens: the longest answer that the model was trained for
 
@@ -58,10 +61,10 @@ class Api:
 
 
 APIS = {
-    "/v1/chat/completions": Api(requests.chat, ChatReply),
-    "/v1/completions": Api(requests.completions, CompletionReply),
-    "/v1/messages": Api(requests.messages, MessagesReply),
-    "/v1/responses": Api(requests.responses, ResponsesReply),
+    "/v1/chat/completions": Api(chat.read, ChatReply),
+    "/v1/completions": Api(completions.read, CompletionReply),
+    "/v1/messages": Api(messages.read, MessagesReply),
+    "/v1/responses": Api(responses.read, ResponsesReply),
 }
 
 
@@ -77,8 +80,12 @@ def make_app(engine: Engine, options: Options | None = None) -> ASGIApp:
         Route("/v1/messages/count_tokens", server.count_tokens, methods=["POST"]),
         *(Route(path, server.answer, methods=["POST"], name=path) for path in APIS),
     ]
-    app = Starlette(routes=routes, exception_handlers={HTTPException: _http_error})
-    return _Gate(app, server.options)
+    middleware = [Middleware(_KeyCheck, key=server.options.api_key)] if server.options.api_key else []
+    if server.options.cors:  # outermost: preflights carry no key
+        methods, headers = ("GET", "POST", "OPTIONS"), ("*",)
+        cors = Middleware(CORSMiddleware, allow_origins=("*",), allow_methods=methods, allow_headers=headers)
+        middleware.insert(0, cors)
+    return Starlette(routes=routes, middleware=middleware, exception_handlers={HTTPException: _http_error})
 
 
 class _Server:
@@ -152,7 +159,7 @@ class _Server:
 
     async def count_tokens(self, request: Request) -> Response:
         try:
-            ask = requests.messages(await self._body(request))
+            ask = messages.read(await self._body(request))
             tokens = await asyncio.to_thread(conversation.render, self.engine, ask)
             return _json({"input_tokens": len(tokens)})
         except ClientDisconnect:
@@ -267,46 +274,23 @@ class _EventStream(StreamingResponse):
             self._done()
 
 
-class _Gate:
-    """Around the application: the API key and CORS."""
+class _KeyCheck:
+    """Around the application: lets only those in who send the API key. The page and /health are for all."""
 
-    def __init__(self, app: ASGIApp, options: Options):
-        self._app, self._options = app, options
+    def __init__(self, app: ASGIApp, key: str):
+        self._app, self._key = app, key
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return await self._app(scope, receive, send)
-        if self._options.cors:
-            send = _with_cors(send)
-        request = Request(scope)
-        if request.method == "OPTIONS":
-            return await Response(status_code=204)(scope, receive, send)
-        if not self._allowed(request):
+        if scope["type"] == "http" and not self._allowed(request := Request(scope)):
             error = ApiError("the API key is missing or wrong", 401, code="invalid_api_key")
             return await _error(request, error)(scope, receive, send)
         await self._app(scope, receive, send)
 
     def _allowed(self, request: Request) -> bool:
-        key = self._options.api_key
-        if key is None or request.url.path in ("/", "/health"):
+        if request.url.path in ("/", "/health"):
             return True
         sent = (request.headers.get("x-api-key", ""), request.headers.get("authorization", "").removeprefix("Bearer "))
-        return any(hmac.compare_digest(value.encode("latin-1"), key.encode()) for value in sent)
-
-
-def _with_cors(send: Send) -> Send:
-    headers = [
-        (b"access-control-allow-origin", b"*"),
-        (b"access-control-allow-methods", b"GET, POST, OPTIONS"),
-        (b"access-control-allow-headers", b"*, Authorization"),
-    ]
-
-    async def wrapped(message: Any) -> None:
-        if message["type"] == "http.response.start":
-            message = {**message, "headers": [*message.get("headers", ()), *headers]}
-        await send(message)
-
-    return wrapped
+        return any(hmac.compare_digest(value.encode("latin-1"), self._key.encode()) for value in sent)
 
 
 def _json(value: Any, status: int = 200) -> Response:

@@ -21,8 +21,8 @@ from ds4jax.chat.parser import Event, Finish, OutputParser, TextDelta
 from ds4jax.engine.engine import Engine, Finished, Prefilled, Request, Started, Token
 from ds4jax.engine.engine import Event as EngineEvent
 from ds4jax.io.tokenizer import Special, Tokenizer
+from ds4jax.server.ask import Ask
 from ds4jax.server.errors import ApiError, overflow
-from ds4jax.server.requests import Ask
 
 ADMISSION = 1.0
 """Seconds to wait for a place in the engine before the first event goes out without the number of cached tokens."""

@@ -166,8 +166,8 @@ class Session:
     async def _answer(self, said: dict[str, Any]) -> None:
         """Prints the answer as it comes; `said` becomes its message, also if this is cancelled."""
         from ds4jax.engine.sampling import Sampling
+        from ds4jax.server.ask import Ask
         from ds4jax.server.conversation import Conversation, Tick
-        from ds4jax.server.requests import Ask
 
         sampling = Sampling(temperature=FLAGS.temperature, top_p=FLAGS.top_p, seed=FLAGS.seed)
         ask = Ask("", True, sampling, self.messages, think=self.think, max_tokens=FLAGS.max_tokens)

@@ -7,10 +7,10 @@ import time
 from typing import Any
 
 from ds4jax.chat.parser import Event, TextDelta, ThinkingDelta, ToolCallFinished
+from ds4jax.server.ask import Ask
 from ds4jax.server.conversation import Conversation, Tick, Usage
 from ds4jax.server.errors import ApiError
-from ds4jax.server.requests import Ask
-from ds4jax.server.sse import Reply, event, new_id
+from ds4jax.server.replies.sse import Reply, event, new_id
 
 Item = dict[str, Any]
 

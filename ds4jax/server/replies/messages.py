@@ -8,7 +8,7 @@ from typing import Any
 from ds4jax.chat.parser import Event, Finish, TextDelta, ThinkingDelta, ToolCallFinished
 from ds4jax.server.conversation import Conversation, Tick, Usage
 from ds4jax.server.errors import ApiError
-from ds4jax.server.sse import Reply, event, new_id
+from ds4jax.server.replies.sse import Reply, event, new_id
 
 _STOP_REASONS = {
     "stop": "end_turn",

@@ -6,9 +6,9 @@ import itertools
 from typing import Any
 
 from ds4jax.chat.parser import Event, TextDelta
-from ds4jax.server.chat import DONE, finish_reason, usage
 from ds4jax.server.conversation import Conversation, Logprob
-from ds4jax.server.sse import Reply, event, new_id
+from ds4jax.server.replies.chat import DONE, finish_reason, usage
+from ds4jax.server.replies.sse import Reply, event, new_id
 
 
 class CompletionReply(Reply):

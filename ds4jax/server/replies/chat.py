@@ -6,7 +6,7 @@ from typing import Any
 
 from ds4jax.chat.parser import Event, Finish, TextDelta, ThinkingDelta, ToolCallDelta, ToolCallStarted
 from ds4jax.server.conversation import Conversation, Logprob, Usage
-from ds4jax.server.sse import Reply, event, new_id
+from ds4jax.server.replies.sse import Reply, event, new_id
 
 DONE = b"data: [DONE]\n\n"
 

@@ -1,0 +1,44 @@
+"""A request in this project's own terms, whichever of the four APIs it came by."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from ds4jax.engine.sampling import Sampling
+
+Json = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Ask:
+    """What a client wants.
+
+    model: the name the client used; any will do. stream: whether events are wanted.
+    messages: in Chat Completions' form, for `template.render`; or None for a raw `prompt`, text or token ids.
+    tools: those the model may call. custom_tools: names of those that take free text; namespaces: (namespace, name) of
+        those that have one, by the name that the model sees (Responses).
+    think: one of `ds4jax.chat.template.THINK_MODES`.
+    schema: what the reply must follow: a JSON schema or "json_object". max_tokens: None for all the room there is.
+    logprobs: None, or how many of the likeliest tokens to report beside each token of the text.
+    include_usage: a last chunk with the usage (Chat Completions, Completions). summary: thoughts are shown (Responses).
+    echo: fields that Responses repeats in its answer.
+    """
+
+    model: str
+    stream: bool
+    sampling: Sampling
+    messages: list[Json] | None = None
+    prompt: str | list[int] | None = None
+    tools: list[Json] | None = None
+    custom_tools: frozenset[str] = frozenset()
+    namespaces: Mapping[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
+    think: str = "on"
+    schema: Json | str | None = None
+    max_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+    logprobs: int | None = None
+    include_usage: bool = False
+    summary: bool = False
+    echo: Json = dataclasses.field(default_factory=dict)

@@ -1,0 +1,208 @@
+"""What the request bodies have in common: shared fields, and how a wrong value is reported."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ds4jax.engine.sampling import Sampling
+from ds4jax.server.ask import Json
+from ds4jax.server.errors import ApiError
+
+MAX_STOPS, MAX_STOP = 16, 1024  # stop strings, and characters of one
+MAX_TOP_LOGPROBS = 20
+MAX_BIAS = 100.0  # as with OpenAI: the largest logit_bias
+
+type Items[T] = Annotated[list[T], Field(fail_fast=True)]
+"""A list. Only its first wrong item is reported: there may be millions."""
+type Some[T] = Annotated[list[T], Field(min_length=1, fail_fast=True)]
+"""`Items` that are not empty."""
+type Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP)]
+type Stops = Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS, fail_fast=True)]
+type Limit = Annotated[int, Field(ge=1)]
+"""The longest answer, in tokens."""
+type TopLogprobs = Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)]
+type Effort = Literal["minimal", "low", "medium", "high", "xhigh", "max", "none"]
+type Unsupported = None
+
+
+class Schema(BaseModel):
+    """A JSON object. Types are not converted: "1" is no number, and 1 is not true."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_absent(cls, value: Any) -> Any:
+        return {k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else value
+
+
+class Body(Schema):
+    """The fields that mean the same in all four APIs.
+
+    The bounds are what `Sampling` does not bound itself: a number beyond float32 would only fail on the device.
+    """
+
+    model: str = ""
+    stream: bool = False
+    temperature: float | None = Field(None, ge=0, le=100)
+    top_p: float | None = Field(None, ge=0, le=1)
+    top_k: int | None = None
+    min_p: float | None = Field(None, ge=0, le=1)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=100)
+    logit_bias: dict[str, Any] = {}
+    seed: int | None = None
+
+    def common(self) -> dict[str, Any]:
+        """The fields of `Ask` that these give. Raises ApiError or ConfigError."""
+        return {"model": self.model, "stream": self.stream, "sampling": self._sampling()}
+
+    def _sampling(self) -> Sampling:
+        numbers = {"temperature", "top_p", "top_k", "min_p"}
+        numbers |= {"presence_penalty", "frequency_penalty", "repetition_penalty"}
+        bias = tuple(_bias(id, value) for id, value in self.logit_bias.items())
+        # Any integer is a seed to OpenAI; without one, answers differ.
+        seed = secrets.randbits(32) if self.seed is None else self.seed % 2**32
+        return Sampling(**self.model_dump(include=numbers, exclude_unset=True), logit_bias=bias, seed=seed)
+
+
+def _bias(id: str, value: Any) -> tuple[int, float]:
+    if not (id.isascii() and id.isdecimal() and len(id) < 10):
+        raise ApiError(f"logit_bias: found {id[:40]!r}, expected token ids", param="logit_bias")
+    if type(value) not in (int, float) or not -MAX_BIAS <= value <= MAX_BIAS:
+        raise wrong("logit_bias", value, f"a number from {-MAX_BIAS:g} to {MAX_BIAS:g}")
+    return int(id), float(value)
+
+
+class StreamOptions(Schema):
+    include_usage: bool = False
+
+
+class Thinking(Schema):
+    type: Literal["enabled", "disabled", "adaptive"]
+
+
+class PlainFormat(Schema):
+    type: Literal["text", "json_object"]
+
+
+class SchemaFormat(Schema):
+    type: Literal["json_schema"]
+    schema_: Json = Field(alias="schema")
+
+
+type Format = Annotated[PlainFormat | SchemaFormat, Field(discriminator="type")]
+
+
+def schema_of(format: PlainFormat | SchemaFormat | None) -> Json | str | None:
+    """What `Ask.schema` says."""
+    if isinstance(format, SchemaFormat):
+        return format.schema_
+    return None if format is None or format.type == "text" else format.type
+
+
+def think(switch: bool | None, effort: Effort | None) -> str:
+    """What `Ask.think` says, of a switch and an effort that may both be absent."""
+    if switch is False:
+        return "off"
+    return {"high": "high", "xhigh": "high", "max": "max", "none": "off"}.get(effort or "low", "on")
+
+
+def stops(value: str | list[str]) -> tuple[str, ...]:
+    """What `Ask.stop` says."""
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
+# ---- errors ----------------------------------------------------------------------------------------------------------
+def parse[T: Schema](kind: type[T], body: Json) -> T:
+    """The body as a `kind`. Raises ApiError."""
+    try:
+        return kind.model_validate(body)
+    except ValidationError as error:
+        raise _api_error(error, body) from None
+
+
+def wrong(where: str, found: Any, expected: str) -> ApiError:
+    """The error for a value: where it is in the body, what it is, what it should be."""
+    return _error(where, json.dumps(found, ensure_ascii=False), expected)
+
+
+def _error(where: str, found: str, expected: str) -> ApiError:
+    return ApiError(f"{where}: found {found:.80}, expected {expected}", param=where)
+
+
+_NAMES = {
+    str: "a string",
+    int: "an integer",
+    float: "a number",
+    bool: "true or false",
+    list: "a list",
+    dict: "an object",
+    type(None): "nothing",
+}
+_EXPECTED = {  # by pydantic's types of errors, with their contexts
+    "missing": "a value",
+    "string_type": "a string",
+    "string_unicode": "Unicode text",
+    "int_type": "an integer",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "list_type": "a list",
+    "dict_type": "an object",
+    "model_type": "an object",
+    "model_attributes_type": "an object",
+    "none_required": "nothing: it is not supported",
+    "literal_error": "{expected}",
+    "union_tag_invalid": "{expected_tags}",
+    "union_tag_not_found": "a value",
+    "greater_than_equal": "at least {ge:g}",
+    "less_than_equal": "at most {le:g}",
+    "string_too_short": "at least {min_length} character",
+    "string_too_long": "at most {max_length} characters",
+    "too_short": "at least {min_length} item",
+    "too_long": "at most {max_length} items",
+}
+
+
+def _api_error(error: ValidationError, body: Json) -> ApiError:
+    """The first of the errors that lie deepest. Where types are alternatives, each has its own: they are joined."""
+    errors = error.errors(include_url=False)
+    depth = max(len(e["loc"]) for e in errors)
+    places = [(_where(e["loc"], e["type"] == "missing", body), e) for e in errors if len(e["loc"]) == depth]
+    where, first = places[0]
+    expected = " or ".join(
+        dict.fromkeys(
+            _EXPECTED[e["type"]].format(**e.get("ctx", {})) if e["type"] in _EXPECTED else e["msg"]
+            for w, e in places
+            if w == where
+        )
+    )
+    kind, value = first["type"], first["input"]
+    if kind.startswith("union_tag"):
+        key = first["ctx"]["discriminator"].strip("'")
+        where, value = f"{where}.{key}", value.get(key)
+    if kind == "missing" or value is None:
+        found = "nothing"
+    elif kind.endswith("_type"):
+        found = _NAMES[type(value)]
+    else:
+        found = json.dumps(value, ensure_ascii=False)
+    return _error(where[:100], found, expected)
+
+
+def _where(loc: tuple[int | str, ...], missing: bool, body: Json) -> str:
+    """The path of a value in the body, as in messages[0].content: pydantic's, without the names of alternatives."""
+    path, node = "", body
+    for i, key in enumerate(loc):
+        try:
+            node = node[key]
+        except (TypeError, LookupError):  # the name of an alternative, or of what is missing
+            if not missing or i < len(loc) - 1:
+                continue
+        path += f"[{key}]" if isinstance(key, int) else f".{key}"
+    return path.removeprefix(".")

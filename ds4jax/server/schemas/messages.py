@@ -1,0 +1,164 @@
+"""The body of Anthropic's Messages. Tools are checked where they are rendered, in `ds4jax.chat.template`."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from ds4jax.server.ask import Ask, Json
+from ds4jax.server.schemas.base import (
+    Body,
+    Effort,
+    Format,
+    Items,
+    Limit,
+    Schema,
+    Some,
+    Stops,
+    Thinking,
+    parse,
+    schema_of,
+    stops,
+    think,
+)
+
+
+# ---- content blocks --------------------------------------------------------------------------------------------------
+class Text(Schema):
+    type: Literal["text"]
+    text: str
+
+
+class SystemText(Schema):
+    text: str
+
+
+class Attachment(Schema):
+    """What the model cannot see: the prompt says that there was one."""
+
+    type: Literal["image", "document", "search_result"]
+
+
+class ToolResult(Schema):
+    type: Literal["tool_result"]
+    tool_use_id: str
+    content: str | list[Any] = ""
+
+
+class Thought(Schema):
+    type: Literal["thinking"]
+    thinking: str
+
+
+class RedactedThought(Schema):
+    type: Literal["redacted_thinking"]
+
+
+class ToolUse(Schema):
+    type: Literal["tool_use"]
+    id: str
+    name: str
+    input: Json
+
+
+# ---- messages --------------------------------------------------------------------------------------------------------
+class User(Schema):
+    role: Literal["user"]
+    content: str | Items[Annotated[Text | Attachment | ToolResult, Field(discriminator="type")]]
+
+
+class Assistant(Schema):
+    role: Literal["assistant"]
+    content: str | Items[Annotated[Text | Thought | RedactedThought | ToolUse, Field(discriminator="type")]]
+
+
+class System(Schema):
+    role: Literal["system"]
+    content: str | Items[Text]
+
+
+type Message = Annotated[User | Assistant | System, Field(discriminator="role")]
+
+
+class OutputConfig(Schema):
+    effort: Effort | None = None
+    format: Format | None = None
+
+
+class ToolChoice(Schema):
+    type: Literal["auto", "none"]
+
+
+class Messages(Body):
+    messages: Some[Message]
+    system: str | Items[SystemText] = ""
+    tools: list[Any] = []
+    tool_choice: ToolChoice = ToolChoice(type="auto")
+    thinking: Thinking | None = None
+    output_config: OutputConfig = OutputConfig()
+    max_tokens: Limit | None = None
+    stop_sequences: Stops = []
+
+    def system_text(self) -> str:
+        """The system prompt.
+
+        Claude Code's first block names its version and a number that changes: nothing for the model, and it would make
+        every prompt a new one.
+        """
+        if isinstance(self.system, str):
+            return self.system
+        return "\n\n".join(block.text for block in self.system if not block.text.startswith("x-anthropic-"))
+
+
+def read(body: Json) -> Ask:
+    """The `Ask` of `POST /v1/messages`. Raises Ds4Error."""
+    asked = parse(Messages, body)
+    system = asked.system_text()
+    history = [{"role": "system", "content": system}] if system else []
+    for message in asked.messages:
+        history += _as_chat(message)
+    return Ask(
+        messages=history,
+        tools=asked.tools if asked.tools and asked.tool_choice.type != "none" else None,
+        think=think(None if asked.thinking is None else asked.thinking.type != "disabled", asked.output_config.effort),
+        schema=schema_of(asked.output_config.format),
+        max_tokens=asked.max_tokens,
+        stop=stops(asked.stop_sequences),
+        **asked.common(),
+    )
+
+
+def _as_chat(message: User | Assistant | System) -> list[Json]:
+    """A message in Chat Completions' form; several if it has tool results."""
+    if isinstance(message.content, str):
+        return [{"role": message.role, "content": message.content}]
+    if isinstance(message, User):
+        return _user(message.content)
+    if isinstance(message, System):
+        return [{"role": message.role, "content": [block.model_dump() for block in message.content]}]
+    thoughts, parts, calls = [], [], []
+    for block in message.content:
+        match block:
+            case Thought(thinking=text):
+                thoughts.append(text)
+            case Text():
+                parts.append(block.model_dump())
+            case ToolUse(id=id, name=name, input=arguments):
+                function = {"name": name, "arguments": json.dumps(arguments, ensure_ascii=False)}
+                calls.append({"id": id, "type": "function", "function": function})
+    out: Json = {"role": message.role, "content": parts, "tool_calls": calls}
+    return [out | ({"reasoning_content": "".join(thoughts)} if thoughts else {})]
+
+
+def _user(content: list[Text | Attachment | ToolResult]) -> list[Json]:
+    out: list[Json] = []
+    for block in content:
+        if isinstance(block, ToolResult):
+            out.append({"role": "tool", "tool_call_id": block.tool_use_id, "content": block.content})
+        elif out and out[-1]["role"] == "user":
+            out[-1]["content"].append(block.model_dump())
+        else:
+            out.append({"role": "user", "content": [block.model_dump()]})
+    return out or [{"role": "user", "content": []}]

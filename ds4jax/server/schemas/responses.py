@@ -1,0 +1,266 @@
+"""The body of OpenAI's Responses."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from ds4jax.server.ask import Ask, Json
+from ds4jax.server.schemas.base import (
+    Body,
+    Effort,
+    Format,
+    Items,
+    Limit,
+    Schema,
+    Some,
+    Unsupported,
+    parse,
+    schema_of,
+    think,
+    wrong,
+)
+
+
+# ---- input items -----------------------------------------------------------------------------------------------------
+class TextPart(Schema):
+    type: Literal["input_text", "output_text", "text", "summary_text", "reasoning_text"]
+    text: str
+
+
+type Content = str | Items[TextPart]
+
+
+class Item(Schema):
+    status: Literal["completed"] = "completed"
+
+
+class Message(Item):
+    type: Literal["message"]
+    role: Literal["user", "assistant", "system", "developer"]
+    content: Content
+
+
+class Reasoning(Item):
+    type: Literal["reasoning"]
+    summary: Items[TextPart] = []
+    content: Items[TextPart] = []
+
+
+class FunctionCall(Item):
+    type: Literal["function_call"]
+    call_id: str
+    name: str
+    namespace: str = ""
+    arguments: str
+
+
+class CustomCall(Item):
+    type: Literal["custom_tool_call"]
+    call_id: str
+    name: str
+    namespace: str = ""
+    input: str
+
+
+class CallOutput(Item):
+    type: Literal["function_call_output", "custom_tool_call_output"]
+    call_id: str
+    output: Content
+
+
+class Skipped(Item):
+    """Records of tools that run at OpenAI: the model here is not told of them."""
+
+    type: Literal[
+        "compaction", "web_search_call", "file_search_call", "code_interpreter_call", "image_generation_call",
+        "mcp_call", "mcp_list_tools",
+    ]  # fmt: skip
+
+
+def _message_by_default(item: Any) -> Any:
+    return item | {"type": "message"} if isinstance(item, dict) and item.get("type") is None else item
+
+
+type AnyItem = Annotated[
+    Message | Reasoning | FunctionCall | CustomCall | CallOutput | Skipped,
+    Field(discriminator="type"),
+    BeforeValidator(_message_by_default),
+]
+
+
+# ---- tools -----------------------------------------------------------------------------------------------------------
+class Function(Schema):
+    type: Literal["function"]
+    name: str
+    description: Any = None
+    parameters: Any = None
+
+
+class Custom(Schema):
+    """A tool that takes free text."""
+
+    type: Literal["custom"]
+    name: str
+    description: Any = None
+
+
+class Hosted(Schema):
+    """Tools that run at OpenAI: the model here is not told of them."""
+
+    type: Literal[
+        "web_search", "web_search_preview", "file_search", "code_interpreter", "image_generation", "mcp", "local_shell",
+        "computer_use_preview", "tool_search",
+    ]  # fmt: skip
+
+
+class Namespace(Schema):
+    type: Literal["namespace"]
+    name: str
+    tools: Items[Annotated[Function | Custom | Hosted, Field(discriminator="type")]]
+
+
+type Tool = Annotated[Function | Custom | Hosted | Namespace, Field(discriminator="type")]
+
+
+# ---- the body --------------------------------------------------------------------------------------------------------
+class ReasoningOptions(Schema):
+    effort: Effort | None = None
+    summary: str = "none"
+
+
+class TextOptions(Schema):
+    format: Format | None = None
+
+
+class Responses(Body):
+    input: str | Some[AnyItem]
+    instructions: str = ""
+    tools: Items[Tool] = []
+    tool_choice: Literal["auto", "none"] = "auto"
+    reasoning: ReasoningOptions = ReasoningOptions()
+    text: TextOptions = TextOptions()
+    max_output_tokens: Limit | None = None
+    previous_response_id: Unsupported = None
+    conversation: Unsupported = None
+    prompt: Unsupported = None
+    background: Literal[False] = False
+    top_logprobs: Literal[0] = 0
+
+
+_ECHOED = (
+    "instructions", "max_output_tokens", "metadata", "parallel_tool_calls", "reasoning", "temperature", "text",
+    "tool_choice", "tools", "top_p", "truncation", "user",
+)  # fmt: skip
+
+
+def read(body: Json) -> Ask:
+    """The `Ask` of `POST /v1/responses`. Raises Ds4Error."""
+    asked = parse(Responses, body)
+    if not asked.input:
+        raise wrong("input", asked.input, "at least 1 item")
+    history: list[Json] = [{"role": "system", "content": asked.instructions}] if asked.instructions else []
+    if isinstance(asked.input, str):
+        history.append({"role": "user", "content": asked.input})
+    else:
+        history += _as_chat(asked.input)
+    tools, custom, namespaces = _tools(asked.tools)
+    return Ask(
+        messages=history,
+        tools=tools if tools and asked.tool_choice != "none" else None,
+        custom_tools=custom,
+        namespaces=namespaces,
+        think=think(None, asked.reasoning.effort),
+        summary=asked.reasoning.summary != "none",
+        schema=schema_of(asked.text.format),
+        max_tokens=asked.max_output_tokens,
+        echo={key: body[key] for key in _ECHOED if body.get(key) is not None},
+        **asked.common(),
+    )
+
+
+def _tools(
+    tools: list[Function | Custom | Hosted | Namespace],
+) -> tuple[list[Json], frozenset[str], dict[str, tuple[str, str]]]:
+    """Function tools, and what `Ask` says of custom_tools and namespaces.
+
+    A tool of free text becomes a function of one string; the tools of a namespace come one by one.
+    """
+    out: list[Json] = []
+    custom: set[str] = set()
+    namespaces: dict[str, tuple[str, str]] = {}
+    for space, tool in _one_by_one(tools):
+        if isinstance(tool, Hosted):
+            continue
+        name = _in_namespace(space, tool.name)
+        if space:
+            namespaces[name] = space, tool.name
+        shown = tool.model_dump(exclude_unset=True) | {"type": "function", "name": name}
+        if isinstance(tool, Custom):
+            custom.add(name)
+            text = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}
+            shown["parameters"] = text
+        out.append(shown)
+    return out, frozenset(custom), namespaces
+
+
+def _one_by_one(
+    tools: list[Function | Custom | Hosted | Namespace],
+) -> Iterator[tuple[str, Function | Custom | Hosted]]:
+    """Every tool with the name of its namespace, or with ""."""
+    for tool in tools:
+        if isinstance(tool, Namespace):
+            yield from ((tool.name, inner) for inner in tool.tools)
+        else:
+            yield "", tool
+
+
+def _in_namespace(namespace: str, name: str) -> str:
+    return f"{namespace}__{name}" if namespace else name
+
+
+def _as_chat(items: list[Message | Reasoning | FunctionCall | CustomCall | CallOutput | Skipped]) -> list[Json]:
+    """Messages in Chat Completions' form. What the assistant thought, said and called in one turn is one message."""
+    out: list[Json] = []
+    turn: Json | None = None  # the assistant's, while it goes on
+
+    def assistant(after_speech: bool) -> Json:
+        """The assistant's turn; a new one if it has spoken and this may not come after that."""
+        nonlocal turn
+        if turn is None or not after_speech and (turn["content"] or "tool_calls" in turn):
+            turn = {"role": "assistant", "content": ""}
+            out.append(turn)
+        return turn
+
+    for item in items:
+        match item:
+            case Message(role="assistant", content=content):
+                assistant(after_speech=False)["content"] = _text(content)
+            case Message(role=role, content=content):
+                turn = None
+                out.append({"role": role, "content": _text(content)})
+            case Reasoning():
+                thought = assistant(after_speech=False)
+                text = _text([*item.summary, *item.content])
+                thought["reasoning_content"] = thought.get("reasoning_content", "") + text
+            case FunctionCall() | CustomCall():
+                function = {"name": _in_namespace(item.namespace, item.name), "arguments": _arguments(item)}
+                call = {"id": item.call_id, "type": "function", "function": function}
+                assistant(after_speech=True).setdefault("tool_calls", []).append(call)
+            case CallOutput():
+                turn = None
+                out.append({"role": "tool", "tool_call_id": item.call_id, "content": _text(item.output)})
+    return out
+
+
+def _arguments(call: FunctionCall | CustomCall) -> str:
+    if isinstance(call, FunctionCall):
+        return call.arguments
+    return json.dumps({"input": call.input}, ensure_ascii=False)
+
+
+def _text(content: str | list[TextPart]) -> str:
+    return content if isinstance(content, str) else "\n\n".join(part.text for part in content)
