@@ -173,9 +173,10 @@ class _Keys:
 
 def _lookup(config: Mapping[str, Any], path: str) -> Any:
     """The value at a dotted path of nested objects, or None."""
+    value: Any = config
     for part in path.split("."):
-        config = config.get(part) if isinstance(config, Mapping) else None
-    return config
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,13 +34,13 @@ def make_mesh(tp: int = 1, ep: int = 1, devices=None) -> Mesh:
 
 def partition_spec(axes: tuple[str | None, ...]) -> PartitionSpec:
     """Logical axis names, one per dimension → PartitionSpec."""
-    return PartitionSpec(*(RULES.get(axis) for axis in axes))
+    return PartitionSpec(*(RULES.get(axis or "") for axis in axes))
 
 
 def named_sharding(mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...], name: str) -> NamedSharding:
     """Sharding of an array of `shape`; raises ConfigError naming `name` when an axis does not divide evenly."""
     for axis, size in zip(axes, shape, strict=True):
-        parts = math.prod(mesh.shape[a] for a in RULES.get(axis, ()))
+        parts = math.prod(mesh.shape[a] for a in RULES.get(axis or "", ()))
         if size % parts:
             raise ConfigError(f"mesh {dict(mesh.shape)}: {name} has {size} along {axis!r}, not a multiple of {parts}")
     return NamedSharding(mesh, partition_spec(axes))

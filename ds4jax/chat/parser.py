@@ -249,6 +249,7 @@ class OutputParser:
     # A block of calls.
 
     def _take(self, n: int) -> str:
+        assert self._raw is not None
         taken, self._buffer = self._buffer[:n], self._buffer[n:]
         self._raw.append(taken)
         return taken
@@ -257,6 +258,7 @@ class OutputParser:
         (self._events if self._closing is None else self._closing).append(event)
 
     def _argue(self, json_text: str) -> None:
+        assert self._call is not None
         self._arguments.append(json_text)
         self._send(ToolCallDelta(self._call.index, json_text))
 
@@ -313,10 +315,12 @@ class OutputParser:
             self._settle()
             self._argue("{}" if self._empty.pop() else "}")
         if not self._empty:
-            self._send(ToolCallFinished(*dataclasses.astuple(self._call), "".join(self._arguments)))
+            assert self._call is not None
+            call, arguments = self._call, "".join(self._arguments)
+            self._send(ToolCallFinished(call.index, call.id, call.name, arguments))
 
     def _close_block(self) -> None:
-        self._events += self._closing
+        self._events += self._closing or []
         turn = chat.SampledTurn(self._thinking, message(self._history + self._events), tuple(self._ids))
         self._end(Finish("tool_calls", turn=turn))
 
@@ -326,7 +330,7 @@ class OutputParser:
         closed = at >= 0
         self._take(at + len(_END_CALLS) if closed else len(self._buffer) - _held(self._buffer, _END_CALLS))
         if closed:
-            self._events.append(TextDelta(_spell("".join(self._raw))))
+            self._events.append(TextDelta(_spell("".join(self._raw or []))))
             self._end(Finish("stop"))
         return False
 
@@ -386,6 +390,7 @@ class OutputParser:
 
     def _undeclared(self, key: str) -> bool:
         """Whether the tool is known to have other parameters than this one."""
+        assert self._call is not None
         schema = self._schemas.get(self._call.name)
         properties = schema.get("properties") if isinstance(schema, Mapping) else None
         return isinstance(properties, Mapping) and bool(properties) and key not in properties
@@ -408,7 +413,9 @@ def parse(
     """
     parser = OutputParser(tokenizer, **options)
     events = [event for id in ids for event in parser.push(id)] + parser.finish(end)
-    return message(events), events[-1]
+    last = events[-1]
+    assert isinstance(last, Finish)
+    return message(events), last
 
 
 def message(events: Iterable[Event]) -> dict[str, Any]:

@@ -276,26 +276,26 @@ def _turns(messages: Sequence[Mapping[str, Any]]) -> tuple[str, list[_User | _As
         where = f"messages[{i}]"
         _check(where, message, Mapping, "an object")
         role = message.get("role")
-        in_user = bool(turns) and isinstance(turns[-1], _User)
-        if turns and isinstance(turns[-1], _Reminder) and role not in ("user", "tool", "system", "developer"):
+        last = turns[-1] if turns else None
+        if isinstance(last, _Reminder) and role not in ("user", "tool", "system", "developer"):
             raise Ds4Error(f"{where}.role: found {role!r} after latest_reminder, expected a user turn")
         match role:
             case "system" | "developer" if not turns:
                 system.append(_text(message, where))
             case "system" | "developer" | "user" | "tool":
-                block: str | _Result = _text(message, where)
+                text = _text(message, where)
                 if role == "tool":
                     _check(f"{where}.tool_call_id", message.get("tool_call_id"), str, "a string")
-                    block = _Result(message["tool_call_id"], block)
-                if in_user:
-                    turns[-1].blocks.append(block)
+                block = _Result(message["tool_call_id"], text) if role == "tool" else text
+                if isinstance(last, _User):
+                    last.blocks.append(block)
                 else:
                     turns.append(_User([block]))
             case "assistant":
                 turns.append(_assistant(message, where))
             case "latest_reminder":
                 # Only before a user turn: after one, the reference would put the assistant's header in front of it.
-                if in_user or i + 1 == len(messages):
+                if isinstance(last, _User) or i + 1 == len(messages):
                     raise Ds4Error(f"{where}.role: found latest_reminder, expected it only just before a user turn")
                 turns.append(_Reminder(_text(message, where)))
             case _:
@@ -309,9 +309,10 @@ def _text(message: Mapping[str, Any], where: str, optional: bool = False) -> str
     where, content = f"{where}.content", message.get("content")
     if content is None and optional:
         return ""
-    if not isinstance(content, list | tuple):
-        _check(where, content, str, "a string or a list of parts")
+    if isinstance(content, str):
         return content
+    _check(where, content, list | tuple, "a string or a list of parts")
+    assert content is not None
     texts = []
     for i, part in enumerate(content):
         _check(f"{where}[{i}]", part, Mapping, "an object")
@@ -402,7 +403,7 @@ def escape(text: str, closing_tag: str, escaped: str = "&lt;") -> str:
 
 def _as_sampled(turn: _Assistant, thinking: bool, replay: Mapping[str, SampledTurn]) -> SampledTurn | None:
     """The sampled turn that `turn` is, if its header was the same and the client changed nothing."""
-    sampled = replay.get(turn.calls[0].id) if turn.calls else None
+    sampled = replay.get(turn.calls[0].id or "") if turn.calls else None
     if sampled is None or sampled.thinking != thinking:
         return None
     said = _assistant(sampled.message, "replay")

@@ -75,7 +75,7 @@ def download(repo: str, file: str) -> Path:
             return Path(path)
         url = hf_hub_url(repo, file)
         meta = get_hf_file_metadata(url)
-        if not (meta.commit_hash and meta.size and re.fullmatch(r"\w[\w.-]*", meta.etag or "")):
+        if not (meta.commit_hash and meta.size and meta.etag and re.fullmatch(r"\w[\w.-]*", meta.etag)):
             raise Ds4Error(f"{name}: {constants.ENDPOINT} does not state revision, size and ETag as Hugging Face does")
         blobs = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type="model") / "blobs"
         blob, partial = blobs / meta.etag, blobs / f"{meta.etag}.partial"

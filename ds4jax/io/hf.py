@@ -227,9 +227,9 @@ def read_shards(folder: Path) -> tuple[dict[str, Stored], list[str]]:
                 raise Ds4Error(f"{folder}: tensor {show(name)}: found in {out[name].path.name} and in {file}")
             if listed is None or listed.get(name) == file:
                 out[name] = stored
-    for name in listed or ():
+    for name, file in (listed or {}).items():
         if name not in out:
-            raise Ds4Error(f"{index}: says that {listed[name]} has tensor {show(name)}, found none there")
+            raise Ds4Error(f"{index}: says that {file} has tensor {show(name)}, found none there")
     return out, identity
 
 

@@ -14,9 +14,10 @@ import dataclasses
 import functools
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +38,7 @@ IN_FLIGHT = min(12, 2 * (os.cpu_count() or 1))
 
 Bounds = tuple[tuple[int, int], ...]  # (start, stop) on every axis
 Structs = tuple[jax.ShapeDtypeStruct, ...]
+Device = Any  # `jax.Device`, of which type checkers know nothing
 
 
 def load(
@@ -80,7 +82,7 @@ class _Shard:
     rows: Bounds
     columns: tuple[slice, ...]
     structs: Structs
-    devices: list[jax.Device]
+    devices: list[Device]
     arrays: list[list[jax.Array]] | None = None
 
     @property
@@ -94,24 +96,24 @@ class _Shard:
         return list(_slabs(self.structs[0].shape[:-1], whole_rows))
 
     @property
-    def kinds(self) -> list[tuple[Structs, Structs, jax.Device]]:
+    def kinds(self) -> list[tuple[Structs, Structs, Device]]:
         """For each device the arguments of the `_compile` whose programs allocate the shard, and write a slab."""
         lengths = [stop - start for start, stop in self.slabs[0]]
         slab = tuple(jax.ShapeDtypeStruct((*lengths, p.shape[-1]), p.dtype) for p in self.structs)
         return [(self.structs, slab, device) for device in self.devices]
 
 
-def _shards(spec: WeightSpec, shardings: list[jax.sharding.Sharding]) -> list[_Shard]:
+def _shards(spec: WeightSpec, shardings: Sequence[jax.sharding.Sharding]) -> list[_Shard]:
     structs = jax.tree.leaves(spec.struct())
     maps = [s.addressable_devices_indices_map(p.shape) for p, s in zip(structs, shardings, strict=True)]
     # Devices that hold the same part of the weight are served by one read.
-    holders: dict[str, list[jax.Device]] = {}
+    holders: dict[str, list[Device]] = {}
     for device in maps[0]:
         holders.setdefault(str([m[device] for m in maps]), []).append(device)
     out = []
     for devices in holders.values():
         bounds = [
-            tuple(s.indices(n)[:2] for s, n in zip(m[devices[0]], p.shape, strict=True))
+            tuple(s.indices(n)[:2] for s, n in zip(m[devices[0]] or (), p.shape, strict=True))
             for m, p in zip(maps, structs, strict=True)
         ]
         shapes = [tuple(stop - start for start, stop in b) for b in bounds]
@@ -120,10 +122,10 @@ def _shards(spec: WeightSpec, shardings: list[jax.sharding.Sharding]) -> list[_S
     return out
 
 
-def _leaf(spec: WeightSpec, shardings: list[jax.sharding.Sharding], shards: list[_Shard]):
+def _leaf(spec: WeightSpec, shardings: Sequence[jax.sharding.Sharding], shards: list[_Shard]):
     """The weight of which `shards`, all loaded, are the parts."""
     structs, treedef = jax.tree.flatten(spec.struct())
-    planes = zip(*(arrays for shard in shards for arrays in shard.arrays), strict=True)
+    planes = zip(*(arrays for shard in shards for arrays in shard.arrays or ()), strict=True)
     arrays = [
         jax.make_array_from_single_device_arrays(p.shape, s, list(parts))
         for p, s, parts in zip(structs, shardings, planes, strict=True)
@@ -165,7 +167,7 @@ def _stream(checkpoint: Checkpoint, shards: list[_Shard], advance: Callable[[flo
             finish_one()
 
 
-def _compile(whole: Structs, slab: Structs, device: jax.Device) -> tuple[Callable, Callable]:
+def _compile(whole: Structs, slab: Structs, device: Device) -> tuple[Callable, Callable]:
     """Programs for planes on a device: () → zeros, and (planes, those of a slab, where they go) → planes, in place."""
     here = jax.sharding.SingleDeviceSharding(device)
 
@@ -187,17 +189,18 @@ def _slabs(shape: tuple[int, ...], row_bytes: int) -> Iterator[Bounds]:
     if not shape:
         yield ()
         return
-    inner = math.prod(shape[1:]) * row_bytes
-    if inner > SLAB_BYTES and len(shape) > 1:
-        for i in range(shape[0]):
-            for rest in _slabs(shape[1:], row_bytes):
+    n, others = shape[0], shape[1:]
+    inner = math.prod(others) * row_bytes
+    if inner > SLAB_BYTES and others:
+        for i in range(n):
+            for rest in _slabs(others, row_bytes):
                 yield ((i, i + 1), *rest)
         return
     most = max(1, SLAB_BYTES // max(1, inner))
-    step = -(-shape[0] // -(-shape[0] // most))
-    for start in range(0, shape[0], step):
-        start = min(start, shape[0] - step)
-        yield ((start, start + step), *((0, n) for n in shape[1:]))
+    step = -(-n // -(-n // most))
+    for start in range(0, n, step):
+        start = min(start, n - step)
+        yield ((start, start + step), *((0, size) for size in others))
 
 
 def _read(checkpoint: Checkpoint, shard: _Shard, slab: Bounds) -> list[list[jax.Array]]:
@@ -227,8 +230,8 @@ def _read_tensor(checkpoint: Checkpoint, spec: WeightSpec, nth: int, rows: Bound
     raw = file.raw(name)[tuple(slice(*r) for r in rows)]
     i, n = spec.part
     raw = raw[..., raw.shape[-1] * i // n : raw.shape[-1] * (i + 1) // n]
-    if spec.quantized:
-        spec.format.split(raw, vars(out))
-    else:
+    if isinstance(spec.format, np.dtype):
         out[...] = raw.view(np.int32 if info.type == GGMLType.I32 else FORMATS[info.type].planes["values"][0])
+    else:
+        spec.format.split(raw, vars(out))
     file.drop_pages(name, *span)

@@ -108,9 +108,11 @@ class Tokenizer:
         for byte, char in enumerate(_BYTE_CHARS):
             if char not in self._text:
                 raise _error("tokens", f"no normal token {char!r} for byte 0x{byte:02x}", "all 256 bytes")
-        pairs = [tuple(merge.split(" ")) for merge in merges]
-        for i, pair in enumerate(pairs):
-            if len(pair) != 2 or not {*pair, "".join(pair)} <= self._text.keys():
+        pairs = []
+        for i, merge in enumerate(merges):
+            first, _, second = merge.partition(" ")
+            pairs.append((first, second))
+            if not {first, second, first + second} <= self._text.keys():
                 raise _error(
                     f"merges[{i}]", repr(merges[i]), "two normal tokens, divided by a space, that make up a third one"
                 )
@@ -127,7 +129,7 @@ class Tokenizer:
         Raises GGUFError naming the key where one is missing, of the wrong type, unsupported or contradictory.
         """
 
-        def get(key: str, kind: type, many: bool = False, **default):
+        def get(key: str, kind: type, many: bool = False, **default) -> Any:
             name = "tokenizer." + key
             if name not in metadata:
                 if default:
@@ -210,9 +212,9 @@ class Tokenizer:
         Neighbouring texts are joined before BPE, which gives the ids that the whole prompt, as one string, would have.
         """
         ids: list[int] = []
-        for kind, group in itertools.groupby(segments, type):
-            run = list(group)
-            ids += self.encode_text("".join(run)) if kind is str else run
+        for is_text, group in itertools.groupby(segments, lambda segment: isinstance(segment, str)):
+            run: list[Any] = list(group)
+            ids += self.encode_text("".join(run)) if is_text else run
         return ids
 
     def id_to_bytes(self, id: int) -> bytes:

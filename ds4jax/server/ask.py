@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from ds4jax.engine.sampling import Sampling
 
@@ -35,7 +35,7 @@ class Ask:
     custom_tools: frozenset[str] = frozenset()
     namespaces: Mapping[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
     think: str = "on"
-    schema: Json | str | None = None
+    schema: Json | Literal["json_object"] | None = None
     max_tokens: int | None = None
     stop: tuple[str, ...] = ()
     logprobs: int | None = None

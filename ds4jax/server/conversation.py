@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import functools
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 from ds4jax.chat import parser as chat_parser
@@ -62,11 +62,12 @@ class Logprob:
 class Conversation:
     """An async iterator over the events of one answer; see the module.
 
-    Attributes: ask; usage and logprobs (of the text, so far); finish (the last event, once it is out).
+    Attributes: ask; usage and logprobs (of the text, so far).
     """
 
     def __init__(self, engine: Engine, ask: Ask, request: Request, parser: OutputParser, tick: float):
-        self.ask, self.usage, self.finish = ask, Usage(len(request.tokens)), None
+        self.ask, self.usage = ask, Usage(len(request.tokens))
+        self._finish: Finish | None = None
         self.logprobs: list[Logprob] = []
         self._pending: list[Logprob] = []  # of tokens read, whose text has not been shown
         self._engine, self._parser, self._tick = engine, parser, tick
@@ -96,6 +97,12 @@ class Conversation:
         """The answer as an assistant message in Chat Completions' form; see `ds4jax.chat.parser.message`."""
         return chat_parser.message(self._events)
 
+    @property
+    def finish(self) -> Finish:
+        """The last event, once it is out."""
+        assert self._finish is not None
+        return self._finish
+
     def cancel(self) -> None:
         """Give the place in the engine back. Nothing more comes; may be called at any time, several times."""
         self._stream.cancel()
@@ -103,7 +110,7 @@ class Conversation:
     async def __aiter__(self) -> AsyncIterator[Event | Tick]:
         next_tick = _now() + self._tick
         try:
-            while self.finish is None:
+            while self._finish is None:
                 if (event := await self._receive(next_tick)) is None:
                     next_tick = _now() + self._tick
                     yield Tick(self._prefilled, self.usage.prompt)
@@ -140,8 +147,8 @@ class Conversation:
                 events = self._parser.finish(reason)
         self._events += events
         if events and isinstance(events[-1], Finish):
-            self.finish = events[-1]
-            if turn := self.finish.turn:  # kept before the client can know of it
+            self._finish = events[-1]
+            if turn := self._finish.turn:  # kept before the client can know of it
                 note = {"thinking": turn.thinking, "message": turn.message, "ids": list(turn.ids)}
                 await asyncio.to_thread(self._engine.put_note, _key(turn.message), note)
         return events
@@ -166,7 +173,9 @@ def _now() -> float:
 
 
 def _grammar(engine: Engine, ask: Ask) -> Any:
-    """What the text must be. Thoughts are free."""
+    """What the text must be, or None. Thoughts are free."""
+    if ask.schema is None:
+        return None
     if ask.tools:
         raise ApiError("tools: found beside a JSON format, expected one of them: a format leaves no room for calls")
     return engine.grammar(ask.schema, None if ask.think == "off" else engine.tokenizer.special(Special.THINK_CLOSE))
@@ -182,6 +191,7 @@ def render(engine: Engine, ask: Ask) -> list[int]:
     if ask.prompt is not None:
         _check_size(engine, [ask.prompt])
         return tokenizer.encode_raw(ask.prompt)
+    assert ask.messages is not None
     segments = chat.render(
         ask.messages,
         think=ask.think,
@@ -226,13 +236,13 @@ def _prepare(engine: Engine, ask: Ask, id_prefix: str) -> tuple[Request, OutputP
         max_tokens=min(ask.max_tokens or engine.ctx, engine.ctx),
         sampling=ask.sampling,
         logprobs=ask.logprobs,
-        grammar=None if ask.schema is None else _grammar(engine, ask),
+        grammar=_grammar(engine, ask),
     )
     return request, parser
 
 
 # ---- replay: turns with tool calls, as they were sampled -------------------------------------------------------------
-def _key(message: dict[str, Any]) -> str:
+def _key(message: Mapping[str, Any]) -> str:
     return f"turn:{message['tool_calls'][0]['id']}"
 
 

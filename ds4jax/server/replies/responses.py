@@ -138,10 +138,12 @@ class ResponsesReply(Reply):
         return out
 
     def _in_item(self, event_name: str, **data: Any) -> bytes:
+        assert self._item is not None
         return self._events(f"response.{event_name}", item_id=self._item["id"], output_index=len(self._output), **data)
 
     def _part(self, name: str, **data: Any) -> bytes:
         """An event about the item's only part."""
+        assert self._item is not None
         return self._in_item(name, **{_INDEX[self._item["type"]]: 0}, **data)
 
 

@@ -41,7 +41,7 @@ class Reply:
     def begin(self) -> bytes:
         raise NotImplementedError
 
-    def on(self, event: Event) -> bytes:
+    def on(self, e: Event) -> bytes:
         raise NotImplementedError
 
     def end(self) -> bytes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -99,7 +99,7 @@ class SchemaFormat(Schema):
 type Format = Annotated[PlainFormat | SchemaFormat, Field(discriminator="type")]
 
 
-def schema_of(format: PlainFormat | SchemaFormat | None) -> Json | str | None:
+def schema_of(format: PlainFormat | SchemaFormat | None) -> Json | Literal["json_object"] | None:
     """What `Ask.schema` says."""
     if isinstance(format, SchemaFormat):
         return format.schema_
@@ -184,7 +184,7 @@ def _api_error(error: ValidationError, body: Json) -> ApiError:
     )
     kind, value = first["type"], first["input"]
     if kind.startswith("union_tag"):
-        key = first["ctx"]["discriminator"].strip("'")
+        key = first.get("ctx", {})["discriminator"].strip("'")
         where, value = f"{where}.{key}", value.get(key)
     if kind == "missing" or value is None:
         found = "nothing"
@@ -197,7 +197,7 @@ def _api_error(error: ValidationError, body: Json) -> ApiError:
 
 def _where(loc: tuple[int | str, ...], missing: bool, body: Json) -> str:
     """The path of a value in the body, as in messages[0].content: pydantic's, without the names of alternatives."""
-    path, node = "", body
+    path, node = "", cast(Any, body)
     for i, key in enumerate(loc):
         try:
             node = node[key]
