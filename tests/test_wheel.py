@@ -20,7 +20,8 @@ def test_wheel_outside_the_checkout(tmp_path):
     modules = {p.relative_to(ROOT).as_posix() for p in sources}
     configs = {f"ds4jax/configs/{p.name}" for p in (ROOT / "configs").glob("*.toml")}
     models = {f"ds4jax/models/{name}.{end}" for name in EMBEDDED for end in ("gguf", "md")}
-    assert modules | configs | models | {"ds4jax/server/page.html"} <= names
+    typed = {"ds4jax/py.typed", "pallas_kernels/py.typed"}
+    assert modules | configs | models | typed | {"ds4jax/server/page.html"} <= names
 
     site = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(site)
