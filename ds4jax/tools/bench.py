@@ -89,8 +89,9 @@ def main() -> None:
     """Run the tool as FLAGS say. Raises Ds4Error."""
     points = frontiers(FLAGS.ctx_start, FLAGS.ctx_max, FLAGS.step_mul) if FLAGS.fill is None else [FLAGS.fill]
     for name, least in (("gen_tokens", 1), ("fill", 1), ("seed", 0)):
-        if FLAGS[name].value is not None and FLAGS[name].value < least:
-            raise ConfigError(f"{name}: found {FLAGS[name].value}, expected at least {least}")
+        value = FLAGS[name].value
+        if value is not None and value < least:
+            raise ConfigError(f"{name}: found {value}, expected at least {least}")
     need = points[-1] + FLAGS.gen_tokens
     ctx = -(-need // HCA_RATIO) * HCA_RATIO if FLAGS.ctx is None else FLAGS.ctx
     if ctx < need:

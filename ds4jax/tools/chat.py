@@ -106,14 +106,19 @@ class Session:
     def __init__(self, run: Callable, settings: Settings, open_engine: Callable[[Settings], Engine]):
         """run: runs a coroutine to its end; Ctrl-C raises KeyboardInterrupt from it. Raises Ds4Error."""
         self._run, self._settings, self._open = run, settings, open_engine
-        self._engine: Engine | None = open_engine(settings)
+        self._opened: Engine | None = open_engine(settings)
         self.messages: list[dict[str, Any]] = [{"role": "system", "content": FLAGS.system}] if FLAGS.system else []
         self.think = FLAGS.think
 
     def close(self) -> None:
-        if self._engine is not None:
-            self._run(self._engine.close())
-            self._engine = None
+        if self._opened is not None:
+            self._run(self._opened.close())
+            self._opened = None
+
+    @property
+    def _engine(self) -> Engine:
+        assert self._opened is not None
+        return self._opened
 
     def enter(self, line: str) -> bool:
         """A message or a command; → whether to go on. What is wrong is printed."""
@@ -208,10 +213,10 @@ class Session:
         settings = dataclasses.replace(self._settings, ctx=int(n))
         self.close()  # two models might not fit
         try:
-            self._engine = self._open(settings)
+            self._opened = self._open(settings)
             self._settings = settings
         except Ds4Error:
-            self._engine = self._open(self._settings)
+            self._opened = self._open(self._settings)
             raise
         self._note_lost_effort()
 

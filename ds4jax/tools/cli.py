@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -60,7 +61,8 @@ def run(
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _interrupt)
     argv = sys.argv[1:] if argv is None else argv
-    sys.stdout.reconfigure(encoding="utf-8")  # whatever the locale: models write any script
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8")  # whatever the locale: models write any script
     flag_values.unparse_flags()
     try:
         if {"--help", "-h", "-help"} & set(argv):

@@ -39,6 +39,7 @@ def seconds(launch: Callable[[], Any], repeats: int = 5) -> float:
     rounds = []
     for _ in range(repeats):
         start = time.perf_counter()
+        out = None
         for _ in range(n):
             out = launch()
         jax.block_until_ready(out)
