@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: found the tool {name!r}, expected one of {', '.join(TOOLS)}", file=sys.stderr)
         return 1
     tool = importlib.import_module(f"ds4jax.tools.{name}")
-    return cli.run(tool.main, tool.FLAGS, tool.__doc__ or "", rest)
+    return cli.run(tool.main, tool.FLAGS, tool.__doc__, rest)
 
 
 if __name__ == "__main__":

@@ -48,12 +48,14 @@ async def stream(client: httpx.AsyncClient, times: list[float], prompt: list[int
     async with client.stream("POST", "/v1/completions", json=body) as response:
         if response.status_code != 200:
             raise SystemExit(f"error: {(await response.aread()).decode()}")
+        usage = {}
         async for event in serving.events(response):
             if "error" in event:
                 raise SystemExit(f"error: {event['error']['message']}")
             if any(choice["text"] for choice in event["choices"]):
                 times.append(time.perf_counter())
-    return event["usage"]
+            usage = event.get("usage") or usage
+    return usage
 
 
 async def load(url: str, *, streams: int, prompt: int, answer: int, long: int) -> dict[str, float | None]:
@@ -103,13 +105,13 @@ async def load(url: str, *, streams: int, prompt: int, answer: int, long: int) -
 
 
 async def run() -> None:
-    options = {key: FLAGS[key].value for key in ("streams", "prompt", "answer", "long")}
     ctx = FLAGS.ctx or max(FLAGS.prompt + FLAGS.answer, FLAGS.long + 2, 4096)
     command = ["-m", "ds4jax.serve", "--port=0", f"--config={FLAGS.config}", f"--ctx={ctx}"]
     command += [f"--max_seqs={FLAGS.max_seqs or max(2, FLAGS.streams)}"]
     command += [f"--{key}={FLAGS[key].value}" for key in ("model", "synthetic") if FLAGS[key].value]
     async with serving.server(command, FLAGS.url) as url:
-        print(json.dumps(await load(url, **options)))
+        measured = load(url, streams=FLAGS.streams, prompt=FLAGS.prompt, answer=FLAGS.answer, long=FLAGS.long)
+        print(json.dumps(await measured))
 
 
 def main() -> int:

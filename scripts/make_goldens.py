@@ -19,12 +19,16 @@ from pathlib import Path
 
 import gguf
 import numpy as np
-import torch
-import transformers
+import torch  # pyright: ignore[reportMissingImports]  # of the extra `oracle`
+import transformers  # pyright: ignore[reportMissingImports]
 from absl import app, flags
 from gguf import GGUFReader
 from gguf.quants import dequantize
-from transformers import DeepseekV4Config, DeepseekV4ForCausalLM, DynamicCache
+from transformers import (  # pyright: ignore[reportMissingImports]
+    DeepseekV4Config,
+    DeepseekV4ForCausalLM,
+    DynamicCache,
+)
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import oracle  # noqa: E402

@@ -69,6 +69,7 @@ def main() -> int:
     print(f"{device.device_kind}, {os.cpu_count()} cores; {load.IN_FLIGHT} slabs of {load.SLAB_BYTES >> 20} MiB")
     transfer_alone(load.SLAB_BYTES, load.IN_FLIGHT)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    values, checkpoint, nbytes = None, None, 0
     for _ in range(2):
         values = None  # the device has no room for two
         start, cpu = time.perf_counter(), time.process_time()

@@ -198,7 +198,7 @@ def main() -> None:
         if 1000 < len(text.text) < HELD_OUT_BYTES - size:
             held.append({"name": text.name, "text": text.text})
             size += len(text.text)
-    sources = {"python": {"version": platform.python_version(), "licence": "PSF-2.0"}}
+    sources: dict[str, dict[str, str | int]] = {"python": {"version": platform.python_version(), "licence": "PSF-2.0"}}
     sources |= {n: {"version": importlib.metadata.version(n), "licence": licence} for n, licence in PACKAGES.items()}
     for name, source in sources.items():
         source["bytes"] = sum(len(text.text.encode()) for text in kept if text.source == name)

@@ -21,8 +21,8 @@ def _fill(rows, short: str, answer: str, questions: str, thought: str | None = N
     """One fact per row {field: text}; questions: one wording a line."""
     for row in rows:
         wordings = tuple(_capital(line.strip().format(**row)) for line in questions.strip().splitlines())
-        texts = (_capital(text.format(**row)) for text in (thought or answer, answer))
-        yield Fact(wordings, *texts, row[short])
+        thinks, says = (_capital(text.format(**row)) for text in (thought or answer, answer))
+        yield Fact(wordings, thinks, says, row[short])
 
 
 def _capital(text: str) -> str:

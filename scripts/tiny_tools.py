@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from tiny_facts import CAPITALS
@@ -34,7 +34,7 @@ the meeting is at noon, dinner is ready, good luck, I am on my way, please call 
 ).split(", ")  # fmt: skip
 
 
-def _one_of(values: list[str]) -> Values:
+def _one_of(values: Sequence[str]) -> Values:
     return lambda rng: rng.choice(values)
 
 

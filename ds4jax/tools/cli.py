@@ -48,7 +48,7 @@ def check_interrupt() -> None:
 
 
 def run(
-    tool: Callable[[], int | None], flag_values: flags.FlagValues, usage: str, argv: list[str] | None = None
+    tool: Callable[[], int | None], flag_values: flags.FlagValues, usage: str | None, argv: list[str] | None = None
 ) -> int:
     """Parse the flags, call `tool` and return the exit status: its result, or 1 for an error, or 130 for Ctrl-C.
 
@@ -66,7 +66,7 @@ def run(
     flag_values.unparse_flags()
     try:
         if {"--help", "-h", "-help"} & set(argv):
-            print(usage.strip(), flag_values.get_help(), sep="\n")
+            print((usage or "").strip(), flag_values.get_help(), sep="\n")
             return 0
         try:
             _, *rest = flag_values(["ds4jax", *argv])
