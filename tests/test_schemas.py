@@ -1,0 +1,68 @@
+"""Request bodies: what is wrong with one is named by its path, with what was found and what was expected."""
+
+import pytest
+
+from ds4jax.server.errors import ApiError
+from ds4jax.server.schemas import chat, completions, messages, responses
+
+HI = {"messages": [{"role": "user", "content": "Hi"}]}
+BLOCKS = [{"type": "thinking", "thinking": "r"}, {"type": "tool_use", "id": "1", "name": "f", "input": "x"}]
+
+
+@pytest.mark.parametrize(
+    ("api", "body", "message"),
+    [
+        (chat, {}, "messages: found nothing, expected a value"),
+        (chat, HI | {"max_tokens": None, "n": None, "unknown": 1}, None),
+        (chat, {"messages": []}, "messages: found [], expected at least 1 item"),
+        (chat, HI | {"temperature": "1"}, "temperature: found a string, expected a number"),
+        (chat, HI | {"temperature": True}, "temperature: found true or false, expected a number"),
+        (chat, HI | {"top_p": 1.5}, "top_p: found 1.5, expected at most 1"),
+        (chat, HI | {"max_tokens": 0}, "max_tokens: found 0, expected at least 1"),
+        (chat, HI | {"n": 2}, "n: found 2, expected 1"),
+        (chat, HI | {"audio": {}}, "audio: found {}, expected nothing: it is not supported"),
+        (chat, HI | {"stop": 1}, "stop: found an integer, expected a string or a list"),
+        (chat, HI | {"stop": ["a", 1]}, "stop[1]: found an integer, expected a string"),
+        (chat, HI | {"thinking": {"type": "x"}},
+         "thinking.type: found \"x\", expected 'enabled', 'disabled' or 'adaptive'"),
+        (chat, HI | {"tool_choice": {"type": "function"}},
+         "tool_choice: found {\"type\": \"function\"}, expected 'auto' or 'none'"),
+        (chat, HI | {"response_format": {"type": "json_schema", "json_schema": {"schema": 1}}},
+         "response_format.json_schema.schema: found an integer, expected an object"),
+        (chat, HI | {"logit_bias": {"1": 200}}, "logit_bias: found 200, expected a number from -100 to 100"),
+        (completions, {"prompt": ["a", "b"]},
+         'prompt: found ["a", "b"], expected one prompt: a string or a list of token ids'),
+        (completions, {"prompt": [1, 2.5]},
+         'prompt: found [1, 2.5], expected one prompt: a string or a list of token ids'),
+        (messages, {"messages": [{"role": "x", "content": ""}]},
+         "messages[0].role: found \"x\", expected 'user', 'assistant', 'system'"),
+        (messages, {"messages": [{"role": "assistant", "content": BLOCKS}]},
+         "messages[0].content[1].input: found a string, expected an object"),
+        (messages, {"messages": [{"role": "user", "content": [{}]}]},
+         "messages[0].content[0].type: found nothing, expected a value"),
+        (messages, HI | {"output_config": {"effort": 1}},
+         "output_config.effort: found 1, expected 'minimal', 'low', 'medium', 'high', 'xhigh', 'max' or 'none'"),
+        (responses, {"input": ""}, 'input: found "", expected at least 1 item'),
+        (responses, {"input": "Hi", "previous_response_id": "r"},
+         'previous_response_id: found "r", expected nothing: it is not supported'),
+        (responses, {"input": [{"type": "function_call", "call_id": "1", "name": "f"}]},
+         "input[0].arguments: found nothing, expected a value"),
+        (responses, {"input": [{"role": "user", "content": "x", "status": "in_progress"}]},
+         "input[0].status: found \"in_progress\", expected 'completed'"),
+        (responses, {"input": "Hi", "tools": [{"type": "namespace", "name": "n", "tools": [{"type": "custom"}]}]},
+         "tools[0].tools[0].name: found nothing, expected a value"),
+    ],
+)  # fmt: skip
+def test_errors(api, body, message):
+    if message is None:
+        api.read(body)
+        return
+    with pytest.raises(ApiError) as error:
+        api.read(body)
+    assert str(error.value) == message
+    assert error.value.param == message.partition(": ")[0] and error.value.status == 400
+
+
+def test_a_long_list_of_wrong_values_is_one_error():
+    with pytest.raises(ApiError, match=r"^messages\[0\]: found an integer, expected an object$"):
+        messages.read({"messages": [1] * 1_000_000})
