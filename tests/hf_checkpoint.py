@@ -6,6 +6,7 @@ Written by hand, from the description of the formats: neither ds4jax nor the saf
 import dataclasses
 import json
 import struct
+from typing import Any
 
 import numpy as np
 
@@ -217,7 +218,7 @@ def transformers(dequantized: bool) -> Builder:
             def joined(of, end, names=names):
                 return np.stack([np.concatenate([of(f"{n}.{end}") for n in expert]) for expert in names])
 
-            def stored(name):
+            def plain(name):
                 dtype, shape, data = own.stored[name]
                 return np.frombuffer(data, np.uint8).reshape(shape)
 
@@ -226,7 +227,7 @@ def transformers(dequantized: bool) -> Builder:
                 words = (joined(own.values.__getitem__, "weight").view("<u4") >> 16).astype("<u2")
                 out.stored[name] = "BF16", words.shape, words.tobytes()
             else:
-                weight, scale = joined(stored, "weight"), joined(stored, "scale")
+                weight, scale = joined(plain, "weight"), joined(plain, "scale")
                 out.stored[name] = "I8", weight.shape, weight.tobytes()
                 out.stored[f"{name}_scale_inv"] = "F8_E8M0", scale.shape, scale.tobytes()
     out.values = own.values
@@ -337,7 +338,8 @@ def tokenizer_files() -> dict[str, dict]:
 
 def safetensors(stored: dict[str, tuple[str, tuple[int, ...], bytes]]) -> bytes:
     """The bytes of a safetensors file."""
-    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
     for name, (dtype, shape, data) in stored.items():
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + len(data)]}
         offset += len(data)

@@ -3,6 +3,7 @@
 import collections
 import json
 import random
+from typing import Any
 
 import deepseek_reference as reference
 import pytest
@@ -80,7 +81,7 @@ def assistant(content=None, reasoning=None, calls=()):
     return message
 
 
-def call(id, name, arguments="{}"):
+def call(id, name, arguments: Any = "{}"):
     return {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 

@@ -6,6 +6,7 @@ import itertools
 import json
 import random
 import re
+from typing import Literal
 
 import deepseek_reference as reference
 import pytest
@@ -100,24 +101,26 @@ def joined(events):
             assert event.text
         if isinstance(event, ToolCallDelta):
             assert event.arguments
-        last = out[-1] if out else None
-        if isinstance(event, ThinkingDelta | TextDelta) and type(last) is type(event):
-            out[-1] = type(event)(last.text + event.text)
-        elif isinstance(event, ToolCallDelta) and type(last) is type(event) and last.index == event.index:
-            out[-1] = ToolCallDelta(event.index, last.arguments + event.arguments)
-        else:
-            out.append(event)
+        match out[-1] if out else None, event:
+            case ThinkingDelta(before), ThinkingDelta(text):
+                out[-1] = ThinkingDelta(before + text)
+            case TextDelta(before), TextDelta(text):
+                out[-1] = TextDelta(before + text)
+            case ToolCallDelta(index, before), ToolCallDelta(same, arguments) if index == same:
+                out[-1] = ToolCallDelta(index, before + arguments)
+            case _:
+                out.append(event)
     return out
 
 
-def events_of(tok, ids, *, end="stop", thinking=False, tools=TOOLS, stop=()):
+def events_of(tok, ids, *, end: Literal["stop", "length"] = "stop", thinking=False, tools=TOOLS, stop=()):
     """All events, with predictable call ids; each id is pushed, also after the end."""
     ids, numbers = list(ids), itertools.count()
     parser = OutputParser(tok, thinking=thinking, tools=tools, stop=stop, new_id=lambda: f"id{next(numbers)}")
     events = []
     for id in ids:
         new = parser.push(id)
-        assert not (new and isinstance(events[-1:], Finish))
+        assert not (new and events and isinstance(events[-1], Finish))
         events += new
         assert parser.done == isinstance(events[-1] if events else None, Finish)
     events += parser.finish(end)
@@ -445,7 +448,8 @@ def test_control_tokens_count_by_id_only():
 def test_what_is_held_back_is_bounded():
     tok = MAKE["bytes"]()
     parser = OutputParser(tok, thinking=False, tools=TOOLS)
-    assert "".join(e.text for _ in range(3000) for e in parser.push(ord("\n"))) == "\n" * (3000 - 256)
+    events = [event for _ in range(3000) for event in parser.push(ord("\n"))]
+    assert "".join(e.text if isinstance(e, TextDelta) else "?" for e in events) == "\n" * (3000 - 256)
     assert outline(parser.push(ord("."))) == [("text", "\n" * 256 + ".")]
     for id in sampled(tok, f'{OPEN}<｜DSML｜invoke name="f"><｜DSML｜parameter name="p">'):
         parser.push(id)
@@ -490,7 +494,9 @@ def test_call_ids():
     events = [e for id in sampled(tok, block(invoke(), invoke())) for e in parser.push(id)]
     started = [e.id for e in events if isinstance(e, ToolCallStarted)]
     finished = [e.id for e in events if isinstance(e, ToolCallFinished)]
-    assert started == finished == [c["id"] for c in events[-1].turn.message["tool_calls"]]
+    finish = events[-1]
+    assert isinstance(finish, Finish) and finish.turn
+    assert started == finished == [c["id"] for c in finish.turn.message["tool_calls"]]
     assert len(set(started)) == 2
     assert started[0].startswith("call_")
 
@@ -772,7 +778,7 @@ def test_only_an_unchanged_turn_is_repeated(name):
     if expected:
         assert render_ids(tok, messages, **options) == exact
     else:
-        assert render(messages, **options) == render(messages, **options | {"replay": None})
+        assert render(messages, **options) == render(messages, **{**options, "replay": None})
 
 
 def test_a_turn_sampled_without_thinking_in_a_thinking_prompt():

@@ -365,12 +365,12 @@ def test_other_inputs_are_refused(folders, tmp_path, monkeypatch, f16):
     importances(np.random.default_rng(0)).write(tmp_path / "i.gguf")
     source = tmp_path / "copy"
     shutil.copytree(folders("official"), source)
-    for arguments, message in (
-        ((folders("official"), out, RECIPES["q8"]), "begun with other config, tokenizer or types; give"),
-        ((folders("official"), out, RECIPES["f16"], None, tmp_path / "i.gguf"), "begun with other .*importances; give"),
+    for recipe, imatrix, message in (
+        ("q8", None, "begun with other config, tokenizer or types; give"),
+        ("f16", tmp_path / "i.gguf", "begun with other .*importances; give"),
     ):
         with pytest.raises(Ds4Error, match=message):
-            convert(*arguments)
+            convert(folders("official"), out, RECIPES[recipe], imatrix=imatrix)
     os.utime(source / "model-00002-of-00003.safetensors", ns=(1, 1))
     with pytest.raises(Ds4Error, match=r"m\.gguf\.partial: was begun with other weights; give .* or --restart"):
         convert(source, out, RECIPES["f16"])

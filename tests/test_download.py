@@ -1,5 +1,7 @@
 """ds4jax.io.download against a local server that speaks as much of the Hugging Face protocol as a download needs."""
 
+from __future__ import annotations
+
 import fcntl
 import hashlib
 import http.server
@@ -40,6 +42,7 @@ class Hub(http.server.ThreadingHTTPServer):
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
+    server: Hub
     protocol_version = "HTTP/1.1"
 
     def log_message(self, *_):
@@ -141,7 +144,8 @@ def test_a_terminal_shows_progress(hub, environment):
     command = [sys.executable, "-m", "ds4jax.download", f"--model={MODEL}"]
     subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, stderr=stderr, check=True, timeout=60)
     shown = os.read(terminal, 2**16).decode()
-    os.close(terminal), os.close(stderr)
+    os.close(terminal)
+    os.close(stderr)
     assert "model.gguf" in shown and "100%" in shown and "25.0M/25.0M" in shown
 
 

@@ -206,7 +206,9 @@ def test_a_real_vocabulary_opens_fast(tmp_path):
 def resident_bytes(path):
     """Bytes of this process's mapping of `path` that are in memory, from the kernel."""
     mapping = Path("/proc/self/smaps").read_text().split(f" {path}\n")[1]
-    return 1024 * int(re.search(r"^Rss: +(\d+) kB", mapping, re.MULTILINE)[1])
+    found = re.search(r"^Rss: +(\d+) kB", mapping, re.MULTILINE)
+    assert found
+    return 1024 * int(found[1])
 
 
 def test_views_are_not_copies_and_pages_can_be_dropped(tmp_path):
@@ -364,7 +366,7 @@ def key(name, value_type, payload):
     return text(name) + u32(value_type) + payload
 
 
-def record(name="t", dims=(8,), qtype=0, offset=0):
+def record(name: str | bytes = "t", dims=(8,), qtype=0, offset=0):
     return text(name) + u32(len(dims)) + b"".join(map(u64, dims)) + u32(qtype) + u64(offset)
 
 

@@ -6,6 +6,7 @@ import contextlib
 import json
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import anthropic
 import httpx
@@ -24,13 +25,14 @@ WEATHER = {
         "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
     },
 }
-HI = [{"role": "user", "content": "Hi"}]
+HI: list[dict[str, Any]] = [{"role": "user", "content": "Hi"}]
 
 
 @contextlib.contextmanager
-def clients(script, options: Options | None = None, **engine) -> Iterator[tuple]:
+def clients(script: Any, options: Options | None = None, **engine) -> Iterator[tuple]:
     """(OpenAI client, Anthropic client, httpx client, fake engine) of a server that answers as `script` says."""
-    engine = FakeEngine(script if callable(script) else lambda _: script, **engine)
+    answer: Any = script if callable(script) else lambda _: script
+    engine = FakeEngine(answer, **engine)
     with contextlib.ExitStack() as stack:
         url = stack.enter_context(serving(engine, options))
         o = stack.enter_context(openai.OpenAI(base_url=f"{url}/v1", api_key="k", max_retries=0, timeout=10))
@@ -42,7 +44,7 @@ def prompt(engine: FakeEngine, n: int = -1) -> str:
     return TOKENIZER.decode(engine.requests[n].tokens)
 
 
-def sse(text: str) -> list[tuple[str | None, dict | str]]:
+def sse(text: str) -> list[tuple[Any, Any]]:
     """(event name, data) of a body of server-sent events; comments as ("", text)."""
     out = []
     for block in text.strip().split("\n\n"):
@@ -328,7 +330,7 @@ def test_responses_streamed():
 def test_responses_two_tool_rounds(streamed):
     answers = iter([f"First.</think>Looking.\n\n{CALL}", f"Again.</think>{CALL}", "Ok.</think>Done."])
     with clients(lambda _: next(answers)) as (o, _, _, engine):
-        items = [{"role": "user", "content": "Hi"}]
+        items: list[dict[str, Any]] = [{"role": "user", "content": "Hi"}]
         for _ in range(2):
             kwargs = {"model": "m", "input": items, "tools": [RESPONSES_WEATHER]}
             if streamed:

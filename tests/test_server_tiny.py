@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import anthropic
 import httpx
@@ -47,6 +48,7 @@ def server(*flags: str) -> Iterator[tuple[str, subprocess.Popen]]:
         config.flush()
         command = [sys.executable, "-m", "ds4jax.serve", "--port=0", f"--config={config.name}", *flags]
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env)
+        assert process.stderr
         found = next(filter(None, map(LISTENING.search, process.stderr)), None)
     assert found, f"the server ended with status {process.wait()}"
     try:
@@ -186,7 +188,7 @@ def test_short_soak(url):
 
 
 def test_load_and_reuse(url):
-    report = asyncio.run(load.load(url, streams=3, prompt=990, answer=12, long=500))
+    report: dict[str, Any] = asyncio.run(load.load(url, streams=3, prompt=990, answer=12, long=500))
     assert 6 < report["tokens"] <= 36 and report["decode_tokens_per_second"] > 0
     assert 0 < report["longest_gap_before_seconds"] and 0 < report["longest_gap_beside_long_prompt_seconds"]
     assert report["first_token_seconds"] >= 10 * report["first_token_seconds_again"]

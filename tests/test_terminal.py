@@ -26,13 +26,17 @@ def loop() -> Iterator[asyncio.Runner]:
         yield runner
 
 
+def session_with(engine, run) -> Session:
+    return Session(run, Settings("tiny"), lambda _: engine)
+
+
 def prompt(engine: FakeEngine) -> str:
     return engine.tokenizer.decode(engine.requests[-1].tokens)
 
 
 def test_turns_and_commands(loop, tmp_path, capsys):
     engine = FakeEngine(lambda _: "I think.</think>Hello\x1b[2J!")
-    session = Session(loop.run, Settings("tiny"), lambda _: engine)
+    session = session_with(engine, loop.run)
     assert session.enter("Hi") and session.enter("   ")
     out = capsys.readouterr()
     assert "I think.\n\nHello␛[2J!" in out.out and "tokens used" in out.err
@@ -84,13 +88,13 @@ def test_ctrl_c_stops_the_answer_only(loop, capsys):
         loop.run(run())
         raise KeyboardInterrupt
 
-    session = Session(interrupted, Settings("tiny"), lambda _: engine)
+    session = session_with(engine, interrupted)
     assert session.enter("Hi") and "(stopped)" in capsys.readouterr().err and not engine.running
     assert session.messages[-1]["role"] == "assistant" and session.messages[-1]["content"].startswith("word ")
 
 
 def test_an_answer_that_fails_is_no_turn(loop, capsys):
-    session = Session(loop.run, Settings("tiny"), lambda _: FakeEngine(lambda _: "x", ctx=5))
+    session = session_with(FakeEngine(lambda _: "x", ctx=5), loop.run)
     session.enter("Hi, this is too long")
     assert "prompt is too long" in capsys.readouterr().err and session.messages[-1]["role"] == "system"
 
