@@ -1,4 +1,4 @@
-"""The one error type for everything a user can get wrong with a file, a config or a request."""
+"""Ds4Error, the base of all errors in a user's files, configs and requests; and how they show a value."""
 
 from typing import Any
 
@@ -21,6 +21,6 @@ class ConfigError(Ds4Error):
 
 
 def show(value: Any) -> str:
-    """`value` for an error message: its repr, cut to a length that fits one line."""
+    """The repr of a value, cut to at most 100 characters in one line, for an error message."""
     text = " ".join(repr(value[:100] if isinstance(value, str | bytes | list | np.ndarray) else value).split())
     return text if len(text) <= 100 else text[:97] + "..."

@@ -1,4 +1,4 @@
-"""Sampled tokens to a chat message, as they come: thinking, text and tool calls. What `template` renders, read back.
+"""A streaming parser: sampled token ids become thoughts, text and tool calls. It reads what `template` writes.
 
     THINK ── </think> ──► TEXT ── <｜DSML｜tool_calls> ──► TOOL ── </｜DSML｜tool_calls> ──► DONE
       (if the header opened it)      (if there are tools)
@@ -45,17 +45,21 @@ _WRAPPERS = ("arguments", "input")  # names under which a model may pass all arg
 
 @dataclasses.dataclass(frozen=True)
 class ThinkingDelta:
+    """The next piece of a thought."""
+
     text: str
 
 
 @dataclasses.dataclass(frozen=True)
 class TextDelta:
+    """The next piece of the visible text."""
+
     text: str
 
 
 @dataclasses.dataclass(frozen=True)
 class ToolCallStarted:
-    """A call's name is known. Only `ToolCallFinished` makes it a call: if none follows, forget this one."""
+    """A tool call begins: its name is known. If no `ToolCallFinished` follows, there was no call."""
 
     index: int
     id: str
@@ -64,7 +68,7 @@ class ToolCallStarted:
 
 @dataclasses.dataclass(frozen=True)
 class ToolCallDelta:
-    """The next piece of the arguments' JSON text."""
+    """The next piece of the JSON text of a call's arguments."""
 
     index: int
     arguments: str
@@ -72,7 +76,10 @@ class ToolCallDelta:
 
 @dataclasses.dataclass(frozen=True)
 class ToolCallFinished:
-    """A whole call of a well-formed block. arguments: the JSON text of an object, all deltas together."""
+    """A complete call of a well-formed block.
+
+    arguments: the JSON text of an object: all deltas together.
+    """
 
     index: int
     id: str
@@ -82,7 +89,7 @@ class ToolCallFinished:
 
 @dataclasses.dataclass(frozen=True)
 class Finish:
-    """Always the last event.
+    """The last event of a turn: why it ended.
 
     reason: "stop" (the model ended its turn), "length", "tool_calls", "stop_sequence", or "error" (the turn ended
         inside a block of calls).
@@ -105,7 +112,9 @@ def new_call_id(prefix: str = "call_") -> str:
 
 
 class OutputParser:
-    """The state machine: `push` the sampled ids until `done`, or `finish` when sampling ended otherwise.
+    """The state machine that turns sampled ids into events.
+
+    `push` ids until `done`; call `finish` when sampling ended otherwise.
 
     A block's first call is streamed. What comes after it, its own closing brace included, is sent when the block has
     ended well: no call of a malformed or unfinished block is ever finished.
@@ -156,7 +165,10 @@ class OutputParser:
         self._closing: list[Event] | None = None  # from the end of the first call on: to be out when the block is whole
 
     def push(self, id: int) -> list[Event]:
-        """The events that a sampled id completes. EOS finishes with "stop"; after the end, ids are ignored."""
+        """Read one sampled id; → the events that it completes.
+
+        EOS finishes the turn with "stop". After the end, ids are ignored.
+        """
         if id == self._eos:
             return self.finish("stop")
         if self.done:
@@ -168,7 +180,7 @@ class OutputParser:
         return self._read(self._decoder.push(id))
 
     def finish(self, reason: Literal["stop", "length"]) -> list[Event]:
-        """The events left when sampling ended: all that was held back, and `Finish`."""
+        """End the turn, because sampling ended; → what was held back, and `Finish`."""
         if self.done:
             return []
         events = self._read(self._decoder.flush())
@@ -201,14 +213,14 @@ class OutputParser:
     # Thinking and text.
 
     def _opening(self) -> bool:
-        """The model may repeat the header's `<think>`."""
+        """State: before the first thought. A `<think>` that the model repeats after the header's is dropped."""
         self._buffer = self._buffer.lstrip(_THINK)
         if self._buffer:
             self._state = self._think
         return bool(self._buffer)
 
     def _think(self) -> bool:
-        """Nothing is held back: the end is one token. Calls in a thought are thoughts, and never executed."""
+        """State: in a thought. Nothing is held back, as its end is one token. Calls in a thought are never executed."""
         text, close, self._buffer = self._buffer.partition(_END_THINK)
         if text:
             self._events.append(ThinkingDelta(_spell(text)))
@@ -217,7 +229,7 @@ class OutputParser:
         return bool(close)
 
     def _text(self) -> bool:
-        """Stray `</think>` vanish; white space before the calls is part of their markup."""
+        """State: in the visible text. A stray `</think>` is dropped; white space before calls is dropped with them."""
         if not self._raw_text:
             self._buffer = self._buffer.replace(_END_THINK, "")
         text, marker = self._buffer, ""
@@ -234,7 +246,7 @@ class OutputParser:
         return bool(marker)
 
     def _show(self, text: str, last: bool = False) -> None:
-        """Sends text, less what may become a stop string; `last` if nothing can follow."""
+        """Emit text, but hold back what may become a stop string. last: nothing can follow."""
         text = self._tail + text
         hits = [(at + len(stop), at, stop) for stop in self._stop if (at := text.find(stop)) >= 0]
         end = min(hits)[1] if hits else len(text)
@@ -263,7 +275,7 @@ class OutputParser:
         self._send(ToolCallDelta(self._call.index, json_text))
 
     def _structure(self) -> bool:
-        """Between tags: where an opening or the closing one must follow."""
+        """State: between tags, where an opening tag or the closing one must follow."""
         self._take(len(self._buffer) - len(self._buffer.lstrip(_SPACE)))
         depth = len(self._empty)  # 0 in the block, 1 in a call, more in parameters of parameters
         close = (_END_CALLS, _END_INVOKE, _END_PARAMETER)[min(depth, 2)]
@@ -304,7 +316,7 @@ class OutputParser:
         self._empty[-1] = False
 
     def _close_object(self) -> None:
-        """The end of a call, or of a parameter made of parameters."""
+        """End a call, or a parameter whose value is an object of parameters."""
         if len(self._empty) == 1 and self._closing is None:
             self._closing = []
         if self._wrapper and _is_json(value := self._wrapper[2]) and value.lstrip(_SPACE).startswith("{"):
@@ -325,7 +337,7 @@ class OutputParser:
         self._end(Finish("tool_calls", turn=turn))
 
     def _broken(self) -> bool:
-        """A malformed block: at its end, all of it becomes text. A call that was started stays unfinished."""
+        """State: in a malformed block. At its end, all of it becomes text; a call that was started stays unfinished."""
         at = self._buffer.find(_END_CALLS)
         closed = at >= 0
         self._take(at + len(_END_CALLS) if closed else len(self._buffer) - _held(self._buffer, _END_CALLS))
@@ -337,8 +349,10 @@ class OutputParser:
     # Values of parameters.
 
     def _payload(self) -> tuple[str, bool]:
-        """Takes what is there of a value; whether it is whole. Any other tag before its closing one breaks the block:
-        something was left out, and the value might swallow the next parameter or call."""
+        """Take what has come of a value; → the text, and whether the value is complete.
+
+        Any tag but the closing one breaks the block: the value would swallow the next parameter or call.
+        """
         tag = _TAG.search(self._buffer)
         text = self._take(tag.start() if tag else len(self._buffer) - _held(self._buffer, _END_PARAMETER))
         whole = self._buffer.startswith(_END_PARAMETER)
@@ -364,7 +378,7 @@ class OutputParser:
         self._state = self._string if self._is_string else self._buffered
 
     def _maybe_object(self) -> bool:
-        """Without string="true" it is an object if the next thing is a parameter."""
+        """State: at the start of a value without string="true". It is an object if a parameter comes next."""
         text = self._buffer.lstrip(_SPACE)
         if text in ("", "<") and len(self._buffer) - len(text) <= _MAX_SPACE:
             return False
@@ -376,7 +390,7 @@ class OutputParser:
         return True
 
     def _buffered(self) -> bool:
-        """JSON, which has to be seen whole; or all arguments in one parameter."""
+        """State: in a value that must be complete before it is emitted: JSON, or all arguments in one parameter."""
         text, whole = self._payload()
         self._value.append(text)
         if whole:
@@ -389,14 +403,14 @@ class OutputParser:
         return self._state != self._buffered
 
     def _undeclared(self, key: str) -> bool:
-        """Whether the tool is known to have other parameters than this one."""
+        """Whether the tool declares parameters, and `key` is not among them."""
         assert self._call is not None
         schema = self._schemas.get(self._call.name)
         properties = schema.get("properties") if isinstance(schema, Mapping) else None
         return isinstance(properties, Mapping) and bool(properties) and key not in properties
 
     def _settle(self) -> None:
-        """A parameter named like all arguments was one among others, or no object: an ordinary one."""
+        """Emit a parameter named "arguments" or "input" as an ordinary one: it did not hold all arguments after all."""
         if self._wrapper:
             key, string, value = self._wrapper
             self._wrapper = None
@@ -407,7 +421,7 @@ class OutputParser:
 def parse(
     tokenizer: Tokenizer, ids: Iterable[int], *, end: Literal["stop", "length"] = "stop", **options: Any
 ) -> tuple[dict[str, Any], Finish]:
-    """The message that some sampled ids say, and how it ends.
+    """Parse a complete sequence of sampled ids; → the message, and how it ends.
 
     end: why sampling ended, if the ids do not show it.  options: those of `OutputParser`.
     """
@@ -441,12 +455,12 @@ def message(events: Iterable[Event]) -> dict[str, Any]:
 
 
 def _spell(text: str) -> str:
-    """Control tokens as clients see them."""
+    """Text with the internal marks of control tokens replaced by their spellings, as clients see them."""
     return text.translate(_SPELLINGS)
 
 
 def _held(text: str, pattern: str) -> int:
-    """Length of the longest end of `text` that `pattern` begins with, short of the whole pattern."""
+    """Length of the longest suffix of `text` that is a proper prefix of `pattern`."""
     at = text.find(pattern[0], max(0, len(text) - len(pattern) + 1))
     while at >= 0 and not pattern.startswith(text[at:]):
         at = text.find(pattern[0], at + 1)
@@ -463,7 +477,7 @@ def _unescape(text: str) -> str:
 
 
 def _literal(value: str) -> str:
-    """A value with string="false" as JSON: itself, or a string if it is not JSON."""
+    """The JSON text of a value marked string="false": the value itself, or a JSON string if it is not JSON."""
     return value.strip(_SPACE) if _is_json(value) else _quote(_unescape(value))
 
 

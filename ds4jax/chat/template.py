@@ -1,4 +1,4 @@
-"""Chat messages to prompt: DeepSeek-V4's format, as segments of trusted control tokens and plain text.
+"""The prompt format: chat messages become segments of trusted control tokens and plain text.
 
 The layout follows the reference encoder; where that and the published Jinja templates differ, or do something unwise,
 a comment says what is done here. Only text written in this file becomes control tokens. Whatever comes from a client
@@ -24,7 +24,7 @@ Segment = str | Special | int
 
 @dataclasses.dataclass(frozen=True)
 class SampledTurn:
-    """An assistant turn with tool calls: what the client was told, and the tokens that said so.
+    """An assistant turn with tool calls: the message that the client got, and the tokens that were sampled for it.
 
     Clients send back the message, not the tokens, and to render it anew may give others: keys in another order, numbers
     spelled otherwise, a different cut into tokens. `render` takes the tokens where the message is still the same.
@@ -130,12 +130,12 @@ def render_ids(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], **op
 
 
 def to_ids(tokenizer: Tokenizer, segments: Sequence[Segment]) -> list[int]:
-    """The ids of a rendered prompt. Raises Ds4Error if the vocabulary lacks one of its control tokens."""
+    """Token ids of a rendered prompt. Raises Ds4Error if the vocabulary lacks one of its control tokens."""
     return tokenizer.encode_segments(tokenizer.special(s) if isinstance(s, Special) else s for s in segments)
 
 
 def to_text(segments: Sequence[Segment]) -> str:
-    """A rendered prompt as one string, control tokens spelled, sampled ones as [id]: to look at, not to tokenize."""
+    """A rendered prompt as one string, to look at and not to tokenize: control tokens spelled, sampled ones as [id]."""
     return "".join(s if isinstance(s, str) else s.value if isinstance(s, Special) else f"[{s}]" for s in segments)
 
 
@@ -387,7 +387,7 @@ def _check(where: str, value: object, kind: Any, expected: str) -> None:
 
 @functools.cache
 def _markup(text: str) -> tuple[Segment, ...]:
-    """This file's own text, with the control tokens spelled in it made trusted ones."""
+    """Segments of a constant of this file: the control tokens spelled in it become trusted ones."""
     parts = re.split("(" + "|".join(re.escape(special.value) for special in Special) + ")", text)
     return tuple(Special(part) if i % 2 else part for i, part in enumerate(parts))
 
@@ -397,12 +397,12 @@ def _json(value: object) -> str:
 
 
 def escape(text: str, closing_tag: str, escaped: str = "&lt;") -> str:
-    """Text that goes before `closing_tag`, with the `<` of any such tag inside it escaped."""
+    """Escape the `<` of every `closing_tag` inside a text that stands before that tag."""
     return text.replace(closing_tag, escaped + closing_tag[1:])
 
 
 def _as_sampled(turn: _Assistant, thinking: bool, replay: Mapping[str, SampledTurn]) -> SampledTurn | None:
-    """The sampled turn that `turn` is, if its header was the same and the client changed nothing."""
+    """The sampled turn that a client sent back, if it had the same header and the client changed nothing."""
     sampled = replay.get(turn.calls[0].id or "") if turn.calls else None
     if sampled is None or sampled.thinking != thinking:
         return None

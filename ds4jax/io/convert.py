@@ -49,7 +49,7 @@ def convert(
     restart: bool = False,
     progress: bool = False,
 ) -> None:
-    """Converts the checkpoint in folder `source`, or the GGUF file `source`, to the GGUF file `out`, or goes on so.
+    """Convert a checkpoint folder or a GGUF file, `source`, to the GGUF file `out`; continue if it was begun.
 
     recipe, types: see `recipes.choose`. imatrix: importances of the columns for the quantizers. mtp: see
     `hf.open_source`. restart: begin again even if there is a part of the file already. progress: a bar on stderr.
@@ -99,7 +99,7 @@ def _entry(spec: TensorSpec, importances: Imatrix | None) -> Entry | None:
 
 
 def _pieces(opened: hf.Source, spec: TensorSpec, qtype: Type, entry: Entry | None) -> Iterator[np.ndarray]:
-    """A tensor's bytes in the new file, piece by piece."""
+    """Yield a tensor's bytes in the new file, piece by piece."""
     if spec.kind != "matrix":
         yield opened.values(spec)
         return
@@ -123,7 +123,7 @@ def _metadata(opened: hf.Source, importances: Imatrix | None, mtp: hf.Mtp) -> di
 
 
 class Partial:
-    """A file that grows, and a journal that says how far it has come.
+    """A file that is being written, and a journal of the tensors that are complete.
 
     The journal, FILE.partial.json, has a line of JSON with what the file is made from, then a line for each complete
     tensor with the SHA-256 of its bytes. When the file is opened again, only what these confirm counts as written: so
@@ -181,7 +181,7 @@ class Partial:
         return digest.hexdigest()
 
     def _write(self, offset: int, data: bytes | memoryview) -> int:
-        """All of `data` at `offset`; → the offset behind it."""
+        """Write all of `data` at `offset`; → the offset after it."""
         data = memoryview(data)
         while data:
             n = os.pwrite(self._fd, data, offset)
@@ -192,7 +192,7 @@ class Partial:
         self._journal.write(json.dumps(record).encode() + b"\n")
 
     def write(self, info: TensorInfo, pieces: Iterable[memoryview]) -> None:
-        """Writes a tensor from its pieces, then notes that it is complete."""
+        """Write a tensor from its pieces, then note that it is complete."""
         digest, offset = hashlib.sha256(), info.offset
         with self._no_os_errors():
             for piece in pieces:
@@ -202,7 +202,7 @@ class Partial:
         self.done.add(info.name)
 
     def finish(self) -> None:
-        """Gives the file its name, once all of it is on disk."""
+        """Give the file its name, once all of it is on disk."""
         with self._no_os_errors():
             os.ftruncate(self._fd, self._plan.size)
             os.fsync(self._fd)
@@ -232,7 +232,7 @@ class Partial:
 
 
 def _record(line: bytes) -> Any:
-    """A line of the journal, None if it is damaged."""
+    """The record in a line of the journal, or None if the line is damaged."""
     try:
         return json.loads(line) if line.endswith(b"\n") else None
     except ValueError:

@@ -125,7 +125,10 @@ def _names(spec: TensorSpec) -> tuple[str, ...]:
 # ---- shards ----------------------------------------------------------------------------------------------------------
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """One tensor of a shard. dtype: as safetensors spells it. offset: from the start of the file, in bytes."""
+    """One tensor of a shard.
+
+    dtype: as safetensors spells it. offset: from the start of the file, in bytes.
+    """
 
     name: str
     path: Path
@@ -148,7 +151,7 @@ class Stored:
 
 
 def _object(path: Path) -> dict[str, Any]:
-    """The JSON object that a file holds."""
+    """Read a file that holds a JSON object. Raises Ds4Error."""
     try:
         contents = json.loads(path.read_text("utf-8"))
     except OSError as error:
@@ -186,7 +189,7 @@ def read_shard(path: Path) -> tuple[dict[str, Stored], str]:
 
 
 def _stored(path: Path, name: str, entry: Any, start: int, size: int) -> Stored:
-    """A header's entry, checked against the bytes that there are."""
+    """The tensor that a header's entry describes, checked against the size of the file. Raises Ds4Error."""
     what = f"{path}: tensor {show(name)}"
     match entry:
         case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(begin), int(end)]} if (

@@ -22,7 +22,10 @@ _SUMS, _COUNTS = ".in_sum2", ".counts"
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """Of one tensor: sums (matrices, columns) of x², and counts (matrices,) of tokens; floats ≥ 0."""
+    """The importances of one tensor's columns.
+
+    sums: (matrices, columns), of x² over the tokens. counts: (matrices,), of tokens. Both are floats ≥ 0.
+    """
 
     sums: np.ndarray
     counts: np.ndarray
@@ -31,7 +34,10 @@ class Entry:
         return Entry(self.sums.astype(np.float64) + other.sums, self.counts.astype(np.float64) + other.counts)
 
     def means(self) -> np.ndarray:
-        """x² on average, float32 (matrices, columns); 1 in a matrix that saw no token: an expert never chosen."""
+        """Mean of x², float32 (matrices, columns); 1 for a matrix that saw no token, such as an unused expert.
+
+        Raises Ds4Error for values that are negative or not finite.
+        """
         bad = sum(int((~(np.isfinite(x) & (x >= 0))).sum()) for x in (self.sums, self.counts))
         if bad:
             raise Ds4Error(f"imatrix: found {bad} sums or counts that are negative or not finite")
@@ -41,7 +47,10 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class Imatrix:
-    """entries: tensor name → Entry. datasets: where they come from. The texts had `chunks` × `chunk_size` tokens."""
+    """An importance matrix: what some texts drove, tensor by tensor.
+
+    entries: tensor name → Entry. datasets: names of the texts, which had `chunks` × `chunk_size` tokens.
+    """
 
     entries: dict[str, Entry]
     datasets: list[str]
@@ -50,7 +59,7 @@ class Imatrix:
 
     @classmethod
     def read(cls, path: str | Path) -> Self:
-        """A file of `write` or of llama.cpp's llama-imatrix. Sums are read when they are used, not now.
+        """Open a file of `write`, or of llama.cpp's llama-imatrix. The sums are read when they are used.
 
         For each tensor NAME it has F32 tensors NAME.in_sum2, dims [columns, matrices], and NAME.counts, dims
         [1, matrices], or [1] for all of them. Raises Ds4Error (llama.cpp's older format, .dat, is not GGUF).
@@ -85,7 +94,7 @@ class Imatrix:
             return cls(entries, get("imatrix.datasets", list), chunks, chunk_size)
 
     def write(self, path: str | Path) -> None:
-        """Writes the file described in `read`; the same bytes for the same contents. Raises GGUFError."""
+        """Write the file that `read` describes; the same contents give the same bytes. Raises GGUFError."""
         metadata = {
             "general.type": "imatrix",
             "imatrix.datasets": self.datasets,
@@ -100,7 +109,7 @@ class Imatrix:
         write_gguf(path, metadata, tensors)
 
     def entry(self, name: str, matrices: int, columns: int) -> Entry | None:
-        """What there is about a tensor of that many matrices and columns, or None.
+        """The entry of a tensor with that many matrices and columns, or None.
 
         A tensor that is one matrix here but several in the file, as llama.cpp has one for each group of
         ``attn_output_a``, gets their sum. Raises Ds4Error for sums of another shape.
@@ -118,7 +127,7 @@ class Imatrix:
 
 
 def merge(parts: Sequence[Imatrix]) -> Imatrix:
-    """What one run over all the texts would have counted. Raises Ds4Error where shapes contradict."""
+    """Add importance matrices up, as if one run had read all their texts. Raises Ds4Error if shapes differ."""
     entries: dict[str, Entry] = {}
     for part in parts:
         for name, entry in part.entries.items():

@@ -1,7 +1,7 @@
-"""GGUF file → weights on the devices: file pages → slabs, split into planes by threads → their shards, and never the
-whole model in host memory.
+"""Loading: a GGUF file's weights go to the devices slab by slab, never the whole model through host memory.
 
-The tree of `weights.abstract` says what to read and where it goes. A slab has at most SLAB_BYTES; IN_FLIGHT of them are
+The tree of `weights.abstract` says what to read and where it goes. Threads read file pages and split them into planes,
+which JAX then copies to the devices. A slab has at most SLAB_BYTES; IN_FLIGHT of them are
 being read, split or transferred at a time, each by one thread and then by JAX. A shard that is larger is allocated
 first, and its slabs are written into it on its device. Once a slab is split, its file pages are given back to the
 system.

@@ -1,4 +1,4 @@
-"""A GGUF file as what `ds4jax.io.convert` reads: the same tensors in other types."""
+"""A GGUF file as a source for `ds4jax.io.convert`, which writes its tensors in other types."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ _dequantize = jax.jit(lambda planes: planes.dequantize())
 
 @dataclasses.dataclass(frozen=True)
 class Plain:
-    """A vector, or ids."""
+    """A vector, or the table of expert ids."""
 
     file: GGUFFile
     name: str
@@ -87,7 +87,7 @@ def open_source(path: str | Path, mtp: Mtp = "keep") -> Source:
 
 
 def _about(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The tokenizer, and what the file says of its origin."""
+    """Metadata of the tokenizer, and what the file says of its origin."""
     found = checkpoint.file.metadata
     kept = ("general.name", "general.description", "general.license", "general.author", "general.url")
     return {key: found[key] for key in kept if key in found} | Tokenizer.from_metadata(found).to_metadata()

@@ -1,4 +1,4 @@
-"""Random models: a config, every tensor of its table, and a GGUF file of them, in any mix of formats. No JAX.
+"""Random models: configs, random tensors in any mix of formats, and GGUF files of them. No JAX.
 
 The same seed gives the same bytes on every machine and numpy version: each tensor draws from its own Philox stream
 (keyed by seed and name, so order does not matter), whose raw integers numpy guarantees, and all arithmetic on them is
@@ -134,7 +134,7 @@ def synthetic_config(shape: str | Mapping = "base") -> ModelConfig:
 
 
 def _mixed(spec: TensorSpec) -> Type:
-    """Every format that fits, in turn: each family starts elsewhere, each layer moves one on."""
+    """A recipe that uses every format that fits, in turn: families start with different ones, layers move one on."""
     fitting = [t for t in MATRIX_TYPES if fits(spec, t)]
     return fitting[(zlib.crc32(spec.family.encode()) + (spec.layer or 0)) % len(fitting)]
 

@@ -1,4 +1,4 @@
-"""What goes wrong, as a client sees it: a status, and the error object of the API that was called."""
+"""Errors as a client sees them: a status, and the error object of the API that was called."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _PATH = re.compile(r"[A-Za-z_][\w.\[\]]*(?=: )")  # the beginning of most messag
 
 
 class ApiError(Ds4Error):
-    """An error for the client.
+    """An error that is sent to the client.
 
     param: the part of the body that is wrong, as a path. code: OpenAI's name for this very error.
     """
@@ -38,7 +38,7 @@ class ApiError(Ds4Error):
 
     @classmethod
     def of(cls, error: BaseException) -> ApiError:
-        """Any exception as an ApiError; what is not the client's doing goes to the log."""
+        """Turn any exception into an ApiError. One that is not the client's fault is logged."""
         match error:
             case ApiError():
                 return error
@@ -61,6 +61,6 @@ class ApiError(Ds4Error):
 
 
 def overflow(prompt: int, ctx: int, note: str = "") -> ApiError:
-    """A prompt that leaves no room for an answer. Coding agents look for these very words, or for the code."""
+    """The error for a prompt that leaves no room for an answer. Coding agents look for these words, or for the code."""
     text = f"prompt is too long: {prompt} tokens > {ctx - 1} maximum{note}"
     return ApiError(text, param="messages", code="context_length_exceeded")

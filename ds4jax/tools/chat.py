@@ -90,7 +90,7 @@ def _line_editing() -> Iterator[None]:
 
 
 def _ask() -> str | None:
-    """A line, or None at the end of the input."""
+    """Ask the user for a line; → None at the end of the input."""
     while True:
         try:
             return input("> " if sys.stdin.isatty() else "")
@@ -101,7 +101,10 @@ def _ask() -> str | None:
 
 
 class Session:
-    """A conversation with one engine. Attributes: messages (in Chat Completions' form), think."""
+    """A conversation with one engine.
+
+    Attributes: messages (in Chat Completions' form), think.
+    """
 
     def __init__(self, run: Callable, settings: Settings, open_engine: Callable[[Settings], Engine]):
         """run: runs a coroutine to its end; Ctrl-C raises KeyboardInterrupt from it. Raises Ds4Error."""
@@ -121,7 +124,7 @@ class Session:
         return self._opened
 
     def enter(self, line: str) -> bool:
-        """A message or a command; → whether to go on. What is wrong is printed."""
+        """Send a message or run a command; → whether to go on. Errors are printed."""
         command, _, rest = line.rstrip().partition(" ")
         try:
             match command, rest.strip():
@@ -155,7 +158,7 @@ class Session:
         return True
 
     def _say(self, text: str) -> None:
-        """A turn of the user's, and the answer. What was said until Ctrl-C counts."""
+        """Send a message and print the answer. After Ctrl-C, what was said so far stays in the conversation."""
         self.messages.append({"role": "user", "content": text})
         said: dict[str, Any] = {}
         try:
@@ -169,7 +172,7 @@ class Session:
                 self.messages.pop()
 
     async def _answer(self, said: dict[str, Any]) -> None:
-        """Prints the answer as it comes; `said` becomes its message, also if this is cancelled."""
+        """Print the answer as it comes; `said` becomes its message, even if this is cancelled."""
         from ds4jax.engine.sampling import Sampling
         from ds4jax.server.ask import Ask
         from ds4jax.server.conversation import Conversation, Tick

@@ -1,4 +1,4 @@
-"""What the command-line tools share: parsing their flags, and an orderly end whatever happens."""
+"""What the command-line tools share: common flags, parsing, errors and exit status."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ flags.disclaim_key_flags()  # --help lists what is defined here under the tool
 
 
 def define_model(flag_values: flags.FlagValues) -> None:
-    """The flags --config and --model, of every tool that runs or reads a model."""
+    """Define --config and --model, which every tool has that runs or reads a model."""
     flags.DEFINE_string("config", "tiny", "Name of a config, or path of a TOML file.", flag_values=flag_values)
     text = "Instead of the config's model: a GGUF file, or hf:OWNER/REPO/FILE."
     flags.DEFINE_string("model", None, text, flag_values=flag_values)
 
 
 def define_synthetic(flag_values: flags.FlagValues) -> None:
-    """The flag --synthetic, of tools that measure: their model needs no file."""
+    """Define --synthetic, for tools whose model need not be a file."""
     from ds4jax.io.synthetic import SHAPES
 
     text = "Instead of a model file: random weights of this shape, in the q2 file's types; full is DeepSeek-V4-Flash."
@@ -41,8 +41,10 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def check_interrupt() -> None:
-    """Raises KeyboardInterrupt if Ctrl-C came, for long loops: Python drops the exception where it is raised in a
-    callback of its garbage collector, and JAX has one."""
+    """Raise KeyboardInterrupt if Ctrl-C was pressed; to be called in long loops.
+
+    Python drops the exception where it is raised in a callback of its garbage collector, and JAX has one.
+    """
     if _interrupted:
         raise KeyboardInterrupt
 

@@ -1,4 +1,4 @@
-"""What bounds a computation on the device at hand, measured: the bandwidth of a copy and the rate of a product."""
+"""The limits of the device at hand, measured: the bandwidth of a copy and the FLOPs of a matrix product."""
 
 from __future__ import annotations
 
@@ -18,14 +18,17 @@ ROUND = 0.05  # seconds
 
 @dataclass(frozen=True)
 class Device:
-    """bandwidth: bytes per second of a copy, read and written. rate: bfloat16 FLOPs per second of a large product."""
+    """A device and its limits.
+
+    bandwidth: bytes per second of a copy, read and written. rate: bfloat16 FLOPs per second of a large product.
+    """
 
     name: str
     bandwidth: float
     rate: float
 
     def floor(self, nbytes: float, flops: float) -> float:
-        """Seconds below which a computation that moves and does this much cannot come."""
+        """The least seconds that a computation of so many bytes and FLOPs can take."""
         return max(nbytes / self.bandwidth, flops / self.rate)
 
 
@@ -48,7 +51,7 @@ def seconds(launch: Callable[[], Any], repeats: int = 5) -> float:
 
 
 def measure() -> Device:
-    """The first device."""
+    """Measure the first device."""
     small = jax.default_backend() == "cpu"
     x = jnp.zeros((2**20 if small else 2**28,), jnp.int32)
     copy = jax.jit(lambda x: x + 1)

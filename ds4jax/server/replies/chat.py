@@ -1,4 +1,4 @@
-"""Chat Completions: `POST /v1/chat/completions`."""
+"""The answers of Chat Completions, `POST /v1/chat/completions`."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ DONE = b"data: [DONE]\n\n"
 
 
 class ChatReply(Reply):
-    """Arguments of calls are streamed as they are sampled; their last brace comes when the whole block has ended well,
-    so that a client never takes an unfinished call for a whole one."""
+    """An answer of Chat Completions.
+
+    The arguments of calls are streamed as they are sampled. Their last brace comes when the whole block has ended well:
+    a client never takes an unfinished call for a complete one.
+    """
 
     def __init__(self, conversation: Conversation, model: str):
         super().__init__(conversation, model)

@@ -1,4 +1,4 @@
-"""Completions: `POST /v1/completions`, a raw prompt continued."""
+"""The answers of Completions, `POST /v1/completions`: a raw prompt continued."""
 
 from __future__ import annotations
 

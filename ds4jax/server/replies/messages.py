@@ -1,4 +1,4 @@
-"""Anthropic's Messages: `POST /v1/messages`."""
+"""The answers of Anthropic's Messages, `POST /v1/messages`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ _SIGNATURE = "ds4jax"
 
 
 class MessagesReply(Reply):
-    """A call comes as one block once it is whole: clients run whatever block they were given."""
+    """An answer of Messages.
+
+    A call is sent as one block once it is complete, because clients run any block that they got.
+    """
 
     id_prefix = "toolu_"
 

@@ -1,4 +1,7 @@
-"""OpenAI's Responses: `POST /v1/responses`. Nothing is stored: every request brings its whole history."""
+"""The answers of OpenAI's Responses, `POST /v1/responses`.
+
+Nothing is stored: every request brings its whole history.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +19,11 @@ Item = dict[str, Any]
 
 
 class ResponsesReply(Reply):
-    """Output items one after the other: thoughts (if a summary is asked for), text, calls. A call comes once it is
-    whole, its arguments in one delta."""
+    """An answer of Responses: output items, one after the other.
+
+    They are thoughts (if a summary was asked for), text and calls. A call is sent once it is complete, its arguments in
+    one delta.
+    """
 
     def __init__(self, conversation: Conversation, model: str):
         super().__init__(conversation, model)
@@ -169,7 +175,7 @@ class _Numbered:
 
 
 def _head(ask: Ask, model: str) -> dict[str, Any]:
-    """What a response says from the beginning; fields that the request gave are repeated."""
+    """The fields that a response has from the beginning; those that the request gave are repeated."""
     defaults = {
         "error": None,
         "incomplete_details": None,
@@ -197,7 +203,7 @@ def _failed(response: dict[str, Any], error: ApiError) -> dict[str, Any]:
 
 
 def _free_text(arguments: str) -> str:
-    """What a tool of free text gets: its one parameter, or whatever the model wrote instead."""
+    """The input of a tool of free text: its one parameter, or whatever the model wrote instead."""
     value = json.loads(arguments)
     return value["input"] if isinstance(value.get("input"), str) else arguments
 

@@ -1,4 +1,4 @@
-"""Server-sent events, and what the four APIs have in common when they write them."""
+"""Server-sent events, and the base class of the four APIs' replies."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ds4jax.server.errors import ApiError
 
 
 def dumps(value: Any) -> str:
-    """JSON in ASCII: some clients split lines where Unicode would, at U+2028 or U+0085."""
+    """Write JSON in ASCII: some clients split lines where Unicode does, at U+2028 or U+0085."""
     return json.dumps(value, separators=(",", ":"))
 
 
@@ -27,8 +27,10 @@ def new_id(prefix: str) -> str:
 
 
 class Reply:
-    """One answer in one API's form: `whole` if it was run to its end, or what these return, one after the other:
-    `begin`, then `on` for each event and `idle` meanwhile, then `end` or, after an error, `fail`.
+    """One answer in one API's form, as one object or as a stream of server-sent events.
+
+    `whole` gives the object, once the conversation has ended. The stream is what these return, in this order: `begin`;
+    `on` for each event, and `idle` when there was none for a while; `end` or, after an error, `fail`.
     """
 
     id_prefix: ClassVar[str] = "call_"  # of tool calls

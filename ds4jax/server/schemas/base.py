@@ -1,4 +1,4 @@
-"""What the request bodies have in common: shared fields, and how a wrong value is reported."""
+"""The fields that the request bodies share, and how a wrong value is reported."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ type Unsupported = None
 
 
 class Schema(BaseModel):
-    """A JSON object. Types are not converted: "1" is no number, and 1 is not true."""
+    """Base class of JSON objects in a body. Types are not converted: "1" is not a number, and 1 is not true."""
 
     model_config = ConfigDict(strict=True, frozen=True)
 
@@ -59,7 +59,7 @@ class Body(Schema):
     seed: int | None = None
 
     def common(self) -> dict[str, Any]:
-        """The fields of `Ask` that these give. Raises ApiError or ConfigError."""
+        """The arguments of `Ask` that these fields give. Raises ApiError or ConfigError."""
         return {"model": self.model, "stream": self.stream, "sampling": self._sampling()}
 
     def _sampling(self) -> Sampling:
@@ -100,27 +100,27 @@ type Format = Annotated[PlainFormat | SchemaFormat, Field(discriminator="type")]
 
 
 def schema_of(format: PlainFormat | SchemaFormat | None) -> Json | Literal["json_object"] | None:
-    """What `Ask.schema` says."""
+    """The value of `Ask.schema` for a format."""
     if isinstance(format, SchemaFormat):
         return format.schema_
     return None if format is None or format.type == "text" else format.type
 
 
 def think(switch: bool | None, effort: Effort | None) -> str:
-    """What `Ask.think` says, of a switch and an effort that may both be absent."""
+    """The value of `Ask.think` for a switch and an effort, either of which may be absent."""
     if switch is False:
         return "off"
     return {"high": "high", "xhigh": "high", "max": "max", "none": "off"}.get(effort or "low", "on")
 
 
 def stops(value: str | list[str]) -> tuple[str, ...]:
-    """What `Ask.stop` says."""
+    """The value of `Ask.stop` for one stop string or several."""
     return (value,) if isinstance(value, str) else tuple(value)
 
 
 # ---- errors ----------------------------------------------------------------------------------------------------------
 def parse[T: Schema](kind: type[T], body: Json) -> T:
-    """The body as a `kind`. Raises ApiError."""
+    """Check a body; → the model of class `kind`. Raises ApiError."""
     try:
         return kind.model_validate(body)
     except ValidationError as error:
@@ -170,7 +170,10 @@ _EXPECTED = {  # by pydantic's types of errors, with their contexts
 
 
 def _api_error(error: ValidationError, body: Json) -> ApiError:
-    """The first of the errors that lie deepest. Where types are alternatives, each has its own: they are joined."""
+    """The error to report: the first of those that lie deepest in the body.
+
+    Alternative types of one value have an error each; what they expected is joined.
+    """
     errors = error.errors(include_url=False)
     depth = max(len(e["loc"]) for e in errors)
     places = [(_where(e["loc"], e["type"] == "missing", body), e) for e in errors if len(e["loc"]) == depth]
@@ -196,7 +199,10 @@ def _api_error(error: ValidationError, body: Json) -> ApiError:
 
 
 def _where(loc: tuple[int | str, ...], missing: bool, body: Json) -> str:
-    """The path of a value in the body, as in messages[0].content: pydantic's, without the names of alternatives."""
+    """The path of a value in the body, such as messages[0].content.
+
+    loc: pydantic's, which also names the alternatives of a type. missing: its last part is not in the body.
+    """
     path, node = "", cast(Any, body)
     for i, key in enumerate(loc):
         try:

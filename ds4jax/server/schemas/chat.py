@@ -56,7 +56,7 @@ class Chat(Body):
     web_search_options: Unsupported = None
 
     def switch(self) -> bool | None:
-        """Whether to think, as far as one of the fields that clients use for it says so."""
+        """Whether to think, or None if none of the fields says so that clients use for it."""
         if self.think is not None:
             return self.think
         if isinstance(self.thinking, Thinking):

@@ -21,7 +21,7 @@ from ds4jax.server.schemas.base import (
 
 
 def _only(prompt: Any) -> Any:
-    """One prompt out of a list of prompts."""
+    """The prompt in a list of one prompt. Raises ApiError for several."""
     if not isinstance(prompt, list) or (prompt and all(type(id) is int for id in prompt)):
         return prompt
     if len(prompt) != 1:

@@ -36,7 +36,7 @@ class SystemText(Schema):
 
 
 class Attachment(Schema):
-    """What the model cannot see: the prompt says that there was one."""
+    """Something that the model cannot see. The prompt says that it was there."""
 
     type: Literal["image", "document", "search_result"]
 

@@ -73,7 +73,7 @@ class CallOutput(Item):
 
 
 class Skipped(Item):
-    """Records of tools that run at OpenAI: the model here is not told of them."""
+    """A record of a tool that runs at OpenAI. The model here is not told of it."""
 
     type: Literal[
         "compaction", "web_search_call", "file_search_call", "code_interpreter_call", "image_generation_call",
@@ -109,7 +109,7 @@ class Custom(Schema):
 
 
 class Hosted(Schema):
-    """Tools that run at OpenAI: the model here is not told of them."""
+    """A tool that runs at OpenAI. The model here is not told of it."""
 
     type: Literal[
         "web_search", "web_search_preview", "file_search", "code_interpreter", "image_generation", "mcp", "local_shell",
@@ -223,12 +223,15 @@ def _in_namespace(namespace: str, name: str) -> str:
 
 
 def _as_chat(items: list[Message | Reasoning | FunctionCall | CustomCall | CallOutput | Skipped]) -> list[Json]:
-    """Messages in Chat Completions' form. What the assistant thought, said and called in one turn is one message."""
+    """Messages in Chat Completions' form.
+
+    What the assistant thought, said and called in one turn becomes one message.
+    """
     out: list[Json] = []
     turn: Json | None = None  # the assistant's, while it goes on
 
     def assistant(after_speech: bool) -> Json:
-        """The assistant's turn; a new one if it has spoken and this may not come after that."""
+        """The assistant's current message; a new one if it already speaks or calls, unless `after_speech`."""
         nonlocal turn
         if turn is None or not after_speech and (turn["content"] or "tool_calls" in turn):
             turn = {"role": "assistant", "content": ""}
