@@ -116,14 +116,17 @@ PRODUCT = re.compile("nvjet|gemm|cublas|cutlass")  # what XLA calls products tha
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What a step does with one weight, or with a part of the cache. layer, shape: of a weight, else None."""
+    """What a step does with one weight, or with a part of the cache.
+
+    layer, shape: of a weight; None and () of a part of the cache.
+    """
 
     family: str
     component: str
     nbytes: float
     flops: float = 0.0
     layer: int | None = None
-    shape: tuple[int, ...] | None = None
+    shape: tuple[int, ...] = ()
 
 
 # ---- counting --------------------------------------------------------------------------------------------------------
@@ -212,8 +215,8 @@ def product_names(works: Iterable[Work]) -> tuple[Shares, dict[str, float]]:
     for w in works:
         if w.shape and w.flops:
             layers[w.layer][w.family] = w
-    names: Shares = defaultdict(Counter)
-    dense: Counter[str] = Counter()
+    names: Shares = defaultdict(lambda: defaultdict(float))
+    dense: dict[str, float] = defaultdict(float)
     for families in layers.values():
         for call in CALLS:
             found = [families[f] for f in call if f in families]
@@ -243,7 +246,7 @@ def attribute(times: Mapping[str, float], works: list[Work]) -> dict[str, float]
     XLA appends __1, __2, … to equal names.
     """
     products, dense = product_names(works)
-    out: Counter[str] = Counter()
+    out: dict[str, float] = defaultdict(float)
     for name, seconds in times.items():
         name = name.split("__")[0]
         known = next((c for start, c in KERNELS.items() if name.startswith(start)), None)
@@ -267,7 +270,7 @@ def kernel_times(trace: Path, steps: int) -> dict[str, float]:
                 for event in line.events if line.name.startswith("Stream") else ():
                     edges.append((event.start_ns, 1, event.name))
                     edges.append((event.start_ns + event.duration_ns, -1, event.name))
-    times: Counter[str] = Counter()
+    times: dict[str, float] = defaultdict(float)
     running: Counter[str] = Counter()
     last = 0.0
     for at, change, name in sorted(edges):  # ends come first
@@ -294,8 +297,9 @@ def measure(runner: ModelRunner, context: int, prefill: int | None, seed: int) -
 
     def run(around: Any = None) -> float:
         """Seconds of some steps, all of them at this context or a little beyond. around: a context manager."""
-        for slot in range(runner.batch) if saved is not None else ():
-            runner.restore(slot, saved, greedy)
+        if saved is not None:
+            for slot in range(runner.batch):
+                runner.restore(slot, saved, greedy)
         jax.block_until_ready(runner.cache)
         with around or contextlib.nullcontext():
             start = time.perf_counter()
@@ -323,22 +327,23 @@ def measure(runner: ModelRunner, context: int, prefill: int | None, seed: int) -
 # ---- the table -------------------------------------------------------------------------------------------------------
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One component. limit, seconds: None where nothing was measured."""
+    """One component: what it must do and, if that was measured, its limit and its time in seconds."""
 
     component: str
     nbytes: float
     flops: float
-    limit: float | None = None
-    seconds: float | None = None
+    measured: bool = False
+    limit: float = 0.0
+    seconds: float = 0.0
 
     @property
-    def lost(self) -> float | None:
-        return None if self.seconds is None else self.seconds - self.limit
+    def lost(self) -> float:
+        return self.seconds - self.limit
 
-    def cells(self, lost: float | None) -> list[str]:
-        """As COLUMNS has them. lost: by all components."""
+    def cells(self, lost: float) -> list[str]:
+        """The cells of COLUMNS; the first three if nothing was measured. lost: by all components."""
         out = [self.component, f"{self.nbytes / 1e6:.2f}", f"{self.flops / 1e9:.3f}"]
-        if self.seconds is None:
+        if not self.measured:
             return out
         rates = (0.0, 0.0) if not self.seconds else (self.nbytes / self.seconds / 1e9, self.flops / self.seconds / 1e12)
         share = self.limit / self.seconds if self.seconds else 0.0
@@ -358,21 +363,22 @@ def rows(
     by_component: Mapping[str, float] | None = None,
 ) -> list[Row]:
     """A row for every component, in order, and their sum. seconds: of the step."""
-    nbytes, flops = Counter(), Counter()
-    for w in works:
-        nbytes[w.component] += w.nbytes
-        flops[w.component] += w.flops
-    times = None if by_component is None else {**by_component, "idle": max(0.0, seconds - sum(by_component.values()))}
-    out = []
-    for c in ORDER:
-        if times is None and c in nbytes:
-            out.append(Row(c, nbytes[c], flops[c]))
-        elif times is not None and (c in nbytes or c in times):
-            out.append(Row(c, nbytes[c], flops[c], device.floor(nbytes[c], flops[c]), times.get(c, 0.0)))
-    total = [sum(getattr(row, name) for row in out) for name in ("nbytes", "flops")]
-    if times is not None:
-        total += [sum(getattr(row, name) for row in out) for name in ("limit", "seconds")]
-    return [*out, Row("total", *total)]
+    nbytes = {c: sum(w.nbytes for w in works if w.component == c) for c in ORDER}
+    flops = {c: sum(w.flops for w in works if w.component == c) for c in ORDER}
+    counted = {w.component for w in works}
+    if device is None or by_component is None:
+        out = [Row(c, nbytes[c], flops[c]) for c in ORDER if c in counted]
+    else:
+        times = {**by_component, "idle": max(0.0, seconds - sum(by_component.values()))}
+        out = [
+            Row(c, nbytes[c], flops[c], True, device.floor(nbytes[c], flops[c]), times.get(c, 0.0))
+            for c in ORDER
+            if c in counted or c in times
+        ]
+    nbytes_in_all, flops_in_all, limit, spent = (
+        sum(getattr(row, name) for row in out) for name in ("nbytes", "flops", "limit", "seconds")
+    )
+    return [*out, Row("total", nbytes_in_all, flops_in_all, out[-1].measured, limit, spent)]
 
 
 def table(found: list[Row]) -> list[list[str]]:
@@ -419,13 +425,15 @@ def plot(path: Path, found: list[Row], title: str) -> None:
 def main() -> None:
     """Run the tool as FLAGS say. Raises Ds4Error."""
     for name, least in (("ctx", 0 if FLAGS.prefill else 1), ("batch", 1), ("prefill", 2), ("seed", 0)):
-        if FLAGS[name].value is not None and FLAGS[name].value < least:
-            raise ConfigError(f"{name}: found {FLAGS[name].value}, expected at least {least}")
+        value = FLAGS[name].value
+        if value is not None and value < least:
+            raise ConfigError(f"{name}: found {value}, expected at least {least}")
     if FLAGS.prefill and FLAGS.batch > 1:
         raise ConfigError(f"batch: found {FLAGS.batch}, expected 1 with prefill, which takes one sequence at a time")
     for name in ("csv", "plot"):
-        if FLAGS[name].value and not Path(FLAGS[name].value).parent.is_dir():
-            raise ConfigError(f"{name}: found {FLAGS[name].value}, expected a file in an existing directory")
+        path = FLAGS[name].value
+        if path and not Path(path).parent.is_dir():
+            raise ConfigError(f"{name}: found {path}, expected a file in an existing directory")
     context = FLAGS.ctx if FLAGS.ctx is not None else 0 if FLAGS.prefill else 2048
     settings = Settings.load(FLAGS.config, model=FLAGS.model, batch=FLAGS.batch, prefill_chunk=FLAGS.prefill)
     settings.set_environment()
