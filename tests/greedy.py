@@ -3,13 +3,14 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 STEPS = 200  # tokens after each prompt, whatever they are
 
 
-def answers(name: str) -> dict[str, np.ndarray]:
+def answers(name: str) -> dict[str, Any]:
     """tokens (20, STEPS), and for each how far the likeliest logit was above the next, (20, STEPS); logits of the
     first prompt at every position (T, vocab)."""
     from ds4jax.chat import template as chat

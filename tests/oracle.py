@@ -13,7 +13,7 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from gguf import GGUFReader
@@ -146,7 +146,7 @@ class Golden:
 
     case: Case
     meta: dict[str, str]
-    arrays: dict[str, np.ndarray]
+    arrays: dict[str, Any]
 
     def save(self) -> Path:
         path = DIRECTORY / f"{self.case.name}.npz"

@@ -365,6 +365,7 @@ def test_ctrl_c_in_a_process_of_its_own(model, tmp_path):
     process = subprocess.Popen(
         [*command, "--max_tokens=4000"], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
+    assert process.stdout
     text = process.stdout.read(1)  # it streams
     process.send_signal(signal.SIGINT)
     rest, err = process.communicate(timeout=60)

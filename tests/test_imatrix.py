@@ -134,11 +134,18 @@ def test_a_file_of_llama_cpp(tmp_path):
     foreign(tmp_path / "i.gguf")
     matrix = Imatrix.read(tmp_path / "i.gguf")
     assert matrix.entries.keys() == {"dense", "grouped", "experts"}
-    np.testing.assert_array_equal(matrix.entry("dense", 1, 4).means(), [[0, 0.5, 1, 1.5]])
-    np.testing.assert_array_equal(matrix.entry("grouped", 2, 4).means(), [[0, 0.25, 0.5, 0.75], [1, 1.25, 1.5, 1.75]])
-    np.testing.assert_array_equal(matrix.entry("grouped", 1, 4).means(), [[0.5, 0.75, 1, 1.25]])
-    means = matrix.entry("experts", 3, 4).means()
-    np.testing.assert_array_equal(means, [[0, 1, 2, 3], [1, 1, 1, 1], [4, 4.5, 5, 5.5]])  # the second was never chosen
+
+    def means(*which):
+        entry = matrix.entry(*which)
+        assert entry
+        return entry.means()
+
+    np.testing.assert_array_equal(means("dense", 1, 4), [[0, 0.5, 1, 1.5]])
+    np.testing.assert_array_equal(means("grouped", 2, 4), [[0, 0.25, 0.5, 0.75], [1, 1.25, 1.5, 1.75]])
+    np.testing.assert_array_equal(means("grouped", 1, 4), [[0.5, 0.75, 1, 1.25]])
+    np.testing.assert_array_equal(
+        means("experts", 3, 4), [[0, 1, 2, 3], [1, 1, 1, 1], [4, 4.5, 5, 5.5]]
+    )  # the second was never chosen
     assert matrix.entry("other", 3, 4) is None
     for name, matrices, columns in (("experts", 2, 4), ("experts", 3, 5), ("dense", 2, 4)):
         with pytest.raises(Ds4Error, match=rf"tensor '{name}': found sums for .*, expected \({matrices}, {columns}\)"):

@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,7 +19,8 @@ from ds4jax.io.tokenizer import Tokenizer, byte_tokenizer
 def test_smoke(tmp_path, capsys):
     with jax.numpy_dtype_promotion("standard"):  # optax needs it
         train_tiny.smoke(tmp_path)
-    assert train_tiny.train_step._cache_size() == 1  # compiled once, for new and for restored states
+    step: Any = train_tiny.train_step
+    assert step._cache_size() == 1  # compiled once, for new and for restored states
     losses = [
         float(line.split("loss ")[1].split(",")[0]) for line in capsys.readouterr().out.splitlines() if "loss" in line
     ]
@@ -49,7 +51,7 @@ def test_every_epoch_has_all_rows_in_another_order():
     plan = train_tiny.Plan(train_tiny.TINY, train_tiny.Compute(), steps=100, batch=4, learning_rate=1e-3, seed=0)
     epochs = [np.concatenate([train_tiny.rows_of(plan, 10 * epoch + i, 40) for i in range(10)]) for epoch in range(2)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(40))
-    assert not np.array_equal(*epochs)
+    assert not np.array_equal(epochs[0], epochs[1])
 
 
 def test_importance_of_the_columns_of_every_expert(tmp_path):
