@@ -86,6 +86,10 @@ class StreamOptions(Schema):
 class Thinking(Schema):
     type: Literal["enabled", "disabled", "adaptive"]
 
+    @property
+    def on(self) -> bool:
+        return self.type != "disabled"
+
 
 class PlainFormat(Schema):
     type: Literal["text", "json_object"]
@@ -129,22 +133,10 @@ def parse[T: Schema](kind: type[T], body: Json) -> T:
 
 def wrong(where: str, found: Any, expected: str) -> ApiError:
     """The error for a value: where it is in the body, what it is, what it should be."""
-    return _error(where, json.dumps(found, ensure_ascii=False), expected)
+    shown = "nothing" if found is None else json.dumps(found, ensure_ascii=False)
+    return ApiError(f"{where}: found {shown:.80}, expected {expected}", param=where)
 
 
-def _error(where: str, found: str, expected: str) -> ApiError:
-    return ApiError(f"{where}: found {found:.80}, expected {expected}", param=where)
-
-
-_NAMES = {
-    str: "a string",
-    int: "an integer",
-    float: "a number",
-    bool: "true or false",
-    list: "a list",
-    dict: "an object",
-    type(None): "nothing",
-}
 _EXPECTED = {  # by pydantic's types of errors, with their contexts
     "missing": "a value",
     "string_type": "a string",
@@ -185,17 +177,11 @@ def _api_error(error: ValidationError, body: Json) -> ApiError:
             if w == where
         )
     )
-    kind, value = first["type"], first["input"]
-    if kind.startswith("union_tag"):
+    found: Any = None if first["type"] == "missing" else first["input"]
+    if first["type"].startswith("union_tag"):
         key = first.get("ctx", {})["discriminator"].strip("'")
-        where, value = f"{where}.{key}", value.get(key)
-    if kind == "missing" or value is None:
-        found = "nothing"
-    elif kind.endswith("_type"):
-        found = _NAMES[type(value)]
-    else:
-        found = json.dumps(value, ensure_ascii=False)
-    return _error(where[:100], found, expected)
+        where, found = f"{where}.{key}", found.get(key)
+    return wrong(where[:100], found, expected)
 
 
 def _where(loc: tuple[int | str, ...], missing: bool, body: Json) -> str:

@@ -8,55 +8,41 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from ds4jax.server.ask import Ask, Json
-from ds4jax.server.schemas.base import (
-    Body,
-    Effort,
-    Format,
-    Items,
-    Limit,
-    Schema,
-    Some,
-    Stops,
-    Thinking,
-    parse,
-    schema_of,
-    stops,
-    think,
-)
+from ds4jax.server.schemas import base
 
 
 # ---- content blocks --------------------------------------------------------------------------------------------------
-class Text(Schema):
+class Text(base.Schema):
     type: Literal["text"]
     text: str
 
 
-class SystemText(Schema):
+class SystemText(base.Schema):
     text: str
 
 
-class Attachment(Schema):
+class Attachment(base.Schema):
     """Something that the model cannot see. The prompt says that it was there."""
 
     type: Literal["image", "document", "search_result"]
 
 
-class ToolResult(Schema):
+class ToolResult(base.Schema):
     type: Literal["tool_result"]
     tool_use_id: str
     content: str | list[Any] = ""
 
 
-class Thought(Schema):
+class Thought(base.Schema):
     type: Literal["thinking"]
     thinking: str
 
 
-class RedactedThought(Schema):
+class RedactedThought(base.Schema):
     type: Literal["redacted_thinking"]
 
 
-class ToolUse(Schema):
+class ToolUse(base.Schema):
     type: Literal["tool_use"]
     id: str
     name: str
@@ -64,42 +50,42 @@ class ToolUse(Schema):
 
 
 # ---- messages --------------------------------------------------------------------------------------------------------
-class User(Schema):
+class User(base.Schema):
     role: Literal["user"]
-    content: str | Items[Annotated[Text | Attachment | ToolResult, Field(discriminator="type")]]
+    content: str | base.Items[Annotated[Text | Attachment | ToolResult, Field(discriminator="type")]]
 
 
-class Assistant(Schema):
+class Assistant(base.Schema):
     role: Literal["assistant"]
-    content: str | Items[Annotated[Text | Thought | RedactedThought | ToolUse, Field(discriminator="type")]]
+    content: str | base.Items[Annotated[Text | Thought | RedactedThought | ToolUse, Field(discriminator="type")]]
 
 
-class System(Schema):
+class System(base.Schema):
     role: Literal["system"]
-    content: str | Items[Text]
+    content: str | base.Items[Text]
 
 
 type Message = Annotated[User | Assistant | System, Field(discriminator="role")]
 
 
-class OutputConfig(Schema):
-    effort: Effort | None = None
-    format: Format | None = None
+class OutputConfig(base.Schema):
+    effort: base.Effort | None = None
+    format: base.Format | None = None
 
 
-class ToolChoice(Schema):
+class ToolChoice(base.Schema):
     type: Literal["auto", "none"]
 
 
-class Messages(Body):
-    messages: Some[Message]
-    system: str | Items[SystemText] = ""
+class Messages(base.Body):
+    messages: base.Some[Message]
+    system: str | base.Items[SystemText] = ""
     tools: list[Any] = []
     tool_choice: ToolChoice = ToolChoice(type="auto")
-    thinking: Thinking | None = None
+    thinking: base.Thinking | None = None
     output_config: OutputConfig = OutputConfig()
-    max_tokens: Limit | None = None
-    stop_sequences: Stops = []
+    max_tokens: base.Limit | None = None
+    stop_sequences: base.Stops = []
 
     def system_text(self) -> str:
         """The system prompt.
@@ -114,7 +100,7 @@ class Messages(Body):
 
 def read(body: Json) -> Ask:
     """The `Ask` of `POST /v1/messages`. Raises Ds4Error."""
-    asked = parse(Messages, body)
+    asked = base.parse(Messages, body)
     system = asked.system_text()
     history = [{"role": "system", "content": system}] if system else []
     for message in asked.messages:
@@ -122,10 +108,12 @@ def read(body: Json) -> Ask:
     return Ask(
         messages=history,
         tools=asked.tools if asked.tools and asked.tool_choice.type != "none" else None,
-        think=think(None if asked.thinking is None else asked.thinking.type != "disabled", asked.output_config.effort),
-        schema=schema_of(asked.output_config.format),
+        think=base.think(
+            None if asked.thinking is None else asked.thinking.type != "disabled", asked.output_config.effort
+        ),
+        schema=base.schema_of(asked.output_config.format),
         max_tokens=asked.max_tokens,
-        stop=stops(asked.stop_sequences),
+        stop=base.stops(asked.stop_sequences),
         **asked.common(),
     )
 

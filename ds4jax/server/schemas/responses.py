@@ -9,32 +9,19 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from ds4jax.server.ask import Ask, Json
-from ds4jax.server.schemas.base import (
-    Body,
-    Effort,
-    Format,
-    Items,
-    Limit,
-    Schema,
-    Some,
-    Unsupported,
-    parse,
-    schema_of,
-    think,
-    wrong,
-)
+from ds4jax.server.schemas import base
 
 
 # ---- input items -----------------------------------------------------------------------------------------------------
-class TextPart(Schema):
+class TextPart(base.Schema):
     type: Literal["input_text", "output_text", "text", "summary_text", "reasoning_text"]
     text: str
 
 
-type Content = str | Items[TextPart]
+type Content = str | base.Items[TextPart]
 
 
-class Item(Schema):
+class Item(base.Schema):
     status: Literal["completed"] = "completed"
 
 
@@ -46,8 +33,8 @@ class Message(Item):
 
 class Reasoning(Item):
     type: Literal["reasoning"]
-    summary: Items[TextPart] = []
-    content: Items[TextPart] = []
+    summary: base.Items[TextPart] = []
+    content: base.Items[TextPart] = []
 
 
 class FunctionCall(Item):
@@ -93,14 +80,14 @@ type AnyItem = Annotated[
 
 
 # ---- tools -----------------------------------------------------------------------------------------------------------
-class Function(Schema):
+class Function(base.Schema):
     type: Literal["function"]
     name: str
     description: Any = None
     parameters: Any = None
 
 
-class Custom(Schema):
+class Custom(base.Schema):
     """A tool that takes free text."""
 
     type: Literal["custom"]
@@ -108,7 +95,7 @@ class Custom(Schema):
     description: Any = None
 
 
-class Hosted(Schema):
+class Hosted(base.Schema):
     """A tool that runs at OpenAI. The model here is not told of it."""
 
     type: Literal[
@@ -117,36 +104,36 @@ class Hosted(Schema):
     ]  # fmt: skip
 
 
-class Namespace(Schema):
+class Namespace(base.Schema):
     type: Literal["namespace"]
     name: str
-    tools: Items[Annotated[Function | Custom | Hosted, Field(discriminator="type")]]
+    tools: base.Items[Annotated[Function | Custom | Hosted, Field(discriminator="type")]]
 
 
 type Tool = Annotated[Function | Custom | Hosted | Namespace, Field(discriminator="type")]
 
 
 # ---- the body --------------------------------------------------------------------------------------------------------
-class ReasoningOptions(Schema):
-    effort: Effort | None = None
+class ReasoningOptions(base.Schema):
+    effort: base.Effort | None = None
     summary: str = "none"
 
 
-class TextOptions(Schema):
-    format: Format | None = None
+class TextOptions(base.Schema):
+    format: base.Format | None = None
 
 
-class Responses(Body):
-    input: str | Some[AnyItem]
+class Responses(base.Body):
+    input: str | base.Some[AnyItem]
     instructions: str = ""
-    tools: Items[Tool] = []
+    tools: base.Items[Tool] = []
     tool_choice: Literal["auto", "none"] = "auto"
     reasoning: ReasoningOptions = ReasoningOptions()
     text: TextOptions = TextOptions()
-    max_output_tokens: Limit | None = None
-    previous_response_id: Unsupported = None
-    conversation: Unsupported = None
-    prompt: Unsupported = None
+    max_output_tokens: base.Limit | None = None
+    previous_response_id: base.Unsupported = None
+    conversation: base.Unsupported = None
+    prompt: base.Unsupported = None
     background: Literal[False] = False
     top_logprobs: Literal[0] = 0
 
@@ -159,9 +146,9 @@ _ECHOED = (
 
 def read(body: Json) -> Ask:
     """The `Ask` of `POST /v1/responses`. Raises Ds4Error."""
-    asked = parse(Responses, body)
+    asked = base.parse(Responses, body)
     if not asked.input:
-        raise wrong("input", asked.input, "at least 1 item")
+        raise base.wrong("input", asked.input, "at least 1 item")
     history: list[Json] = [{"role": "system", "content": asked.instructions}] if asked.instructions else []
     if isinstance(asked.input, str):
         history.append({"role": "user", "content": asked.input})
@@ -173,9 +160,9 @@ def read(body: Json) -> Ask:
         tools=tools if tools and asked.tool_choice != "none" else None,
         custom_tools=custom,
         namespaces=namespaces,
-        think=think(None, asked.reasoning.effort),
+        think=base.think(None, asked.reasoning.effort),
         summary=asked.reasoning.summary != "none",
-        schema=schema_of(asked.text.format),
+        schema=base.schema_of(asked.text.format),
         max_tokens=asked.max_output_tokens,
         echo={key: body[key] for key in _ECHOED if body.get(key) is not None},
         **asked.common(),
