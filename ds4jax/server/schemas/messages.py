@@ -108,9 +108,7 @@ def read(body: Json) -> Ask:
     return Ask(
         messages=history,
         tools=asked.tools if asked.tools and asked.tool_choice.type != "none" else None,
-        think=base.think(
-            None if asked.thinking is None else asked.thinking.type != "disabled", asked.output_config.effort
-        ),
+        think=base.think(asked.thinking and asked.thinking.on, asked.output_config.effort),
         schema=base.schema_of(asked.output_config.format),
         max_tokens=asked.max_tokens,
         stop=base.stops(asked.stop_sequences),
