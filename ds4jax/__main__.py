@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 
+from ds4jax.errors import ConfigError
 from ds4jax.tools import cli
 
 TOOLS = {
@@ -23,20 +24,23 @@ TOOLS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the tool that the first argument names with the others; → its exit status, see `cli.run`.
+    """Run the tool that the first argument names with the others; → the exit status, see `cli.exit_status`.
 
     argv: arguments without the program's name, by default the process's.
     """
     name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
-    if name in ("--help", "-help", "-h", "help"):
-        print("usage: ds4jax TOOL [FLAGS]; ds4jax TOOL --help lists a tool's flags\n")
-        print(*(f"  {tool:<10} {what}" for tool, what in TOOLS.items()), sep="\n")
-        return 0
     if name not in TOOLS:
-        print(f"error: found the tool {name!r}, expected one of {', '.join(TOOLS)}", file=sys.stderr)
-        return 1
+        return cli.exit_status(lambda: _list_tools(name))
     tool = importlib.import_module(f"ds4jax.tools.{name}")
     return cli.run(tool.main, tool.FLAGS, tool.__doc__, rest)
+
+
+def _list_tools(argument: str) -> None:
+    """Print the tools. Raises ConfigError unless the argument asks for that."""
+    if argument not in ("--help", "-help", "-h", "help"):
+        raise ConfigError(f"found the tool {argument!r}, expected one of {', '.join(TOOLS)}")
+    print("usage: ds4jax TOOL [FLAGS]; ds4jax TOOL --help lists a tool's flags\n")
+    print(*(f"  {tool:<10} {what}" for tool, what in TOOLS.items()), sep="\n")
 
 
 if __name__ == "__main__":

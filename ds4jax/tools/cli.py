@@ -52,21 +52,15 @@ def check_interrupt() -> None:
 def run(
     tool: Callable[[], int | None], flag_values: flags.FlagValues, usage: str | None, argv: list[str] | None = None
 ) -> int:
-    """Parse the flags, call `tool` and return the exit status: its result, or 1 for an error, or 130 for Ctrl-C.
+    """Parse the flags, call `tool` and return its exit status, see `exit_status`; or print the usage for --help.
 
     flag_values: the tool's own set of flags, so that several tools can be imported into one process.
     usage: what --help prints before the flags. argv: arguments without the program's name, by default the process's.
-    A Ds4Error becomes one line on stderr; a reader of stdout that has gone away (``| head``) ends the tool silently.
     """
-    global _interrupted
-    _interrupted = False
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, _interrupt)
     argv = sys.argv[1:] if argv is None else argv
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(encoding="utf-8")  # whatever the locale: models write any script
     flag_values.unparse_flags()
-    try:
+
+    def parsed() -> int | None:
         if {"--help", "-h", "-help"} & set(argv):
             print((usage or "").strip(), flag_values.get_help(), sep="\n")
             return 0
@@ -76,7 +70,24 @@ def run(
             raise ConfigError(f"{error} (--help lists the flags)") from None
         if rest:
             raise ConfigError(f"found the argument {rest[0]!r}, expected only flags (--help lists them)")
-        status = tool() or 0
+        return tool()
+
+    return exit_status(parsed)
+
+
+def exit_status(work: Callable[[], int | None]) -> int:
+    """Call `work` and return an exit status: its result, or 1 for an error, or 130 for Ctrl-C.
+
+    A Ds4Error becomes one line on stderr; a reader of stdout that has gone away (``| head``) ends the work silently.
+    """
+    global _interrupted
+    _interrupted = False
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8")  # whatever the locale: models write any script
+    try:
+        status = work() or 0
         sys.stdout.flush()
         return status
     except Ds4Error as error:
