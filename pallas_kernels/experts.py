@@ -574,10 +574,8 @@ class Shape:
         keys = jax.random.split(key, 5)
         ids = jnp.argsort(jax.random.uniform(keys[0], (self.tokens, self.experts)), axis=-1)[:, : self.used]
         ids = ids.astype(jnp.int32)
-        fmt = _quantized(self.fmt)
-        matrix = lambda key: tuple(  # noqa: E731
-            jax.tree.leaves(fmt.random(key, (self.experts, self.n, self.k), self.k**-0.5))
-        )
+        random = formats.find(self.fmt).random
+        matrix = functools.partial(random, shape=(self.experts, self.n, self.k), std=self.k**-0.5)
         if self.stage == "down":
             return jax.random.normal(keys[1], (self.tokens * self.used, self.k)), ids, matrix(keys[2])
         x = jax.random.normal(keys[1], (self.tokens, self.k))
@@ -630,13 +628,6 @@ SHAPES: dict[str, Shape] = _shapes()
 
 
 # ---- reference -------------------------------------------------------------------------------------------------------
-def _quantized(fmt: str):
-    """The format's class in ds4jax; only what makes inputs needs it."""
-    from ds4jax.formats import quant
-
-    return getattr(quant, fmt)
-
-
 def reference_gate_up(
     x: Array,
     ids: Array,

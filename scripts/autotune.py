@@ -139,6 +139,7 @@ class Result:
 
 def discover(names: Sequence[str], patterns: Sequence[str]) -> list[Case]:
     """The cases that flags ask for, in their order. Raises ConfigError where there is no such kernel or shape."""
+    import ds4jax.formats  # noqa: F401 (the kernels learn of the weight formats)
     import pallas_kernels
 
     found = [m.name for m in pkgutil.iter_modules(pallas_kernels.__path__) if m.name != "common"]

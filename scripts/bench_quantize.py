@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from ds4jax.formats.quant import FORMATS, Q8_0
+from ds4jax.formats import FORMATS, Q8_0
 from ds4jax.formats.quantize import quantize
 
 NAMES = {fmt.__name__: fmt for fmt in FORMATS.values()}

@@ -42,7 +42,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec  # noqa: E
 from ds4jax import training  # noqa: E402
 from ds4jax.config import ModelConfig  # noqa: E402
 from ds4jax.errors import ConfigError  # noqa: E402
-from ds4jax.formats.quant import IQ2_XXS, Q2_K, Quantized  # noqa: E402
+from ds4jax.formats import IQ2_XXS, Q2_K, Quantized  # noqa: E402
 from ds4jax.io.gguf import TensorData, write_gguf  # noqa: E402
 from ds4jax.io.imatrix import Imatrix  # noqa: E402
 from ds4jax.io.load import load  # noqa: E402

@@ -14,7 +14,7 @@ from test_goldens import our_logits
 from test_numerics import samples
 from test_quant import assert_same_bits, on_device, random_bytes
 
-from ds4jax.formats.quant import FORMATS
+from ds4jax.formats import FORMATS
 from ds4jax.numerics import rows as num
 
 pytestmark = pytest.mark.gpu

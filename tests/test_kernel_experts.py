@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from ds4jax.formats import quant
+from ds4jax.formats.iq2_xxs import SIGNS
 from ds4jax.model import moe
 from ds4jax.model.weights import SwiGLU
-from pallas_kernels import common, experts, formats
+from pallas_kernels import common, experts
 from pallas_kernels.common import Unsupported
 from pallas_kernels.experts import FORMATS, SHAPES, Config, Shape
 
@@ -73,7 +74,7 @@ def test_a_format_takes_every_scale_and_code(fmt):
 def test_sign_tables_hold_what_arithmetic_gives():
     sets = jnp.arange(128, dtype=jnp.uint32)
     np.testing.assert_array_equal(experts.IQ2_XXS.spread(sets), experts.IQ2_XXS.table()[256:384])
-    bits = np.asarray(formats.IQ2_XXS_SIGNS)[:, None] >> experts.IQ2_XXS.nibbles & 1
+    bits = np.asarray(SIGNS)[:, None] >> experts.IQ2_XXS.nibbles & 1
     np.testing.assert_array_equal(experts.IQ2_XXS.spread(sets)[:, None] >> np.arange(2, 32, 4, np.uint32) & 1, bits)
 
 

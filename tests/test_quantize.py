@@ -17,9 +17,9 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ds4jax.errors import Ds4Error
-from ds4jax.formats.quant import BF16, F16, F32, IQ2_XXS, MXFP4, Q2_K, Q4_K, Q8_0
+from ds4jax.formats import BF16, F16, F32, IQ2_XXS, MXFP4, Q2_K, Q4_K, Q8_0
+from ds4jax.formats.iq2_xxs import GRID
 from ds4jax.formats.quantize import check_values, quantize
-from pallas_kernels.formats import IQ2_XXS_GRID
 
 FORMATS = (F32, F16, BF16, Q8_0, Q4_K, Q2_K, IQ2_XXS, MXFP4)
 LOSSY = (Q4_K, Q2_K, IQ2_XXS, MXFP4)
@@ -192,7 +192,7 @@ def test_iq2_xxs_takes_the_best_grid_point_and_signs():
     x, w = x.reshape(-1, 8), w.reshape(-1, 8)
     even = [s for s in range(256) if s.bit_count() % 2 == 0]
     signs = 1 - 2 * (np.array(even)[:, None] >> np.arange(8) & 1)
-    points = (signs[:, None] * IQ2_XXS_GRID).reshape(-1, 8)
+    points = (signs[:, None] * GRID).reshape(-1, 8)
     for x_, w_, y_, s in zip(x, w, y, scale, strict=True):
         least = np.min(np.sum(w_ * (x_ - s * points) ** 2, axis=-1))
         assert np.sum(w_ * (x_ - y_) ** 2) <= least * (1 + 1e-4)

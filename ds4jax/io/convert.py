@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 import ds4jax
 from ds4jax.errors import Ds4Error, show
-from ds4jax.formats.quant import FORMATS
+from ds4jax.formats import FORMATS
 from ds4jax.formats.quantize import quantize
 from ds4jax.io import gguf, hf, recipes, regguf
 from ds4jax.io.checkpoint import MTP_ARCHITECTURE

@@ -26,7 +26,7 @@ from gguf import GGMLQuantizationType as GGMLType
 from jax import lax
 from tqdm import tqdm
 
-from ds4jax.formats.quant import FORMATS
+from ds4jax.formats import FORMATS
 from ds4jax.io.checkpoint import Checkpoint, open_checkpoint
 from ds4jax.model import weights
 from ds4jax.model.weights import Weights, WeightSpec

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ds4jax.errors import Ds4Error
-from ds4jax.formats.quant import FORMATS
+from ds4jax.formats import FORMATS
 from ds4jax.io.checkpoint import Checkpoint, open_checkpoint
 from ds4jax.io.gguf import GGUFFile
 from ds4jax.io.hf import Mtp, Source
