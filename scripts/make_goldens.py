@@ -342,8 +342,8 @@ def objections(golden: oracle.Golden, model: Oracle) -> list[str]:
                 errors.append(golden.errors(n, model.logits(case.prompt(n), round_trips)[0]))
         worst, median = np.max(errors), np.median(errors, axis=1).max()
         print(f"  {worst:8.1e}, median {median:.1e}, with noise of {NOISE:.0e}, {n} tokens")
-        limits = oracle.TOLERANCE[case.numerics], oracle.MEDIAN_TOLERANCE[case.numerics]
-        if worst > limits[0] / 4 or median > limits[1] / 2:
+        limit, median_limit = case.tolerances
+        if worst > limit / 4 or median > median_limit / 2:
             found.append(f"noise of {NOISE:.0e} moves {n} tokens by {worst:.1e}, median {median:.1e}")
     lead = -np.diff(arrays["greedy/logits"][:, :2]).min()
     if lead < 0.01:

@@ -64,8 +64,9 @@ FULL = ModelConfig(
     hc_eps=1e-6,
     norm_eps=1e-6,
 )
-# Two shapes that have every kind of layer: `base` keeps the published constants and has rows of 256, so that every
-# format fits; `odd` changes every number that a careless implementation might have fixed.
+# Three shapes that have every kind of layer. `base` keeps the published constants and has rows of 256, so that every
+# format fits. `odd` changes every number that a careless implementation might have fixed. `kernel` is as small as the
+# Pallas kernels take it.
 BASE = dataclasses.replace(
     FULL, n_layers=5, embed_dim=256, vocab_size=512, n_heads=8, head_dim=192, q_lora_rank=256, o_lora_rank=128,
     o_groups=2, compress_ratios=(0, 0, 4, 128, 4), index_heads=16, index_top_k=8, n_experts=12, n_experts_used=3,
@@ -105,7 +106,11 @@ ODD = ModelConfig(
     hc_eps=1e-5,
     norm_eps=1e-5,
 )
-SHAPES = {"base": BASE, "odd": ODD, "full": FULL}
+KERNEL = dataclasses.replace(
+    BASE, n_layers=4, compress_ratios=(0, 4, 128, 4), swiglu_clamp=(10.0,) * 4, n_hash_layers=1, n_heads=16,
+    head_dim=128, index_heads=32, index_head_dim=64, index_top_k=32, n_experts=16,
+)  # fmt: skip
+SHAPES = {"base": BASE, "odd": ODD, "kernel": KERNEL, "full": FULL}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +144,19 @@ def _mixed(spec: TensorSpec) -> Type:
     return fitting[(zlib.crc32(spec.family.encode()) + (spec.layer or 0)) % len(fitting)]
 
 
-RECIPES: dict[str, Recipe] = {**recipes.RECIPES, "mixed": _mixed}
+# Gate and up share a type; kernels compute their activation in one go.
+_EXPERTS = [(Type.IQ2_XXS, Type.Q2_K), (Type.Q4_K, Type.Q4_K), (Type.MXFP4, Type.MXFP4), (Type.Q8_0, Type.Q8_0)]
+
+
+def _mixed_experts(spec: TensorSpec) -> Type:
+    """The published types, but the routed experts' are others in each layer."""
+    if not spec.family.startswith("ffn.experts."):
+        return recipes.RECIPES["q2"](spec)
+    gate_up, down = _EXPERTS[(spec.layer or 0) % len(_EXPERTS)]
+    return down if spec.family.endswith("down") else gate_up
+
+
+RECIPES: dict[str, Recipe] = {**recipes.RECIPES, "mixed": _mixed, "mixed_experts": _mixed_experts}
 
 
 def storage_type(spec: TensorSpec, types: Recipe) -> Type:
