@@ -8,13 +8,14 @@ import tomllib
 from pathlib import Path
 from typing import Any, Self
 
+from ds4jax import implementation
 from ds4jax.errors import ConfigError
 
 # In a checkout the configs lie beside the package; in an installed wheel, inside it.
 _HERE = Path(__file__).parent
 CONFIG_DIR = _HERE / "configs" if (_HERE / "configs").is_dir() else _HERE.parent / "configs"
 
-_CHOICES = {"numerics": ("official", "plain"), "dtype": ("float32", "bfloat16"), "kernels": ("xla", "pallas")}
+_CHOICES = {"numerics": ("official", "plain"), "dtype": ("float32", "bfloat16")}
 # Smallest and largest value. Nothing near the upper bounds works; they keep a slip of the keyboard from asking for it.
 _RANGES = {
     "ctx": (2, 2**24),
@@ -37,7 +38,8 @@ class Settings:
     max_tokens: the longest answer, unless a request says otherwise.
     numerics: ``official``, the low-precision round trips that the model was trained with, or ``plain``, none.
     dtype: of the activations, ``float32`` or ``bfloat16``. Weights stay as the file has them.
-    kernels: ``pallas``, kernels for NVIDIA GPUs (numerics official, dtype bfloat16, one device), or ``xla``, none.
+    kernels: ``pallas``, kernels for NVIDIA GPUs (numerics official, one device), or ``xla``, none; an op apart from the
+        others as in ``pallas,attend=xla``, see `implementation`.
     tp, ep: the device mesh: tensor-parallel times expert-parallel devices.
     prefill_chunk: tokens per prefill call. More are faster and need more memory for activations.
     memory_fraction: the part of each GPU's memory that JAX may take (XLA_CLIENT_MEM_FRACTION).
@@ -78,9 +80,9 @@ class Settings:
                 return key, getattr(self, key), f"{low} to {high}"
         if not 0 < self.memory_fraction <= 1:
             return "memory_fraction", self.memory_fraction, "a number above 0, at most 1"
-        found = f"numerics {self.numerics}, dtype {self.dtype}, {self.tp * self.ep} devices"
-        if self.kernels == "pallas" and found != (expected := "numerics official, dtype bfloat16, 1 devices"):
-            return "kernels", f"pallas with {found}", f"{expected}, or kernels xla"
+        found = f"numerics {self.numerics}, {self.tp * self.ep} devices"
+        if implementation.parse(self.kernels).any_pallas and found != (expected := "numerics official, 1 devices"):
+            return "kernels", f"{self.kernels} with {found}", f"{expected}, or kernels xla"
         if not self.model:
             return "model", self.model, "tiny, tiny_q2, hf:OWNER/REPO/FILE or a path"
         if self.model.startswith("hf:") and self.hf_file is None:

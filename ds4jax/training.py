@@ -1,8 +1,7 @@
 """Training: a differentiable forward pass over whole sequences, the losses, and how experts are kept in balance.
 
-The pass is made of the model's own functions, with an empty cache and ``straight_through`` numerics. It differs in two
-things: every expert sees every token, in one product over all experts instead of a loop; and the layers' activations
-are computed again in the backward pass instead of being kept.
+The pass is the model's own, layer by layer, with an empty cache and ``straight_through`` numerics. The activations of a
+layer are computed again in the backward pass instead of being kept.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,15 +18,15 @@ from jax import lax
 from jax.scipy.special import logsumexp
 
 from ds4jax.config import CSA_RATIO, ModelConfig
-from ds4jax.formats.quant import Quantized, lookup, matmul, wide
+from ds4jax.formats import Quantized
 from ds4jax.formats.quantize import quantize
 from ds4jax.io.recipes import RECIPES
+from ds4jax.model import attention, mtp, transformer, weights
 from ds4jax.model import cache as kv
-from ds4jax.model import hyper, indexer, moe, mtp, rope, weights
-from ds4jax.model.attention import attention, compressed_rows, project
-from ds4jax.model.transformer import Compute, logits
+from ds4jax.model.compute import Compute, inputs
 from ds4jax.model.weights import Stack, SwiGLU, Weights, WeightSpec
-from ds4jax.numerics import rows as num
+from ds4jax.numerics.precision import lookup, matmul, wide
+from ds4jax.ops import index, mhc
 
 Array = jax.Array
 
@@ -74,38 +74,22 @@ def _init_leaf(spec: WeightSpec, key: Array, cfg: ModelConfig, tid2eid: np.ndarr
 # ---- forward pass ----------------------------------------------------------------------------------------------------
 @functools.partial(jax.checkpoint, static_argnums=(3, 4, 5))
 def block(
-    X: Array, tokens: Array, w: Weights, layer: int, cfg: ModelConfig, compute: Compute
-) -> tuple[Array, tuple[Array, Array]]:
-    """`transformer.block` over whole sequences. X (B, T, N, E), tokens (B, T) → X, `index_loss` and expert loads."""
+    s: mhc.Streams, tokens: Array, w: Weights, layer: int, cfg: ModelConfig, compute: Compute
+) -> tuple[mhc.Streams, tuple[Array, Array]]:
+    """`transformer.block` over whole sequences: tokens (B, T) → the streams, `index_loss` and the experts' loads.
+
+    A load is the part of the tokens that chose an expert, (n_experts,).
+    """
     B, T = tokens.shape
-    n = jnp.full((B,), T, jnp.int32)
     cache = kv.zeros(cfg, compute.numerics, compute.dtype, B, T)
-
-    def attend(h: Array) -> tuple[Array, Array]:
-        y, _ = attention(h, n, w, cache, layer, cfg, compute.numerics, compute.query_blocks)
-        if cfg.ratio(layer) != CSA_RATIO:
-            return y, jnp.zeros(())
-        return y, index_loss(h[: max(1, B // INDEX_SHARE)], w, layer, cfg, compute)
-
-    def feed_forward(h: Array) -> tuple[Array, Array]:
-        return _all_experts(h, tokens, w, layer, cfg)
-
-    X, index = hyper.connect(X, w.attn.hc.at(layer), w.attn.norm[layer], attend, cfg)
-    X, load = hyper.connect(X, w.ffn.hc.at(layer), w.ffn.norm[layer], feed_forward, cfg)
-    return X, (index, load)
-
-
-def _all_experts(h: Array, tokens: Array, w: Weights, layer: int, cfg: ModelConfig) -> tuple[Array, Array]:
-    """`moe.moe`, and the part of the tokens that chose each expert (n_experts,)."""
-    ffn, clamp = w.ffn.at(layer), cfg.clamp(layer)
-    x = h.reshape(-1, h.shape[-1])
-    ids, weight = moe.route(x, tokens.reshape(-1), w, layer, cfg)
-    chosen = jax.nn.one_hot(ids, cfg.n_experts, dtype=weight.dtype)  # (S, k, experts)
-    share = (chosen * weight[..., None]).sum(1)[..., None].astype(x.dtype)
-    gate, up = (matmul("se,xfe->sxf", x, m.dequantize(x.dtype)) for m in (ffn.experts.gate, ffn.experts.up))
-    act = moe.activation(gate, up, clamp) * share
-    y = matmul("sxf,xef->se", act, ffn.experts.down.dequantize(x.dtype))
-    return (y + moe.swiglu(x, ffn.shared, clamp)).reshape(h.shape), chosen.sum(1).mean(0)
+    given = inputs(tokens, jnp.full((B,), T, jnp.int32), cache.length, cfg, compute.dtype)
+    seen: dict[str, Any] = {}
+    s, _ = transformer.block(s, given, w, cache, layer, cfg, compute, lambda _, name, x: seen.update({name: x}))
+    load = jax.nn.one_hot(seen["routing"].ids, cfg.n_experts, dtype=wide(s.X.dtype)).sum(1).mean(0)
+    if cfg.ratio(layer) != CSA_RATIO:
+        return s, (jnp.zeros(()), load)
+    some = max(1, B // INDEX_SHARE)
+    return s, (index_loss(seen["attention"].reshape(B, T, -1)[:some], w, layer, cfg, compute), load)
 
 
 def index_loss(h: Array, w: Weights, layer: int, cfg: ModelConfig, compute: Compute) -> Array:
@@ -117,16 +101,17 @@ def index_loss(h: Array, w: Weights, layer: int, cfg: ModelConfig, compute: Comp
     B, T, _ = h.shape
     h, fixed = lax.stop_gradient((h, w))
     learned = fixed.replace(csa=fixed.csa.replace(indexer=w.csa.indexer))
-    freq, dtype = rope.frequencies(cfg, CSA_RATIO), wide(h.dtype)
-    n = jnp.full((B,), T, jnp.int32)
     cache = kv.zeros(cfg, compute.numerics, compute.dtype, B, T)
+    given = inputs(jnp.zeros((B, T), jnp.int32), jnp.full((B,), T, jnp.int32), cache.length, cfg, compute.dtype)
+    made, cache = attention.prepare(
+        h.reshape(B * T, -1), given, learned, cache, layer, cfg, compute, choose=True
+    )  # fmt: skip
+    nth, dtype = attention.nth_of_ratio(cfg, layer), wide(h.dtype)
+    row, key = attention.row_formats(cfg, compute, h.dtype)
+    q, near = made.latent.queries, row.decode(made.latent.near, h.dtype)[:, cfg.window :]
+    rows = row.decode(jax.tree.map(lambda x: x[nth], cache.csa.rows), h.dtype)
     position = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
-    fmt, a = num.kv_row(cfg, compute.numerics, h.dtype), fixed.attn.at(layer)
-    r, q, new = project(h, position, a, freq, cfg)
-    _, stored, keys = compressed_rows(h, n, learned, cache, layer, cfg, compute.numerics)
-    rows, near = (fmt.decode(planes, h.dtype) for planes in (stored, fmt.encode(new)))
-
-    visible = indexer.visible(position[..., None], jnp.arange(rows.shape[1], dtype=jnp.int32), CSA_RATIO)
+    visible = index.visible(position[..., None], jnp.arange(rows.shape[1], dtype=jnp.int32), CSA_RATIO)
     age = position[:, :, None] - position[:, None]
 
     def score(rows: Array, mask: Array) -> Array:
@@ -134,15 +119,16 @@ def index_loss(h: Array, w: Weights, layer: int, cfg: ModelConfig, compute: Comp
         return jnp.where(mask[:, :, None], s, -jnp.inf)
 
     far = score(rows, visible)
-    sink = jnp.broadcast_to(a.sinks.astype(dtype)[:, None], (*q.shape[:3], 1))
+    sink = jnp.broadcast_to(fixed.attn.sinks[layer].astype(dtype)[:, None], (*q.shape[:3], 1))
     total = logsumexp(jnp.concatenate([far, score(near, (age >= 0) & (age < cfg.window)), sink], -1), axis=-1)
     paid = lax.stop_gradient(jnp.exp(far - total[..., None]).sum(2))
     counts = position >= 2 * CSA_RATIO - 1
     target = paid / jnp.where(counts, paid.sum(-1), 1)[..., None]
 
-    iq, weight = indexer.queries(h, r, position, learned.csa.at(layer).indexer, freq, cfg, compute.numerics)
-    found = indexer.scores(iq, weight, keys).astype(dtype)
-    found = jax.nn.log_softmax(jnp.where(visible, found, -1e30), axis=-1)
+    scores = index.scores(
+        made.latent.index_queries, made.index_weight, cache.index.rows, nth, position, key=key, ratio=CSA_RATIO
+    )
+    found = jax.nn.log_softmax(jnp.where(visible, scores, -1e30), axis=-1)
     divergence = target * (jnp.log(jnp.maximum(target, 1e-30)) - jnp.maximum(found, -1e3))
     return divergence.sum(-1).mean(where=counts)
 
@@ -153,16 +139,19 @@ def forward(w: Weights, tokens: Array, cfg: ModelConfig, compute: Compute) -> tu
     Returns the model's logits (B, T, vocab) of each next token, the head's (B, T, vocab) of the one after it, the sum
     of `index_loss` over the layers, and the expert loads (layers routed by score, n_experts).
     """
-    inputs, following = tokens[:, :-1], tokens[:, 1:]
+    given, following = tokens[:, :-1], tokens[:, 1:]
     x = lookup(w.embed.dequantize(jnp.dtype(compute.dtype)), tokens)
-    X = jnp.broadcast_to(x[:, :-1, None], (*inputs.shape, cfg.n_streams, cfg.embed_dim))
-    extras = []
+    here, after = (x.reshape(-1, x.shape[-1]) for x in (x[:, :-1], x[:, 1:]))
+    s, extras = transformer.streams(here, cfg), []
     for layer in range(cfg.n_layers):
-        X, extra = block(X, inputs, w, layer, cfg, compute)
+        s, extra = block(s, given, w, layer, cfg, compute)
         extras.append(extra)
-    Z, extra = block(mtp.join(X, x[:, 1:], w.mtp, cfg), following, w, cfg.n_layers, cfg, compute)
-    index, loads = zip(*extras, extra, strict=True)
-    return logits(w, X, cfg), mtp.head(w, Z, cfg), sum(index), jnp.stack(loads[cfg.n_hash_layers :])
+    z = mhc.Streams(mtp.join(s.added(), after, w.mtp, cfg))
+    z, extra = block(z, following, w, cfg.n_layers, cfg, compute)
+    index_losses, loads = zip(*extras, extra, strict=True)
+    said = (transformer.head(s, w.head, cfg, compute), transformer.head(z, mtp.head(w), cfg, compute))
+    main, drafted = (y.reshape(*given.shape, -1) for y in said)
+    return main, drafted, sum(index_losses), jnp.stack(loads[cfg.n_hash_layers :])
 
 
 def as_stored(w: Weights, formats: SwiGLU, importance: SwiGLU) -> Weights:

@@ -1,1 +1,1 @@
-"""Pallas kernels, one file per op: config, XLA reference, kernel, supported shapes. They take arrays only."""
+"""Pallas kernels, one file per op: tiles, kernel, real shapes. They take arrays only; formulas are in `ds4jax.ops`."""

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, TypeVar
 
 import jax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 
-Implementation = Literal["pallas", "xla"]
+C, S = TypeVar("C"), TypeVar("S")
+Choice = C | Callable[[S], C]
+"""Tiles: a config, or what gives the config for the shape of a call. Shapes with the same `key` share a config."""
 
 # What a block may use on sm_120 and sm_121; Hopper has 227 KiB.
 SHARED_MEMORY = 99 * 1024
@@ -53,6 +56,16 @@ def call(
         compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=num_stages),
         **specs,
     )
+
+
+def choose(config: Choice[C, S], shape: S) -> C:
+    """The config for a call of this shape."""
+    return config(shape) if callable(config) else config
+
+
+def magnitude(n: int) -> int:
+    """The nearest power of two, of 0 it is 0: for a capacity, of which any part may be in use."""
+    return 2 ** round(math.log2(n)) if n else 0
 
 
 def entry(numbers: Any, i: int) -> Any:

@@ -16,7 +16,7 @@ its layer must be known first. A token moves 23 kB for both compressors of CSA, 
 for HCA. These pass through one multiprocessor, as the norm needs all channels and programs do not wait for each other;
 to split them would take a second launch, in every step, for what one in 128 does.
 
-Source: ds4jax/model/compressor.py with one token; rows are ds4jax/numerics/rows.py's `Fp8Row` and `Fp4Row`.
+Formulas: ds4jax/ops/compress.py, with one token; rows are ds4jax/numerics/rows.py's `Fp8Row` and `Fp4Row`.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels import common, tuned
-from pallas_kernels.common import Implementation, Unsupported
+from pallas_kernels import common
+from pallas_kernels.common import Unsupported
 
 Array = jax.Array
 
@@ -53,7 +53,7 @@ class Config:
 
 
 class State(NamedTuple):
-    """What a compressor keeps: stacks over layers, of ds4jax/model/cache.py's `Compressed`. D: width of a row.
+    """What a compressor keeps: stacks over layers, of ds4jax/ops/compress.py's `Compressed`. D: width of a row.
 
     rows: planes (L, B, N, ·): E4M3 "codes" (D − 64), uint8 "exponents" (D/64 − 1), float16 "rope" (64); or, of the
         indexer's keys, uint8 "codes" (D/2) of two E2M1 each and uint8 "exponents" (D/32).
@@ -115,7 +115,7 @@ class Shape:
 
     @property
     def key(self) -> Shape:
-        """Of calls that share a tuned config, see `tuned`: any slot, any stacks."""
+        """Of calls that share a tuned config, see `common.Choice`: any slot, any stacks."""
         return replace(self, slot=None, rows=0, layers=0)
 
     @property
@@ -259,52 +259,6 @@ def _finish(row: Array, norm: Array, cos: Array, sin: Array, eps: float, fp4: bo
     return {"codes": codes, "exponents": exponents, "rope": rope}
 
 
-def reference(
-    new: Sequence[tuple[Array, Array]],
-    weights: Sequence[tuple[Array, Array]],
-    states: Sequence[State],
-    position: Array,
-    active: Array,
-    cos: Array,
-    sin: Array,
-    layer: Array,
-    nth: Array,
-    *,
-    eps: float,
-) -> tuple[State, ...]:
-    """What `op` computes, in XLA."""
-    j, i, b = layer[0], nth[0], jnp.arange(position.size)
-
-    def update(part: Part, z: Array, g: Array, ape: Array, norm: Array, old: State) -> State:
-        R, D = part.ratio, part.dim
-        slot, row = position % R, position // R
-        closes, stores = active.astype(bool) & (slot == R - 1), active.astype(bool) & (slot != R - 1)
-        window_z = old.z[i].at[b, slot].set(z)
-        window_g = old.g[i].at[b, slot].set(g + ape[j][slot].astype(jnp.float32))
-
-        def select(which: Array, new: Array, old: Array) -> Array:
-            return old.at[i].set(jnp.where(which[:, None, None], new, old[i]))
-
-        slots_z = jnp.concatenate([old.prev_z[i], window_z[..., -D:]], axis=1)
-        slots_g = jnp.concatenate([old.prev_g[i], window_g[..., -D:]], axis=1)
-        pooled = jnp.sum(slots_z * jax.nn.softmax(slots_g, axis=1), axis=1)
-        angles = (jnp.pad(x, ((0, 0), (D // 2 - ROPE // 2, 0))) for x in (cos, sin))
-        finish = functools.partial(_finish, norm=norm[j].reshape(-1, 2), eps=eps, fp4=part.fp4)
-        values = jax.vmap(lambda row, c, s: finish(row, cos=c, sin=s))(pooled.reshape(b.size, -1, 2), *angles)
-        rows = {}
-        for name, plane in old.rows.items():
-            n = plane.shape[-1]
-            value = values[name][:, -n:] if name == "rope" else values[name][:, :n]
-            rows[name] = plane.at[i, b, jnp.where(closes, row, plane.shape[2])].set(value, mode="drop")
-        prev_z, prev_g = old.prev_z, old.prev_g
-        if part.overlap:
-            prev_z, prev_g = select(closes, window_z[..., :D], prev_z), select(closes, window_g[..., :D], prev_g)
-        return State(rows, select(stores, window_z, old.z), select(stores, window_g, old.g), prev_z, prev_g)
-
-    parts = _parts(new, weights, states, position, active, cos, sin)
-    return tuple(update(p, *n, *w, s) for p, n, w, s in zip(parts, new, weights, states, strict=True))
-
-
 # ---- the kernel ------------------------------------------------------------------------------------------------------
 def _take_in(part: Part, eps: float, slots: int, b: Array, token: tuple, new: tuple, weights: tuple, old: State, out):
     """Sequence b of one compressor. old and out are refs to the same memory."""
@@ -419,8 +373,7 @@ def op(
     nth: Array,
     *,
     eps: float,
-    implementation: Implementation = "pallas",
-    config: Config | None = None,
+    config: common.Choice[Config, Shape] | None = None,
     interpret: bool = False,
 ) -> tuple[State, ...]:
     """The states of a layer's compressors after one more token of each active sequence.
@@ -437,9 +390,7 @@ def op(
     """
     parts = _parts(new, weights, states, position, active, cos, sin)
     args = position, active.astype(jnp.int32), cos, sin, layer, nth
-    if implementation == "xla":
-        return reference(new, weights, states, *args, eps=eps)
-    c = config or tuned.config_for(__name__, Shape(position.size, parts, None, weights[0][0].dtype.name))
+    c = common.choose(config or default_config, Shape(position.size, parts, None, weights[0][0].dtype.name))
     for name, value in (("slots", c.slots), ("num_warps", c.num_warps)):
         _check(value > 0 and value & (value - 1) == 0, f"{name} {value}, expected a power of two")
     # What does not overlap has empty arrays, which a kernel does not take.

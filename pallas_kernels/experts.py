@@ -21,7 +21,7 @@ Planes of a matrix (n, K) per format (bit layouts: ggml, ``ggml-common.h``); exp
     MXFP4    e uint8 (n, K/32), q uint32 (n, K/8)
     Q8_0     d float16 (n, K/32), q int8 (n, K)
 
-Source: the experts of ds4jax/model/moe.py. Integer dot products for such formats: llama.cpp's ``vecdotq.cuh``, which
+Formulas: ds4jax/ops/experts.py. Integer dot products for such formats: llama.cpp's ``vecdotq.cuh``, which
 takes 8-bit activations.
 """
 
@@ -41,8 +41,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels import common, formats, tuned
-from pallas_kernels.common import Implementation, Unsupported
+from pallas_kernels import common, formats
+from pallas_kernels.common import Unsupported
 
 Array = jax.Array
 Ref = Any
@@ -584,7 +584,7 @@ class Shape:
 
     @property
     def key(self) -> Shape:
-        """Of calls that share a tuned config, see `tuned`: any stacks, and any limit."""
+        """Of calls that share a tuned config, see `common.Choice`: any stacks, and any limit."""
         return replace(self, experts=0, clamp=0.0)
 
     @property
@@ -627,68 +627,6 @@ def _shapes() -> dict[str, Shape]:
 SHAPES: dict[str, Shape] = _shapes()
 
 
-# ---- reference -------------------------------------------------------------------------------------------------------
-def reference_gate_up(
-    x: Array,
-    ids: Array,
-    weights: Array,
-    gate: Sequence[Array],
-    up: Sequence[Array],
-    *,
-    fmt: str,
-    clamp: float,
-    first: Array | None = None,
-) -> Array:
-    """`gate_up` in XLA, in float32, one pair after the other."""
-    ids = _from(first, ids)
-
-    def pair(args):
-        x, e, weight = args
-        g, u = (_row_products(planes, e, x, fmt) for planes in (gate, up))
-        return jax.nn.silu(jnp.minimum(g, clamp)) * jnp.clip(u, -clamp, clamp) * jnp.where(e < 0, 0, weight)
-
-    x = jnp.repeat(x.astype(jnp.float32), ids.shape[1], axis=0)
-    return lax.map(pair, (x, ids.reshape(-1), weights.reshape(-1)))
-
-
-def reference_down(
-    act: Array,
-    ids: Array,
-    planes: Sequence[Array],
-    plus: Array | None = None,
-    *,
-    fmt: str,
-    first: Array | None = None,
-    dtype: Any = jnp.float32,
-) -> Array:
-    """`down` in XLA, in float32, one pair after the other."""
-    ids = _from(first, ids)
-    pairs = lax.map(lambda pair: _row_products(planes, *pair, fmt), (ids.reshape(-1), act.astype(jnp.float32)))
-    total = pairs.reshape(*ids.shape, -1).sum(1)
-    return (total if plus is None else total + plus).astype(dtype)
-
-
-def _from(first: Array | None, ids: Array) -> Array:
-    """Ids counted from `first` on; negative ones stay negative."""
-    return ids if first is None else jnp.where(ids < 0, ids, ids + first)
-
-
-def reference_pack(x: Array, *, fmt: str) -> Array:
-    """`pack` in XLA."""
-    packing = Packing(fmt, x.shape[1])
-    low, high = packing.order
-    return jax.vmap(lambda x: jnp.concatenate(packing.parts(x[low], x[high])))(x)
-
-
-def _row_products(planes: Sequence[Array], expert: Array, x: Array, fmt: str) -> Array:
-    matrix = formats.dequantize(fmt, *(p[jnp.maximum(expert, 0)] for p in planes))
-    return jnp.matmul(matrix, x, precision=lax.Precision.HIGHEST)
-
-
-def reference(*arrays, stage: Stage, **static) -> Array:
-    return (reference_gate_up if stage == "gate_up" else reference_down)(*arrays, **static)
-
-
 # ---- ops -------------------------------------------------------------------------------------------------------------
 def experts(*arrays, stage: Stage, **options) -> Array:
     """`gate_up` or `down`, by name."""
@@ -705,8 +643,7 @@ def gate_up(
     fmt: str,
     clamp: float,
     first: Array | None = None,
-    implementation: Implementation = "pallas",
-    config: Config | None = None,
+    config: common.Choice[Config, Shape] | None = None,
     interpret: bool = False,
 ) -> Array:
     """silu(min(g, clamp)) · clip(u, -clamp, clamp) · weight for each token and each of its experts.
@@ -717,15 +654,11 @@ def gate_up(
     for experts held elsewhere. Raises Unsupported.
     """
     packed = x.ndim == 3
-    if implementation == "xla":
-        if packed:
-            raise Unsupported("gate_up in XLA: found packed activations, expected floats")
-        return reference_gate_up(x, ids, weights, gate, up, fmt=fmt, clamp=clamp, first=first)
     (S, k), K = ids.shape, x.shape[2] * FORMATS[fmt].unit if packed and fmt in FORMATS else x.shape[1]
     _, F = _check(fmt, K, S, gate)
     if _check(fmt, K, S, up)[1] != F:
         raise Unsupported(f"gate_up: found gate {gate[0].shape} and up {up[0].shape}, expected equal shapes")
-    config = config or tuned.config_for(__name__, Shape("gate_up", fmt, S, K, F, used=k))
+    config = common.choose(config or default_config, Shape("gate_up", fmt, S, K, F, used=k))
     _check_config(config, F)
     table = FORMATS[fmt].table()
     tables = () if table is None else (jnp.asarray(table),)
@@ -744,8 +677,7 @@ def down(
     fmt: str,
     first: Array | None = None,
     dtype: Any = jnp.float32,
-    implementation: Implementation = "pallas",
-    config: Config | None = None,
+    config: common.Choice[Config, Shape] | None = None,
     interpret: bool = False,
 ) -> Array:
     """Σ over a token's experts of W act, in the order of `ids`, and what `plus` adds: (S, E) in `dtype`.
@@ -753,11 +685,9 @@ def down(
     act (S·k, F) float, as `gate_up` returns it, zeros for experts held elsewhere; ids and first as there; planes
     (experts, E, F) in `fmt`; plus: float32 (S, E) or None. Sums are float32. Raises Unsupported.
     """
-    if implementation == "xla":
-        return reference_down(act, ids, planes, plus, fmt=fmt, first=first, dtype=dtype)
     (S, k), F = ids.shape, act.shape[1]
     _, E = _check(fmt, F, S, planes)
-    config = config or tuned.config_for(__name__, Shape("down", fmt, S, F, E, used=k))
+    config = common.choose(config or default_config, Shape("down", fmt, S, F, E, used=k))
     _check_config(config, E)
     table = FORMATS[fmt].table()
     tables = () if table is None else (jnp.asarray(table),)

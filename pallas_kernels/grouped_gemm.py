@@ -48,8 +48,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels import formats, tuned
-from pallas_kernels.common import SHARED_MEMORY, Implementation, Unsupported, call
+from pallas_kernels import common
+from pallas_kernels.common import SHARED_MEMORY, Unsupported, call
 
 Array = jax.Array
 Planes = tuple[Array, ...]
@@ -118,7 +118,7 @@ class Shape:
 
     @property
     def key(self) -> Shape:
-        """Of calls that share a tuned config, see `tuned`: any number of layers, and any limit."""
+        """Of calls that share a tuned config, see `common.Choice`: any number of layers, and any limit."""
         return replace(self, stack=0 if self.kind == "linear" else self.stack, clamp=0.0)
 
     @property
@@ -576,37 +576,6 @@ def random_planes(fmt: str, key: Array, shape: tuple[int, ...], std: float) -> P
     return tuple(out)
 
 
-# ---- reference -----------------------------------------------------------------------------------------------------
-def reference(*args: Any, kind: Kind, fmt: str, clamp: float = 0, groups: int = 1) -> Array:
-    """What `grouped_gemm` computes, in float32: every expert meets every token."""
-    dot = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
-    if kind == "linear":
-        x, layer, planes = args
-        x = x.reshape(x.shape[0], groups, -1).astype(jnp.float32)
-        w = formats.dequantize(fmt, *(p[layer[0]] for p in planes))
-        return dot("mgk,gnk->mgn", x, w.reshape(groups, -1, w.shape[-1])).reshape(x.shape[0], -1)
-    x, ids, *rest = args
-    x, order = x.astype(jnp.float32), jnp.argsort(ids.reshape(-1), stable=True)
-    expert = jnp.arange(rest[-1][0].shape[0], dtype=jnp.int32)
-    if kind == "down":
-        h = jnp.zeros_like(x).at[order].set(x).reshape(*ids.shape, -1)
-
-        def add(total: Array, e: tuple[Array, Planes]) -> tuple[Array, None]:
-            mine = jnp.where((ids == e[0])[..., None], h, 0).sum(1)
-            return total + dot("sk,nk->sn", mine, arrange(formats.dequantize(fmt, *e[1]), fmt)), None
-
-        return lax.scan(add, jnp.zeros((ids.shape[0], rest[0][0].shape[1]), jnp.float32), (expert, rest[0]))[0]
-    weight, *matrices = rest
-
-    def put(y: Array, e: tuple[Array, Planes, Planes]) -> tuple[Array, None]:
-        mine = activation(*(dot("sk,nk->sn", x, formats.dequantize(fmt, *w)) for w in e[1:]), clamp)
-        return jnp.where((ids == e[0])[..., None], mine[:, None], y), None
-
-    y = jnp.zeros((*ids.shape, matrices[0][0].shape[1]), jnp.float32)
-    y = lax.scan(put, y, (expert, *matrices))[0] * weight[..., None]
-    return y.reshape(ids.size, -1)[order]
-
-
 # ---- which rows meet which matrix ----------------------------------------------------------------------------------
 class Routing(NamedTuple):
     """Pairs (token, slot) in order of their expert, and of their number among equals.
@@ -805,19 +774,18 @@ def down(
 def experts(
     x: Array, ids: Array, weight: Array, gate: Planes, up: Planes, down_: Planes, *, fmts: tuple[str, str],
     clamp: float, n_experts: int | None = None, first: tuple[int, int] = (0, 0),
-    configs: tuple[Config, Config] | None = None, interpret: bool = False,
+    config: common.Choice[Config, Shape] | None = None, interpret: bool = False,
 ) -> Array:  # fmt: skip
     """Σ over the slots of weight · expert(x), bfloat16 (S, E).
 
     x: bfloat16 (S, E). ids: int32 (S, slots); an expert outside 0 … n_experts - 1 adds nothing. weight: float32
-    (S, slots). fmts, configs: of gate and up, and of down. n_experts, first: of the planes' matrices (by default all of
+    (S, slots). fmts: of gate and up, and of down. n_experts, first: of the planes' matrices (by default all of
     them), and which is the first, again of gate and up, and of down.
     """
     n_experts, n = n_experts or gate[0].shape[0], gate[0].shape[1]
     (s, k), slots = x.shape, ids.shape[1]
-    if configs is None:
-        shapes = Shape("gate_up", s, n, k, fmts[0], n_experts, slots), Shape("down", s, k, n, fmts[1], n_experts, slots)
-        configs = tuple(tuned.config_for(__name__, shape) for shape in shapes)
+    shapes = Shape("gate_up", s, n, k, fmts[0], n_experts, slots), Shape("down", s, k, n, fmts[1], n_experts, slots)
+    configs = [common.choose(config or default_config, shape) for shape in shapes]
     routing = route(ids, n_experts)
     columns = arrange(jnp.arange(n, dtype=jnp.int32), fmts[1])  # as `down` wants them
     h = gate_up(
@@ -829,20 +797,16 @@ def experts(
 
 def linear(
     x: Array, layer: Array, planes: Planes, *, fmt: str, groups: int = 1, dtype: Any = None,
-    config: Config | None = None, interpret: bool = False,
+    config: common.Choice[Config, Shape] | None = None, interpret: bool = False,
 ) -> Array:  # fmt: skip
     """x W[layer]ᵀ, (M, N) in `dtype`, by default x's. x: bfloat16 (M, K), or (M, groups, K) where group g meets rows
     [g · N/groups, (g + 1) · N/groups). layer: int32 (1,). planes: (layers, N, ...).
     """
     layers, n, _ = planes[0].shape
     m, k = x.shape[0], x.shape[-1]
-    config = config or tuned.config_for(__name__, Shape("linear", m, n, k, fmt, layers, groups=groups))
+    config = common.choose(config or default_config, Shape("linear", m, n, k, fmt, layers, groups=groups))
     if not config.fused:
-        # Not before x is there: XLA would dequantize the matrices of all layers first, and keep them.
-        x, layer = lax.optimization_barrier((x, layer))
-        w = formats.dequantize(fmt, *(p[layer[0]] for p in planes)).astype(x.dtype).reshape(groups, n // groups, k)
-        y = jnp.einsum("mgk,gnk->mgn", x.reshape(m, groups, k), w, preferred_element_type=jnp.float32)
-        return y.reshape(m, n).astype(dtype or x.dtype)
+        raise Unsupported(f"linear: found {config}, which leaves the product to XLA, expected fused=True")
     # Group g takes every groups-th row of x seen as (M · groups, K).
     planes = tuple(p.reshape(layers * groups, n // groups, p.shape[-1]) for p in planes)
     t = jnp.arange(-(-m // config.bm) * groups, dtype=jnp.int32)
@@ -856,7 +820,7 @@ def linear(
 
 
 def grouped_gemm(
-    *args: Any, kind: Kind, fmt: str, implementation: Implementation = "pallas", config: Config | None = None,
+    *args: Any, kind: Kind, fmt: str, config: common.Choice[Config, Shape] | None = None,
     interpret: bool = False, **static: Any,
 ) -> Array:  # fmt: skip
     """One op by name, with `Shape.inputs` and `Shape.static`, for tests, sweeps and benchmarks.
@@ -864,14 +828,12 @@ def grouped_gemm(
     gate_up: x, ids, weight, gate, up → (P, N), sorted by expert. down: h (P, K) sorted by expert, in the format's
     dtype, its columns arranged, ids, planes → (S, N). linear: x, layer, planes → (M, N).
     """
-    if implementation == "xla":
-        return reference(*args, kind=kind, fmt=fmt, **static).astype(jnp.bfloat16)
     if kind == "linear":
         return linear(*args, fmt=fmt, config=config, interpret=interpret, **static)
     x, ids, *rest = args
     n_experts, n, _ = rest[-1][0].shape
     shape = Shape(kind, ids.shape[0], n, x.shape[1], fmt, n_experts, ids.shape[1])
-    config = config or tuned.config_for(__name__, shape)
+    config = common.choose(config or default_config, shape)
     routing, f = route(ids, n_experts), {"fmt": fmt, "config": config, "interpret": interpret}
     if kind == "down":
         return down(x, ids, routing, *rest, **f)

@@ -10,7 +10,7 @@ order and goes on from there: a program makes a token's h, and another its post'
 waiting for the one before, take as long as all of h. For many tokens XLA makes X', and `project` the products.
 
 Bytes: fn, 0.8 MB, and a token's streams in and out, 64 kB in bfloat16: 0.2 µs of an H200 for one token. So launches and
-latency are what it costs, 2 to 4 µs a kernel. Source: ds4jax/model/hyper.py, `connect`.
+latency are what it costs, 2 to 4 µs a kernel. Formulas: ds4jax/ops/mhc.py.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels import common, tuned
-from pallas_kernels.common import Implementation, Unsupported
+from pallas_kernels import common
+from pallas_kernels.common import Unsupported
 
 Array = jax.Array
 
+MANY = 64  # tokens, from which on XLA makes X'
 PARTS = 32  # values that a slice leaves per token: up to 31 of fn · X', then ΣX'²
 
 
@@ -71,7 +72,7 @@ class Shape:
 
     @property
     def key(self) -> Shape:
-        """Of calls that share a tuned config, see `tuned`: any stacks."""
+        """Of calls that share a tuned config, see `common.Choice`: any stacks."""
         return replace(self, layers=0)
 
     @property
@@ -120,52 +121,9 @@ SHAPES = {
     "16 head": Shape(16, head=True, layers=1),
     "32": Shape(32),
     "1 float32": Shape(1, dtype="float32"),
-    "prefill 2048": Shape(2048),
-    "prefill 8192": Shape(8192),
+    "prefill 2048": Shape(2048, first=True),
+    "prefill 8192": Shape(8192, first=True),
 }
-
-
-def expanded(X: Array, y: Array, post: Array, C: Array) -> Array:
-    """X'_k = post_k y + Σ_j C[j, k] X_j in XLA, which makes it one pass over X."""
-    wide, y = X.astype(jnp.float32), y.astype(jnp.float32)
-    streams = sum(C[:, j, :, None] * wide[:, j, None] for j in range(X.shape[1]))
-    return (streams + post[..., None] * y[:, None]).astype(X.dtype)
-
-
-def reference(
-    X: Array,
-    mixed: tuple[Array, Array, Array] | None,
-    fn: Array,
-    base: Array,
-    scale: Array,
-    norm: Array,
-    layer: Array,
-    *,
-    numbers: Numbers = Numbers(),  # noqa: B008 (frozen)
-) -> tuple[Array, Array, Array | None, Array | None]:
-    """What `op` computes, in XLA."""
-    fn, base, scale, norm = (w[layer[0]].astype(jnp.float32) for w in (fn, base, scale, norm))
-    N = X.shape[1]
-    X = X if mixed is None else expanded(X, *mixed)
-    wide = X.astype(jnp.float32)
-
-    def rms(x: Array) -> Array:
-        return x * lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + numbers.norm_eps)
-
-    m = jnp.matmul(rms(wide.reshape(X.shape[0], -1)), fn.T, precision=lax.Precision.HIGHEST)
-    pre = jax.nn.sigmoid(m[:, :N] * scale[0] + base[:N]) + numbers.hc_eps
-    u = jnp.sum(pre[..., None] * wide, axis=1).astype(X.dtype)
-    h = (rms(u.astype(jnp.float32)) * norm).astype(X.dtype)
-    if fn.shape[0] == N:
-        return X, h, None, None
-    post = 2 * jax.nn.sigmoid(m[:, N : 2 * N] * scale[1] + base[N : 2 * N])
-    C = (m[:, 2 * N :] * scale[2] + base[2 * N :]).reshape(-1, N, N)
-    C = jax.nn.softmax(C, axis=-1) + numbers.hc_eps
-    C = C / (C.sum(-2, keepdims=True) + numbers.hc_eps)
-    for _ in range(numbers.iterations - 1):
-        C = C / (C.sum(-1, keepdims=True) + numbers.hc_eps)
-        C = C / (C.sum(-2, keepdims=True) + numbers.hc_eps)
-    return X, h, post, C
 
 
 def _expand(X, *refs, mixes: bool, c: Config):
@@ -306,7 +264,7 @@ def _collapsed(S: int, N: int, E: int, dtype, head: bool, numbers: Numbers, c: C
 
 def configs(shape: Shape) -> list[Config]:
     """Candidates of a sweep."""
-    if shape.tokens < 64:
+    if shape.tokens < MANY:
         sizes = [(t, columns) for t in (1, 2, 4) if t <= shape.tokens for columns in (32, 64, 128)]
         return [Config(t, columns, warps, collapse) for t, columns in sizes for warps in (4, 8) for collapse in (4, 8)]
     return [
@@ -320,7 +278,7 @@ def configs(shape: Shape) -> list[Config]:
 
 def default_config(shape: Shape) -> Config:
     columns = min(128, shape.dim)
-    if shape.tokens < 64:
+    if shape.tokens < MANY:
         return Config(1 if shape.tokens < 8 else 4, columns, 4, 4)
     return Config(64, min(64, shape.dim), 4, 4, 32, 4 if shape.tokens > 2048 else 8)
 
@@ -335,23 +293,21 @@ def op(
     layer: Array,
     *,
     numbers: Numbers = Numbers(),  # noqa: B008 (frozen)
-    implementation: Implementation = "pallas",
-    config: Config | None = None,
+    config: common.Choice[Config, Shape] | None = None,
     interpret: bool = False,
 ) -> tuple[Array, Array, Array | None, Array | None]:
     """X (S, N, E) → X' (S, N, E), h (S, E), post' (S, N), C' (S, N, N); post' and C' are float32.
 
     mixed: the previous sub-layer's output y (S, E) in X's dtype, and float32 post (S, N) and C (S, N, N) of the
-    boundary before it; None before the first sub-layer, where X' is X.
+    boundary before it; None where X' is X: before the first sub-layer, and from MANY tokens on, for which XLA adds the
+    output in one pass.
     fn: (L, 2N + N², N·E), base: (L, 2N + N²), scale: (L, 3), norm: (L, E), of which the layer's are used; fn has any
     float dtype, the others are float32. The head has fn (L, N, N·E), base (L, N), scale (L, 1), and no post', C'.
     layer: int32 (1,). Sums are float32, in a fixed order. Raises Unsupported.
     """
-    if implementation == "xla":
-        return reference(X, mixed, fn, base, scale, norm, layer, numbers=numbers)
     S, N, E = X.shape
     L, M, K = fn.shape
-    c = config or tuned.config_for(__name__, Shape(S, mixed is None, M == N, N, E, X.dtype.name))
+    c = common.choose(config or default_config, Shape(S, mixed is None, M == N, N, E, X.dtype.name))
     if N & (N - 1) or E & (E - 1):
         raise Unsupported(f"hyper: {N} streams of {E}, expected powers of two")
     if K != N * E or M not in (N, 2 * N + N * N) or M >= PARTS:
@@ -360,11 +316,12 @@ def op(
     each, of = (K // c.slices, f"each of {c.slices} slices of {K}") if c.slices else (E, f"{E} columns")
     if each % c.columns or K % max(c.slices, 1):
         raise Unsupported(f"hyper: {of}, expected a multiple of the {c.columns} that a program takes")
+    if c.slices and mixed is not None:
+        raise Unsupported(f"hyper: an output to add to the streams of {S} tokens in {c.slices} slices, expected None")
     if S < (needed := max(c.mixed, c.tokens if c.slices else 1)):
         raise Unsupported(f"hyper: {S} tokens, expected at least the {needed} that a program takes")
     products = _products(S, N, E, X.dtype, mixed is not None, c, interpret)
     if c.slices:
-        X = X if mixed is None else expanded(X, *mixed)
         (parts,) = products(X.reshape(S, K), fn, layer)
     else:
         *new, parts = products(X, *(mixed or ()), fn.reshape(L, M, N, E), layer)

@@ -8,7 +8,7 @@ Decoding of one sequence reads 68 bytes a key, 4.3 µs of an H200 at 262,144 key
 16 kFLOP a key, and in decoding, some 8 instructions a value; below some 50,000 keys the launch is what it costs.
 Prefill is bound by the tensor cores: 8192 queries after 20,480 tokens, 0.8 TFLOP, 1.2 ms at 70 % of their rate.
 
-Source: ds4jax/model/indexer.py, `scores` and `visible`; the planes are those of ds4jax/numerics/rows.py, `Fp4Row`.
+Formulas: ds4jax/ops/index.py, `scores` and `visible`; the planes are those of ds4jax/numerics/rows.py, `Fp4Row`.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels import common, tuned
-from pallas_kernels.common import Implementation, Unsupported
+from pallas_kernels import common
+from pallas_kernels.common import Unsupported
 
 Array = jax.Array
 
@@ -60,8 +60,8 @@ class Shape:
 
     @property
     def key(self) -> Shape:
-        """Of calls that share a tuned config, see `tuned`: any number of visible keys."""
-        return replace(self, keys=tuned.magnitude(self.keys), position=0, layers=0)
+        """Of calls that share a tuned config, see `common.Choice`: any number of visible keys."""
+        return replace(self, keys=common.magnitude(self.keys), position=0, layers=0)
 
     @property
     def static(self) -> dict[str, Any]:
@@ -110,25 +110,6 @@ SHAPES = {
     "prefill 1024 at 28k": Shape(1, 1024, 7168, 27648),
     "prefill 1024 at 256k": Shape(1, 1024, 65536, 261120),
 }
-
-
-def reference(
-    q: Array, weight: Array, codes: Array, exponents: Array, position: Array, layer: Array, *, ratio: int = 4
-) -> Array:
-    """What `op` computes, in XLA and float32."""
-    codes, exponents = codes[layer[0]], exponents[layer[0]]
-    table = jnp.asarray(np.concatenate([E2M1, -E2M1]))
-    values = table[jnp.stack([codes & 15, codes >> 4], axis=-1)].reshape(*exponents.shape, BLOCK)
-    scale = lax.bitcast_convert_type(exponents.astype(jnp.int32) << 23, jnp.float32)
-    keys = (values * scale[..., None]).reshape(*codes.shape[:-1], -1)
-    einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
-
-    def one(q: Array, weight: Array) -> Array:  # of one position, so that the heads' products stay bounded
-        return einsum("bh,bhn->bn", weight, jax.nn.relu(einsum("bhd,bnd->bhn", q.astype(jnp.float32), keys)))
-
-    score = lax.map(lambda x: one(*x), (jnp.moveaxis(q, 1, 0), jnp.moveaxis(weight, 1, 0)))
-    rows = jnp.arange(codes.shape[1], dtype=jnp.int32)
-    return jnp.where((rows + 1) * ratio <= position[..., None] + 1, jnp.moveaxis(score, 0, 1), -jnp.inf)
 
 
 def _decoded(codes: Array, exponents: Array) -> Array:
@@ -235,8 +216,7 @@ def op(
     layer: Array,
     *,
     ratio: int = 4,
-    implementation: Implementation = "pallas",
-    config: Config | None = None,
+    config: common.Choice[Config, Shape] | None = None,
     interpret: bool = False,
 ) -> Array:
     """Scores of all stored keys of a layer, -inf for those that a query does not see.
@@ -247,8 +227,6 @@ def op(
     layer: int32 (1,), which of the L. → float32 (B, T, N). Sums are float32; the order of the heads' sum is fixed.
     Raises Unsupported.
     """
-    if implementation == "xla":
-        return reference(q, weight, codes, exponents, position, layer, ratio=ratio)
     B, T, H, D = q.shape
     L, _, N, _ = codes.shape
     if q.dtype != jnp.bfloat16:
@@ -256,7 +234,7 @@ def op(
     for name, n in (("heads", H), ("dims", D)):
         if n < BLOCK or n & (n - 1):
             raise Unsupported(f"indexer: {n} {name}, expected a power of two, {BLOCK} at least")
-    c = config or tuned.config_for(__name__, Shape(B, T, N, 0, H, D, L, ratio))
+    c = common.choose(config or default_config, Shape(B, T, N, 0, H, D, L, ratio))
     if T % c.queries:
         raise Unsupported(f"indexer: {T} queries, expected a multiple of the {c.queries} that a program takes")
     q, weight = q.reshape(B, T * H, D), weight.reshape(B, T * H)

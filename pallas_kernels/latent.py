@@ -9,8 +9,8 @@ the row, and to heads of q. All arithmetic is float32. The Hadamard matrix is ap
 dim's number: the values that meet lie in one thread, and between two stages threads exchange what they hold.
 
 Bytes: 280 kB for a sequence, 0.07 µs of an H200. So it is a launch, one wait for loads, and the butterflies' exchanges:
-2 to 3 µs. Source: ds4jax/model/attention.py, `project`; ds4jax/model/indexer.py, `queries`; the row and the rounding
-are those of ds4jax/numerics/rows.py, `Fp8Row` and `Fp4Row`.
+2 to 3 µs. Formulas: ds4jax/ops/latent.py; the row and the rounding are those of
+ds4jax/numerics/rows.py, `Fp8Row` and `Fp4Row`.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels import common, tuned
-from pallas_kernels.common import Implementation, Unsupported
+from pallas_kernels import common
+from pallas_kernels.common import Unsupported
 
 Array = jax.Array
 Planes = dict[str, Array]  # "codes" E4M3 (..., D - 64), "exponents" uint8 (..., D / 64 - 1), "rope" float16 (..., 64)
@@ -62,7 +62,7 @@ class Shape:
 
     @property
     def key(self) -> Shape:
-        """Of calls that share a tuned config, see `tuned`: any stacks."""
+        """Of calls that share a tuned config, see `common.Choice`: any stacks."""
         return replace(self, window=0, layers=0)
 
     @property
@@ -181,47 +181,6 @@ def _normed(x: Array, eps: float) -> Array:
     return x * lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
 
 
-def reference(
-    q: Array,
-    kv: Array,
-    qi: Array | None,
-    norm: Array,
-    cos: Array,
-    sin: Array,
-    position: Array,
-    active: Array,
-    layers: Array,
-    window: Planes,
-    *,
-    eps: float = 1e-6,
-    index_dim: int = 128,
-) -> tuple[Array, Planes, Array | None]:
-    """What `op` computes, in XLA."""
-    B, D = kv.shape
-    W = window["codes"].shape[2]
-
-    def rotated(x: Array, cos: Array, sin: Array) -> Array:
-        return jnp.concatenate([x[..., :-BLOCK], _rotated(x[..., -BLOCK:], cos, sin)], axis=-1)
-
-    heads = _normed(q.astype(jnp.float32).reshape(B, -1, D), eps)
-    queries = rotated(heads, cos[:, None], sin[:, None]).astype(jnp.float16)[:, None]
-    row = rotated(_normed(kv.astype(jnp.float32), eps) * norm[common.entry(layers, 0)], cos, sin)
-    codes, exponents = _e4m3(row[:, :-BLOCK].reshape(B, -1, BLOCK))
-    new = {
-        "codes": codes.reshape(B, -1),
-        "exponents": exponents.reshape(B, -1),
-        "rope": row[:, -BLOCK:].astype(jnp.float16),
-    }
-    slot = jnp.where(active > 0, position % W, W)  # out of range: dropped
-    b = jnp.arange(B, dtype=jnp.int32)
-    window = {k: x.at[common.entry(layers, 1), b, slot].set(new[k], mode="drop") for k, x in window.items()}
-    if qi is None:
-        return queries, window, None
-    x = rotated(qi.astype(jnp.float32).reshape(B, -1, index_dim), cos[:, None], sin[:, None])
-    x = _hadamard(x.reshape(-1, index_dim)).reshape(*x.shape[:2], -1, INDEX_BLOCK)
-    return queries, window, _e2m1(x).astype(jnp.bfloat16).reshape(B, 1, -1, index_dim)
-
-
 # ---- the kernel ------------------------------------------------------------------------------------------------------
 def _kernel(*refs, inputs: int, index_programs: int, eps: float, c: Config):
     """Grid (programs, B): programs of heads of qi, if there are any, then one of the row, then those of heads of q.
@@ -312,8 +271,7 @@ def op(
     *,
     eps: float = 1e-6,
     index_dim: int = 128,
-    implementation: Implementation = "pallas",
-    config: Config | None = None,
+    config: common.Choice[Config, Shape] | None = None,
     interpret: bool = False,
 ) -> tuple[Array, Planes, Array | None]:
     """Queries float16 (B, 1, H, D), the window with this token's rows, index queries bfloat16 (B, 1, Hi, Di) or None.
@@ -341,9 +299,7 @@ def op(
         raise Unsupported(f"latent: planes {found}, expected {expected}")
     if cos.shape != (B, BLOCK // 2) or sin.shape != cos.shape:
         raise Unsupported(f"latent: cos {cos.shape} and sin {sin.shape}, expected {(B, BLOCK // 2)}")
-    if implementation == "xla":
-        return reference(q, kv, qi, norm, cos, sin, position, active, layers, window, eps=eps, index_dim=index_dim)
-    c = config or tuned.config_for(__name__, Shape(B, Hi, H, D, index_dim, dtype=q.dtype.name))
+    c = common.choose(config or default_config, Shape(B, Hi, H, D, index_dim, dtype=q.dtype.name))
     if H % c.heads or Hi % c.index_heads:
         raise Unsupported(f"latent: {H} heads and {Hi} of the index, expected multiples of {c.heads}, {c.index_heads}")
     planes = [window[k] for k in expected]

@@ -34,8 +34,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels import common, formats, tuned
-from pallas_kernels.common import Implementation, Unsupported
+from pallas_kernels import common
+from pallas_kernels.common import Unsupported
 
 Array = jax.Array
 Ref = Any
@@ -109,7 +109,7 @@ class Shape:
 
     @property
     def key(self) -> Shape:
-        """Of calls that share a tuned config, see `tuned`: any stacks."""
+        """Of calls that share a tuned config, see `common.Choice`: any stacks."""
         return replace(self, layers=0)
 
     @property
@@ -328,41 +328,12 @@ FORMATS: dict[str, Format] = {
 }
 
 
-# ---- reference -------------------------------------------------------------------------------------------------------
 def _finish(values: Sequence[Array], out: Output) -> Array:
     """float32 products with an output's one or two matrices → the output."""
     if out.clamp is None:
         return values[0].astype(out.dtype)
     gate, up = jnp.minimum(values[0], out.clamp), jnp.clip(values[1], -out.clamp, out.clamp)
     return (gate / (1 + jnp.exp(-gate)) * up).astype(out.dtype)
-
-
-def reference(
-    x: Array,
-    layer: Array,
-    weights: Sequence[Sequence[Sequence[Array]]],
-    norm: Array | None = None,
-    *,
-    outputs: tuple[Output, ...],
-    norm_eps: float | None = None,
-) -> tuple[Array, ...]:
-    """`matmul` in plain XLA, everything in float32."""
-    x = x.astype(jnp.float32)
-    if norm_eps is not None:
-        x = x * lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + norm_eps)
-        x = x if norm is None else x * norm[layer[0]]
-    layer = jnp.broadcast_to(layer, (len(outputs),))
-    x = x.reshape(x.shape[0], -1, x.shape[-1])
-
-    def product(planes, nth):
-        w = formats.dequantize(outputs[nth].fmt, *(p[layer[nth]] for p in planes))
-        w = w.reshape(x.shape[1], -1, w.shape[-1])
-        y = jnp.einsum("mgk,gnk->mgn", x, w, precision=lax.Precision.HIGHEST)
-        return y.reshape(x.shape[0], -1)
-
-    return tuple(
-        _finish([product(p, i) for p in w], out) for i, (w, out) in enumerate(zip(weights, outputs, strict=True))
-    )
 
 
 # ---- kernel ----------------------------------------------------------------------------------------------------------
@@ -609,8 +580,7 @@ def matmul(
     *,
     outputs: tuple[Output, ...],
     norm_eps: float | None = None,
-    implementation: Implementation = "pallas",
-    config: Config | None = None,
+    config: common.Choice[Config, Shape] | None = None,
     interpret: bool = False,
 ) -> tuple[Array, ...]:
     """Products of x with matrices of one layer: an array (m, n) for each of `outputs`, summed in float32.
@@ -624,9 +594,7 @@ def matmul(
     Raises Unsupported for anything else, and for a config that does not fit.
     """
     shape = _shape(x, layer, weights, norm, outputs, norm_eps)
-    if implementation == "xla":
-        return reference(x, layer, weights, norm, outputs=outputs, norm_eps=norm_eps)
-    config = config or tuned.config_for(__name__, shape)
+    config = common.choose(config or default_config, shape)
     check(shape, config)
     weights = tuple(tuple(tuple(planes) for planes in w) for w in weights)
     ys = _build(shape, config, interpret)(layer, x, weights, norm)
@@ -772,7 +740,7 @@ def configs(shape: Shape) -> list[Config]:
 
 
 def _shapes() -> dict[str, Shape]:
-    """The products of DeepSeek-V4-Flash with 1, 4 and 16 tokens, in the calls of ds4jax/model/fused.py."""
+    """The products of DeepSeek-V4-Flash with 1, 4 and 16 tokens, in the calls of ds4jax/model."""
     latent = Output(1024, "Q8_0"), Output(512, "Q8_0", "float32")  # q_a, kv
     csa = tuple(Output(n, "F16", "float32") for n in (1024, 1024, 256, 256, 64))  # compressor, indexer's, head weights
     hca = tuple(Output(512, "F16", "float32") for _ in range(2))

@@ -30,7 +30,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels import common, tuned
+from pallas_kernels import common
 
 Array = jax.Array
 Planes = dict[str, Array]  # "codes" E4M3 (..., D - 64), "exponents" uint8 (..., D / 64 - 1), "rope" (..., 64)
@@ -69,12 +69,12 @@ class Shape:
 
     @property
     def key(self) -> Shape:
-        """Of calls that share a tuned config, see `tuned`: any stacks, and of all rows that there may be, any number.
+        """Of calls that share a tuned config, see `common.Choice`: any stacks, any number of the rows there may be.
 
         What counts is how many that may be: `chosen`, or else the capacity.
         """
         n = (self.context + self.queries) // self.ratio if self.ratio and not self.chosen else 0
-        return dataclasses.replace(self, context=tuned.magnitude(n), layers=0)
+        return dataclasses.replace(self, context=common.magnitude(n), layers=0)
 
     @property
     def static(self) -> dict[str, Any]:
@@ -193,48 +193,6 @@ def decode_rows(planes: Planes) -> Array:
     coded = planes["codes"].astype(jnp.float32)
     coded = (coded.reshape(*scale.shape, BLOCK) * scale[..., None]).reshape(coded.shape)
     return jnp.concatenate([coded, planes["rope"].astype(jnp.float32)], axis=-1)
-
-
-def reference(
-    q: Array,
-    window: Planes,
-    rows: Planes | None,
-    indices: Array | None,
-    position: Array,
-    layers: Array,
-    sinks: Array,
-    cos: Array,
-    sin: Array,
-    *,
-    ratio: int,
-    ring: bool,
-    dtype: Any = jnp.float32,
-) -> Array:
-    """`op` in plain XLA and float32, a few queries at a time."""
-    B, T, H, D = q.shape
-    near = decode_rows({k: x[common.entry(layers, 0)] if ring else x for k, x in window.items()})
-    W = near.shape[1] if ring else near.shape[1] - T
-    far = None if rows is None else decode_rows({k: x[common.entry(layers, 1)] for k, x in rows.items()})
-    sink = sinks[common.entry(layers, 2)].astype(jnp.float32)[:, None]
-    dot = functools.partial(jnp.matmul, precision="highest")
-
-    def query(i: Array) -> Array:
-        b, t = i // T, i % T
-        at = position[b] + t
-        k = jnp.arange(W, dtype=jnp.int32)
-        x, seen = near[b, k if ring else W + t - k], k <= at
-        if far is not None:
-            j = jnp.arange(far.shape[1], dtype=jnp.int32) if indices is None else indices[b, t]
-            x = jnp.concatenate([x, far[b, j]])
-            seen = jnp.concatenate([seen, jnp.arange(len(j), dtype=jnp.int32) < (at + 1) // ratio])
-        s = jnp.where(seen, dot(q[b, t].astype(jnp.float32), x.T) / math.sqrt(D), -jnp.inf)
-        o = dot(jax.nn.softmax(jnp.concatenate([s, sink], 1), axis=-1)[:, :-1], x)
-        even, odd = o[:, D - BLOCK :: 2], o[:, D - BLOCK + 1 :: 2]
-        c, s = cos[b, t], sin[b, t]
-        turned = jnp.stack([even * c + odd * s, odd * c - even * s], -1).reshape(H, BLOCK)
-        return jnp.concatenate([o[:, : D - BLOCK], turned], 1).astype(dtype)
-
-    return lax.map(query, jnp.arange(B * T, dtype=jnp.int32), batch_size=min(B * T, 16)).reshape(q.shape)
 
 
 # ---- the kernels -----------------------------------------------------------------------------------------------------
@@ -453,8 +411,7 @@ def op(
     ratio: int,
     ring: bool,
     dtype: Any = None,
-    implementation: common.Implementation = "pallas",
-    config: Config | None = None,
+    config: common.Choice[Config, Shape] | None = None,
     interpret: bool = False,
 ) -> Array:
     """Attention of queries q (B, T, H, D) at positions `position` + 0 … T - 1 → (B, T, H, D), turned back by RoPE.
@@ -470,10 +427,6 @@ def op(
     are. Another type is cast before the kernel. Raises Unsupported.
     """
     dtype = jnp.dtype(dtype or q.dtype)
-    if implementation == "xla":
-        return reference(
-            q, window, rows, indices, position, layers, sinks, cos, sin, ratio=ratio, ring=ring, dtype=dtype
-        )
     B, T, H, D = q.shape
     blocks = D // BLOCK
     if not ring:
@@ -492,9 +445,9 @@ def op(
     _check(indices is None or ratio > 0, "indices without compressed rows")
     W = window["codes"].shape[2] - (0 if ring else T)
     N = 0 if rows is None else rows["codes"].shape[2] if indices is None else indices.shape[-1]
-    if config is None:
-        context = max(ratio * N - T, 0) if ratio else B * W  # with which all rows are seen
-        config = tuned.config_for(__name__, Shape(B, T, context, ratio, None if indices is None else N, H, D, W))
+    context = max(ratio * N - T, 0) if ratio else B * W  # with which all rows are seen
+    shape = Shape(B, T, context, ratio, None if indices is None else N, H, D, W)
+    config = common.choose(config or default_config, shape)
     for name, least in (("heads", 16), ("rows", 16), ("num_warps", 1)):
         value = getattr(config, name)
         _check(value >= least and value & (value - 1) == 0, f"{name} {value}, expected a power of two from {least} on")

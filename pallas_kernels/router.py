@@ -10,7 +10,7 @@ chosen experts, read again, so that both ways of choosing end alike.
 
 Bytes: 1 kB of logits per token and 1 kB of bias. So it is a launch, two loads that wait for each other (the layer's
 number, the bias), and k times two reductions: 2 to 3 µs. Further programs can pack the activations for the experts in
-the meantime, which saves the launch of `experts.pack`. Source: ds4jax/model/moe.py, `route`.
+the meantime, which saves the launch of `experts.pack`. Formula: ds4jax/ops/route.py.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels import common, experts, tuned
-from pallas_kernels.common import Implementation, Unsupported
+from pallas_kernels import common, experts
+from pallas_kernels.common import Unsupported
 
 Array = jax.Array
 
@@ -61,7 +61,7 @@ class Shape:
 
     @property
     def key(self) -> Shape:
-        """Of calls that share a tuned config, see `tuned`: any stacks, with gaps or without."""
+        """Of calls that share a tuned config, see `common.Choice`: any stacks, with gaps or without."""
         return replace(self, layers=0, gaps=False)
 
     @property
@@ -109,28 +109,6 @@ SHAPES = {
     "prefill 8192": Shape(8192),
     "prefill 8192 by token": Shape(8192, vocab=129280),
 }
-
-
-def reference(
-    logits: Array,
-    table: Array,
-    tokens: Array | None,
-    layer: Array,
-    x: Array | None = None,
-    real: Array | None = None,
-    *,
-    k: int,
-    norm: bool,
-    scale: float,
-    fmt: str | None = None,
-) -> tuple[Array, ...]:
-    """What `op` computes, in XLA."""
-    s, table = _score(logits), table[layer[0]]
-    ids = lax.top_k(s + table, k)[1] if tokens is None else table[tokens]
-    weight = jnp.take_along_axis(s, ids, axis=-1)
-    weight = (weight / weight.sum(-1, keepdims=True) if norm else weight) * scale
-    ids = ids if real is None else jnp.where(real[:, None] > 0, ids, -1)
-    return (ids, weight) if x is None else (ids, weight, experts.reference_pack(x, fmt=fmt))
 
 
 def _score(logit: Array) -> Array:
@@ -222,8 +200,7 @@ def op(
     norm: bool,
     scale: float,
     fmt: str | None = None,
-    implementation: Implementation = "pallas",
-    config: Config | None = None,
+    config: common.Choice[Config, Shape] | None = None,
     interpret: bool = False,
 ) -> tuple[Array, ...]:
     """The experts of each token and what they count: int32 (S, k) and float32 (S, k); with x, `experts.pack` of it.
@@ -243,11 +220,9 @@ def op(
     if not 0 < k <= n <= MAX_EXPERTS:
         raise Unsupported(f"router: {k} of {n} experts, expected 1 to all of at most {MAX_EXPERTS}")
     packing = None if x is None else experts.Packing(fmt, x.shape[1])
-    if implementation == "xla":
-        return reference(logits, table, tokens, layer, x, real, k=k, norm=norm, scale=scale, fmt=fmt)
     shape = Shape(S, 0 if tokens is None else table.shape[1], n, k, norm, scale, fmt=fmt)
     shape = shape if x is None else replace(shape, dim=x.shape[1])
-    config = config or tuned.config_for(__name__, shape)
+    config = common.choose(config or default_config, shape)
     call = _call(S, tokens is not None, real is not None, packing, k, config, interpret, norm=norm, scale=scale)
     given = [arg for arg in (logits, table, tokens, layer, real) if arg is not None]
     return tuple(call(*given, *(() if packing is None else (x, packing.order))))

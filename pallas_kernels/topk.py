@@ -8,7 +8,7 @@ the same kernel chooses among what is left; as all lists stay in ascending order
 Bytes bound nothing here: 262,144 scores are 1 MB. The time goes to launches (1.5 µs each), to some 18 steps of the
 bisection, each a reduction over the program (0.15 µs), and to the prefix sum.
 
-Source: ds4jax/model/indexer.py, `select`, which leaves the choice to `lax.top_k` (a full sort when k is 512).
+Formula: ds4jax/ops/topk.py, which leaves the choice to `lax.top_k` (a full sort when k is 512).
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels import common, tuned
-from pallas_kernels.common import Implementation, Unsupported
+from pallas_kernels import common
+from pallas_kernels.common import Unsupported
 
 Array = jax.Array
 
@@ -52,8 +52,8 @@ class Shape:
 
     @property
     def key(self) -> Shape:
-        """Of calls that share a tuned config, see `tuned`: any number of visible scores."""
-        return replace(self, n=tuned.magnitude(self.n), visible=0)
+        """Of calls that share a tuned config, see `common.Choice`: any number of visible scores."""
+        return replace(self, n=common.magnitude(self.n), visible=0)
 
     @property
     def static(self) -> dict[str, Any]:
@@ -88,11 +88,6 @@ SHAPES = {
     "prefill 1024 at 28k": Shape(1024, 7168, 7168),
     "prefill 1024 at 256k": Shape(1024, 65536, 65536),
 }
-
-
-def reference(score: Array, *, k: int) -> Array:
-    """What `op` computes, by a sort."""
-    return jnp.sort(lax.top_k(score, k)[1], axis=-1)
 
 
 def _ordered(bits: Array) -> Array:
@@ -181,8 +176,7 @@ def op(
     score: Array,
     *,
     k: int,
-    implementation: Implementation = "pallas",
-    config: Config | None = None,
+    config: common.Choice[Config, Shape] | None = None,
     interpret: bool = False,
 ) -> Array:
     """score: float32 (R, N), no NaN → int32 (R, k), the indices of the k highest of each row, ascending.
@@ -190,10 +184,8 @@ def op(
     The same set as `lax.top_k`'s: of equal scores the first, -0 below 0, -inf only if there is nothing else.
     Raises Unsupported.
     """
-    if implementation == "xla":
-        return reference(score, k=k)
     rows, n = score.shape
-    c = config or tuned.config_for(__name__, Shape(rows, n, n, k))
+    c = common.choose(config or default_config, Shape(rows, n, n, k))
     if score.dtype != jnp.float32:
         raise Unsupported(f"topk: scores are {score.dtype}, expected float32")
     if not 0 < k <= n:

@@ -79,7 +79,7 @@ flags.DEFINE_string("part", "0/1", "Which share of the shapes to take, of how ma
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One shape of one kernel: `op` and `reference` with its static arguments."""
+    """One shape of one kernel: the kernel and the op's formula with its static arguments."""
 
     op_name: str
     name: str
@@ -88,8 +88,17 @@ class Case:
 
     @property
     def op(self) -> Callable:
-        """The function called ``op``, or as its module is."""
-        return getattr(self.module, "op", None) or getattr(self.module, self.op_name)
+        """The function called ``op``, or as its module is; a product that a config leaves to XLA is XLA's."""
+        kernel = getattr(self.module, "op", None) or getattr(self.module, self.op_name)
+
+        def run(*inputs: Any, config: Any, **static: Any) -> Any:
+            if getattr(config, "fused", True):
+                return kernel(*inputs, config=config, **static)
+            from ds4jax.ops import check
+
+            return check.left_to_xla(*inputs, **static)
+
+        return run
 
     @property
     def in_place(self) -> tuple[int, int | None] | None:
@@ -98,7 +107,9 @@ class Case:
 
     def reference(self, *inputs: Any) -> Any:
         """What the op computes, in XLA."""
-        return self.module.reference(*inputs, **self.shape.static)
+        from ds4jax.ops import check
+
+        return check.formula(self.op_name)(*inputs, **self.shape.static)
 
     def candidates(self) -> list[Any]:
         """The configs to try besides the default one, in an order that makes any part of them a random sample."""
@@ -346,7 +357,7 @@ def main() -> int:
         save(Path(FLAGS.out), report)
     print(summary(report["results"]))
     if FLAGS.write:
-        from pallas_kernels import tuned
+        from ds4jax.ops import tuned
 
         path = tuned.path_of(report["device"])
         print(f"{write_winners(path, cases, report['results'], FLAGS.max_error)} configs written to {path}")
@@ -430,10 +441,10 @@ def summary(results: list[dict[str, Any]]) -> str:
 def write_winners(path: Path, cases: Sequence[Case], results: list[dict[str, Any]], max_error: float) -> int:
     """Put each shape's fastest config that is correct and repeats into `path`, beside what is there; → how many.
 
-    Shapes that `pallas_kernels.tuned` cannot tell apart get one config, under the first one's name: the one with the
+    Shapes that `ds4jax.ops.tuned` cannot tell apart get one config, under the first one's name: the one with the
     smallest time, as a share of the default one's and averaged (geometrically) over the shapes that it was tried on.
     """
-    from pallas_kernels import tuned
+    from ds4jax.ops import tuned
 
     groups: dict[tuple[str, Any], list[Case]] = {}
     for case in cases:

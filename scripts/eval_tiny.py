@@ -36,9 +36,16 @@ from ds4jax.io import recipes  # noqa: E402
 from ds4jax.io.convert import convert  # noqa: E402
 from ds4jax.io.load import load  # noqa: E402
 from ds4jax.io.tokenizer import Special, Tokenizer  # noqa: E402
-from ds4jax.model import Compute, decode_step, forward, logits, mtp, prefill  # noqa: E402
 from ds4jax.model import cache as kv  # noqa: E402
-from ds4jax.model.transformer import bucket  # noqa: E402
+from ds4jax.model import mtp  # noqa: E402
+from ds4jax.model.compute import Compute  # noqa: E402
+from ds4jax.model.transformer import (  # noqa: E402
+    bucket,  # noqa: E402
+    decode_step,
+    forward,
+    logits,
+    prefill,
+)
 from ds4jax.model.weights import Weights  # noqa: E402
 from ds4jax.paths import EMBEDDED, embedded_model  # noqa: E402
 from ds4jax.tools import cli  # noqa: E402

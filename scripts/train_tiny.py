@@ -49,7 +49,8 @@ from ds4jax.io.load import load  # noqa: E402
 from ds4jax.io.recipes import RECIPES  # noqa: E402
 from ds4jax.io.synthetic import BASE, storage_type  # noqa: E402
 from ds4jax.io.tokenizer import Tokenizer, byte_tokenizer  # noqa: E402
-from ds4jax.model import Compute, weights  # noqa: E402
+from ds4jax.model import weights  # noqa: E402
+from ds4jax.model.compute import Compute  # noqa: E402
 from ds4jax.model.weights import Hash, Route, SwiGLU, Weights  # noqa: E402
 from ds4jax.tools import cli, imatrix  # noqa: E402
 

@@ -28,9 +28,10 @@ from ds4jax.engine.sampling import Sampling
 from ds4jax.errors import ConfigError
 from ds4jax.io import synthetic
 from ds4jax.model import cache as kv
+from ds4jax.ops import check, tuned
 from ds4jax.settings import Settings
 from ds4jax.tools import bench, cli, limits
-from pallas_kernels import common, compressor, latent, tuned
+from pallas_kernels import common, compressor, latent
 
 MODEL = synthetic.Synthetic(CFG, synthetic.RECIPES["q8"], seed=3)
 GREEDY = Sampling(temperature=0.0)
@@ -293,7 +294,6 @@ def toy():
     return types.SimpleNamespace(
         SHAPES={"small": ToyShape(64), "decode 1": ToyShape(256)},
         toy=toy_op,
-        reference=toy_reference,
         default_config=lambda shape: ToyConfig(32),
         configs=lambda shape: [ToyConfig(32), ToyConfig(64), ToyConfig(64, "raises"), ToyConfig(64, "wrong")],
     )
@@ -303,6 +303,7 @@ def toy():
 def sweep_kernels(toy, monkeypatch, capsys, tmp_path):
     cases = [autotune.Case("toy", name, toy, shape) for name, shape in toy.SHAPES.items()]
     monkeypatch.setattr(autotune, "discover", lambda ops, shapes: cases)
+    monkeypatch.setattr(check, "formula", lambda name: toy_reference)
     monkeypatch.setattr(limits, "measure", lambda: limits.Device("A GPU", 1e12, 1e12))
     monkeypatch.setattr(limits, "ROUND", 1e-4)
     monkeypatch.setattr(autotune, "LAUNCH", 1e-5)  # two turns

@@ -8,8 +8,10 @@ import pytest
 from ds4jax.config import ModelConfig
 from ds4jax.errors import ConfigError
 from ds4jax.io import synthetic
-from ds4jax.model import Compute, prefill, weights
 from ds4jax.model import cache as kv
+from ds4jax.model import weights
+from ds4jax.model.compute import Compute
+from ds4jax.model.transformer import prefill
 
 CFG = synthetic.synthetic_config("odd")
 

@@ -17,7 +17,7 @@ import train_tiny
 from ds4jax import training
 from ds4jax.chat import template as chat
 from ds4jax.io.tokenizer import Special, byte_tokenizer
-from ds4jax.model import Compute
+from ds4jax.model.compute import Compute
 
 TOK = byte_tokenizer()
 

@@ -10,8 +10,9 @@ import pytest
 from gguf import GGUFReader
 
 from ds4jax.io.load import load
-from ds4jax.model import Compute, prefill
 from ds4jax.model import cache as kv
+from ds4jax.model.compute import Compute
+from ds4jax.model.transformer import prefill
 
 CHUNK, CTX = 128, 640  # one compiled shape for prompts of every length
 

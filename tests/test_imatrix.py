@@ -18,8 +18,8 @@ from ds4jax.io.load import load
 from ds4jax.io.tokenizer import byte_tokenizer
 from ds4jax.model import cache as kv
 from ds4jax.model import mtp, transformer, weights
+from ds4jax.model.compute import Compute
 from ds4jax.model.tensors import tensor_table
-from ds4jax.model.transformer import Compute
 from ds4jax.tools import cli, imatrix
 from ds4jax.tools.imatrix import collect
 
@@ -221,8 +221,8 @@ def inputs_of(w, tokens, monkeypatch) -> dict[str, list[np.ndarray]]:
     def forward(w, cache, tokens, n):
         seen = {"attn": [], "ffn": []}
         with monkeypatch.context() as patch:
-            patch.setattr(transformer, "attention", lambda h, *args: seen["attn"].append(h[0]) or attention(h, *args))
-            patch.setattr(transformer, "moe", lambda h, *args: seen["ffn"].append(h[0]) or moe(h, *args))
+            patch.setattr(transformer, "attention", lambda h, *args: seen["attn"].append(h) or attention(h, *args))
+            patch.setattr(transformer, "moe", lambda h, *args: seen["ffn"].append(h) or moe(h, *args))
             transformer.forward(w, cache, tokens, n, CFG, PLAIN)
         return seen
 
@@ -258,8 +258,8 @@ def by_hand(w, tokens, monkeypatch) -> dict[str, Entry]:
             put(layer, ["indexer_compressor_kv", "indexer_compressor_gate", "indexer.proj"], h)
             put(layer, ["indexer.attn_q_b"], r)
         put(layer, ["ffn_gate_inp", "ffn_gate_shexp", "ffn_up_shexp"], x)
-        shared = w.ffn.shared.at(layer)
-        put(layer, ["ffn_down_shexp"], activation(x @ matrix(shared.gate).T, x @ matrix(shared.up).T, clamp))
+        shared = [matrix(m[layer]) for m in (w.ffn.shared.gate, w.ffn.shared.up)]
+        put(layer, ["ffn_down_shexp"], activation(x @ shared[0].T, x @ shared[1].T, clamp))
 
         experts = [matrix(m) for m in (w.ffn.experts.gate[layer], w.ffn.experts.up[layer])]
         counts = np.zeros(CFG.n_experts)
@@ -324,8 +324,8 @@ def test_the_mtp_head_reads_every_token_but_the_last():
         seen = []
         X, after = transformer.forward(w, cache, tokens[:, :-1], jnp.array([40]), cfg, PLAIN)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(transformer, "attention", lambda h, *args: seen.append(h[0]) or attention(h, *args))
-            patch.setattr(transformer, "moe", lambda h, *args: seen.append(h[0]) or moe(h, *args))
+            patch.setattr(transformer, "attention", lambda h, *args: seen.append(h) or attention(h, *args))
+            patch.setattr(transformer, "moe", lambda h, *args: seen.append(h) or moe(h, *args))
             mtp.draft(w, after, X, tokens[:, 1:], cache.length, jnp.array([40]), cfg, PLAIN)
         return seen
 

@@ -2,20 +2,16 @@
 
 import functools
 import re
-import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ds4jax.formats.quant import F16
-from ds4jax.model import compressor as model
-from ds4jax.model.cache import Compressed
-from ds4jax.model.weights import Compressor
 from ds4jax.numerics import rows as num
+from ds4jax.ops.check import formula
 from pallas_kernels import common, compressor
-from pallas_kernels.compressor import CSA, HCA, SHAPES, Config, Part, Shape, State, op, reference
+from pallas_kernels.compressor import CSA, HCA, SHAPES, Config, Part, Shape, State, op
 
 GPUS = ["NVIDIA H200", "NVIDIA RTX PRO 6000 Blackwell", "NVIDIA GB10"]
 SMALL_CSA = Part(128, 4, overlap=True), Part(64, 4, overlap=True, fp4=True)
@@ -73,26 +69,14 @@ def closed(shape: Shape) -> int:
     return int(np.sum(shape.positions % R == R - 1))
 
 
-# ---- the same as the model, token by token ---------------------------------------------------------------------------
-@functools.partial(jax.jit, static_argnames=("part", "freq"))
-def model_step(part: Part, freq: tuple, z, g, ape, norm, state: State, length, n) -> State:
-    """The model's own function."""
-    no_matrices = F16(jnp.zeros((0, 0), jnp.float16))
-    out = model.compress(
-        z[:, None], g[:, None], length, n, Compressor(no_matrices, no_matrices, F16(ape[1]), norm[1]),
-        Compressed(**state._asdict()), 1, part.ratio, num.Fp4Row(part.dim) if part.fp4 else num.Fp8Row(part.dim, 64),
-        np.array(freq, np.float32), types.SimpleNamespace(norm_eps=EPS), num.hadamard if part.fp4 else lambda row: row,
-    )  # fmt: skip
-    return State(out.rows, out.z, out.g, out.prev_z, out.prev_g)
-
-
+# ---- the same as the formula, token by token -------------------------------------------------------------------------
 @pytest.mark.parametrize("sums_are_exact", [True, False])
 @pytest.mark.parametrize(
     "parts, first, tokens",
     [(SMALL_CSA, (0, 1, 2), 11), (SMALL_HCA, (125, 126, 381), 3)],
     ids=["csa", "hca"],
 )
-def test_token_by_token_as_the_model(parts, first, tokens, sums_are_exact):
+def test_token_by_token_as_the_formula(parts, first, tokens, sums_are_exact):
     """Three sequences, one of them without its second token; the last of the rows finds no room."""
     R = parts[0].ratio
     shape = Shape(3, parts, None, rows=2)
@@ -108,26 +92,18 @@ def test_token_by_token_as_the_model(parts, first, tokens, sums_are_exact):
             # All gates are 3 again, with the ape of their slot.
             new = [(z, 3 - w[0][1, length % R].astype(jnp.float32)) for (z, _), w in zip(new, weights, strict=True)]
         angle = (length // R * R).astype(jnp.float32)[:, None] * jnp.array(freq)
-        expected = tuple(
-            model_step(part, freq, *values, *w, s, length, active)
-            for part, values, w, s in zip(parts, new, weights, states, strict=True)
-        )
-        found = run(new, weights, states, length, active.astype(bool), jnp.cos(angle), jnp.sin(angle), index, index)
+        args = new, weights, states, length, active, jnp.cos(angle), jnp.sin(angle), index, index
+        expected = formula("compressor")(*args, eps=EPS)
+        found = run(*args[:4], active.astype(bool), *args[5:])
         length += active
         closes = int(np.sum((length % R == 0) & (active == 1)))
         rows += closes
-        # Of z and g the open window's tokens matter; others stay as they were, here only.
-        open_slots = (jnp.arange(R) < (length % R)[:, None])[..., None]
-
-        def live(s: State, open_slots=open_slots) -> State:
-            return s._replace(z=jnp.where(open_slots, s.z[1], 0), g=jnp.where(open_slots, s.g[1], 0))
-
-        compare(tuple(map(live, found)), tuple(map(live, expected)), sums_are_exact, closes)
+        compare(found, expected, sums_are_exact, closes)
         states = found
     assert rows >= 2
 
 
-# ---- the same as the reference ---------------------------------------------------------------------------------------
+# ---- the same as the formula -----------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "parts, ape",
     [(SMALL_CSA, "float16"), (SMALL_CSA[1:], "bfloat16"), (SMALL_HCA, "float32")],
@@ -139,7 +115,7 @@ def test_interpreted(parts, ape):
     inputs = shape.inputs(jax.random.key(2))
     for args, is_exact in ((inputs, False), (exact(inputs), True)):
         found = run(*args)
-        compare(found, reference(*args, eps=EPS), is_exact, closed(shape))
+        compare(found, formula("compressor")(*args, eps=EPS), is_exact, closed(shape))
         for f, before in zip(found, args[2], strict=True):
             assert all(not same_bits(x[1], before.rows[name][1]).all() for name, x in f.rows.items())
 
@@ -208,7 +184,9 @@ def test_unsupported(part, change, message):
 def test_gpu(name):
     shape = SHAPES[name]
     inputs = shape.inputs(jax.random.key(sum(name.encode())))
-    expected, expected_exact = (jax.jit(functools.partial(reference, eps=EPS))(*a) for a in (inputs, exact(inputs)))
+    expected, expected_exact = (
+        jax.jit(functools.partial(formula("compressor"), eps=EPS))(*a) for a in (inputs, exact(inputs))
+    )
     for config in compressor.configs(shape):
         run = jax.jit(functools.partial(op, eps=EPS, config=config))
         found, again = run(*inputs), run(*inputs)
@@ -226,7 +204,7 @@ def test_gpu_without_room_or_inactive(name):
     new, weights, states, position, _, *rest = exact(shape.inputs(jax.random.key(6)))
     b = jnp.arange(shape.batch)
     args = new, weights, states, jnp.where(b < 8, position + shape.rows * shape.parts[0].ratio, position), b % 4 != 1
-    expected = jax.jit(functools.partial(reference, eps=EPS))(*args, *rest)
+    expected = jax.jit(functools.partial(formula("compressor"), eps=EPS))(*args, *rest)
     compare(jax.jit(functools.partial(op, eps=EPS))(*args, *rest), expected, True, 0)
     for e, before in zip(expected, states, strict=True):
         assert all(same_bits(x[:, :8], before.rows[plane][:, :8]).all() for plane, x in e.rows.items())

@@ -1,16 +1,19 @@
 """Routed experts: the kernels against XLA, and XLA against the model's own experts."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ds4jax.formats import quant
+from ds4jax import formats
 from ds4jax.formats.iq2_xxs import SIGNS
-from ds4jax.model import moe
-from ds4jax.model.weights import SwiGLU
+from ds4jax.ops import experts as experts_op
+from ds4jax.ops.check import formula
+from ds4jax.ops.check import packed as packed_in_xla
+from ds4jax.ops.weight import single
 from pallas_kernels import common, experts
 from pallas_kernels.common import Unsupported
 from pallas_kernels.experts import FORMATS, SHAPES, Config, Shape
@@ -32,7 +35,7 @@ def small(stage, fmt, tokens=1, k=256, n=32):
 
 def check(shape, config, inputs=None):
     inputs = inputs or shape.inputs(jax.random.key(0))
-    expected = experts.reference(*inputs, **shape.static)
+    expected = formula("experts")(*inputs, **shape.static)
     assert 0.01 < float(jnp.abs(expected).mean()) < 10
     found = experts.experts(*inputs, **shape.static, config=config, interpret=True)
     assert error(found, expected) < TOLERANCE
@@ -66,7 +69,7 @@ def test_a_format_takes_every_scale_and_code(fmt):
         return jnp.asarray(np.frombuffer(rng.bytes(plane.nbytes), plane.dtype).reshape(plane.shape))
 
     planes = tuple(map(noise, planes))
-    expected = experts.reference(act, ids, planes, **shape.static)
+    expected = formula("experts")(act, ids, planes, **shape.static)
     found = experts.experts(act, ids, planes, **shape.static, config=SMALL, interpret=True)
     assert error(found, expected) < TOLERANCE
 
@@ -103,34 +106,38 @@ def test_both_stages_are_the_models_experts():
     """Several tokens, in the types of the published file, some of their experts on another device; ids from 1 on."""
     S, E, F, held = 2, 256, 256, 3
     keys = jax.random.split(jax.random.key(0), 5)
-    types = quant.IQ2_XXS, quant.IQ2_XXS, quant.Q2_K
+    types = formats.IQ2_XXS, formats.IQ2_XXS, formats.Q2_K
     shapes = (held, F, E), (held, F, E), (held, E, F)
-    w = SwiGLU(*(t.random(key, s, s[-1] ** -0.5) for t, s, key in zip(types, shapes, keys, strict=False)))
+    w = experts_op.Experts(
+        *(single(t.random(key, s, s[-1] ** -0.5)) for t, s, key in zip(types, shapes, keys, strict=False))
+    )
     x = jax.random.normal(keys[3], (S, E)) * 4  # so that the clamp is met
     ids = jnp.asarray([[1, 0, 2], [3, 2, 1]], jnp.int32)
     weights = jax.random.uniform(keys[4], ids.shape, jnp.float32, 0.5, 1)
-    expected = moe.experts(x, ids, weights, w, clamp=2.0)
-    gate, up, down = (tuple(jax.tree.leaves(m)) for m in (w.gate, w.up, w.down))
+    expected = experts_op.experts(x, ids, weights, w, jnp.zeros((S, E)), clamp=2.0)
+    gate, up, down = (tuple(p[0] for p in m.planes) for m in w)
     mine = jnp.where(ids < held, ids, -1)
     later = {"first": jnp.array([1], jnp.int32)}
     for start in ({}, later):
         if start:
             gate, up, down = (tuple(jnp.concatenate([p[-1:], p]) for p in planes) for planes in (gate, up, down))
-        for options in ({"interpret": True, "config": Config(2, rows=2)}, {"implementation": "xla"}):
-            act = experts.gate_up(x, mine, weights, gate, up, fmt="IQ2_XXS", clamp=2.0, **start, **options)
-            y = experts.down(act, mine, down, fmt="Q2_K", **start, **options)
-            assert error(y, expected) < TOLERANCE
+        options = {"interpret": True, "config": Config(2, rows=2)}
+        act = experts.gate_up(x, mine, weights, gate, up, fmt="IQ2_XXS", clamp=2.0, **start, **options)
+        assert error(experts.down(act, mine, down, fmt="Q2_K", **start, **options), expected) < TOLERANCE
+        run = formula("experts")
+        act = run(x, mine, weights, gate, up, stage="gate_up", fmt="IQ2_XXS", clamp=2.0, **start)
+        assert error(run(act, mine, down, stage="down", fmt="Q2_K", **start), expected) < TOLERANCE
 
 
 def test_down_adds_to_its_sum():
     shape = small("down", "Q4_K", tokens=2)
     inputs = shape.inputs(jax.random.key(0))
     plus = jax.random.normal(jax.random.key(1), (2, shape.n))
-    options = {"config": SMALL, "interpret": True}, {"implementation": "xla"}
-    for more in options:
-        alone, both = (experts.experts(*inputs, p, **shape.static, **more) for p in (None, plus))
+    interpreted = functools.partial(experts.experts, config=SMALL, interpret=True)
+    for run in (interpreted, formula("experts")):
+        alone, both = (run(*inputs, p, **shape.static) for p in (None, plus))
         np.testing.assert_array_equal(both, alone + plus)
-        narrow = experts.experts(*inputs, plus, dtype=jnp.bfloat16, **shape.static, **more)
+        narrow = run(*inputs, plus, dtype=jnp.bfloat16, **shape.static)
         np.testing.assert_array_equal(narrow, both.astype(jnp.bfloat16))
 
 
@@ -161,8 +168,6 @@ def test_gate_up_takes_packed_activations():
     packed = experts.pack(x, fmt="Q2_K", interpret=True)
     found = experts.gate_up(packed, *rest, fmt="Q2_K", clamp=shape.clamp, config=SMALL, interpret=True)
     np.testing.assert_array_equal(check(shape, SMALL), found)
-    with pytest.raises(Unsupported, match="found packed activations"):
-        experts.gate_up(packed, *rest, fmt="Q2_K", clamp=shape.clamp, implementation="xla")
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
@@ -172,7 +177,7 @@ def test_pack(fmt):
     x = np.array(jax.random.normal(jax.random.key(0), (2, k)) * jnp.geomspace(1e-3, 1e3, k), np.float32)
     x[1, :256] = 0
     packed = np.asarray(experts.pack(jnp.asarray(x), fmt=fmt, interpret=True))
-    np.testing.assert_array_equal(packed, experts.reference_pack(jnp.asarray(x), fmt=fmt))
+    np.testing.assert_array_equal(packed, packed_in_xla(jnp.asarray(x), fmt))
     words, sums, scale = np.split(packed, [form.unit // 2, form.unit // 2 + form.sums], axis=1)
     values = np.ascontiguousarray(words.transpose(0, 2, 1)).view(np.int16)  # token, unit, position
     scale = scale[:, 0].view(np.float32)
@@ -241,7 +246,7 @@ def test_on_the_gpu(name):
     inputs = shape.inputs(jax.random.key(1))
     run = jax.jit(lambda *a: experts.experts(*a, **shape.static))
     found = run(*inputs)
-    assert error(found, jax.jit(lambda *a: experts.reference(*a, **shape.static))(*inputs)) < TOLERANCE
+    assert error(found, jax.jit(lambda *a: formula("experts")(*a, **shape.static))(*inputs)) < TOLERANCE
     np.testing.assert_array_equal(found, run(*inputs))
 
 
@@ -250,7 +255,7 @@ def test_on_the_gpu(name):
 def test_every_candidate_on_the_gpu(name):
     shape = SHAPES[name]
     inputs = shape.inputs(jax.random.key(2))
-    expected = jax.jit(lambda *a: experts.reference(*a, **shape.static))(*inputs)
+    expected = jax.jit(lambda *a: formula("experts")(*a, **shape.static))(*inputs)
     for config in experts.configs(shape):
         found = jax.jit(lambda *a, config=config: experts.experts(*a, **shape.static, config=config))(*inputs)
         assert error(found, expected) < TOLERANCE, config
@@ -262,7 +267,7 @@ def test_tokens_that_agree_on_their_experts_on_the_gpu():
     shape = SHAPES["gate_up IQ2_XXS 16"]
     x, ids, *rest = shape.inputs(jax.random.key(3))
     ids = jnp.tile(ids[:1], (16, 1)).at[5, 2:].set(-1)
-    expected = jax.jit(lambda *a: experts.reference(*a, **shape.static))(x, ids, *rest)
+    expected = jax.jit(lambda *a: formula("experts")(*a, **shape.static))(x, ids, *rest)
     for tokens in (1, 2, 4):
         config = dataclasses.replace(experts.default_config(shape), tokens=tokens)
         found = jax.jit(lambda *a, config=config: experts.experts(*a, **shape.static, config=config))(x, ids, *rest)

@@ -1,19 +1,13 @@
 """Hyper-connections: interpreted against the model's own functions, lowered for GPUs, run on one."""
 
-import dataclasses
-import functools
-import types
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ds4jax.formats.quant import F16
-from ds4jax.model import hyper as model
-from ds4jax.model.norm import rms_norm
-from pallas_kernels import common, hyper
-from pallas_kernels.hyper import SHAPES, Config, Numbers, Shape, op
+from ds4jax.ops.check import formula
+from pallas_kernels import common
+from pallas_kernels.hyper import SHAPES, Config, Shape, op
 
 GPUS = ["NVIDIA H200", "NVIDIA RTX PRO 6000 Blackwell", "NVIDIA GB10"]
 
@@ -45,9 +39,9 @@ SMALL = {
     "float32": (Shape(3, dim=64, dtype="float32"), Config(2, 16, 4, 4)),
     "first": (Shape(2, first=True, dim=64), Config(1, 32, 4, 4)),
     "head": (Shape(2, head=True, dim=64, layers=1), Config(1, 32, 4, 4)),
-    "many": (Shape(70, dim=128), Config(64, 32, 4, 4, 32, 2)),
+    "many": (Shape(70, first=True, dim=128), Config(64, 32, 4, 4, 32, 2)),
     "many, first": (Shape(64, first=True, dim=128), Config(64, 64, 4, 4, 32, 1)),
-    "many, float32": (Shape(64, dim=128, dtype="float32"), Config(32, 64, 4, 4, 32, 4)),
+    "many, float32": (Shape(64, first=True, dim=128, dtype="float32"), Config(32, 64, 4, 4, 32, 4)),
     "2 streams": (Shape(2, streams=2, dim=64), Config(1, 32, 4, 4)),
 }
 
@@ -57,36 +51,10 @@ def test_interpreted(name):
     shape, config = SMALL[name]
     inputs = shape.inputs(jax.random.key(0))
     found = op(*inputs, config=config, interpret=True)
-    expected = hyper.reference(*inputs)
+    expected = formula("hyper")(*inputs)
     assert len(errors(found, expected)) == (2 if shape.head else 4)
     assert np.all(np.array(errors(found, expected)) < bounds(shape.dtype)[: 2 if shape.head else 4])
     assert shape.first == (found[0] is inputs[0])
-
-
-def test_reference_is_the_model():
-    """Two sub-layers in a row, and the head."""
-    N, E, numbers = 4, 32, Numbers(1e-5, 1e-4, 7)
-    cfg = types.SimpleNamespace(n_streams=N, norm_eps=1e-5, hc_eps=1e-4, sinkhorn_iters=7)
-    shape = Shape(3, dim=E, dtype="float32", layers=2, first=True)
-    X, _, fn, base, scale, norm, _ = shape.inputs(jax.random.key(0))
-    head = dataclasses.replace(shape, head=True, layers=1).inputs(jax.random.key(1))
-    run = functools.partial(op, numbers=numbers, implementation="xla")
-
-    def hc(layer: int, fn, base, scale):
-        return types.SimpleNamespace(fn=F16(fn[layer]), base=base[layer], scale=scale[layer])
-
-    def sub_layer(h):
-        return jnp.sin(3 * h), None
-
-    expected, state = X, (X, None)
-    for layer in range(2):
-        expected, _ = model.connect(expected, hc(layer, fn, base, scale), norm[layer], sub_layer, cfg)
-        X, h, post, C = run(*state, fn, base, scale, norm, jnp.array([layer], jnp.int32))
-        state = X, (sub_layer(h)[0], post, C)
-    X, h, post, C = run(*state, *head[2:])
-    assert post is None and C is None
-    expected_h = rms_norm(model.head_collapse(expected, hc(0, *head[2:5]), cfg), cfg.norm_eps, head[5][0])
-    assert np.all(np.array(errors([X, h], [expected, expected_h])) < 1e-5)
 
 
 @pytest.mark.parametrize("device", GPUS)
@@ -105,7 +73,8 @@ def test_lowers_for_gpus(device):
         (Shape(1, dim=64), {"fn": jnp.zeros((3, 20, 256))}, "fn is 20 x 256, expected 24"),
         (Shape(1, dim=64), {"config": Config(1, 128, 4, 4)}, "64 columns"),
         (Shape(1, dim=64), {"config": Config(1, 64, 4, 4, 2)}, "1 tokens, expected at least the 2"),
-        (Shape(32, dim=64), {"config": Config(64, 64, 4, 4, 32, 2)}, "32 tokens, expected at least the 64"),
+        (Shape(32, first=True, dim=64), {"config": Config(64, 64, 4, 4, 32, 2)}, "32 tokens, expected at least the 64"),
+        (Shape(64, dim=64), {"config": Config(64, 64, 4, 4, 32, 4)}, "an output to add to the streams of 64 tokens"),
         (Shape(64, dim=64), {"config": Config(64, 64, 4, 4, 32, 8)}, "each of 8 slices of 256, expected a multiple of"),
     ],
 )
@@ -122,7 +91,7 @@ def test_gpu(name):
     inputs = shape.inputs(jax.random.key(sum(name.encode())))
     run = jax.jit(lambda *a: op(*a))
     found, again = run(*inputs), run(*inputs)
-    results = errors(found, hyper.reference(*inputs))  # not jitted: XLA would leave out roundings between its steps
+    results = errors(found, formula("hyper")(*inputs))  # not jitted: XLA would leave out roundings between its steps
     assert np.all(np.array(results) < bounds(shape.dtype)[: len(results)]), results
     for f, a in zip(jax.tree.leaves(found), jax.tree.leaves(again), strict=True):
         np.testing.assert_array_equal(f, a)

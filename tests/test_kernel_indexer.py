@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ds4jax.model import indexer as model
 from ds4jax.numerics.rows import Fp4Row
+from ds4jax.ops.check import formula
 from pallas_kernels import common, indexer
 from pallas_kernels.indexer import SHAPES, Config, Shape, op
 
@@ -36,27 +36,12 @@ SMALL = [
 def test_interpreted(shape, config):
     inputs = shape.inputs(jax.random.key(0))
     found = op(*inputs, **shape.static, config=config, interpret=True)
-    expected = indexer.reference(*inputs, **shape.static)
+    expected = formula("indexer")(*inputs, **shape.static)
     assert found.shape == expected.shape and found.dtype == expected.dtype == jnp.float32
     if np.isfinite(expected).any():
         assert error(found, expected) < BOUND
     else:
         np.testing.assert_array_equal(found, -np.inf)
-
-
-def test_reference_is_the_model():
-    shape = Shape(2, 3, 40, 120, heads=32)
-    q, weight, codes, exponents, position, layer = shape.inputs(jax.random.key(1))
-    # Every scale that a key may have, not only usual ones.
-    exponents = jnp.arange(exponents.size, dtype=jnp.int32).reshape(exponents.shape) % 20 + 117
-    planes = {"codes": codes[layer[0]], "exponents": exponents[layer[0]].astype(jnp.uint8)}
-    keys = Fp4Row(shape.dim).decode(planes, jnp.float32)
-    score = model.scores(q.astype(jnp.float32), weight, keys)
-    seen = model.visible(position[..., None], jnp.arange(shape.keys, dtype=jnp.int32), shape.ratio)
-    expected = jnp.where(seen, score, -jnp.inf)
-    inputs = q, weight, codes, exponents.astype(jnp.uint8), position, layer
-    assert error(op(*inputs, implementation="xla"), expected) < BOUND
-    assert error(op(*inputs, config=Config(16, 1, 1, 4), interpret=True), expected) < BOUND
 
 
 def test_every_code_is_decoded_exactly():
@@ -98,5 +83,5 @@ def test_gpu(name):
     inputs = shape.inputs(jax.random.key(sum(name.encode())))
     run = jax.jit(lambda *a: op(*a, **shape.static))
     found = np.asarray(run(*inputs))
-    assert error(found, jax.jit(lambda *a: indexer.reference(*a, **shape.static))(*inputs)) < BOUND
+    assert error(found, jax.jit(lambda *a: formula("indexer")(*a, **shape.static))(*inputs)) < BOUND
     np.testing.assert_array_equal(found, run(*inputs))

@@ -5,9 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ds4jax.model import rope
-from ds4jax.model.norm import rms_norm
 from ds4jax.numerics import rows as num
+from ds4jax.ops.check import formula
 from pallas_kernels import common, latent
 from pallas_kernels.latent import SHAPES, Config, Shape, op
 
@@ -48,37 +47,13 @@ def test_interpreted(name):
     shape, config = SMALL[name]
     inputs = shape.inputs(jax.random.key(0))
     found = run(shape, config, inputs, interpret=True)
-    check(found, latent.reference(*inputs, **shape.static), shape)
+    check(found, formula("latent")(*inputs, **shape.static), shape)
     # Another layer's rows, other slots, and the rows of an inactive sequence stay; the others are new.
     before, after = (np.asarray(w["codes"].astype(jnp.float32)) for w in (inputs[-1], found[1]))
     changed = {tuple(map(int, x)) for x in np.argwhere((before != after).any(-1))}
     *_, position, active, layers, _ = inputs
     at = [(int(layers[1]), b, int(position[b]) % shape.window) for b in range(shape.batch) if active[b]]
     assert changed == set(at) and 0 < len(at) == shape.batch - shape.batch // 3
-
-
-def test_reference_is_the_model():
-    B, H, D, Hi, Di = 3, 2, 256, 4, 128
-    shape = Shape(B, Hi, H, D, Di, window=4, dtype="float32")
-    q, kv, qi, norm, _, _, position, active, layers, window = shape.inputs(jax.random.key(0))
-    freq = np.linspace(1, 0.01, 32).astype(np.float32)
-    angle = position[:, None].astype(jnp.float32) * freq
-    inputs = q, kv, qi, norm, jnp.cos(angle), jnp.sin(angle), position, active, layers, window
-
-    at = position[:, None]
-    queries = rope.rotate(rms_norm(q.reshape(B, 1, H, D), 1e-6), at, freq)
-    row = rope.rotate(rms_norm(kv, 1e-6, norm[layers[0]])[:, None, None], at, freq)[:, 0, 0]
-    new = num.Fp8Row(D, 64).encode(row)
-    expected = {k: np.array(x) for k, x in window.items()}
-    for b in range(B):
-        if active[b]:
-            for k, plane in expected.items():
-                plane[layers[1], b, position[b] % 4] = new[k][b]
-    rotated = num.index_rotation(rope.rotate(qi.reshape(B, 1, Hi, Di), at, freq), "official")
-    fp4 = num.Fp4Row(Di)
-    index_queries = fp4.decode(fp4.encode(rotated), jnp.float32).astype(jnp.bfloat16)
-    expected = jax.tree.map(jnp.asarray, expected)
-    check(op(*inputs, implementation="xla"), (queries.astype(jnp.float16), expected, index_queries), shape)
 
 
 @pytest.mark.parametrize("exponent", [-100, -20, 0, 20])
@@ -132,7 +107,7 @@ def test_unsupported(shape, change, message):
 def test_gpu(name):
     shape = SHAPES[name]
     inputs = shape.inputs(jax.random.key(sum(name.encode())))
-    expected = jax.jit(lambda *a: latent.reference(*a, **shape.static))(*inputs)
+    expected = jax.jit(lambda *a: formula("latent")(*a, **shape.static))(*inputs)
     configs = {latent.default_config(shape), *latent.configs(shape)[::5]}
     for config in configs:
         f = jax.jit(lambda *a, c=config: run(shape, c, a))

@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ds4jax.model import attention, rope
-from ds4jax.numerics.rows import Fp8Row
+from ds4jax.ops.check import formula
 from pallas_kernels import common, mla
 from pallas_kernels.mla import Config, Shape
 
@@ -31,7 +30,7 @@ def error(found: jax.Array, expected: jax.Array) -> float:
 def run(shape: Shape, seed: int, **options) -> tuple[jax.Array, jax.Array]:
     """Output in float32, and the reference's."""
     inputs, static = shape.inputs(jax.random.key(seed)), shape.static | {"dtype": jnp.float32}
-    return mla.op(*inputs, **static, **options), mla.reference(*inputs, **static)
+    return mla.op(*inputs, **static, **options), formula("mla")(*inputs, **static)
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -40,28 +39,6 @@ def test_agrees_with_the_reference(name):
     found, expected = run(shape, 1, config=config, interpret=True)
     assert found.shape == (shape.batch, shape.queries, shape.heads, shape.dim)
     assert error(found, expected) < TOLERANCE
-
-
-def test_the_reference_is_the_models_attention():
-    D, W, K, H, at, freq = 128, 16, 8, 16, 61, np.linspace(1, 0.01, 32, dtype=np.float32)
-    row = Fp8Row(D, 64)
-    k_near, k_far, k_q, k_sink = jax.random.split(jax.random.key(2), 4)
-    near, far = (row.encode(jax.random.normal(k, (1, n, D))) for k, n in ((k_near, W), (k_far, 12)))
-    q, sinks = jax.random.normal(k_q, (1, 1, H, D)), jax.random.normal(k_sink, (H,))
-    chosen, n = jnp.arange(K, dtype=jnp.int32)[None, None] + 3, 6
-    seen = jnp.broadcast_to(jnp.arange(K) < n, (1, 1, K))
-    sources = [
-        (row.decode(near, jnp.float32), jnp.ones((1, 1, W), bool)),
-        (row.decode({k: x[:, 3 : 3 + K] for k, x in far.items()}, jnp.float32), seen),
-    ]
-    position = jnp.full((1, 1), at, jnp.int32)
-    expected = rope.rotate(attention.attend(q, sources, sinks), position, freq, inverse=True)
-
-    stacks = [{k: x[None] for k, x in rows.items()} for rows in (near, far)]
-    angle = at * jnp.asarray(freq)[None, None]
-    # Ratio 10: (61 + 1) // 10 rows are visible.
-    args = q, *stacks, chosen, position[0], jnp.zeros(3, jnp.int32), sinks[None], jnp.cos(angle), jnp.sin(angle)
-    assert error(mla.op(*args, ratio=10, ring=True, implementation="xla"), expected) < 1e-6
 
 
 @pytest.mark.parametrize("device", ["NVIDIA H200", "NVIDIA RTX PRO 6000 Blackwell", "NVIDIA GB10"])
@@ -123,7 +100,7 @@ def test_on_the_gpu(name):
 def test_every_config_on_the_gpu(name):
     shape = mla.SHAPES[name]
     inputs, static = shape.inputs(jax.random.key(4)), shape.static | {"dtype": jnp.float32}
-    expected = mla.reference(*inputs, **static)
+    expected = formula("mla")(*inputs, **static)
     for config in mla.configs(shape):
         try:
             found = mla.op(*inputs, **static, config=config)

@@ -1,15 +1,12 @@
 """Router: interpreted against the model's own function, lowered for GPUs, run on one."""
 
-import types
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ds4jax.formats.quant import F32
-from ds4jax.model import moe
-from pallas_kernels import common, experts, router
+from ds4jax.ops.check import formula
+from pallas_kernels import common, experts
 from pallas_kernels.router import SHAPES, Config, Shape, op
 
 GPUS = ["NVIDIA H200", "NVIDIA RTX PRO 6000 Blackwell", "NVIDIA GB10"]
@@ -29,27 +26,12 @@ SMALL = {
 
 @pytest.mark.parametrize("name", SMALL)
 def test_interpreted(name):
-    """The values are those of `route` in the model, of which only the product with the router is left out."""
     shape = SMALL[name]
-    logits, table, tokens, layer, _, real = inputs = shape.inputs(jax.random.key(0))
+    inputs = shape.inputs(jax.random.key(0))
     found = op(*inputs, **shape.static, interpret=True)
-    nth, experts = int(layer[0]), jnp.eye(shape.experts)
-    w = types.SimpleNamespace(
-        ffn=types.SimpleNamespace(router=[F32(experts)] * shape.layers),
-        hash=types.SimpleNamespace(tid2eid=table),
-        route=types.SimpleNamespace(bias=table),
-    )
-    cfg = types.SimpleNamespace(
-        n_hash_layers=shape.layers if shape.vocab else 0,
-        n_experts_used=shape.k,
-        route_norm=shape.norm,
-        route_scale=shape.scale,
-    )
-    ids, weight = moe.route(logits, tokens, w, nth, cfg)
-    expected = ids if real is None else jnp.where(real[:, None] == 0, -1, ids), weight
-    for ids, weight in (expected, op(*inputs, **shape.static, implementation="xla")):
-        np.testing.assert_array_equal(found[0], ids)
-        np.testing.assert_allclose(found[1], weight, rtol=1e-6)
+    ids, weight = formula("router")(*inputs, **shape.static)
+    np.testing.assert_array_equal(found[0], ids)
+    np.testing.assert_allclose(found[1], weight, rtol=1e-6)
     assert [x.dtype for x in found] == [jnp.int32, jnp.float32]
 
 
@@ -59,7 +41,7 @@ def test_packs_meanwhile(vocab, gaps):
     shape = Shape(2, vocab, experts=16, fmt="Q2_K", dim=512, gaps=gaps)
     inputs = shape.inputs(jax.random.key(0))
     found = op(*inputs, **shape.static, interpret=True)
-    for f, e in zip(found, router.reference(*inputs, **shape.static), strict=True):
+    for f, e in zip(found, formula("router")(*inputs, **shape.static), strict=True):
         np.testing.assert_allclose(f, e, rtol=1e-6)
     np.testing.assert_array_equal(found[2], experts.pack(inputs[4], fmt="Q2_K", interpret=True))
 
@@ -73,7 +55,7 @@ def test_ties_and_extremes():
     for layer in range(2):
         args = jnp.asarray(logits), jnp.asarray(bias), None, jnp.array([layer], jnp.int32)
         static = {"k": 6, "norm": False, "scale": 2.0}
-        found, expected = op(*args, **static, interpret=True), router.reference(*args, **static)
+        found, expected = op(*args, **static, interpret=True), formula("router")(*args, **static)
         np.testing.assert_array_equal(found[0], expected[0])
         np.testing.assert_allclose(found[1], expected[1], rtol=1e-6)
     precise = np.sqrt(np.logaddexp(0, logits.astype(np.float64)))
@@ -120,7 +102,7 @@ def test_gpu(name, warps):
     inputs = shape.inputs(jax.random.key(sum(name.encode())))
     run = jax.jit(lambda *a: op(*a, **shape.static, config=Config(warps)))
     found, again = (jax.device_get(run(*inputs)) for _ in range(2))
-    ids, weight, *packed = jax.device_get(jax.jit(lambda *a: router.reference(*a, **shape.static))(*inputs))
+    ids, weight, *packed = jax.device_get(jax.jit(lambda *a: formula("router")(*a, **shape.static))(*inputs))
     same = (found[0] == ids).all(1)
     if shape.vocab:
         assert same.all()

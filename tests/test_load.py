@@ -11,7 +11,7 @@ import pytest
 
 from ds4jax import sharding
 from ds4jax.errors import ConfigError, GGUFError
-from ds4jax.formats.quant import Quantized
+from ds4jax.formats import Quantized
 from ds4jax.io import load as loader
 from ds4jax.io import synthetic
 from ds4jax.io.checkpoint import open_checkpoint

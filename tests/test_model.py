@@ -16,9 +16,10 @@ import pytest
 from ds4jax import sharding
 from ds4jax.errors import ConfigError
 from ds4jax.io import synthetic
-from ds4jax.model import Compute, decode_step, prefill, weights
 from ds4jax.model import cache as kv
-from ds4jax.model.transformer import bucket
+from ds4jax.model import weights
+from ds4jax.model.compute import Compute
+from ds4jax.model.transformer import bucket, decode_step, prefill
 
 ODD = synthetic.synthetic_config("odd")
 LENGTH = 300  # two rows of ratio 128, 75 of ratio 4 against a top-k of 16, a window of 32

@@ -15,9 +15,11 @@ from ds4jax.io import load as loader
 from ds4jax.io import synthetic
 from ds4jax.io.gguf import TensorData, write_gguf
 from ds4jax.io.synthetic import random_data
-from ds4jax.model import Compute, forward, mtp, weights
 from ds4jax.model import cache as kv
+from ds4jax.model import mtp, weights
+from ds4jax.model.compute import Compute
 from ds4jax.model.tensors import mtp_table, tensor_table
+from ds4jax.model.transformer import forward
 
 EPS = 2.0**-17  # a float32, as files have it
 MAIN = dataclasses.replace(

@@ -6,7 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ds4jax.formats.quant import FORMATS, Q2_K, Q8_0, grouped_linear, linear
+from ds4jax.formats import FORMATS, Q2_K, Q8_0
+from ds4jax.ops.linear import linear, product, products
+from ds4jax.ops.weight import single
 
 formats = pytest.mark.parametrize("fmt", FORMATS.values(), ids=lambda f: f.ggml_type.name)
 
@@ -82,15 +84,16 @@ def test_linear_accumulates_wider_than_its_input():
     w = Q8_0.random(jax.random.key(0), (8, 4096), 1.0)
     x = jnp.ones((3, 4096), jnp.bfloat16)
     expected = np.asarray(w.dequantize(jnp.bfloat16), np.float64).sum(-1)
-    found = linear(x, w, jnp.float32)
+    found = linear(x, single(w), jnp.float32)
     assert found.dtype == jnp.float32
     np.testing.assert_allclose(found, np.tile(expected, (3, 1)), rtol=1e-5, atol=1e-3)
-    assert linear(x, w).dtype == jnp.bfloat16
+    assert linear(x, single(w)).dtype == jnp.bfloat16
 
 
-def test_grouped_linear_is_block_diagonal():
+def test_a_product_in_groups_is_block_diagonal():
     w = Q8_0.random(jax.random.key(0), (6, 32), 1.0)
     x = jax.random.normal(jax.random.key(1), (5, 3, 32))
     dense = np.asarray(w.dequantize())
     expected = np.stack([np.asarray(x)[:, g] @ dense[2 * g : 2 * g + 2].T for g in range(3)], axis=1)
-    np.testing.assert_allclose(grouped_linear(x, w, 3), expected, rtol=1e-5, atol=1e-5)
+    (found,) = products(x, [product(single(w))], groups=3)
+    np.testing.assert_allclose(found, expected.reshape(5, 6), rtol=1e-5, atol=1e-5)

@@ -14,7 +14,8 @@ from small import CFG
 from ds4jax.engine import compiled_steps, model_runner
 from ds4jax.errors import ConfigError
 from ds4jax.io.synthetic import BASE, FULL, RECIPES, Synthetic
-from ds4jax.model import Compute, transformer, weights
+from ds4jax.model import transformer, weights
+from ds4jax.model.compute import Compute
 from ds4jax.settings import Settings
 from ds4jax.tools import cli, limits, roofline
 

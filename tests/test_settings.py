@@ -67,8 +67,8 @@ def test_a_path_is_read_and_overrides_win(tmp_path):
         ('model = "tiny"\nnumerics = "exact"', "numerics: found 'exact', expected 'official' or 'plain'"),
         (
             'model = "tiny"\nkernels = "pallas"\ntp = 2',
-            "kernels: found 'pallas with numerics official, dtype float32, 2 devices', "
-            "expected numerics official, dtype bfloat16, 1 devices, or kernels xla",
+            "kernels: found 'pallas with numerics official, 2 devices', "
+            "expected numerics official, 1 devices, or kernels xla",
         ),
         ('model = "tiny"\ndtype = "float16"', "dtype: found 'float16', expected 'float32' or 'bfloat16'"),
         ('model = ""', "model: found '', expected tiny"),

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from ds4jax import training
-from ds4jax.formats.quant import IQ2_XXS, Q2_K
+from ds4jax.formats import IQ2_XXS, Q2_K
 from ds4jax.formats.quantize import quantize
 from ds4jax.io import synthetic
-from ds4jax.model import Compute, mtp, transformer, weights
 from ds4jax.model import cache as kv
+from ds4jax.model import mtp, transformer, weights
+from ds4jax.model.compute import Compute
 from ds4jax.numerics import rows as num
 
 CFG = dataclasses.replace(

@@ -11,10 +11,12 @@ import pytest
 
 from ds4jax.errors import ConfigError
 from ds4jax.io.synthetic import FULL, RECIPES, Synthetic
-from ds4jax.model import Compute, transformer, weights
 from ds4jax.model import cache as kv
+from ds4jax.model import transformer, weights
+from ds4jax.model.compute import Compute
+from ds4jax.ops import tuned
 from ds4jax.settings import CONFIG_DIR
-from pallas_kernels import common, hyper, indexer, matmul, mla, topk, tuned
+from pallas_kernels import common, hyper, indexer, matmul, mla, topk
 
 SMALL = topk.Shape(4, 64, 60, k=8)
 
@@ -47,11 +49,12 @@ def used(monkeypatch):
 
 def test_an_op_takes_the_config_that_is_tuned_for_its_device_and_shape(write, used):
     score = SMALL.inputs(jax.random.key(0))[0]
-    expected, default = topk.reference(score, k=8), topk.default_config(SMALL)
+    expected, default = topk.op(score, k=8, config=topk.Config(64, 1), interpret=True), topk.default_config(SMALL)
     fields = [{"block": block, "num_warps": 1} for block in (32, 128)]
 
     def chosen(score, **options):
         used.clear()
+        options = {"config": tuned.tiles(topk)} | options
         assert jnp.array_equal(topk.op(score, k=8, interpret=True, **options)[:, :4], expected[: len(score), :4])
         return used[0]
 
@@ -62,7 +65,9 @@ def test_an_op_takes_the_config_that_is_tuned_for_its_device_and_shape(write, us
     assert chosen(score[:3]) == default  # another shape: nothing is known
     # A program for another device takes that device's.
     write({"topk": {"small": fields[0]}}, "NVIDIA H200")
-    common.lower_for_gpu(lambda x: topk.op(x, k=8), jax.ShapeDtypeStruct((4, 64), jnp.float32))
+    common.lower_for_gpu(
+        lambda x: topk.op(x, k=8, config=tuned.tiles(topk)), jax.ShapeDtypeStruct((4, 64), jnp.float32)
+    )
     assert used[-1] == topk.Config(32, 1)
     assert chosen(score) == topk.Config(128, 1)
 
@@ -89,7 +94,7 @@ def test_an_op_takes_the_config_that_is_tuned_for_its_device_and_shape(write, us
 def test_files_that_are_wrong(write, content, problem):
     write(content)
     with pytest.raises(ConfigError, match=problem):
-        topk.op(jnp.zeros((4, 64)), k=8, interpret=True)
+        topk.op(jnp.zeros((4, 64)), k=8, config=tuned.tiles(topk), interpret=True)
 
 
 def test_calls_that_share_a_config():
@@ -104,7 +109,7 @@ def test_calls_that_share_a_config():
     assert same(topk, "decode 28k", n=8192, visible=600) and not same(topk, "decode 28k", n=4096)
     assert same(mla, "decode csa 2k", context=262143) and same(mla, "decode window", context=5)
     assert same(mla, "decode hca 28k", context=32767) and not same(mla, "decode hca 28k", context=262143)
-    assert [tuned.magnitude(n) for n in (0, 1, 225, 256, 300, 2049)] == [0, 1, 256, 256, 256, 2048]
+    assert [common.magnitude(n) for n in (0, 1, 225, 256, 300, 2049)] == [0, 1, 256, 256, 256, 2048]
 
 
 @pytest.mark.parametrize("batch, ctx", [(1, 28800), (1, 262272), (16, 2176)])

@@ -26,16 +26,18 @@ from ds4jax.config import ModelConfig
 from ds4jax.engine import compile_cache, sampling
 from ds4jax.engine.sampling import Sampling
 from ds4jax.errors import ConfigError
-from ds4jax.formats.quant import wide
+from ds4jax.implementation import Kernels
 from ds4jax.io.checkpoint import Checkpoint
 from ds4jax.io.synthetic import Synthetic
 from ds4jax.model import cache as kv
-from ds4jax.model import transformer, weights
+from ds4jax.model import support, transformer, weights
 from ds4jax.model.cache import Cache
-from ds4jax.model.transformer import Compute, bucket
+from ds4jax.model.compute import Compute
+from ds4jax.model.transformer import bucket
 from ds4jax.numerics import rows as numerics
+from ds4jax.numerics.precision import wide
 from ds4jax.settings import Settings
-from pallas_kernels.common import Implementation, Unsupported
+from pallas_kernels.common import Unsupported
 
 Array = jax.Array
 
@@ -107,9 +109,10 @@ class CompiledSteps:
         return [("decode", (self.results, *decode_args({}, 1, every))), *prefills]
 
     def _compile(self, name: str, args: tuple) -> Callable:
-        if self.settings.kernels == "pallas" and (found := jax.default_backend()) != "gpu":
-            raise ConfigError(f"kernels: found 'pallas' on a {found.upper()}, expected 'xla' or an NVIDIA GPU")
-        args, options = (self.weights, self.cache, *args), compiler_options(name, self.settings.kernels)
+        if self.compute.implementations.uses("pallas") and (found := jax.default_backend()) != "gpu":
+            expected = "xla, or pallas_interpret to test, or an NVIDIA GPU"
+            raise ConfigError(f"kernels: found {self.settings.kernels!r} on a {found.upper()}, expected {expected}")
+        args, options = (self.weights, self.cache, *args), compiler_options(name, self.compute.implementations)
         shapes = jax.tree.map(lambda x: (x.shape, np.dtype(x.dtype).name), args)
         what = name, self.cfg, self.compute, options, jax.tree.structure(args), jax.tree.leaves(shapes)
         others = {"prefill": 2, "decode": 3}[name]  # results beside the cache
@@ -121,8 +124,13 @@ class CompiledSteps:
         try:
             with self._lowering:  # Python's work, which threads do not speed up; it also compiles small programs
                 lowered = self._steps[name].lower(*args)
-        except Unsupported as error:
-            raise ConfigError(f"kernels: found 'pallas', expected 'xla' for this model: {error}") from None
+        except Unsupported:
+            tokens = args[4].shape[1] if name == "prefill" else 1
+            problems = support.unsupported(self.cfg, self.weights, self.cache, self.compute, tokens)
+            listed = "; ".join(f"{op}: {reason}" for op, reason in problems.items())
+            raise ConfigError(
+                f"kernels: found {self.settings.kernels!r}, expected xla for this model: {listed}"
+            ) from None
         program = lowered.compile(options)
         compile_cache.save(what, program)
         return program
@@ -202,8 +210,8 @@ def decode_args(tokens: Mapping[int, int | None], n: int, params: sampling.Batch
     return ids, active, np.int32(n), params
 
 
-def compiler_options(step: str, kernels: Implementation) -> dict[str, Any] | None:
-    """XLA's options for a step, "prefill" or "decode", on the default backend.
+def compiler_options(step: str, kernels: Kernels, backend: str | None = None) -> dict[str, Any] | None:
+    """XLA's options for a step, "prefill" or "decode", on a backend, by default JAX's own.
 
     On a GPU a decoding step is recorded as a graph, in which independent kernels may run side by side: 4 % of the time
     on an H200. With Pallas kernels the graph includes the loop over tokens, which XLA would otherwise leave to the
@@ -213,12 +221,12 @@ def compiler_options(step: str, kernels: Implementation) -> dict[str, Any] | Non
     On a CPU most of the time to the first token is LLVM's. Its optimization level 1 compiles in two thirds of the time
     to code as fast.
     """
-    backend = jax.default_backend()
+    backend = backend or jax.default_backend()
     if backend == "gpu" and step == "prefill":
         return {"xla_gpu_enable_command_buffer": ""}
     if backend == "gpu":
         options = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
-        if kernels == "pallas":  # XLA's default list, and WHILE
+        if kernels.all_pallas:  # XLA's default list, and WHILE
             recorded = "CONDITIONAL,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,FUSION,WHILE"
             options["xla_gpu_enable_command_buffer"] = recorded
         return options

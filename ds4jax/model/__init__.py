@@ -1,5 +1,1 @@
-"""The forward pass of DeepSeek-V4, one file per idea; `transformer` puts them together."""
-
-from ds4jax.model.transformer import Compute, decode_step, forward, logits, prefill
-
-__all__ = ["Compute", "decode_step", "forward", "logits", "prefill"]
+"""The forward pass of DeepSeek-V4 over `ds4jax.ops`, its weights and its cache; `transformer` puts them together."""

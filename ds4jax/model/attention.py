@@ -1,153 +1,164 @@
-"""Attention of DeepSeek-V4: one shared key/value vector per token, a window, compressed rows, and a sink per head.
+"""Attention of DeepSeek-V4: one shared key/value row per token, a window, compressed rows, and a sink per head.
 
 A query at position t sees
   * window rows t - W + 1 … t of its own layer,
   * in a layer of ratio 128 (HCA): every compressed row whose tokens all lie at or before t,
   * in a layer of ratio 4 (CSA): those among them that the indexer ranks highest, `index_top_k` at most.
+
+    h ─┬─ q_a ─ r ─┬─ q_b ──────────────── queries ─┐
+       │           └─ index q_b ─┐                  │
+       ├─ kv ───────── row ──────┼─► window ────────┼─ attend ─ o_a (by group) ─ o_b
+       ├─ compressors ─► rows, index keys ─ scores ─ top-k ─┘
+       └─ index weights ─────────────────────┘
 """
 
-import math
+from __future__ import annotations
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax import lax
 
-from ds4jax.config import CSA_RATIO, ModelConfig
-from ds4jax.formats.quant import grouped_linear, linear, matmul, wide
-from ds4jax.model import indexer, rope
+from ds4jax.config import CSA_RATIO, HCA_RATIO, ModelConfig
 from ds4jax.model.cache import Cache
-from ds4jax.model.compressor import append, compressors, project_tokens
-from ds4jax.model.norm import rms_norm
-from ds4jax.model.weights import Attention, Weights
+from ds4jax.model.compute import Array, Compute, Inputs, Tap, no_tap
+from ds4jax.model.weights import Compressor, Weights
 from ds4jax.numerics import rows as num
+from ds4jax.numerics.precision import wide
+from ds4jax.ops import attend, compress, index, latent, rope, topk
+from ds4jax.ops.linear import Product, product, products
+from ds4jax.ops.norm import Norm
 
-Array = jax.Array
-
-QUERY_BLOCK = 128  # queries handled at once, which bounds the scores in memory
+QUERIES = 1024  # scored at once, which bounds the scores in memory
 
 
-def attend(q: Array, sources: list[tuple[Array, Array]], sinks: Array) -> Array:
-    """Softmax over all sources and the sink together; the sink only adds to the denominator.
+def compressors(w: Weights, ratio: int) -> dict[str, Compressor]:
+    """The compressors of layers of a ratio, by what of the cache they fill: rows and, with ratio 4, index keys."""
+    if not ratio:
+        return {}
+    if ratio == HCA_RATIO:
+        return {"hca": w.hca.compressor}
+    return {"csa": w.csa.compressor, "index": w.csa.indexer.compressor}
 
-    q (B, T, H, D). sources: rows, which are keys and values at once, (B, K, D) shared by all queries or (B, T, K, D)
-    of each query, with masks (B, T, K). sinks (H). → (B, T, H, D). The softmax is in float32 at least.
+
+class Prepared(NamedTuple):
+    """What the queries of a layer meet. latent: the queries and the window's rows. index_weight: (B, T, Hi), how much
+    each head of the indexer counts; None where the layer does not choose."""
+
+    latent: latent.Latent
+    index_weight: Array | None
+
+
+def chooses(cfg: ModelConfig, cache: Cache, layer: int) -> bool:
+    """Whether a layer chooses among its compressed rows: ratio 4, and more rows than a query may read."""
+    return cfg.ratio(layer) == CSA_RATIO and next(iter(cache.csa.rows.values())).shape[2] > cfg.index_top_k
+
+
+def prepare(
+    h: Array, inputs: Inputs, w: Weights, cache: Cache, layer: int, cfg: ModelConfig, compute: Compute, choose: bool,
+    tap: Tap = no_tap,
+) -> tuple[Prepared, Cache]:  # fmt: skip
+    """All that comes before attention: h (S, E) → queries, and the cache with the rows of these tokens.
+
+    choose: whether the indexer's queries are wanted.
     """
-    dtype, logits = wide(q.dtype), []
-    for rows, mask in sources:
-        s = matmul("bthd,bkd->bthk" if rows.ndim == 3 else "bthd,btkd->bthk", q, rows, dtype) / math.sqrt(q.shape[-1])
-        logits.append(jnp.where(mask[:, :, None], s, -jnp.inf))
-    sink = sinks.astype(dtype)[:, None]
-    highest = lax.stop_gradient(jnp.max(jnp.concatenate([*logits, jnp.broadcast_to(sink, (*q.shape[:3], 1))], -1), -1))
-    highest = highest[..., None]
-    exps = [jnp.exp(s - highest) for s in logits]
-    total = jnp.exp(sink - highest) + sum(e.sum(-1, keepdims=True) for e in exps)
-    out = [
-        matmul("bthk,bkd->bthd" if rows.ndim == 3 else "bthk,btkd->bthd", e.astype(q.dtype), rows, dtype)
-        for e, (rows, _) in zip(exps, sources, strict=True)
-    ]
-    return (sum(out) / total).astype(q.dtype)
+    a, ratio, kernels = w.attn.at(layer), cfg.ratio(layer), compute.implementations
+    B, T = inputs.shape
+    accumulated = wide(h.dtype)
+    row, key = row_formats(cfg, compute, h.dtype)
+    families = {kind: family.at(layer) for kind, family in compressors(w, ratio).items()}
+
+    of_h, of_r = [product(a.q_a), product(a.kv, accumulated)], [product(a.q_b)]
+    beside: list[Product] = []  # what else reads h: a call of its own, which runs side by side with q_b
+    for c in families.values():
+        beside += [product(c.kv, accumulated), product(c.gate, accumulated)]
+    if choose:
+        indexer = w.csa.indexer.at(layer)
+        beside.append(product(indexer.proj, accumulated))
+        of_r.append(product(indexer.q_b, accumulated))
+    norm = Norm(a.q_a_norm, cfg.norm_eps)
+    with jax.named_scope("projections"):
+        r, kv = products(h, of_h, implementation=kernels["linear"])
+        rest = products(h, beside, implementation=kernels["linear"]) if beside else []
+        q, *index_q = products(r, of_r, norm=norm, implementation=kernels["linear"])
+    tap(layer, "query", lambda: norm(r))
+
+    with jax.named_scope("latent"):
+        made = latent.latent(
+            q, kv, *(index_q or [None]), Norm(a.kv_norm, cfg.norm_eps), inputs.angles[ratio], cache.length, inputs.n,
+            cache.window, layer, row=row, key=key, numerics=compute.numerics,
+            dtype=attend.query_dtype(kernels["attend"], h.dtype),
+            index_dtype=index.query_dtype(kernels["index"], accumulated), implementation=kernels["latent"],
+        )  # fmt: skip
+    cache = cache.replace(window=made.window)
+    if ratio:
+        fed = []
+        for (kind, c), z, g in zip(families.items(), rest[::2], rest[1::2], strict=False):
+            is_index = kind == "index"
+            fed.append(compress.Compressor(z, g, c.ape, Norm(c.norm, cfg.norm_eps), key if is_index else row, is_index))
+        with jax.named_scope("compressors"):
+            moved = compress.compress(
+                fed, [getattr(cache, kind) for kind in families], cache.length, inputs.n, inputs.angles[ratio],
+                nth_of_ratio(cfg, layer), ratio=ratio, freq=rope.frequencies(cfg, ratio), numerics=compute.numerics,
+                implementation=kernels["compress"],
+            )  # fmt: skip
+        cache = cache.replace(**dict(zip(families, moved, strict=True)))
+    return Prepared(made, rest[-1].reshape(B, T, -1) if choose else None), cache
 
 
-def project(h: Array, position: Array, w: Attention, freq: np.ndarray, cfg: ModelConfig) -> tuple[Array, Array, Array]:
-    """h (B, T, E) → the latent of the queries (B, T, Rq), queries (B, T, H, D) and window rows (B, T, D), rotated."""
-    r = rms_norm(linear(h, w.q_a), cfg.norm_eps, w.q_a_norm)
-    q = linear(r, w.q_b).reshape(*h.shape[:-1], cfg.n_heads, cfg.head_dim)
-    q = rope.rotate(rms_norm(q, cfg.norm_eps), position, freq)
-    kv = rms_norm(linear(h, w.kv), cfg.norm_eps, w.kv_norm)
-    return r, q, rope.rotate(kv[:, :, None], position, freq)[:, :, 0]
+def row_formats(cfg: ModelConfig, compute: Compute, dtype) -> tuple[num.RowFormat, num.RowFormat]:
+    """How window rows and compressed rows are stored, and how index keys are."""
+    return num.kv_row(cfg, compute.numerics, dtype), num.index_row(cfg, compute.numerics, dtype)
 
 
-def compressed_rows(
-    h: Array, n: Array, w: Weights, cache: Cache, layer: int, cfg: ModelConfig, numerics: num.Numerics
-) -> tuple[Cache, num.Rows, Array | None]:
-    """Store the rows that n more tokens h (B, T, E) complete in a layer that compresses.
-
-    → the cache, all of the layer's rows as stored (B, N, ·), and in a layer of ratio 4 its index keys (B, N, Di).
-    """
+def nth_of_ratio(cfg: ModelConfig, layer: int) -> int:
+    """The number of a layer among those of its ratio; 0 for one that does not compress."""
     ratio = cfg.ratio(layer)
-    projected = [project_tokens(h, c.at(layer), cache.csa.z.dtype) for c in compressors(w, ratio).values()]
-    cache = append(projected, n, w, cache, layer, cfg, numerics, h.dtype)
-    nth = cfg.layers_of_ratio(ratio).index(layer)
-    rows = jax.tree.map(lambda x: x[nth], cache.of_ratio(ratio).rows)
-    if ratio != CSA_RATIO:
-        return cache, rows, None
-    keys = jax.tree.map(lambda x: x[nth], cache.index.rows)
-    return cache, rows, num.index_row(cfg, numerics, h.dtype).decode(keys, h.dtype)
+    return cfg.layers_of_ratio(ratio).index(layer) if ratio else 0
 
 
 def attention(
-    h: Array,
-    n: Array,
-    w: Weights,
-    cache: Cache,
-    layer: int,
-    cfg: ModelConfig,
-    numerics: num.Numerics,
-    query_blocks: int | None = None,
+    h: Array, inputs: Inputs, w: Weights, cache: Cache, layer: int, cfg: ModelConfig, compute: Compute, tap: Tap
 ) -> tuple[Array, Cache]:
-    """h (B, T, E) normed input; n (B,) real tokens of the T. → (B, T, E) and the cache with these tokens stored.
+    """h (S, E), normed → (S, E), and the cache with these tokens stored.
 
     `cache.length` is still the length before these tokens: the caller advances it after the last layer.
-    query_blocks: how many blocks of QUERY_BLOCK queries to take at once; None takes one.
     """
-    B, T, _ = h.shape
-    if T > QUERY_BLOCK and T % QUERY_BLOCK:
-        raise ValueError(f"{T} tokens: more than {QUERY_BLOCK} must be padded to a multiple of it")
-    W, dtype, ratio = cfg.window, h.dtype, cfg.ratio(layer)
-    a, freq, fmt = w.attn.at(layer), rope.frequencies(cfg, ratio), num.kv_row(cfg, numerics, dtype)
-    position = cache.length[:, None] + jnp.arange(T, dtype=jnp.int32)
-
-    r, q, new = project(h, position, a, freq, cfg)
-    cache, window = slide(cache, layer, fmt.encode(new), n, W)
-    window = fmt.decode(window, dtype)  # (B, W + T, D); row j is position length - W + j
-    capacity, iq, iw = 0, None, None
-    if ratio:
-        cache, rows, keys = compressed_rows(h, n, w, cache, layer, cfg, numerics)
-        capacity = next(iter(rows.values())).shape[1]
-    choose = ratio == CSA_RATIO and capacity > cfg.index_top_k
-    if choose:
-        iq, iw = indexer.queries(h, r, position, w.csa.at(layer).indexer, freq, cfg, numerics)
-
-    def block(near: Array, queries: tuple[Array, ...]) -> Array:
-        """The window's rows from W before the first query on; queries and what comes with them → (B, ·, H, D)."""
-        q, position, iq, iw = queries
-        row_position = position[:, :1] - W + jnp.arange(near.shape[1], dtype=jnp.int32)
-        age = position[:, :, None] - row_position[:, None]
-        sources = [(near, (age >= 0) & (age < W) & (row_position >= 0)[:, None])]
-        if choose:
-            chosen, seen = indexer.select(indexer.scores(iq, iw, keys), position, cfg.index_top_k)
-            picked = jax.tree.map(lambda x: x[jnp.arange(B, dtype=jnp.int32)[:, None, None], chosen], rows)
-            sources.append((fmt.decode(picked, dtype), seen))
-        elif ratio:
-            seen = indexer.visible(position[:, :, None], jnp.arange(capacity, dtype=jnp.int32), ratio)
-            sources.append((fmt.decode(rows, dtype), seen))
-        return attend(q, sources, a.sinks)
-
-    queries = q, position, iq, iw
-    if T <= QUERY_BLOCK:
-        o = block(window, queries)
-    else:
-        near = jnp.stack([window[:, s : s + W + QUERY_BLOCK] for s in range(0, T, QUERY_BLOCK)])
-        queries = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(B, -1, QUERY_BLOCK, *x.shape[2:]), 1, 0), queries)
-        o = lax.map(lambda x: block(*x), (near, queries), batch_size=query_blocks)
-        o = jnp.moveaxis(o, 0, 1).reshape(q.shape)
-
-    o = rope.rotate(o, position, freq, inverse=True).reshape(B, T, cfg.o_groups, -1)
-    o = grouped_linear(o, a.o_a, cfg.o_groups)
-    return linear(o.reshape(B, T, -1), a.o_b), cache
+    a, ratio, kernels, nth = w.attn.at(layer), cfg.ratio(layer), compute.implementations, nth_of_ratio(cfg, layer)
+    row, key = row_formats(cfg, compute, h.dtype)
+    choose = chooses(cfg, cache, layer)
+    tap(layer, "attention", h)
+    made, cache = prepare(h, inputs, w, cache, layer, cfg, compute, choose, tap)
+    rows = cache.of_ratio(ratio).rows if ratio else None
+    with jax.named_scope("indexer"):
+        chosen = _choose(made, cache, inputs, nth, key, cfg, compute) if choose else None
+    with jax.named_scope("attend"):
+        o = attend.attend(
+            made.latent.queries, made.latent.near, rows, chosen, inputs.first, a.sinks, inputs.angles[ratio],
+            layer=layer, nth=nth, ratio=ratio, row=row, dtype=h.dtype, query_blocks=compute.query_blocks,
+            implementation=kernels["attend"],
+        )  # fmt: skip
+    with jax.named_scope("projections"):
+        o = o.reshape(len(h), cfg.o_groups, -1)
+        (o,) = products(o, [product(a.o_a)], groups=cfg.o_groups, implementation=kernels["linear"])
+        (y,) = products(o, [product(a.o_b)], implementation=kernels["linear"])
+    return y, cache
 
 
-def slide(cache: Cache, layer: int, new: num.Rows, n: Array, W: int) -> tuple[Cache, num.Rows]:
-    """Store the last W of the n real new rows in the ring; → cache, and the rows before and after, (B, W + T, ·)."""
-    length = cache.length
-    B, T = next(iter(new.values())).shape[:2]
-    batch = jnp.arange(B, dtype=jnp.int32)[:, None]
-    # The slots of positions length - W … length - 1; before position 0 they hold nothing, and the mask says so.
-    in_order = lax.rem(length[:, None] + jnp.arange(W, dtype=jnp.int32), np.int32(W))
-    t = jnp.arange(T, dtype=jnp.int32)
-    kept = (t < n[:, None]) & (t >= n[:, None] - W)
-    slot = jnp.where(kept, lax.rem(length[:, None] + t, np.int32(W)), W)  # out of range: dropped
-    both = jax.tree.map(lambda ring, x: jnp.concatenate([ring[layer][batch, in_order], x], axis=1), cache.window, new)
-    ring = jax.tree.map(lambda ring, x: ring.at[layer, batch, slot].set(x, mode="drop"), cache.window, new)
-    return cache.replace(window=ring), both
+def _choose(
+    made: Prepared, cache: Cache, inputs: Inputs, nth: int, key: num.RowFormat, cfg: ModelConfig, compute: Compute
+) -> Array:
+    """The compressed rows that each query reads, int32 (B, T, k); those that it sees come first."""
+    kernels, out = compute.implementations, []
+    T = inputs.shape[1]
+    position = inputs.first[:, None] + jnp.arange(T, dtype=jnp.int32)
+    for start in range(0, T, QUERIES):
+        q, weight, at = (
+            x[:, start : start + QUERIES] for x in (made.latent.index_queries, made.index_weight, position)
+        )
+        score = index.scores(
+            q, weight, cache.index.rows, nth, at, key=key, ratio=CSA_RATIO, query_blocks=compute.query_blocks,
+            implementation=kernels["index"],
+        )  # fmt: skip
+        out.append(topk.highest(score, cfg.index_top_k, kernels["topk"]))
+    return out[0] if len(out) == 1 else jnp.concatenate(out, axis=1)

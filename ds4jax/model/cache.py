@@ -18,29 +18,14 @@ from jax import lax
 
 from ds4jax.config import CSA_RATIO, HCA_RATIO, ModelConfig
 from ds4jax.errors import ConfigError
-from ds4jax.formats.quant import wide
 from ds4jax.numerics import rows as num
+from ds4jax.numerics.precision import wide
+from ds4jax.ops.compress import Compressed
 
 Array = jax.Array
 
 # Snapshots hold a multiple of this many rows, so that few shapes are ever compiled.
 SNAPSHOT_ROWS = 64
-
-
-@struct.dataclass
-class Compressed:
-    """What one compressor keeps, for all layers that have one.
-
-    rows: planes (L, B, N, ·), row i made from tokens i·R … i·R + R − 1 (and, overlapping, the R before them).
-    z, g: float32 (L, B, R, c·D), values and gates of the open window's tokens; token t lies at t mod R.
-    prev_z, prev_g: float32 (L, B, R, D), the a-halves of the last closed window (empty unless overlapping).
-    """
-
-    rows: num.Rows
-    z: Array
-    g: Array
-    prev_z: Array
-    prev_g: Array
 
 
 @struct.dataclass

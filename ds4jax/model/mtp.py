@@ -2,40 +2,42 @@
 
 The head is one more block, number `cfg.n_layers`, with a window of its own in the cache. Its row of position t is made
 from the streams of t and the token of t + 1, so it runs one token behind the main model: over the prompt too, since it
-attends to its own rows only.
+attends to its own rows only. DeepSeek-V3, arXiv:2412.19437, section 2.2, with one join for each stream.
 """
 
-import jax
 import jax.numpy as jnp
 
 from ds4jax.config import ModelConfig
-from ds4jax.formats.quant import linear
 from ds4jax.model.cache import Cache
-from ds4jax.model.norm import rms_norm
-from ds4jax.model.transformer import Compute, block, logits
+from ds4jax.model.compute import Array, Compute, Tap, inputs, no_tap
+from ds4jax.model.transformer import block
+from ds4jax.model.transformer import head as output_head
 from ds4jax.model.weights import Head, Mtp, Weights
-
-Array = jax.Array
+from ds4jax.ops import mhc
+from ds4jax.ops.linear import linear
+from ds4jax.ops.norm import rms_norm
+from ds4jax.ops.weight import single
 
 
 def join(X: Array, x: Array, w: Mtp, cfg: ModelConfig) -> Array:
-    """Streams X (B, T, N, E) and the next tokens' embeddings x (B, T, E) → streams of the head's block (B, T, N, E).
+    """Streams X (..., N, E) and the next tokens' embeddings x (..., E) → streams of the head's block (..., N, E).
 
     Z_i = h_proj(rms(X_i)·hnorm) + e_proj(rms(x)·enorm).
     """
-    e = linear(rms_norm(x, cfg.norm_eps, w.enorm), w.e_proj)
-    return linear(rms_norm(X, cfg.norm_eps, w.hnorm), w.h_proj) + e[:, :, None]
+    e = linear(rms_norm(x, cfg.norm_eps, w.enorm), single(w.e_proj))
+    return linear(rms_norm(X, cfg.norm_eps, w.hnorm), single(w.h_proj)) + e[..., None, :]
 
 
-def head(w: Weights, Z: Array, cfg: ModelConfig) -> Array:
-    """The block's output streams (..., N, E) → logits (..., vocab), float32 at least, by the main output matrix."""
+def head(w: Weights) -> Head:
+    """The head's own collapse and norm, and the main model's output matrix."""
     own = w.mtp.head
-    return logits(w.replace(head=Head(hc=own.hc, norm=own.norm, out=w.head.out)), Z, cfg)
+    return Head(hc=own.hc, norm=own.norm, out=w.head.out)
 
 
 def draft(
-    w: Weights, cache: Cache, X: Array, tokens: Array, start: Array, n: Array, cfg: ModelConfig, compute: Compute
-) -> tuple[Array, Array, Cache]:
+    w: Weights, cache: Cache, X: Array, tokens: Array, start: Array, n: Array, cfg: ModelConfig, compute: Compute,
+    tap: Tap = no_tap,
+) -> tuple[Array, Array, Cache]:  # fmt: skip
     """Append T positions to the head's window of every sequence, and draft a token from each.
 
     X (B, T, N, E): streams of positions start … start + T - 1, start int32 (B,); n (B,) of the T are real. They are the
@@ -44,7 +46,9 @@ def draft(
     Returns logits (B, T, vocab) of the tokens at start + 2 …; the block's output streams (B, T, N, E); and the cache,
     its length as it was: that is the main model's.
     """
-    x = w.embed[tokens].dequantize(jnp.dtype(compute.dtype))
-    Z = join(X, x, w.mtp, cfg)
-    Z, moved = block(Z, tokens, n, w, cache.replace(length=start), cfg.n_layers, cfg, compute)
-    return head(w, Z, cfg), Z, moved.replace(length=cache.length)
+    given = inputs(tokens, n, start, cfg, compute.dtype)
+    x = w.embed[given.ids].dequantize(jnp.dtype(compute.dtype))
+    s = mhc.Streams(join(X.reshape(-1, *X.shape[2:]), x, w.mtp, cfg))
+    s, moved = block(s, given, w, cache.replace(length=start), cfg.n_layers, cfg, compute, tap)
+    logits = output_head(s, head(w), cfg, compute)
+    return logits.reshape(*tokens.shape, -1), s.added().reshape(X.shape), moved.replace(length=cache.length)

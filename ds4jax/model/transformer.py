@@ -1,80 +1,95 @@
-"""The forward pass: embedding, blocks of attention and experts between hyper-connections, head."""
+"""The forward pass: embedding, blocks of attention and experts between hyper-connections, head.
+
+embed ─► N streams ─► boundary ─ h ─► attention ─ y ─► boundary ─ h ─► experts ─ y ─► boundary … ─► head ─► logits
+"""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
 from ds4jax.config import ModelConfig
-from ds4jax.formats.quant import linear, wide
-from ds4jax.model import fused, hyper
 from ds4jax.model.attention import attention
 from ds4jax.model.cache import Cache
+from ds4jax.model.compute import Array, Compute, Inputs, Tap, inputs, no_tap
 from ds4jax.model.moe import moe
-from ds4jax.model.norm import rms_norm
-from ds4jax.model.weights import Weights
-from ds4jax.numerics.rows import Numerics
-from pallas_kernels.common import Implementation
+from ds4jax.model.weights import Head, HyperConnection, Weights
+from ds4jax.numerics.precision import wide
+from ds4jax.ops import mhc
+from ds4jax.ops.linear import product, products
+from ds4jax.ops.norm import Norm
+from ds4jax.ops.weight import Weight
+from pallas_kernels.common import Unsupported
 
-Array = jax.Array
 
-
-@dataclasses.dataclass(frozen=True)
-class Compute:
-    """How to compute, as opposed to what: a static argument of every jitted step.
-
-    numerics: see `ds4jax.numerics.rows`. dtype: of activations. mesh: where the weights lie, None for one device.
-    query_blocks: how many blocks of queries attention takes at once; more are faster, and need more memory.
-    kernels: "xla" for the functions of this folder as they are, "pallas" for `fused` with the kernels.
-    """
-
-    numerics: Numerics = "official"
-    dtype: str = "float32"
-    mesh: Mesh | None = None
-    query_blocks: int | None = None  # one
-    kernels: Implementation = "xla"
+def boundary(s: mhc.Streams, hc: HyperConnection, norm: Weight, cfg: ModelConfig, compute: Compute) -> mhc.Boundary:
+    """From one sub-layer to the next; hc and norm have a `Weight` in every place."""
+    with jax.named_scope("streams"):
+        return mhc.boundary(
+            s, mhc.Connection(hc.fn, hc.base, hc.scale), Norm(norm, cfg.norm_eps), eps=cfg.hc_eps,
+            iterations=cfg.sinkhorn_iters, implementation=compute.implementations["mhc"],
+        )  # fmt: skip
 
 
 def block(
-    X: Array, tokens: Array, n: Array, w: Weights, cache: Cache, layer: int, cfg: ModelConfig, compute: Compute
-) -> tuple[Array, Cache]:
-    """One layer: attention, then experts, each between its hyper-connections. X (B, T, N, E) → the same."""
+    s: mhc.Streams, inputs: Inputs, w: Weights, cache: Cache, layer: int, cfg: ModelConfig, compute: Compute,
+    tap: Tap = no_tap,
+) -> tuple[mhc.Streams, Cache]:  # fmt: skip
+    """One layer: attention, then experts."""
+    a, f = w.attn, w.ffn
+    here = boundary(s, a.hc.at(layer), a.norm.at(layer), cfg, compute)
+    y, cache = attention(here.h, inputs, w, cache, layer, cfg, compute, tap)
+    here = boundary(here.add(y), f.hc.at(layer), f.norm.at(layer), cfg, compute)
+    return here.add(moe(here.h, inputs, w, layer, cfg, compute, tap)), cache
 
-    def attend(h: Array) -> tuple[Array, Cache]:
-        return attention(h, n, w, cache, layer, cfg, compute.numerics, compute.query_blocks)
 
-    def feed_forward(h: Array) -> tuple[Array, None]:
-        return moe(h, tokens, w, layer, cfg, compute.mesh), None
+def streams(x: Array, cfg: ModelConfig) -> mhc.Streams:
+    """Embeddings (S, E) → the streams before the first layer, all of them the embedding."""
+    return mhc.Streams(jnp.broadcast_to(x[:, None], (x.shape[0], cfg.n_streams, cfg.embed_dim)))
 
-    X, cache = hyper.connect(X, w.attn.hc.at(layer), w.attn.norm[layer], attend, cfg)
-    X, _ = hyper.connect(X, w.ffn.hc.at(layer), w.ffn.norm[layer], feed_forward, cfg)
-    return X, cache
+
+def run(
+    w: Weights, cache: Cache, tokens: Array, n: Array, cfg: ModelConfig, compute: Compute, tap: Tap = no_tap
+) -> tuple[mhc.Streams, Cache]:
+    """`forward`, with the streams as the head takes them: (S, N, E)."""
+    if compute.mesh is not None and compute.implementations.any_pallas:
+        raise Unsupported(f"kernels {compute.kernels} on a mesh of {compute.mesh.size} devices, expected one device")
+    given = inputs(tokens, n, cache.length, cfg, compute.dtype)
+    with jax.named_scope("embedding"):
+        s = streams(w.embed[given.ids].dequantize(jnp.dtype(compute.dtype)), cfg)
+    for layer in range(cfg.n_layers):
+        s, cache = block(s, given, w, cache, layer, cfg, compute, tap)
+    return s, cache.replace(length=cache.length + n)
 
 
 def forward(
-    w: Weights, cache: Cache, tokens: Array, n: Array, cfg: ModelConfig, compute: Compute
+    w: Weights, cache: Cache, tokens: Array, n: Array, cfg: ModelConfig, compute: Compute, tap: Tap = no_tap
 ) -> tuple[Array, Cache]:
     """Append tokens to every sequence of the batch.
 
     tokens: int32 (B, T), of which the first n[b] are real (n: int32 (B,), 0 … T); the rest leaves no trace. T is at
-    most 128 or a multiple of it.
-    Returns the residual streams (B, T, N, E) before the head, and the cache with lengths advanced by n.
+    most 128 or a multiple of it. tap: see `Tap`.
+    Returns the residual streams (B, T, N, E) before the head, and the cache with lengths advanced by n. Raises
+    Unsupported for a shape, a format, numerics or a mesh that a kernel does not take.
     """
-    x = w.embed[tokens].dequantize(jnp.dtype(compute.dtype))
-    X = jnp.broadcast_to(x[:, :, None], (*tokens.shape, cfg.n_streams, cfg.embed_dim))
-    for layer in range(cfg.n_layers):
-        X, cache = block(X, tokens, n, w, cache, layer, cfg, compute)
-    return X, cache.replace(length=cache.length + n)
+    s, cache = run(w, cache, tokens, n, cfg, compute, tap)
+    return s.added().reshape(*tokens.shape, cfg.n_streams, cfg.embed_dim), cache
 
 
-def logits(w: Weights, X: Array, cfg: ModelConfig) -> Array:
-    """Streams (..., N, E) → logits (..., vocab), float32 at least."""
-    x = rms_norm(hyper.head_collapse(X, w.head.hc, cfg), cfg.norm_eps, w.head.norm)
-    return linear(x, w.head.out, wide(x.dtype))
+def head(s: mhc.Streams, w: Head, cfg: ModelConfig, compute: Compute) -> Array:
+    """Streams (S, N, E) → logits (S, vocab), float32 at least: the streams' own collapse, a norm, the output matrix."""
+    w = w.single()
+    h = boundary(s, w.hc, w.norm, cfg, compute).h
+    with jax.named_scope("head"):
+        (y,) = products(h, [product(w.out, wide(h.dtype))], implementation=compute.implementations["linear"])
+    return y
+
+
+def logits(w: Weights, X: Array, cfg: ModelConfig, compute: Compute = Compute()) -> Array:  # noqa: B008 (frozen)
+    """Streams (..., N, E) of `forward` → logits (..., vocab), float32 at least."""
+    return head(mhc.Streams(X.reshape(-1, *X.shape[-2:])), w.head, cfg, compute).reshape(*X.shape[:-2], -1)
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "compute", "all_positions"), donate_argnames="cache")
@@ -93,12 +108,13 @@ def prefill(
     Returns the logits at each sequence's last real token (B, vocab), or at all T positions (B, T, vocab). Where n is
     0 the logits mean nothing.
     """
-    if compute.kernels == "pallas":
-        return fused.forward(w, cache, tokens, n, cfg, compute, all_positions)
-    X, cache = forward(w, cache, tokens, n, cfg, compute)
-    if not all_positions:
-        X = jnp.take_along_axis(X, jnp.maximum(n - 1, 0)[:, None, None, None], axis=1)[:, 0]
-    return logits(w, X, cfg), cache
+    B, T = tokens.shape
+    s, cache = run(w, cache, tokens, n, cfg, compute)
+    if not all_positions and T > 1:
+        last = jnp.arange(B, dtype=jnp.int32) * T + jnp.maximum(n - 1, 0)
+        s = jax.tree.map(lambda x: x[last], s)
+    lead = (B, T) if all_positions else (B,)
+    return head(s, w.head, cfg, compute).reshape(*lead, -1), cache
 
 
 def decode_step(

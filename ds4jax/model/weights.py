@@ -11,7 +11,7 @@ import itertools
 import math
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -23,10 +23,11 @@ from jax.sharding import Mesh, NamedSharding
 from ds4jax import sharding
 from ds4jax.config import ModelConfig
 from ds4jax.errors import GGUFError
-from ds4jax.formats.quant import FORMATS, Quantized
+from ds4jax.formats import FORMATS, Quantized
 from ds4jax.model.tensors import TensorSpec, mtp_layout, mtp_table, tensor_table
+from ds4jax.ops.weight import Weight, single
 
-Leaf = Any  # Stack of Quantized or Array; after `.at(layer)`, Quantized or Array; in `abstract`, WeightSpec
+Leaf = Any  # Stack of Quantized or Array; after `.at(layer)`, Weight; in `abstract`, WeightSpec
 
 # A stack stays below 2^31 bytes, so that 32-bit element offsets reach all of it; larger layers stand alone.
 MAX_STACK_BYTES = 2**31 - 1
@@ -43,24 +44,27 @@ class Stack:
     groups: tuple[Any, ...]
     layers: tuple[tuple[int, ...], ...] = struct.field(pytree_node=False)
 
-    def find(self, layer: int) -> tuple[Quantized | jax.Array, int]:
-        """The group that holds a layer, and where in it: for a kernel, which reads the stack itself."""
+    def at(self, layer: int) -> Weight:
+        """A layer's weight: the group that holds it, and its number there."""
         for group, layers in zip(self.groups, self.layers, strict=True):
             if layer in layers:
-                return group, layers.index(layer)
+                return Weight(group, layers.index(layer))
         raise KeyError(f"no weight for layer {layer}; this family has layers {self.layers}")
 
     def __getitem__(self, layer: int) -> Quantized | jax.Array:
-        group, nth = self.find(layer)
-        return group[nth]
+        return self.at(layer).value
 
 
 class Family:
     """Base of the dataclasses below."""
 
-    def at(self, layer: int):
-        """The same tree for one layer."""
-        return jax.tree.map(lambda s: s[layer], self, is_leaf=lambda x: isinstance(x, Stack))
+    def at(self, layer: int) -> Self:
+        """The same tree with one layer's `Weight` in place of every Stack."""
+        return jax.tree.map(lambda s: s.at(layer), self, is_leaf=lambda x: isinstance(x, Stack))
+
+    def single(self) -> Self:
+        """The same tree, of weights that belong to no layer, with a `Weight` for each."""
+        return jax.tree.map(single, self, is_leaf=lambda x: isinstance(x, Quantized))
 
 
 @struct.dataclass

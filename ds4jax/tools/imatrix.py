@@ -15,6 +15,7 @@ import itertools
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,34 +28,36 @@ from tqdm import tqdm
 from ds4jax import sharding
 from ds4jax.config import ModelConfig
 from ds4jax.errors import ConfigError, Ds4Error, show
-from ds4jax.formats.quant import linear, matmul
 from ds4jax.io.checkpoint import open_checkpoint
 from ds4jax.io.download import resolve_model
 from ds4jax.io.imatrix import Entry, Imatrix, merge
 from ds4jax.io.load import load
 from ds4jax.io.tokenizer import Tokenizer
 from ds4jax.model import cache as kv
-from ds4jax.model import hyper, mtp
-from ds4jax.model.attention import attention
+from ds4jax.model import mtp, transformer
 from ds4jax.model.cache import Cache
-from ds4jax.model.moe import activation, moe, route
-from ds4jax.model.norm import rms_norm
+from ds4jax.model.compute import Compute, Tap
 from ds4jax.model.tensors import MtpLayout, mtp_table, tensor_table
-from ds4jax.model.transformer import Compute, bucket
+from ds4jax.model.transformer import bucket
 from ds4jax.model.weights import SwiGLU, Weights
 from ds4jax.numerics import rows as numerics
+from ds4jax.numerics.precision import matmul
+from ds4jax.ops.linear import linear, swiglu
+from ds4jax.ops.weight import Weight, single
 from ds4jax.settings import Settings
 from ds4jax.tools import cli
 
 Array = jax.Array
 
 # ---- collection ------------------------------------------------------------------------------------------------------
-# Families of matrices → what they are multiplied with, as `_block` names it. The matrices between the attention heads
-# and the residual streams are not among them.
+# Families of matrices → what they are multiplied with, as `Tap` and `_counting` name it. The matrices between the
+# attention heads and the residual streams are not among them.
 _INPUTS = {
-    **dict.fromkeys(("attn.q_a", "attn.kv", "csa.indexer.proj"), "attn"),
-    **dict.fromkeys(("csa.compressor.kv", "csa.compressor.gate", "hca.compressor.kv", "hca.compressor.gate"), "attn"),
-    **dict.fromkeys(("csa.indexer.compressor.kv", "csa.indexer.compressor.gate"), "attn"),
+    **dict.fromkeys(("attn.q_a", "attn.kv", "csa.indexer.proj"), "attention"),
+    **dict.fromkeys(
+        ("csa.compressor.kv", "csa.compressor.gate", "hca.compressor.kv", "hca.compressor.gate"), "attention"
+    ),
+    **dict.fromkeys(("csa.indexer.compressor.kv", "csa.indexer.compressor.gate"), "attention"),
     **dict.fromkeys(("attn.q_b", "csa.indexer.q_b"), "query"),
     **dict.fromkeys(("ffn.router", "ffn.shared.gate", "ffn.shared.up"), "ffn"),
     "ffn.shared.down": "shared",
@@ -133,52 +136,38 @@ def _observe(
     Sequences marked `fresh` (B,) are emptied first.
     """
     cache = kv.reset(cache, fresh)
-    x = w.embed[tokens].dequantize(jnp.dtype(compute.dtype))
-    X = jnp.broadcast_to(x[:, :, None], (*tokens.shape, cfg.n_streams, cfg.embed_dim))
-    totals = []
-    for layer in range(cfg.n_layers):
-        X, cache, found = _block(X, tokens, n, w, cache, layer, cfg, compute)
-        totals.append(found)
+    totals: Totals = [{} for _ in range(cfg.n_layers + cfg.n_mtp)]
+    length = cache.length
+    X, cache = transformer.forward(w, cache, tokens, n, cfg, compute, _counting(totals, tokens, n, w, cfg, compute))
     if cfg.n_mtp:
-        Z = mtp.join(X, w.embed[following].dequantize(X.dtype), w.mtp, cfg)
-        _, cache, found = _block(Z, following, n_head, w, cache, cfg.n_layers, cfg, compute)
-        totals.append(found)
-    return totals, cache.replace(length=cache.length + n)
+        tap = _counting(totals, tokens, n_head, w, cfg, compute)
+        _, _, cache = mtp.draft(w, cache, X, following, length, n_head, cfg, compute, tap)
+    return totals, cache
 
 
-def _block(
-    X: Array, tokens: Array, n: Array, w: Weights, cache: Cache, layer: int, cfg: ModelConfig, compute: Compute
-) -> tuple[Array, Cache, dict[str, tuple[Array, Array]]]:
-    """The steps of `transformer.block`, and the sums of squares of what its matrices are multiplied with."""
-    clamp = cfg.clamp(layer)
+def _counting(totals: Totals, tokens: Array, n: Array, w: Weights, cfg: ModelConfig, compute: Compute) -> Tap:
+    """A tap that puts the sums of squares of what a layer's matrices are multiplied with into `totals`."""
     real = (jnp.arange(tokens.shape[1], dtype=jnp.int32) < n[:, None]).reshape(-1, 1).astype(jnp.float32)
+    kept: dict[str, Array] = {}
 
     def sums(x: Array, who: Array) -> tuple[Array, Array]:
-        """x (B, T, columns); who (B·T, matrices), 1 where a matrix is multiplied with that row."""
-        x = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+        """x (S, columns); who (S, matrices), 1 where a matrix is multiplied with that row."""
+        x = x.astype(jnp.float32)
         return matmul("sm,si->mi", who, x * x), who.sum(0)
 
-    found: dict[str, tuple[Array, Array]] = {}
-
-    def attend(h: Array) -> tuple[Array, Cache]:
-        query = rms_norm(linear(h, w.attn.q_a[layer]), cfg.norm_eps, w.attn.q_a_norm[layer])
-        found.update(attn=sums(h, real), query=sums(query, real))
-        return attention(h, n, w, cache, layer, cfg, compute.numerics)
-
-    def feed_forward(h: Array) -> tuple[Array, None]:
-        ffn = w.ffn.at(layer)
-        x = h.reshape(-1, h.shape[-1])
-        ids, weight = route(x, tokens.reshape(-1), w, layer, cfg)
-        chosen = (ids[..., None] == jnp.arange(cfg.n_experts, dtype=ids.dtype)).any(1).astype(jnp.float32) * real
-        shared = activation(linear(x, ffn.shared.gate), linear(x, ffn.shared.up), clamp)
-        found.update(ffn=sums(h, real), routed=sums(h, chosen), shared=sums(shared, real))
+    def tap(layer: int, name: str, x: Any) -> None:
+        found = totals[layer]
+        if name != "routing":
+            kept[name] = x() if callable(x) else x
+            found[name] = sums(kept[name], real)
+            return
+        chosen = (x.ids[..., None] == jnp.arange(cfg.n_experts, dtype=x.ids.dtype)).any(1).astype(jnp.float32) * real
+        found["routed"] = sums(kept["ffn"], chosen)
+        experts = jax.tree.map(lambda m: m.value, w.ffn.experts.at(layer), is_leaf=lambda m: isinstance(m, Weight))
         run = _weighted if compute.mesh is None else functools.partial(_sharded_weighted, mesh=compute.mesh)
-        found["weighted"] = run(x, ids, weight * real, ffn.experts, clamp), found["routed"][1]
-        return moe(h, tokens, w, layer, cfg, compute.mesh), None
+        found["weighted"] = run(kept["ffn"], x.ids, x.weight * real, experts, cfg.clamp(layer)), found["routed"][1]
 
-    X, cache = hyper.connect(X, w.attn.hc.at(layer), w.attn.norm[layer], attend, cfg)
-    X, _ = hyper.connect(X, w.ffn.hc.at(layer), w.ffn.norm[layer], feed_forward, cfg)
-    return X, cache, found
+    return tap
 
 
 def _weighted(x: Array, ids: Array, weight: Array, w: SwiGLU, clamp: float, first: Array | int = 0) -> Array:
@@ -190,7 +179,7 @@ def _weighted(x: Array, ids: Array, weight: Array, w: SwiGLU, clamp: float, firs
     def one(_, expert: tuple[SwiGLU, Array]) -> tuple[None, Array]:
         e, i = expert
         share = jnp.where(ids == i, weight, 0).sum(-1, keepdims=True)
-        act = activation(linear(x, e.gate), linear(x, e.up), clamp).astype(jnp.float32) * share
+        act = swiglu(linear(x, single(e.gate)), linear(x, single(e.up)), clamp).astype(jnp.float32) * share
         return None, (act * act).sum(0)
 
     return lax.scan(one, None, (w, first + jnp.arange(w.gate.shape[0], dtype=ids.dtype)))[1]

@@ -1,4 +1,4 @@
-"""Products with weights: `linear` and `grouped_linear`, through which every one goes, and `matmul` and `lookup`."""
+"""Products in XLA: at least float32 sums, no TF32, and gradients that stay in the operands' dtype."""
 
 from __future__ import annotations
 
@@ -9,30 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ds4jax.formats import BF16, F16, F32, FORMATS, IQ2_XXS, MXFP4, Q2_K, Q4_K, Q8_0, GGMLType, Quantized
-
-__all__ = ["BF16", "F16", "F32", "FORMATS", "IQ2_XXS", "MXFP4", "Q2_K", "Q4_K", "Q8_0", "GGMLType", "Quantized"]
-
 Array = jax.Array
 
 
 def wide(dtype) -> np.dtype:
     """The dtype to accumulate in and to compute norms, gates and routing in: float32, or float64 for float64."""
     return np.dtype(np.float64 if dtype == jnp.float64 else np.float32)
-
-
-def linear(x: Array, w: Quantized, dtype=None) -> Array:
-    """x (..., in) times w (out, in) transposed: (..., out) in `dtype` (x's unless given), accumulated in float32.
-
-    Every matrix product with a weight goes through here (or `grouped_linear`).
-    """
-    return matmul("...i,oi->...o", x, w.dequantize(x.dtype), dtype=dtype)
-
-
-def grouped_linear(x: Array, w: Quantized, groups: int) -> Array:
-    """Block-diagonal product: group g of x (..., groups, in) meets rows [g·out, (g+1)·out) of w (groups·out, in)."""
-    w = w.dequantize(x.dtype)
-    return matmul("...gi,goi->...go", x, w.reshape(groups, -1, w.shape[-1]))
 
 
 def matmul(equation: str, a: Array, b: Array, dtype=None) -> Array:
@@ -59,7 +41,12 @@ def _matmul_backward(equation: str, dtype: np.dtype, operands: tuple[Array, Arra
 
 
 _matmul.defvjp(_matmul_forward, _matmul_backward)
-_einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
+
+
+def _einsum(equation: str, a: Array, b: Array, preferred_element_type=None) -> Array:
+    # Float32 operands as float32; narrower ones need no more than the tensor cores give.
+    precision = lax.Precision.HIGHEST if a.dtype.itemsize >= 4 else None
+    return jnp.einsum(equation, a, b, precision=precision, preferred_element_type=preferred_element_type)
 
 
 @jax.custom_vjp

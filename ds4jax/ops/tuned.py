@@ -2,7 +2,7 @@
 
     {op: {name of a shape in the op's SHAPES: fields of its Config}}
 
-`scripts/autotune.py --write` makes the file; an op that is called without a config looks here. A tuned config serves
+`scripts/autotune.py --write` makes the file; every op looks here for its kernel's tiles. A tuned config serves
 the calls whose shape has the same `key` as the one it was measured for, and nothing in between: any other call takes
 the op's `default_config`, which was made to be good everywhere.
 """
@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -41,14 +41,14 @@ def config_for(module_name: str, shape: Any) -> Any:
     return module.default_config(shape) if found is None else found
 
 
+def tiles(kernel: ModuleType) -> Callable[[Any], Any]:
+    """What gives a kernel the config for the shape of a call."""
+    return functools.partial(config_for, kernel.__name__)
+
+
 def key(shape: Any) -> Any:
     """What of a shape a config may depend on."""
     return getattr(shape, "key", shape)
-
-
-def magnitude(n: int) -> int:
-    """The nearest power of two, of 0 it is 0: for a capacity, of which any part may be in use."""
-    return 2 ** round(math.log2(n)) if n else 0
 
 
 @functools.cache

@@ -1,10 +1,26 @@
-"""RMS normalisation."""
+"""RMS normalisation (arXiv:1910.07467)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ds4jax.formats.quant import wide
+from ds4jax.numerics.precision import wide
+from ds4jax.ops.weight import Weight
+
+
+class Norm(NamedTuple):
+    """An RMS norm: its weight (K) and epsilon."""
+
+    weight: Weight
+    eps: float
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x (..., K) normalised."""
+        return rms_norm(x, self.eps, self.weight.value)
 
 
 def rms_norm(x: jax.Array, eps: float, weight: jax.Array | None = None) -> jax.Array:

@@ -1,22 +1,27 @@
-"""The forward pass through the kernels: the mathematics of the plain one; it lowers for GPUs; it runs on one."""
+"""The forward pass through the kernels: the same as in XLA; it lowers for GPUs; it runs on one."""
 
 import dataclasses
 import functools
-import types
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ds4jax import implementation
 from ds4jax.engine import compiled_steps, sampling
 from ds4jax.errors import ConfigError
-from ds4jax.formats.quant import Q8_0
+from ds4jax.formats import Q8_0
+from ds4jax.implementation import OPS
 from ds4jax.io.synthetic import FULL, RECIPES, Synthetic, synthetic_config
-from ds4jax.model import Compute, fused, prefill, weights
 from ds4jax.model import cache as kv
-from pallas_kernels import common
-from pallas_kernels.common import Unsupported
+from ds4jax.model import moe, support, weights
+from ds4jax.model.compute import Compute
+from ds4jax.model.transformer import forward, prefill
+from ds4jax.ops import attend
+from ds4jax.sharding import make_mesh
+from pallas_kernels import common, compressor, experts, hyper, indexer, latent, matmul, mla, router, topk
 
 # As small as the kernels take it: RoPE of 64 dims, powers of two.
 CFG = synthetic_config(
@@ -49,15 +54,16 @@ def model():
     return w.replace(attn=w.attn.replace(o_b=damped(w.attn.o_b)), ffn=ffn)
 
 
-def run(model, step, dtype, chunks, ids, ctx=512):
+def run(model, compute, chunks, ids, ctx=512):
     """Logits of the real tokens of two sequences, chunk by chunk; the second has one token fewer in each long chunk.
 
     On the device that has `ids`.
     """
     (device,), out, start = ids.devices(), [], 0
-    cache = jax.device_put(kv.empty(CFG, "official", dtype, 2, ctx), device)
+    cache = jax.device_put(kv.empty(CFG, "official", compute.dtype, 2, ctx), device)
     for T in chunks:
         n = jnp.array([T, max(1, T - 1)], jnp.int32)
+        step = functools.partial(prefill, cfg=CFG, compute=compute, all_positions=True)
         logits, cache = step(model, cache, ids[:, start : start + T], n)
         out.append(np.asarray(logits)[:, : max(1, T - 1)])
         start += T
@@ -70,56 +76,20 @@ def errors(found, expected):
 
 CHUNKS = [128, *[4] * 31, *[1] * 8]  # prefill, a few tokens, and decoding until an HCA window closes
 IDS = jnp.asarray(np.random.default_rng(0).integers(CFG.vocab_size, size=(2, sum(CHUNKS))), jnp.int32)
+XLA, INTERPRETED = Compute(), Compute(kernels="pallas_interpret")
 
 
-def test_agrees_with_the_plain_forward_pass(model):
-    compute = Compute("official", "float32")
-    plain = functools.partial(prefill, cfg=CFG, compute=compute, all_positions=True)
-    ours = jax.jit(functools.partial(fused.forward, cfg=CFG, compute=compute, all_positions=True, impl="xla"))
-    expected, cache = run(model, plain, "float32", CHUNKS, IDS)
-    found, moved = run(model, ours, "float32", CHUNKS, IDS)
-    # Queries are float16 here, 11 bits. Where that tips a choice, more of the logits moves.
-    error = errors(found, expected)
-    assert np.median(error) < 1e-3 and error.max() < 0.05
-    np.testing.assert_array_equal(moved.length, cache.length)
-    for name in ("csa", "hca"):
-        seen = int(cache.length[0]) // {"csa": 4, "hca": 128}[name]
-        a, b = (np.asarray(getattr(c, name).rows["codes"][:, 0, :seen], np.float32) for c in (moved, cache))
-        assert (a != b).mean() < 0.01
-
-
-# ---- the kernels themselves, interpreted -----------------------------------------------------------------------------
-KERNELS = {
-    "compressor": ["op"], "experts": ["gate_up", "down"], "grouped_gemm": ["linear", "experts"], "hyper": ["op"],
-    "indexer": ["op"], "latent": ["op"], "matmul": ["matmul"], "mla": ["op"], "router": ["op"], "topk": ["op"],
-}  # fmt: skip
-
-
-@pytest.fixture
-def interpreted(monkeypatch):
-    for name, functions in KERNELS.items():
-        module = getattr(fused, name)
-        calls = {f: functools.partial(getattr(module, f), interpret=True) for f in functions}
-        monkeypatch.setattr(fused, name, types.SimpleNamespace(**{**vars(module), **calls}))
-
-
-def steps_of_both(dtype):
-    """The forward pass in XLA, and through the kernels."""
-    f = functools.partial(fused.forward, cfg=CFG, compute=Compute("official", dtype), all_positions=True)
-    return jax.jit(functools.partial(f, impl="xla")), jax.jit(f)
-
-
-def test_decoding_through_the_kernels_is_decoding_in_xla(model, interpreted):
+# ---- the kernels, interpreted ----------------------------------------------------------------------------------------
+def test_decoding_through_the_kernels_is_decoding_in_xla(model):
     """Over the end of a window of 128; float32, so that only the order of sums differs, and now and then a code."""
-    xla, kernels = steps_of_both("float32")
     start = 254
-    _, cache = run(model, xla, "float32", [128, *[4] * 31, 1, 1], IDS)
-    one, cache = jnp.ones((2,), jnp.int32), cache.replace(length=jnp.full((2,), start, jnp.int32))
-    a = b = cache
-    kernels = kernels.lower(model, b, IDS[:, :1], one).compile()
+    _, cache = run(model, XLA, [128, *[4] * 31, 1, 1], IDS)
+    one = jnp.ones((2,), jnp.int32)
+    cache = cache.replace(length=jnp.full((2,), start, jnp.int32))
+    a, b = cache, jax.tree.map(jnp.copy, cache)
     for i in range(start, start + 3):
-        expected, a = xla(model, a, IDS[:, i : i + 1], one)
-        found, b = kernels(model, b, IDS[:, i : i + 1], one)
+        expected, a = prefill(model, a, IDS[:, i : i + 1], one, cfg=CFG, compute=XLA)
+        found, b = prefill(model, b, IDS[:, i : i + 1], one, cfg=CFG, compute=INTERPRETED)
         assert errors(np.asarray(found), np.asarray(expected)).max() < 2e-3
     for x, y in zip(
         jax.tree.leaves((a.window, a.csa.rows, a.hca.rows)),
@@ -129,16 +99,15 @@ def test_decoding_through_the_kernels_is_decoding_in_xla(model, interpreted):
         assert (np.asarray(x, np.float32) != np.asarray(y, np.float32)).mean() < 0.03
 
 
-def test_a_sequence_that_rests_changes_nothing(model, interpreted):
+def test_a_sequence_that_rests_changes_nothing(model):
     """Nor does it have an effect on the other, whose logits are the same bit for bit."""
-    _, kernels = steps_of_both("float32")
+    step = jax.jit(functools.partial(prefill.__wrapped__, cfg=CFG, compute=INTERPRETED))
     cache = kv.empty(CFG, "official", "float32", 2, 512)
     both, one = jnp.array([1, 1], jnp.int32), jnp.array([0, 1], jnp.int32)
-    kernels = kernels.lower(model, cache, IDS[:, :1], both).compile()
     for i in range(5):
-        _, cache = kernels(model, cache, IDS[:, i : i + 1], both)
-    expected, together = kernels(model, cache, IDS[:, 5:6], both)
-    found, alone = kernels(model, cache, IDS[:, 5:6], one)
+        _, cache = step(model, cache, IDS[:, i : i + 1], both)
+    expected, together = step(model, cache, IDS[:, 5:6], both)
+    found, alone = step(model, cache, IDS[:, 5:6], one)
     np.testing.assert_array_equal(found[1], expected[1])
     assert np.isfinite(np.asarray(found)).all()
     for before, after, other in zip(*(jax.tree.leaves(c) for c in (cache, alone, together)), strict=True):
@@ -152,46 +121,98 @@ def test_what_is_no_token_reads_nothing(model, monkeypatch, T, n):
     """Its experts are -1, which no kernel computes; and a sequence that rests attends from position 0."""
     chosen, positions = [], []
 
-    def spied(name, function, seen, argument):
-        module = getattr(fused, name)
+    def spied(module, name, seen, argument):
+        real = getattr(module, name)
+        monkeypatch.setattr(
+            module, name, lambda *args, **options: seen.append(args[argument]) or real(*args, **options)
+        )
 
-        def spy(*args, **options):
-            seen.append(np.asarray(args[argument]))
-            return getattr(module, function)(*args, **options)
-
-        monkeypatch.setattr(fused, name, types.SimpleNamespace(**{**vars(module), function: spy}))
-
-    spied("experts", "gate_up", chosen, 1)
-    spied("mla", "op", positions, 4)
+    spied(moe, "experts", chosen, 1)
+    spied(attend, "attend", positions, 4)
     cache = kv.empty(CFG, "official", "float32", 2, 512).replace(length=jnp.full((2,), 5, jnp.int32))
-    compute = Compute("official", "float32")
-    fused.forward(model, cache, IDS[:, :T], jnp.array(n, jnp.int32), cfg=CFG, compute=compute, impl="xla")
+    forward(model, cache, IDS[:, :T], jnp.array(n, jnp.int32), CFG, XLA)
     real = (np.arange(T) < np.array(n)[:, None]).reshape(-1)
     assert len(chosen) == len(positions) == CFG.n_layers
-    for ids, position in zip(chosen, positions, strict=True):
+    for ids, position in zip(map(np.asarray, chosen), map(np.asarray, positions), strict=True):
         assert (ids[real] >= 0).all() and (ids[~real] == -1).all()
         assert position.tolist() == [5 if count else 0 for count in n]
 
 
-def test_prefill_through_the_kernels_is_prefill_in_xla(model, interpreted):
+def test_prefill_through_the_kernels_is_prefill_in_xla(model):
     """In bfloat16, where both round to 2⁻⁹ at other places."""
-    xla, kernels = steps_of_both("bfloat16")
-    n, cache = jnp.array([61], jnp.int32), kv.empty(CFG, "official", "bfloat16", 1, 512)
-    expected, found = (np.asarray(f(model, cache, IDS[:1, :64], n)[0], np.float32)[0, :61] for f in (xla, kernels))
-    error = errors(found, expected)
+    n, found = jnp.array([61], jnp.int32), {}
+    for kernels in ("xla", "pallas_interpret"):
+        cache, compute = kv.empty(CFG, "official", "bfloat16", 1, 512), Compute(dtype="bfloat16", kernels=kernels)
+        logits, _ = prefill(model, cache, IDS[:1, :64], n, cfg=CFG, compute=compute, all_positions=True)
+        found[kernels] = np.asarray(logits, np.float32)[0, :61]
+    error = errors(found["pallas_interpret"], found["xla"])
     assert np.median(error) < 0.01 and error.max() < 0.1
 
 
-def test_refuses_what_it_has_no_kernels_for(model):
-    cache, ids, n = kv.empty(CFG, "plain", "float32", 1, 128), jnp.zeros((1, 1), jnp.int32), jnp.ones((1,), jnp.int32)
-    with pytest.raises(ConfigError, match="kernels = 'pallas': found numerics 'plain' on 1 devices"):
-        prefill(model, cache, ids, n, cfg=CFG, compute=Compute("plain", "bfloat16", kernels="pallas"))
-    odd = dataclasses.replace(CFG, rope_dim=32)
-    w = weights.structs(weights.abstract(odd, Synthetic(odd, RECIPES["q2"]).types))
-    form = kv.abstract(odd, "official", "bfloat16", 1, 128)
-    step = functools.partial(fused.forward, cfg=odd, compute=Compute("official", "bfloat16"))
-    with pytest.raises(Unsupported, match="latent"):
-        jax.eval_shape(step, w, form, ids, n)
+# ---- one op apart from the others ------------------------------------------------------------------------------------
+def test_any_op_can_be_switched_alone(model, monkeypatch):
+    """`pallas_interpret,OP=xla` runs every kernel but that op's; the result stays the same."""
+    ran = set()
+    for op, module, name in KERNEL_CALLS:
+        real = getattr(module, name)
+        monkeypatch.setattr(
+            module, name, lambda *args, op=op, real=real, **options: ran.add(op) or real(*args, **options)
+        )
+    cache, one = kv.abstract(CFG, "official", "float32", 2, 512), jax.ShapeDtypeStruct((2,), jnp.int32)
+    ids = jax.ShapeDtypeStruct((2, 1), jnp.int32)
+    for op in OPS:
+        ran.clear()
+        compute = Compute(kernels=f"pallas_interpret,{op}=xla")
+        jax.eval_shape(functools.partial(prefill.__wrapped__, cfg=CFG, compute=compute), model, cache, ids, one)
+        assert ran == set(OPS) - {op}
+
+
+KERNEL_CALLS = [
+    ("mhc", hyper, "op"), ("linear", matmul, "matmul"), ("latent", latent, "op"), ("compress", compressor, "op"),
+    ("index", indexer, "op"), ("topk", topk, "op"), ("attend", mla, "op"), ("route", router, "op"),
+    ("experts", experts, "gate_up"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "text, problem",
+    [
+        ("cuda", "found 'cuda', expected one of xla, pallas, pallas_interpret, then ,OP=IMPLEMENTATION"),
+        (
+            "pallas,attention=xla",
+            "found 'attention=xla' in 'pallas,attention=xla', expected OP=IMPLEMENTATION, OP of mhc",
+        ),
+        ("pallas,attend=xla,attend=pallas", "found 'attend=pallas' in"),
+        ("pallas,attend", "found 'pallas,attend', expected one of xla"),
+    ],
+)
+def test_implementations_that_are_none(text, problem):
+    with pytest.raises(ConfigError, match=re.escape(problem)):
+        implementation.parse(text)
+
+
+def test_what_there_are_no_kernels_for_is_named():
+    """One line for each op that cannot run, of every one that was asked for."""
+
+    def problems(cfg, numerics, kernels="pallas", types="q2", tokens=1):
+        w = weights.structs(weights.abstract(cfg, Synthetic(cfg, RECIPES[types]).types))
+        cache = kv.abstract(cfg, numerics, "bfloat16", 1, 512)
+        return support.unsupported(cfg, w, cache, Compute(numerics, "bfloat16", kernels=kernels), tokens)
+
+    assert problems(CFG, "official") == problems(CFG, "official", tokens=64) == {}
+    plain = problems(CFG, "plain")
+    assert set(plain) == {"latent", "compress", "index", "attend"} and "official" in plain["index"]
+    assert set(problems(CFG, "plain", "pallas,index=xla,attend=xla")) == {"latent", "compress"}
+    narrow = problems(dataclasses.replace(CFG, rope_dim=32), "official")
+    assert {"latent", "attend"} <= set(narrow)
+    heads = problems(dataclasses.replace(CFG, index_heads=12), "official")
+    assert set(heads) == {"index"} and "12 heads" in heads["index"]
+    assert "F32" in problems(CFG, "official", types="f32")["experts"]
+    mesh = make_mesh(1, 1)
+    w = weights.structs(weights.abstract(CFG, Synthetic(CFG, RECIPES["q2"]).types))
+    on_mesh = support.unsupported(CFG, w, kv.abstract(CFG, "official", "bfloat16", 1, 512), Compute(
+        "official", "bfloat16", mesh, kernels="pallas"), 1)  # fmt: skip
+    assert set(on_mesh) == set(OPS)
 
 
 # ---- the full shape, in five layers of all kinds ---------------------------------------------------------------------
@@ -200,11 +221,14 @@ SHORT = dataclasses.replace(
 )
 
 
+PALLAS = Compute("official", "bfloat16", kernels="pallas")
+
+
 def steps(T, B=1, ctx=32768):
     """A step of the full shape, and the structures of its arguments."""
     w = weights.structs(weights.abstract(SHORT, Synthetic(SHORT, RECIPES["q2"]).types))
     cache = kv.abstract(SHORT, "official", "bfloat16", B, ctx)
-    f = functools.partial(fused.forward, cfg=SHORT, compute=Compute("official", "bfloat16"))
+    f = functools.partial(prefill.__wrapped__, cfg=SHORT, compute=PALLAS)
     return f, (w, cache, jax.ShapeDtypeStruct((B, T), jnp.int32), jax.ShapeDtypeStruct((B,), jnp.int32))
 
 
@@ -226,11 +250,11 @@ def test_prefill_lowers_for_gpus():
 @pytest.mark.gpu
 def test_kernels_agree_with_xla_on_the_gpu(model):
     """In bfloat16 both: a rounding is 2⁻⁹, and what the two round is not the same."""
-    xla, kernels = steps_of_both("bfloat16")
     cpu = jax.devices("cpu")[0]
     # There XLA takes seconds to compile it, not minutes.
-    expected, _ = run(jax.device_put(model, cpu), xla, "bfloat16", CHUNKS, jax.device_put(IDS, cpu))
-    found, again = (run(model, kernels, "bfloat16", CHUNKS, IDS)[0] for _ in range(2))
+    on_cpu = Compute("official", "bfloat16")
+    expected, _ = run(jax.device_put(model, cpu), on_cpu, CHUNKS, jax.device_put(IDS, cpu))
+    found, again = (run(model, PALLAS, CHUNKS, IDS)[0] for _ in range(2))
     np.testing.assert_array_equal(found, again)
     error = errors(found, expected)
     assert np.median(error) < 0.02 and np.quantile(error, 0.95) < 0.1

@@ -1,13 +1,16 @@
-"""Rotary position embedding on the last `rope_dim` dims of a head; adjacent dims form a pair."""
+"""Rotary position embedding (RoPE, arXiv:2104.09864) on the last `rope_dim` dims of a head, in adjacent pairs."""
+
+from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ds4jax.config import ModelConfig
-from ds4jax.formats.quant import wide
+from ds4jax.config import CSA_RATIO, HCA_RATIO, ModelConfig
+from ds4jax.numerics.precision import wide
 
 
 def frequencies(cfg: ModelConfig, ratio: int) -> np.ndarray:
@@ -37,6 +40,32 @@ def cos_sin(positions: jax.Array, freq: np.ndarray, dtype=jnp.float32) -> tuple[
     """Cosine and sine of the angles of positions (...), int32: each (..., rope_dim / 2)."""
     angle = positions[..., None].astype(dtype) * jnp.asarray(freq, dtype)
     return jnp.cos(angle), jnp.sin(angle)
+
+
+class Angles(NamedTuple):
+    """RoPE of one step, in layers of one compression ratio. P = rope_dim / 2.
+
+    cos, sin (B, T, P): of the new tokens' positions. row_cos, row_sin (B, P): of the compressed row that the first new
+    token goes into, which has the position of its first token.
+    """
+
+    cos: jax.Array
+    sin: jax.Array
+    row_cos: jax.Array
+    row_sin: jax.Array
+
+
+def angles(cfg: ModelConfig, length: jax.Array, T: int, dtype=jnp.float32) -> dict[int, Angles]:
+    """The angles of T new tokens after `length` (B,) of each sequence, by the layers' ratio: 0, 4 and 128."""
+    position = length[:, None] + jnp.arange(T, dtype=jnp.int32)
+    # Layers that compress share their base.
+    compressing = cos_sin(position, frequencies(cfg, CSA_RATIO), dtype)
+    out = {}
+    for ratio in (0, CSA_RATIO, HCA_RATIO):
+        freq = frequencies(cfg, ratio)
+        row = cos_sin(length // max(1, ratio) * ratio, freq, dtype)
+        out[ratio] = Angles(*(compressing if ratio else cos_sin(position, freq, dtype)), *row)
+    return out
 
 
 def turn(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:

@@ -1,0 +1,164 @@
+"""Compressors: pool every window of R tokens into one row, by a softmax over the tokens, per channel.
+
+    z = W_kv h,  g = W_gate h + ape[t mod R]
+    row_i = rope(rms(Σ_t softmax_t(g) ⊙ z) · norm),  at position i·R
+
+R = 128 (HCA): the 128 tokens of the window. R = 4 (CSA) overlaps: z and g have two halves, a and b; row i pools the
+a-halves of window i - 1 and the b-halves of window i. The indexer has a compressor of its own, of the same kind.
+DeepSeek-V4 report, compressed sparse attention and heavily compressed attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax import lax
+
+from ds4jax.config import CSA_RATIO
+from ds4jax.implementation import Implementation
+from ds4jax.numerics import rows as num
+from ds4jax.numerics.precision import lookup
+from ds4jax.ops import rope, tuned
+from ds4jax.ops.norm import Norm
+from ds4jax.ops.weight import Weight, same_layer
+from pallas_kernels import compressor as kernel
+
+Array = jax.Array
+
+
+@struct.dataclass
+class Compressed:
+    """What one kind of compressor keeps, for all layers that have one.
+
+    rows: planes (L, B, N, ·), row i made from tokens i·R … i·R + R − 1 (and, overlapping, the R before them).
+    z, g: float32 (L, B, R, c·D), values and gates of the open window's tokens; token t lies at t mod R.
+    prev_z, prev_g: float32 (L, B, R, D), the a-halves of the last closed window (empty unless overlapping).
+    """
+
+    rows: num.Rows
+    z: Array
+    g: Array
+    prev_z: Array
+    prev_g: Array
+
+
+class Compressor(NamedTuple):
+    """One compressor of a layer, and what it is fed.
+
+    z, g: its projections of the new tokens (B·T, c·D), before the gates' bias. ape: that bias, a matrix (R, c·D).
+    norm: of its rows. row: how these are stored. rotate: whether they are index keys, which pass the Hadamard matrix.
+    """
+
+    z: Array
+    g: Array
+    ape: Weight
+    norm: Norm
+    row: num.RowFormat
+    is_index: bool = False
+
+
+def compress(
+    compressors: Sequence[Compressor],
+    states: Sequence[Compressed],
+    length: Array,
+    n: Array,
+    angles: rope.Angles,
+    nth: int,
+    *,
+    ratio: int,
+    freq: np.ndarray,
+    numerics: num.Numerics,
+    implementation: Implementation = "xla",
+) -> list[Compressed]:
+    """Take T new tokens into the compressors of a layer: store the rows of windows that close, keep the open window.
+
+    length, n: int32 (B,), tokens before these, and how many of the T are real. nth: the layer among those of its ratio,
+    in every state. freq: see `rope.frequencies`. The kernel takes one token of each sequence, `official` rows and a
+    bias in F32, F16 or BF16; for T > 1 the formula is computed in XLA. Raises Unsupported.
+    """
+    B, T, _ = angles.cos.shape
+    if implementation == "xla" or T > 1:
+        return [
+            _formula(c, kept, length, n, angles, nth, ratio, freq, numerics)
+            for c, kept in zip(compressors, states, strict=True)
+        ]
+    layer = same_layer(*(w for c in compressors for w in (c.ape, c.norm.weight)))
+    moved = kernel.op(
+        [(c.z, c.g) for c in compressors], [(c.ape.values, c.norm.weight.stack) for c in compressors],
+        [kernel.State(s.rows, s.z, s.g, s.prev_z, s.prev_g) for s in states], length, n, angles.row_cos,
+        angles.row_sin, jnp.array([layer], jnp.int32), jnp.array([nth], jnp.int32), eps=compressors[0].norm.eps,
+        config=tuned.tiles(kernel), interpret=implementation == "pallas_interpret",
+    )  # fmt: skip
+    return [s.replace(**m._asdict()) for s, m in zip(states, moved, strict=True)]
+
+
+def pool(z: Array, g: Array) -> Array:
+    """Σ over slots of softmax(g) ⊙ z: (..., slots, D) → (..., D)."""
+    return jnp.sum(z * jax.nn.softmax(g, axis=-2), axis=-2)
+
+
+def _formula(
+    c: Compressor, kept: Compressed, length: Array, n: Array, angles: rope.Angles, nth: int, ratio: int,
+    freq: np.ndarray, numerics: num.Numerics,
+) -> Compressed:  # fmt: skip
+    B, R, dtype, D = length.shape[0], ratio, kept.z.dtype, c.row.dim
+    z, g = (x.reshape(B, -1, x.shape[-1]).astype(dtype) for x in (c.z, c.g))
+    T = z.shape[1]
+    position = length[:, None] + jnp.arange(T, dtype=jnp.int32)
+    g = g + lookup(c.ape.value.dequantize(dtype), lax.rem(position, np.int32(R)))
+
+    # Lay the open window and the new tokens out from the window's start: slot j is the token at position first·R + j.
+    first, filled = lax.div(length, np.int32(R)), lax.rem(length, np.int32(R))
+    windows = -(-T // R)  # at most this many can close
+
+    def lay_out(state: Array, new: Array) -> Array:
+        slots = jnp.pad(state[nth], ((0, 0), (0, windows * R), (0, 0)))
+        return jax.vmap(lambda s, x, at: lax.dynamic_update_slice_in_dim(s, x, at, axis=0))(slots, new, filled)
+
+    z, g = lay_out(kept.z, z), lay_out(kept.g, g)
+    closed = lax.div(filled + n, np.int32(R))  # windows that these tokens close, per sequence
+    open_window = {"z": z, "g": g}
+
+    def split(x: Array) -> Array:
+        return x[:, : windows * R].reshape(B, windows, R, -1)
+
+    if R == CSA_RATIO:
+        prev_z = jnp.concatenate([kept.prev_z[nth], z[..., :D]], axis=1)
+        prev_g = jnp.concatenate([kept.prev_g[nth], g[..., :D]], axis=1)
+        open_window |= {"prev_z": prev_z, "prev_g": prev_g}
+        slots_z = jnp.concatenate([split(prev_z), split(z[..., D:])], axis=2)
+        slots_g = jnp.concatenate([split(prev_g), split(g[..., D:])], axis=2)
+    else:
+        slots_z, slots_g = split(z), split(g)
+
+    row = c.norm(pool(slots_z, slots_g))
+    window = jnp.arange(windows, dtype=jnp.int32)
+    index = first[:, None] + window
+    if windows > 1:
+        cos, sin = rope.cos_sin(index * R, freq, row.dtype)
+    else:
+        cos, sin = angles.row_cos[:, None], angles.row_sin[:, None]
+    row = rope.turn(row, cos, sin)
+    row = num.index_rotation(row, numerics) if c.is_index else row
+
+    capacity = next(iter(kept.rows.values())).shape[2]
+    target = jnp.where(window < closed[:, None], index, capacity + window)  # out of range: dropped
+    at = nth, jnp.arange(B, dtype=jnp.int32)[:, None], target
+    rows = jax.tree.map(
+        lambda kept, new: kept.at[at].set(new, mode="drop", unique_indices=True), kept.rows, c.row.encode(row)
+    )
+
+    def following(x: Array) -> Array:
+        """What comes after the last closed window: (B, slots, ·) → (B, R, ·)."""
+        return jax.vmap(lambda x, start: lax.dynamic_slice_in_dim(x, start, R))(x, closed * R)
+
+    update = {
+        name: lax.dynamic_update_index_in_dim(getattr(kept, name), following(x), nth, axis=0)
+        for name, x in open_window.items()
+    }
+    return kept.replace(rows=rows, **update)

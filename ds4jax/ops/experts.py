@@ -1,0 +1,142 @@
+"""Routed experts: every token through its k experts, weighted and added up (DeepSeekMoE, arXiv:2401.06066).
+
+    y = Σ_e weight_e · W_down,e SwiGLU(W_gate,e h, W_up,e h) + what else there is to add
+
+Few tokens read only the experts that they need; many read each expert once.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh, PartitionSpec
+
+from ds4jax.implementation import Implementation
+from ds4jax.numerics.precision import matmul, wide
+from ds4jax.ops import tuned
+from ds4jax.ops.linear import layers, swiglu
+from ds4jax.ops.weight import Weight
+from ds4jax.sharding import RULES, partition_spec
+from pallas_kernels import experts as few
+from pallas_kernels import grouped_gemm
+from pallas_kernels.common import Unsupported
+
+Array = jax.Array
+
+# With more activations than this, experts are taken one after the other.
+DENSE_BYTES = 2**28
+
+
+class Experts(NamedTuple):
+    """gate, up: matrices (n_experts, F, E); down: (n_experts, E, F)."""
+
+    gate: Weight
+    up: Weight
+    down: Weight
+
+
+def packs(tokens: int, experts: Experts, implementation: Implementation) -> str | None:
+    """The format that `experts` wants the activations packed for, or None: it takes them as they are."""
+    return experts.gate.format if implementation != "xla" and tokens <= few.MAX_TOKENS else None
+
+
+def experts(
+    h: Array,
+    ids: Array,
+    weight: Array,
+    w: Experts,
+    plus: Array,
+    *,
+    clamp: float,
+    packed: Array | None = None,
+    mesh: Mesh | None = None,
+    implementation: Implementation = "xla",
+) -> Array:
+    """h (S, E) → (S, E) in h's dtype.
+
+    ids: int32 (S, k), -1 where there is no token. weight (S, k). plus (S, E): added to the sum, float32 at least.
+    packed: h as `route` packs it. mesh: where the experts are spread over the devices; XLA only. The kernels for many
+    tokens multiply in bfloat16, those for up to 32 in 16-bit fixed point; both add up in float32 and in a fixed order.
+    Raises Unsupported.
+    """
+    if implementation == "xla":
+        run = _formula if mesh is None else _sharded(mesh)
+        e = Experts(*(m.value for m in w))
+        return (run(h, ids, weight, e, clamp) + plus).astype(h.dtype)
+    if mesh is not None:
+        raise Unsupported(f"experts: found a mesh of {mesh.size} devices, expected one device")
+    gate, up, down = w
+    if (gate.format, gate.nth) != (up.format, up.nth):
+        raise Unsupported(f"gate and up: found formats {gate.format}, {up.format}, expected the same for both")
+    interpret, n = implementation == "pallas_interpret", gate.planes[0].shape[1]
+    # A stack of layers of experts is a longer list of experts.
+    flat = [tuple(p.reshape(-1, *p.shape[2:]) for p in m.planes) for m in w]
+    first = gate.nth * n, down.nth * n
+    if len(h) > few.MAX_TOKENS:
+        routed = grouped_gemm.experts(
+            h.astype(jnp.bfloat16), ids, weight, *flat, fmts=(gate.format, down.format), clamp=clamp, n_experts=n,
+            first=first, config=tuned.tiles(grouped_gemm), interpret=interpret,
+        )  # fmt: skip
+        return (routed.astype(jnp.float32) + plus).astype(h.dtype)
+    config = tuned.tiles(few)
+    act = few.gate_up(
+        h if packed is None else packed, ids, weight, *flat[:2], fmt=gate.format, clamp=clamp, first=layers(first[0]),
+        config=config, interpret=interpret,
+    )  # fmt: skip
+    return few.down(
+        act, ids, flat[2], plus, fmt=down.format, first=layers(first[1]), dtype=h.dtype, config=config,
+        interpret=interpret,
+    )  # fmt: skip
+
+
+def _formula(x: Array, ids: Array, weight: Array, w: Experts, clamp: float, first: Array | int = 0) -> Array:
+    """Σ_k weight_k · expert_{ids_k}(x) over the experts held in w, which are first, first + 1, …; (S, E), wide."""
+    (S, k), held, dtype = ids.shape, w.gate.shape[0], wide(x.dtype)
+    ids = ids - first
+    weight = jnp.where((ids >= 0) & (ids < held), weight, 0)
+    if S * k <= held:
+        e = jax.tree.map(lambda p: p[jnp.clip(ids, 0, held - 1)], w)
+        gate, up = (matmul("se,skfe->skf", x, m.dequantize(x.dtype)) for m in (e.gate, e.up))
+        act = swiglu(gate, up, clamp) * weight[..., None].astype(x.dtype)
+        return matmul("skf,skef->se", act, e.down.dequantize(x.dtype), dtype)
+
+    def shares(expert: Array) -> Array:
+        """How much each of some experts counts for each token: (experts,) → (S, experts)."""
+        return jnp.where(ids[..., None] == expert, weight[..., None], 0).sum(1).astype(x.dtype)
+
+    if S * held * w.gate.shape[1] * x.dtype.itemsize <= DENSE_BYTES:
+        gate, up = (matmul("se,xfe->sxf", x, m.dequantize(x.dtype)) for m in (w.gate, w.up))
+        act = swiglu(gate, up, clamp) * shares(jnp.arange(held, dtype=jnp.int32))[..., None]
+        return matmul("sxf,xef->se", act, w.down.dequantize(x.dtype), dtype)
+
+    def one(total: Array, expert: tuple[Experts, Array]) -> tuple[Array, None]:
+        e, i = expert
+        gate, up = (matmul("se,fe->sf", x, m.dequantize(x.dtype)) for m in (e.gate, e.up))
+        act = swiglu(gate, up, clamp) * shares(i[None])
+        return total + matmul("sf,ef->se", act, e.down.dequantize(x.dtype), dtype), None
+
+    numbered = w, jnp.arange(held, dtype=jnp.int32)
+    return lax.scan(one, jnp.zeros(x.shape, dtype), numbered)[0]
+
+
+def _sharded(mesh: Mesh):
+    """`_formula` with the expert axis spread over the mesh: every device runs its own experts, then all add up."""
+    axes = RULES["experts"]
+
+    def run(x: Array, ids: Array, weight: Array, w: Experts, clamp: float) -> Array:
+        def local(x, ids, weight, w):
+            first = lax.axis_index(axes) * w.gate.shape[0]
+            return lax.psum(_formula(x, ids, weight, w, clamp, first), axes)
+
+        everywhere = PartitionSpec()
+        by_expert = jax.tree.map(lambda _: partition_spec(("experts", None, None)), w)
+        # A Pallas call inside cannot say how its outputs vary over the mesh, so that check is off.
+        return jax.shard_map(
+            local, mesh=mesh, in_specs=(everywhere, everywhere, everywhere, by_expert), out_specs=everywhere,
+            check_vma=False,
+        )(x, ids, weight, w)  # fmt: skip
+
+    return run

@@ -1,0 +1,104 @@
+"""From projections to what attention reads: queries, the window's new rows, and the indexer's queries.
+
+    q    each head: RMS norm without weight, RoPE
+    kv   RMS norm with weight, RoPE; stored in the layer's window as a row that is key and value for all heads
+    qᴵ   RoPE, Hadamard, rounding to E2M1                  (layers of ratio 4; DeepSeek-V3.2, arXiv:2512.02556)
+
+Multi-head latent attention with one latent row per token: arXiv:2405.04434, section 2.1, with q_lora and one kv head.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from ds4jax.implementation import Implementation
+from ds4jax.numerics import rows as num
+from ds4jax.numerics.precision import wide
+from ds4jax.ops import rope, tuned
+from ds4jax.ops.linear import layers
+from ds4jax.ops.norm import Norm, rms_norm
+from pallas_kernels import latent as kernel
+
+Array = jax.Array
+
+
+class Latent(NamedTuple):
+    """queries: (B, T, H, D). near: rows that attention reads for the window; of one token (T = 1) the whole stack of
+    rings (L, B, W, ·), of more (B, W + T, ·) with position length - W + j at j. index_queries: (B, T, Hi, Di) or None.
+    window: the stack of rings (L, B, W, ·), position p at p mod W, with the new rows."""
+
+    queries: Array
+    near: num.Rows
+    index_queries: Array | None
+    window: num.Rows
+
+
+def latent(
+    q: Array,
+    kv: Array,
+    index_q: Array | None,
+    norm: Norm,
+    angles: rope.Angles,
+    length: Array,
+    n: Array,
+    window: num.Rows,
+    layer: int,
+    *,
+    row: num.RowFormat,
+    key: num.RowFormat,
+    numerics: num.Numerics,
+    dtype,
+    index_dtype,
+    implementation: Implementation = "xla",
+) -> Latent:
+    """Finish the projections of T new tokens of B sequences, and store the rows of those that are real.
+
+    q (B·T, H·D), kv (B·T, D), index_q (B·T, Hi·Di) or None: projections. norm: of kv. length, n: int32 (B,), tokens
+    before these, and how many of the T are real. window: the stack of rings; `layer` is the one to write. row, key: how
+    window rows and index keys are stored. dtype, index_dtype: of the queries that are returned. The kernel takes one
+    token of each sequence and rows of `official`; for T > 1 the formula is computed in XLA. Raises Unsupported.
+    """
+    B, T, _ = angles.cos.shape
+    if implementation != "xla" and T == 1:
+        queries, window, index_queries = kernel.op(
+            q, kv, index_q, norm.weight.stack, angles.cos[:, 0], angles.sin[:, 0], length, n,
+            layers(norm.weight.nth, layer), window, eps=norm.eps, index_dim=key.dim, config=tuned.tiles(kernel),
+            interpret=implementation == "pallas_interpret",
+        )  # fmt: skip
+        return Latent(queries, window, index_queries, window)
+    heads = angles.cos[:, :, None], angles.sin[:, :, None]
+    q = q.reshape(B, T, -1, row.dim).astype(wide(q.dtype))
+    queries = rope.turn(rms_norm(q, norm.eps), *heads).astype(dtype)
+    kv = rope.turn(norm(kv).reshape(B, T, -1), angles.cos, angles.sin)
+    index_queries = None
+    if index_q is not None:
+        turned = rope.turn(index_q.reshape(B, T, -1, key.dim).astype(wide(index_q.dtype)), *heads)
+        rotated = num.index_rotation(turned, numerics)
+        index_queries = key.decode(key.encode(rotated), rotated.dtype).astype(index_dtype)
+    new = row.encode(kv)
+    moved = _store(new, window, layer, length, n)
+    return Latent(queries, moved if T == 1 else _slide(new, window, layer, length), index_queries, moved)
+
+
+def _store(new: num.Rows, window: num.Rows, layer: int, length: Array, n: Array) -> num.Rows:
+    """The rings with the last W of the n real new rows (B, T, ·) in them."""
+    (B, T), W = next(iter(new.values())).shape[:2], next(iter(window.values())).shape[2]
+    t = jnp.arange(T, dtype=jnp.int32)
+    kept = (t < n[:, None]) & (t >= n[:, None] - W)
+    slot = jnp.where(kept, lax.rem(length[:, None] + t, np.int32(W)), W)  # out of range: dropped
+    at = layer, jnp.arange(B, dtype=jnp.int32)[:, None], slot
+    return jax.tree.map(lambda ring, x: ring.at[at].set(x, mode="drop"), window, new)
+
+
+def _slide(new: num.Rows, window: num.Rows, layer: int, length: Array) -> num.Rows:
+    """The W rows before the new ones and the new ones, in order: (B, W + T, ·)."""
+    B, W = length.shape[0], next(iter(window.values())).shape[2]
+    # The slots of positions length - W … length - 1; before position 0 they hold nothing, and attention's mask says so.
+    slot = lax.rem(length[:, None] + jnp.arange(W, dtype=jnp.int32), np.int32(W))
+    batch = jnp.arange(B, dtype=jnp.int32)[:, None]
+    return jax.tree.map(lambda ring, x: jnp.concatenate([ring[layer][batch, slot], x], axis=1), window, new)

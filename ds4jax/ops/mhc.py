@@ -1,0 +1,136 @@
+"""Manifold-constrained hyper-connections: N residual streams around every sub-layer (mHC, arXiv:2512.24880).
+
+    m = fn · rms(flatten(X))                                all N·E values, no norm weight
+    pre = sigmoid(m₀ · scale₀ + base₀) + eps                (N)      what the sub-layer reads of each stream
+    post = 2 sigmoid(m₁ · scale₁ + base₁)                   (N)      what each stream gets of its output
+    comb = Sinkhorn(softmax(m₂ · scale₂ + base₂) + eps)     (N, N)   how the streams mix
+    h = rms(Σ_i pre_i X_i) · norm                           the sub-layer's input
+    X'_k = post_k y + Σ_j comb[j, k] X_j                    after its output y
+
+The end of one sub-layer and the beginning of the next are one op, `boundary`: both pass over the streams.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ds4jax.implementation import Implementation
+from ds4jax.numerics.precision import wide
+from ds4jax.ops import tuned
+from ds4jax.ops.linear import linear
+from ds4jax.ops.norm import Norm, rms_norm
+from ds4jax.ops.weight import Weight, same_layer
+from pallas_kernels import hyper as kernel
+
+Array = jax.Array
+
+
+class Connection(NamedTuple):
+    """The weights of one hyper-connection: fn (2N + N², N·E), base (2N + N²), scale (3). At the head: N, N, 1."""
+
+    fn: Weight
+    base: Weight
+    scale: Weight
+
+
+class Output(NamedTuple):
+    """What a sub-layer adds to the streams: its output y (S, E), post (S, N) and comb (S, N, N)."""
+
+    y: Array
+    post: Array
+    comb: Array
+
+
+class Streams(NamedTuple):
+    """The residual streams X (S, N, E), to which `output` is still to be added, unless it is None."""
+
+    X: Array
+    output: Output | None = None
+
+    def added(self) -> Array:
+        """The streams (S, N, E) with the last output in them."""
+        return self.X if self.output is None else expand(self.X, self.output)
+
+
+class Boundary(NamedTuple):
+    """Between two sub-layers: the streams X (S, N, E), the next one's input h (S, E), and post (S, N), comb (S, N, N)
+    for its output; post and comb are float32 at least, and None before the output head."""
+
+    X: Array
+    h: Array
+    post: Array | None
+    comb: Array | None
+
+    def add(self, y: Array) -> Streams:
+        """The streams after the sub-layer has returned y (S, E)."""
+        return Streams(self.X, Output(y, self.post, self.comb))
+
+
+def boundary(
+    streams: Streams,
+    connection: Connection,
+    norm: Norm,
+    *,
+    eps: float,
+    iterations: int,
+    implementation: Implementation = "xla",
+) -> Boundary:
+    """Add one sub-layer's output to the streams, and read from them what the next one takes.
+
+    eps: of pre and of the Sinkhorn normalisations, of which there are `iterations` for rows and for columns. The norm
+    over all streams has the eps of `norm`. The kernel takes fn in F32, F16 or BF16, N and E powers of two; sums are
+    float32 in a fixed order. Raises Unsupported.
+    """
+    if implementation == "xla":
+        return _formula(streams, connection, norm, eps, iterations)
+    fn, base, scale = connection
+    s = streams if len(streams.X) < kernel.MANY else Streams(streams.added())
+    layer = jnp.array([same_layer(*connection, norm.weight)], jnp.int32)
+    return Boundary(
+        *kernel.op(
+            s.X, s.output, fn.values, base.stack, scale.stack, norm.weight.stack, layer,
+            numbers=kernel.Numbers(norm.eps, eps, iterations), config=tuned.tiles(kernel),
+            interpret=implementation == "pallas_interpret",
+        )
+    )  # fmt: skip
+
+
+def _formula(streams: Streams, connection: Connection, norm: Norm, eps: float, iterations: int) -> Boundary:
+    X = streams.added()
+    N = X.shape[-2]
+    flat = X.reshape(*X.shape[:-2], -1).astype(wide(X.dtype))
+    m = linear(rms_norm(flat, norm.eps), connection.fn)
+    scale, base = (w.value.astype(m.dtype) for w in (connection.scale, connection.base))
+    pre = jax.nn.sigmoid(m[..., :N] * scale[0] + base[:N]) + eps
+    u = jnp.sum(pre[..., None] * X.astype(pre.dtype), axis=-2).astype(X.dtype)
+    h = norm(u)
+    if m.shape[-1] == N:  # the head
+        return Boundary(X, h, None, None)
+    post = 2 * jax.nn.sigmoid(m[..., N : 2 * N] * scale[1] + base[N : 2 * N])
+    comb = (m[..., 2 * N :] * scale[2] + base[2 * N :]).reshape(*m.shape[:-1], N, N)
+    comb = sinkhorn(jax.nn.softmax(comb, axis=-1) + eps, iterations, eps)
+    return Boundary(X, h, post, comb)
+
+
+def sinkhorn(comb: Array, iterations: int, eps: float) -> Array:
+    """Scale comb (..., N, N) towards a doubly stochastic matrix: columns first, then rows and columns in turn."""
+
+    def rows_then_columns(_, comb: Array) -> Array:
+        comb = comb / (comb.sum(-1, keepdims=True) + eps)
+        return comb / (comb.sum(-2, keepdims=True) + eps)
+
+    comb = comb / (comb.sum(-2, keepdims=True) + eps)
+    return lax.fori_loop(0, iterations - 1, rows_then_columns, comb)
+
+
+def expand(X: Array, output: Output) -> Array:
+    """X'_k = post_k y + Σ_j comb[j, k] X_j: X (..., N, E) → the same, in X's dtype."""
+    # N is so small that sums of products, which compile to one pass over X, are faster than matrix products.
+    y, post, comb = output
+    wide_X = X.astype(comb.dtype)
+    mixed = sum(comb[..., j, :, None] * wide_X[..., j, None, :] for j in range(X.shape[-2]))
+    return (mixed + post[..., None] * y.astype(post.dtype)[..., None, :]).astype(X.dtype)

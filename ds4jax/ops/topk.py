@@ -1,0 +1,25 @@
+"""The k rows of highest score for each query."""
+
+from __future__ import annotations
+
+import jax
+from jax import lax
+
+from ds4jax.implementation import Implementation
+from ds4jax.ops import tuned
+from pallas_kernels import topk as kernel
+
+Array = jax.Array
+
+
+def highest(score: Array, k: int, implementation: Implementation = "xla") -> Array:
+    """score (B, T, N), no NaN → int32 (B, T, k): the indices of the k highest; of equal scores the first ones.
+
+    Those of -inf come last, and only if there is nothing else. The order is otherwise free: the formula's is by score,
+    the kernel's by index. Raises Unsupported.
+    """
+    if implementation == "xla":
+        return lax.top_k(score, k)[1]
+    flat = score.reshape(-1, score.shape[-1])
+    chosen = kernel.op(flat, k=k, config=tuned.tiles(kernel), interpret=implementation == "pallas_interpret")
+    return chosen.reshape(*score.shape[:-1], k)
