@@ -64,6 +64,11 @@ class Case:
         return synthetic_config(self.shape)
 
     @property
+    def kernels(self) -> bool:
+        """Whether the kernels take the model: `official` numerics, and a shape of powers of two."""
+        return self.numerics == "official" and self.shape in ("kernel", "tiny")
+
+    @property
     def tolerances(self) -> tuple[float, float]:
         """The highest relative error of a position, and the highest median of the positions of a prompt."""
         return TOLERANCE[self.numerics], MEDIAN_TOLERANCE[self.numerics]
