@@ -91,9 +91,9 @@ class Case:
         """The function called ``op``, or as its module is; a product that a config leaves to XLA is XLA's."""
         kernel = getattr(self.module, "op", None) or getattr(self.module, self.op_name)
 
-        def run(*inputs: Any, config: Any, **static: Any) -> Any:
+        def run(*inputs: Any, config: Any, interpret: bool = False, **static: Any) -> Any:
             if getattr(config, "fused", True):
-                return kernel(*inputs, config=config, **static)
+                return kernel(*inputs, config=config, interpret=interpret, **static)
             from ds4jax.ops import check
 
             return check.left_to_xla(*inputs, **static)

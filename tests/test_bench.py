@@ -31,7 +31,7 @@ from ds4jax.model import cache as kv
 from ds4jax.ops import check, tuned
 from ds4jax.settings import Settings
 from ds4jax.tools import bench, cli, limits
-from pallas_kernels import common, compressor, latent
+from pallas_kernels import common, compressor, grouped_gemm, latent
 
 MODEL = synthetic.Synthetic(CFG, synthetic.RECIPES["q8"], seed=3)
 GREEDY = Sampling(temperature=0.0)
@@ -486,6 +486,18 @@ def test_a_kernel_that_updates_in_place_is_compared_with_a_reference_that_does(m
         case = autotune.Case(op.__name__.split(".")[1], "", op, shape)
         (result,) = autotune.measure(case, [op.default_config(shape)], device, 1, float("inf"))
         assert result.failed is None and result.repeats and result.error < 1e-3
+
+
+def test_a_product_that_a_config_leaves_to_xla_is_timed_as_xlas(monkeypatch):
+    monkeypatch.setattr(limits, "ROUND", 1e-4)
+    monkeypatch.setattr(autotune, "LAUNCH", 1e-5)
+    monkeypatch.setattr(autotune, "MOST_CALLS", 2)
+    shape = grouped_gemm.Shape("linear", 40, 64, 256, "Q8_0", 2, groups=2)
+    case = autotune.Case("grouped_gemm", "", grouped_gemm, shape)
+    configs = [grouped_gemm.Config(fused=False), grouped_gemm.Config(32, 2)]
+    assert configs[0] in grouped_gemm.configs(shape)
+    for result in autotune.measure(case, configs, limits.Device("A GPU", 1e12, 1e12), 1, float("inf")):
+        assert result.failed is None and result.repeats and 1e-4 < result.error < 3e-3  # bfloat16, both
 
 
 def test_the_device_is_measured():
