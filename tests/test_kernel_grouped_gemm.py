@@ -11,7 +11,7 @@ from gguf import GGMLQuantizationType
 
 from ds4jax import formats
 from ds4jax.ops import experts as experts_op
-from ds4jax.ops.check import formula
+from ds4jax.ops.check import formula, left_to_xla
 from ds4jax.ops.weight import single
 from pallas_kernels import common
 from pallas_kernels import grouped_gemm as gg
@@ -77,6 +77,7 @@ def test_linear(m, groups):
     fused = gg.grouped_gemm(*args, **shape.static, config=CONFIG, interpret=True)
     # Weights and results are each rounded to bfloat16: 2 · 0.12 %, added as squares.
     assert error(fused, expected) < 3e-3
+    assert error(left_to_xla(*args, **shape.static), expected) < 3e-3
     with pytest.raises(Unsupported, match="leaves the product to XLA"):
         gg.grouped_gemm(*args, **shape.static, config=Config(fused=False))
     x, layer, planes = args

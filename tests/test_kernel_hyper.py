@@ -7,7 +7,7 @@ import pytest
 
 from ds4jax.ops.check import formula
 from pallas_kernels import common
-from pallas_kernels.hyper import SHAPES, Config, Shape, op
+from pallas_kernels.hyper import SHAPES, Config, Numbers, Shape, op
 
 GPUS = ["NVIDIA H200", "NVIDIA RTX PRO 6000 Blackwell", "NVIDIA GB10"]
 
@@ -55,6 +55,22 @@ def test_interpreted(name):
     assert len(errors(found, expected)) == (2 if shape.head else 4)
     assert np.all(np.array(errors(found, expected)) < bounds(shape.dtype)[: 2 if shape.head else 4])
     assert shape.first == (found[0] is inputs[0])
+
+
+def test_other_numbers():
+    """Two sub-layers in a row, and the head, with other epsilons and fewer iterations."""
+    numbers = Numbers(1e-2, 1e-3, 7)
+    X, _, *weights, _ = Shape(3, dim=64, dtype="float32", layers=2, first=True).inputs(jax.random.key(0))
+    head = Shape(3, dim=64, dtype="float32", layers=1, head=True).inputs(jax.random.key(1))[2:]
+    a = b = X, None
+    for layer in range(3):
+        args = head if layer == 2 else (*weights, jnp.array([layer], jnp.int32))
+        a = op(*a, *args, numbers=numbers, config=Config(1, 32, 4, 4), interpret=True)
+        b = formula("hyper")(*b, *args, numbers=numbers)
+        results = errors(a, b)
+        assert np.all(np.array(results) < bounds("float32")[: len(results)])
+        a, b = ((X, (jnp.sin(3 * h), post, C)) for X, h, post, C in (a, b))
+    assert len(results) == 2
 
 
 @pytest.mark.parametrize("device", GPUS)

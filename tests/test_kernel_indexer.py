@@ -44,6 +44,16 @@ def test_interpreted(shape, config):
         np.testing.assert_array_equal(found, -np.inf)
 
 
+def test_every_scale_of_a_key():
+    """Not only usual ones."""
+    shape = Shape(2, 3, 40, 120, heads=32)
+    q, weight, codes, exponents, position, layer = shape.inputs(jax.random.key(1))
+    exponents = (jnp.arange(exponents.size, dtype=jnp.int32).reshape(exponents.shape) % 20 + 117).astype(jnp.uint8)
+    inputs = q, weight, codes, exponents, position, layer
+    found = op(*inputs, config=Config(16, 1, 1, 4), interpret=True)
+    assert error(found, formula("indexer")(*inputs, **shape.static)) < BOUND
+
+
 def test_every_code_is_decoded_exactly():
     codes = jnp.arange(256, dtype=jnp.uint8).reshape(16, 1, 16)
     for exponent in (1, 127, 240):

@@ -15,6 +15,7 @@ from ds4jax.model import cache as kv
 from ds4jax.model import transformer, weights
 from ds4jax.model.compute import Compute
 from ds4jax.ops import tuned
+from ds4jax.ops.check import formula
 from ds4jax.settings import CONFIG_DIR
 from pallas_kernels import common, hyper, indexer, matmul, mla, topk
 
@@ -49,7 +50,7 @@ def used(monkeypatch):
 
 def test_an_op_takes_the_config_that_is_tuned_for_its_device_and_shape(write, used):
     score = SMALL.inputs(jax.random.key(0))[0]
-    expected, default = topk.op(score, k=8, config=topk.Config(64, 1), interpret=True), topk.default_config(SMALL)
+    expected, default = formula("topk")(score, k=8), topk.default_config(SMALL)
     fields = [{"block": block, "num_warps": 1} for block in (32, 128)]
 
     def chosen(score, **options):
