@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 
 import uvicorn
 
-from ds4jax.engine.engine import Finished, Prefilled, Request, Started, Stream, Token
+from ds4jax.engine.stream import Stream
+from ds4jax.engine.types import Failed, Finished, Prefilled, Request, Started, Token
 from ds4jax.io.tokenizer import Special, byte_tokenizer
 from ds4jax.server.app import Options, make_app
 
@@ -49,11 +50,10 @@ class FakeEngine:
         cached: int = 0,
     ):
         self.script, self.ctx, self._chunks, self._delay, self._cached = script, ctx, chunks, delay, cached
-        self.tokenizer, self.model_name, self.chat_template = TOKENIZER, "fake", None
+        self.tokenizer, self.model_name = TOKENIZER, "fake"
         self.requests: list[Request] = []
         self.running: set[Stream] = set()
         self.closed = False
-        self._notes: dict = {}
 
     def submit(self, request: Request) -> Stream:
         self.requests.append(request)
@@ -67,14 +67,13 @@ class FakeEngine:
             await asyncio.sleep(self._delay)
             if stream not in self.running:
                 return
-            stream._push(event)
+            stream.push(event)
         self.running.discard(stream)
-        stream._push(None)
 
     def _events(self, request: Request) -> Iterator:
         text = self.script(request)
         if isinstance(text, Exception):
-            yield text
+            yield Failed(text)
             return
         n = len(request.tokens)
         yield Started(min(self._cached, n), n)
@@ -94,12 +93,6 @@ class FakeEngine:
 
     def grammar(self, schema, after=None):
         return schema, after
-
-    def put_note(self, key, value) -> None:
-        self._notes[key] = value
-
-    def note(self, key):
-        return self._notes.get(key)
 
     async def close(self, grace: float = 0.0, save: bool = True) -> None:
         self.closed = True

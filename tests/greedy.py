@@ -15,7 +15,7 @@ def answers(name: str) -> dict[str, Any]:
     first prompt at every position (T, vocab)."""
     from ds4jax.chat import template as chat
     from ds4jax.engine.model_runner import ModelRunner
-    from ds4jax.engine.sampling import Sampling
+    from ds4jax.engine.types import Sampling
     from ds4jax.settings import Settings
 
     questions = json.loads((Path(__file__).parent / "tiny" / "questions.json").read_text())

@@ -24,7 +24,7 @@ from small import CFG
 from ds4jax.engine import compile_cache
 from ds4jax.engine import model_runner as engine
 from ds4jax.engine.compiled_steps import BLOCK
-from ds4jax.engine.sampling import Sampling
+from ds4jax.engine.types import Sampling
 from ds4jax.errors import ConfigError
 from ds4jax.io import synthetic
 from ds4jax.model import cache as kv

@@ -20,9 +20,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ds4jax import files as writing
+from ds4jax.engine import kv_file
 from ds4jax.engine import kv_store as module
 from ds4jax.engine.kv_store import KVStore
 from ds4jax.errors import Ds4Error
+from ds4jax.server.replay import Replay, split_budget
 
 FP = {"model": "tiny", "layout": 1}
 BIG = 1 << 30
@@ -210,21 +213,20 @@ def test_entries_of_others_are_left_alone(tmp_path, caplog):
     with KVStore(tmp_path, BIG, {**FP, "model": "other"}) as store:
         for i in range(3):
             put(store, [1, i])
-        store.put_note("call", 1)
         before = files(tmp_path)
     with KVStore(tmp_path, BIG, FP) as store:
         assert len(store) == store.nbytes == 0
-        assert store.longest([1, 1]) is None and store.note("call") is None
+        assert store.longest([1, 1]) is None
         assert put(store, [1, 1])
     assert set(before) < set(files(tmp_path))
     assert len(caplog.records) == 1
     assert "(and 2 more files): left alone and not used: model is 'other', here 'tiny'" in caplog.text
     with KVStore(tmp_path, BIG, {**FP, "model": "other"}) as store:
-        assert served(store, [1, 1]) and store.note("call") == 1
+        assert served(store, [1, 1])
 
 
 def test_files_of_later_versions_and_strangers_are_left_alone(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(module, "_VERSION", 2)
+    monkeypatch.setattr(kv_file, "_VERSION", 2)
     path = one_file(tmp_path)
     monkeypatch.undo()
     (tmp_path / "README").write_text("mine")
@@ -247,7 +249,7 @@ def test_unreadable_entries_are_skipped(tmp_path, caplog, monkeypatch):
     path = one_file(tmp_path)
     with KVStore(tmp_path, BIG, FP) as store:
         entry = store.longest([1, 2, 3])
-        monkeypatch.setattr(module, "open", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "I/O error")), False)
+        monkeypatch.setattr(kv_file, "open", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "I/O error")), False)
         assert store.load(entry) is None and store.longest([1, 2, 3]) is None
         monkeypatch.undo()
     assert path.exists() and "I/O error" in caplog.text and len(caplog.records) == 1
@@ -257,9 +259,7 @@ def test_unreadable_entries_are_skipped(tmp_path, caplog, monkeypatch):
 
 def test_leftovers_are_deleted_at_start(tmp_path):
     path = one_file(tmp_path)
-    leftovers = [f"{path.name}.tmp", f"notes-{5:032x}.log.tmp"]
-    for name in leftovers:
-        (tmp_path / name).write_bytes(b"half")
+    (tmp_path / f"{path.name}.tmp").write_bytes(b"half")
     (tmp_path / "my.tmp").write_bytes(b"not ours")
     KVStore(tmp_path, BIG, FP).close()
     assert files(tmp_path) == sorted([path.name, "my.tmp"])
@@ -289,17 +289,16 @@ def failing(*_, **__):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-@pytest.mark.parametrize("call", ["write", "open", "fsync", "replace", "utime", "_sync_folder"])
+@pytest.mark.parametrize("call", ["write", "open", "fsync", "replace", "utime", "sync_folder"])
 def test_a_failing_put_leaves_nothing_behind(tmp_path, caplog, monkeypatch, call):
     with KVStore(tmp_path, BIG, FP) as store:
         put(store, [1])
-        store.put_note("a", 1)
         before = files(tmp_path), store.nbytes
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
         if call == "write":  # a real one: it fails after the first 64 KiB
             resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, limits[1]))
         else:
-            monkeypatch.setattr(module if call == "_sync_folder" else module.os, call, failing)
+            monkeypatch.setattr(writing if call == "sync_folder" else os, call, failing)
         try:
             assert not put(store, [1, 2], size=100_000)
         finally:
@@ -315,22 +314,19 @@ def test_a_folder_that_vanishes(tmp_path, caplog):
         put(store, [1])
         shutil.rmtree(tmp_path / "kv")
         assert not served(store, [1]) and not put(store, [1])
-        store.put_note("a", [1])
-        assert store.note("a") == [1]
-    assert [r.levelname for r in caplog.records] == ["WARNING"] * 3
+    assert [r.levelname for r in caplog.records] == ["WARNING"] * 2
 
 
 # ---- the budget ---------------------------------------------------------------------------------------------------
 def test_the_budget_is_never_exceeded(tmp_path, monkeypatch):
     """Looked at whenever something is about to be on disk for good, the files not yet renamed included."""
     peak, fsync, rng = [0], os.fsync, random.Random(2)
-    monkeypatch.setattr(module.os, "fsync", lambda fd: (peak.__setitem__(0, max(peak[0], disk(tmp_path))), fsync(fd)))
+    monkeypatch.setattr(os, "fsync", lambda fd: (peak.__setitem__(0, max(peak[0], disk(tmp_path))), fsync(fd)))
     budget = 60_000
     with KVStore(tmp_path, budget, FP) as store:
-        for i in range(150):
+        for _ in range(150):
             tokens = [rng.randrange(3) for _ in range(rng.randrange(1, 9))]
             put(store, tokens, size=rng.randrange(6000))
-            store.put_note(f"call_{i}", "x" * rng.randrange(200))
             assert store.nbytes == disk(tmp_path) <= budget
             assert store.longest(tokens)
         assert len(store) > 3
@@ -352,7 +348,7 @@ def evicted_in_order(store, probes):
     """The order in which entries go as one after the other is evicted."""
     order = []
     while len(store):
-        store._room = store._bytes - 1
+        store.budget = store._bytes - 1
         store._evict(0)
         order += [name for name, t in probes.items() if name not in order and not exact(store, t)]
     return order
@@ -420,7 +416,7 @@ def test_an_entry_makes_way_for_its_own_continuation(tmp_path, clock):
         for tokens in ([9] * 64, [1] * 64):
             put(store, tokens)
             clock[0] += 1
-        store._room = store._bytes + 100
+        store.budget = store._bytes + 100
         put(store, [1] * 65)
         assert exact(store, [9] * 64) and exact(store, [1] * 65) and store.longest([1] * 64) is None
 
@@ -435,83 +431,6 @@ def test_a_clock_that_was_ahead_leaves_no_immortals(tmp_path, clock):
         clock[0] += 1
         put(store, probes["now"])
         assert evicted_in_order(store, probes) == ["ahead", "now"]
-
-
-# ---- notes --------------------------------------------------------------------------------------------------------
-def test_notes_persist_and_the_last_one_counts(tmp_path):
-    value = {"tokens": [1, 2, 3], "text": "<｜DSML｜>\n\r\u2028"}
-    with KVStore(tmp_path, BIG, FP) as store:
-        store.put_note("ü \n", value)
-        store.put_note("b", 1)
-        store.put_note("b", None)
-        store.put_note("b", 2)
-        size = store.nbytes
-        store.put_note("b", 2)
-        assert store.nbytes == size == disk(tmp_path)
-    with KVStore(tmp_path, BIG, FP) as store:
-        assert (store.note("ü \n"), store.note("b"), store.note("c")) == (value, 2, None)
-
-
-def test_damaged_notes_are_never_served(tmp_path, caplog):
-    with KVStore(tmp_path, BIG, FP) as store:
-        for i in range(5):
-            store.put_note(f"call_{i}", i)
-    (path,) = (p for p in tmp_path.iterdir() if p.name.startswith("notes"))
-    whole = path.read_bytes()
-    length = len(whole) // 5
-    for i in range(0, len(whole), 3):
-        caplog.clear()
-        path.write_bytes(whole[:i] + bytes([whole[i] ^ 16]) + whole[i + 1 :])
-        with KVStore(tmp_path, BIG, FP) as store:
-            notes = [store.note(f"call_{j}") for j in range(5)]
-            assert len(caplog.records) == 1 and str(path) in caplog.text
-            assert all(n in (j, None) for j, n in enumerate(notes)) and notes.count(None) <= 2
-            store.put_note("more", "x")
-        caplog.clear()
-        with KVStore(tmp_path, BIG, FP) as store:  # the damage is gone
-            assert store.note("more") == "x" and not caplog.records
-    path.write_bytes(whole[:-5])
-    with KVStore(tmp_path, BIG, FP) as store:
-        assert [store.note(f"call_{j}") for j in range(5)] == [0, 1, 2, 3, None]
-        assert store.nbytes == 4 * length
-
-
-def test_least_recently_used_notes_go_first(tmp_path):
-    room = 16_000
-    with KVStore(tmp_path, room * module.NOTES_SHARE, FP) as store:
-        for i in range(1000):
-            store.put_note(f"call_{i}", i)
-            assert store.note("call_0") == 0
-            assert store.nbytes == disk(tmp_path) <= room // 2
-        store.put_note("huge", "x" * room)
-        assert store.note("huge") is None
-    with KVStore(tmp_path, room * module.NOTES_SHARE, FP) as store:
-        kept = [i for i in range(1000) if store.note(f"call_{i}") is not None]
-    assert kept[0] == 0 and kept[1:] == list(range(kept[1], 1000)) and 30 < len(kept) < 200
-
-
-@pytest.mark.parametrize("call", ["write", "open", "fsync"])
-def test_a_failing_note_is_served_from_memory_and_saved_later(tmp_path, caplog, monkeypatch, call):
-    with KVStore(tmp_path, BIG, FP) as store:
-        store.put_note("a", "x" * 1000)
-        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-        if call == "write":
-            resource.setrlimit(resource.RLIMIT_FSIZE, (1500, limits[1]))
-        else:
-            monkeypatch.setattr(module.os, call, failing)
-        try:
-            store.put_note("b", "y" * 1000)
-            store.put_note("c", "z" * 1000)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-            monkeypatch.undo()
-        assert store.note("b") == "y" * 1000
-        assert {r.levelname for r in caplog.records} == {"WARNING"}
-        caplog.clear()
-        store.put_note("d", 1)
-    with KVStore(tmp_path, BIG, FP) as store:
-        assert [store.note(k) for k in "abcd"] == ["x" * 1000, "y" * 1000, "z" * 1000, 1]
-    assert not caplog.records and len(files(tmp_path)) == 1
 
 
 # ---- threads and kills --------------------------------------------------------------------------------------------
@@ -545,11 +464,13 @@ def test_threads_put_find_and_load(tmp_path):
 
 def writer(folder, budget, first, pipe):
     """Puts one snapshot and one note after the other, and says so, until it is killed."""
+    budget, room = split_budget(budget)
     with KVStore(folder, budget, FP) as store:
+        notes = Replay.beside(store, room)._notes
         for i in itertools.count(first):
             os.write(pipe, b"s")
             assert put(store, [7, i], size=i * 997 % 50_000)
-            store.put_note(f"call_{i}", [i] * 20)
+            notes.put(f"call_{i}", [i] * 20)
             os.write(pipe, b"e")
 
 
@@ -573,12 +494,14 @@ def kill_many(folder, budget, kills):
         finished = n + said.count(b"e")
         middle += said.endswith(b"s")
         assert disk(folder) <= budget
-        with KVStore(folder, budget, FP) as store:
-            assert store.nbytes == disk(folder) and not [f for f in files(folder) if f.endswith(".tmp")]
+        prefixes, room = split_budget(budget)
+        with KVStore(folder, prefixes, FP) as store:
+            notes = Replay.beside(store, room)._notes
+            assert store.nbytes + notes.nbytes == disk(folder) and not [f for f in files(folder) if f.endswith(".tmp")]
             for i in range(max(0, finished - 20), finished + 1):
                 there = served(store, [7, i], size=i * 997 % 50_000)
                 assert there or i == finished or budget < BIG, f"snapshot {i} of {finished} is lost"
-                note = store.note(f"call_{i}")
+                note = notes.get(f"call_{i}")
                 assert note == [i] * 20 or (note is None and i == finished), f"note {i} of {finished}: {note}"
         n = finished
     return middle, n

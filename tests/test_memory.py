@@ -15,7 +15,7 @@ from ds4jax.__main__ import main
 from ds4jax.engine import compile_cache, compiled_steps, memory
 from ds4jax.engine.compiled_steps import CompiledSteps
 from ds4jax.engine.model_runner import ModelRunner
-from ds4jax.engine.sampling import Sampling
+from ds4jax.engine.types import Sampling
 from ds4jax.errors import ConfigError
 from ds4jax.io import synthetic
 from ds4jax.model import cache as kv

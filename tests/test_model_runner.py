@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 from small import CFG, write
 
-from ds4jax.engine import batch
-from ds4jax.engine.batch import Request
-from ds4jax.engine.compiled_steps import BLOCK, chunk_sizes
+from ds4jax.engine.chunks import chunk_sizes
+from ds4jax.engine.compiled_steps import BLOCK
 from ds4jax.engine.model_runner import ModelRunner
-from ds4jax.engine.sampling import Sampling
+from ds4jax.engine.types import Sampling
 from ds4jax.errors import Ds4Error, GGUFError
 from ds4jax.io import synthetic
 from ds4jax.settings import Settings
@@ -68,37 +67,6 @@ def test_decode_continues_prefill(runner, expected, monkeypatch, settings):
         close(runner.decode({0: TOKENS[i]})[0].logits, expected[i])
 
 
-def requests():
-    """Five requests of different lengths and parameters, for three slots."""
-    params = [GREEDY, Sampling(seed=1), Sampling(temperature=0.5, top_k=9), Sampling(top_p=0.8), Sampling(seed=2)]
-    sizes = [(6, 9), (48, 4), (29, 6), (16, 12), (125, 3)]  # in chunks of 8: bucket 8 only
-    return [Request(TOKENS[:n], m, p) for (n, m), p in zip(sizes, params, strict=True)]
-
-
-def test_a_batch_of_ragged_sequences_equals_each_alone(runner, three, monkeypatch):
-    monkeypatch.setattr(runner, "settings", three.settings)
-    jobs, together = requests(), {}
-    for request, step, finish in batch.run(three, jobs, eos=-1, logits=True):
-        together.setdefault(request, []).append((step.token, step.logits, finish))
-    assert together.keys() == set(jobs)
-    for request in jobs:
-        alone = [
-            (step.token, step.logits, finish) for _, step, finish in batch.run(runner, [request], eos=-1, logits=True)
-        ]
-        assert [t for t, _, _ in together[request]] == [t for t, _, _ in alone]
-        assert [f for _, _, f in together[request]] == [None] * (request.max_tokens - 1) + ["length"]
-        close(np.array([x for _, x, _ in together[request]]), np.array([x for _, x, _ in alone]))
-
-
-def test_blocks_of_tokens_are_the_tokens_one_by_one(three):
-    """Whatever the pace; a block ends where a sequence does."""
-    tokens = [
-        [(request.max_tokens, step.token, finish) for request, step, finish in batch.run(three, requests(), -1, one)]
-        for one in (True, False)
-    ]
-    assert sorted(map(str, tokens[0])) == sorted(map(str, tokens[1]))
-
-
 def test_blocks_find_their_buffers_where_they_were(runner):
     """Else a GPU would write what it recorded of a step anew; and what a block gave stays what it was."""
     tokens = {0: runner.prefill(0, [5, 6, 7], GREEDY).token}
@@ -141,33 +109,12 @@ def test_seconds_of_decoding_are_all_that_it_takes_but_compiling(runner, monkeyp
 
 
 def test_sizes_are_what_prompts_are_padded_to(three):
-    assert chunk_sizes([1, 3, 8, 21], 8) == {1, 4, 8}
+    assert chunk_sizes([1, 3, 8, 21], 8) == [1, 4, 8]
     lengths = [3, 21]
     for n in lengths:
         three.prefill(0, [1] * n, GREEDY)
     padded = {shapes[2][1] for name, *shapes in three.steps.compiled if name == "prefill"}
-    assert chunk_sizes(lengths, three.settings.prefill_chunk) <= padded
-
-
-def test_nothing_is_compiled_twice(three):
-    before = set(three.steps.compiled)
-    assert sum(name == "decode" for name, *_ in before) == 1
-    list(batch.run(three, requests(), eos=-1))
-    assert set(three.steps.compiled) == before
-
-
-def test_an_end_token_ends_a_sequence_and_frees_its_slot(three):
-    free_run = [step.token for _, step, _ in batch.run(three, requests()[:1], eos=-1)]
-    eos = free_run[4]
-    out = list(batch.run(three, requests()[:1] * 4, eos))
-    assert [finish for _, _, finish in out if finish] == ["stop"] * 4
-    assert len(out) == 4 * (free_run.index(eos) + 1)
-
-
-def test_a_sequence_ends_where_the_context_does(runner):
-    request = Request(TOKENS + TOKENS[:116], 99, GREEDY)
-    out = list(batch.run(runner, [request], eos=-1))
-    assert [finish for _, _, finish in out] == [None] * 5 + ["length"]  # 250 and 6 make 256
+    assert set(chunk_sizes(lengths, three.settings.prefill_chunk)) <= padded
 
 
 def test_a_mesh_gives_the_same_logits(settings, expected):

@@ -12,14 +12,13 @@ from hypothesis import strategies as st
 from small import CFG, write
 
 from ds4jax.engine import snapshot as snapshots
-from ds4jax.engine.engine import Engine, Finished, Prefilled, Request, Started, Token
+from ds4jax.engine.async_engine import AsyncEngine
 from ds4jax.engine.fingerprint import fingerprint
 from ds4jax.engine.keys import key_of
 from ds4jax.engine.kv_store import KVStore
 from ds4jax.engine.model_runner import ModelRunner
 from ds4jax.engine.prefix_cache import TAIL, PrefixCache, Snapshot, positions
-from ds4jax.engine.sampling import Sampling
-from ds4jax.engine.scheduler import ALIGN
+from ds4jax.engine.types import ALIGN, Finished, Prefilled, Request, Sampling, Started, Token
 from ds4jax.io import synthetic
 from ds4jax.io.tokenizer import byte_tokenizer
 from ds4jax.settings import Settings
@@ -50,7 +49,7 @@ def engines(runner):
 
     def make(budget=1 << 30, store=None):
         close()
-        running.append(Engine(runner, PrefixCache(budget, store)))
+        running.append(AsyncEngine(runner, PrefixCache(budget, store)))
         return lambda *requests: asyncio.run(collect(running[-1], requests))
 
     yield make
@@ -123,7 +122,7 @@ def test_larger_chunks_reuse_as_much_to_the_last_bits(path):
     prompts = [TOKENS[:k] + OTHERS[: 720 - k] for k in (300, 600)]
 
     async def main(budget):
-        engine = Engine(larger, PrefixCache(budget))
+        engine = AsyncEngine(larger, PrefixCache(budget))
         events = [await collect(engine, [request(tokens)]) for tokens in [TOKENS[:720], *prompts, *prompts]]
         await engine.close()
         return events
@@ -186,7 +185,7 @@ def test_a_long_state_is_taken_and_put_in_pieces(runner, monkeypatch, room, piec
 def test_the_last_mark_shares_the_rows_of_the_whole_prompt(engines, runner):
     """It is what a copy taken there would have been; given up in between, that copy is taken."""
     prefixes = PrefixCache(1 << 30)
-    engine = Engine(runner, prefixes)
+    engine = AsyncEngine(runner, prefixes)
 
     async def main():
         await collect(engine, (request(TOKENS[:300]),))
@@ -249,14 +248,15 @@ def test_without_a_budget_no_request_waits_for_ever(engines):
 
 def test_a_cancelled_prompt_leaves_what_was_computed(runner):
     async def main():
-        engine = Engine(runner)
-        async for event in engine.submit(request(TOKENS[:700])):
+        engine = AsyncEngine(runner, PrefixCache(2 << 30))
+        prompt = engine.submit(request(TOKENS[:700]))
+        async for event in prompt:
             if event == Prefilled(256, 700):
                 break
         stream = engine.submit(request(OTHERS[:10]))
         await anext(stream)
-        for job in list(engine._jobs):
-            job.cancel()
+        prompt.cancel()
+        stream.cancel()
         events = await collect(engine, [request(TOKENS[:700])])
         await engine.close()
         return events
@@ -268,13 +268,13 @@ def test_an_answer_that_its_reader_ends_is_reused_up_to_what_was_read(runner):
     """The engine may be past a multiple of 128 by then, with tokens that are no part of the conversation."""
 
     async def main():
-        engine = Engine(runner)
+        engine = AsyncEngine(runner, PrefixCache(2 << 30))
         stream, read = engine.submit(request(TOKENS[:100], 345)), []
         async for event in stream:
             read += [event.id] if isinstance(event, Token) else []
             if len(read) == 283:
                 break
-        while engine._jobs and next(iter(engine._jobs.values())).done < 384:
+        while stream.sequence in engine._engine.scheduler and stream.sequence.computed < 384:
             await asyncio.sleep(0.001)
         await stream.aclose()
         events = await collect(engine, [request(TOKENS[:100] + read + OTHERS[:50])])

@@ -10,7 +10,7 @@ import pytest
 
 from ds4jax.engine import sampling
 from ds4jax.engine.constraints import Constraints, edits
-from ds4jax.engine.sampling import Sampling
+from ds4jax.engine.types import Sampling
 from ds4jax.errors import ConfigError
 
 sample, allowed = jax.jit(sampling.sample), jax.jit(lambda x, b: sampling.allowed(sampling.tempered(x, b), b))

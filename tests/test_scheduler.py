@@ -5,12 +5,14 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ds4jax.engine.scheduler import ALIGN, Job, Scheduler
+from ds4jax.engine.scheduler import Scheduler
+from ds4jax.engine.sequence import Sequence
+from ds4jax.engine.types import ALIGN, Request, Sampling
 
 
 def job(tokens, **rest):
     tokens = list(tokens) if not isinstance(tokens, int) else [7] * tokens
-    return Job(tokens, len(tokens), **rest)
+    return Sequence(Request(tokens, 1, Sampling()), **rest)
 
 
 def step(scheduler, start=lambda job: 0):
@@ -19,11 +21,11 @@ def step(scheduler, start=lambda job: 0):
     chunk = scheduler.next_chunk()
     if chunk:
         who, end = chunk
-        chunk = who, end - who.done
+        chunk = who, end - who.computed
         scheduler.advance(who, end)
     decoded = list(scheduler.decoding)
     for who in decoded:
-        scheduler.advance(who, who.done + 1)
+        scheduler.advance(who, who.computed + 1)
     return admitted, chunk, decoded
 
 
@@ -50,7 +52,7 @@ def test_whatever_comes_and_goes(jobs, slots, chunk, rng):
         assert len(set(holding)) == len(holding) <= slots and set(holding) <= set(range(slots))
         assert not scheduler.waiting or len(holding) == slots  # no slot is idle while a job waits
         for who in decoded:
-            if who.done - who.prompt >= answers[who] or rng.random() < 0.05:
+            if who.computed - who.prompt_len >= answers[who] or rng.random() < 0.05:
                 scheduler.remove(who)
         for who in list(scheduler):
             if rng.random() < 0.02:  # cancelled, wherever it is
@@ -146,7 +148,7 @@ def test_it_waits_for_one_job_only():
         scheduler.admit(lambda job: 0)
         if i == 0:
             assert scheduler.should_wait(patient, 0)
-        scheduler.advance(other, other.prompt)
+        scheduler.advance(other, other.prompt_len)
         scheduler.remove(other)
         assert not scheduler.should_wait(patient, 0)
     scheduler.add(other := job(shared + [3]))
@@ -164,7 +166,7 @@ def test_a_mark_that_comes_with_the_whole_prompt_is_waited_for():
     other = job(300)
     other.key = leader.key[: 4 * 280] + b"else" * 20
     assert not scheduler.should_wait(other, 0)  # what is there up to 256 can be had now
-    leader.later = 256
+    leader.deferred_mark = 256
     assert not scheduler.should_wait(other, 256) and scheduler.should_wait(other, 128)
     scheduler.add(other)
     assert not scheduler.ends_next(leader)  # it would be kept for whoever waits

@@ -14,7 +14,7 @@ import openai
 import pytest
 from fake_engine import CALL, TOKENIZER, FakeEngine, ids, serving
 
-from ds4jax.engine.engine import EngineFailed, Overloaded, Stopping
+from ds4jax.engine.types import EngineFailed, Overloaded, Stopping
 from ds4jax.server.app import Options
 
 WEATHER = {

@@ -24,7 +24,8 @@ from jax import lax
 from ds4jax import sharding
 from ds4jax.config import ModelConfig
 from ds4jax.engine import compile_cache, sampling
-from ds4jax.engine.sampling import Sampling
+from ds4jax.engine.chunks import pad
+from ds4jax.engine.types import Sampling
 from ds4jax.errors import ConfigError
 from ds4jax.implementation import Kernels
 from ds4jax.io.checkpoint import Checkpoint
@@ -33,7 +34,6 @@ from ds4jax.model import cache as kv
 from ds4jax.model import support, transformer, weights
 from ds4jax.model.cache import Cache
 from ds4jax.model.compute import Compute
-from ds4jax.model.transformer import bucket
 from ds4jax.numerics import rows as numerics
 from ds4jax.numerics.precision import wide
 from ds4jax.settings import Settings
@@ -42,7 +42,6 @@ from pallas_kernels.common import Unsupported
 Array = jax.Array
 
 BLOCK = 16  # the most tokens of a sequence that one decoding call computes
-LARGEST_BUCKET = 2**20  # no chunk is longer: see Settings
 
 
 class CompiledSteps:
@@ -232,22 +231,3 @@ def compiler_options(step: str, kernels: Kernels, backend: str | None = None) ->
         return options
     given = "xla_backend_optimization_level" in os.environ.get("XLA_FLAGS", "")
     return {"xla_backend_optimization_level": 1} if backend == "cpu" and not given else None
-
-
-# ---- chunks of prompts -----------------------------------------------------------------------------------------------
-def pad(tokens: Sequence[int], sizes: Sequence[int] = ()) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids padded to the first of `sizes` that is enough, or to a bucket: (1, T) int32, and their number (1,)."""
-    enough = (size for size in sizes if size >= len(tokens))
-    padded = np.zeros((1, next(enough, bucket(len(tokens), LARGEST_BUCKET))), np.int32)
-    padded[0, : len(tokens)] = tokens
-    return padded, np.array([len(tokens)], np.int32)
-
-
-def chunk_lengths(lengths: Iterable[int], chunk: int) -> set[int]:
-    """The lengths of the chunks, of at most `chunk` tokens, that prompts of these lengths are computed in."""
-    return {min(chunk, n - start) for n in lengths for start in range(0, n, chunk)}
-
-
-def chunk_sizes(lengths: Iterable[int], chunk: int) -> set[int]:
-    """The buckets that the chunks of prompts of these lengths are padded to."""
-    return {bucket(n, LARGEST_BUCKET) for n in chunk_lengths(lengths, chunk)}

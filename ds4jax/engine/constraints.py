@@ -10,7 +10,8 @@ import numpy as np
 
 if TYPE_CHECKING:
     from ds4jax.engine.grammar import Matcher
-    from ds4jax.engine.sampling import Edits, Sampling
+    from ds4jax.engine.sampling import Edits
+    from ds4jax.engine.types import Request, Sampling
 
 
 class Constraints:
@@ -63,6 +64,18 @@ class Constraints:
             self.repeat.append(1.0)
             self.add.append(0.0)
         return self._place[token]
+
+
+def constraints_of(request: Request, prompt: Iterable[int], stop_ids: Iterable[int]) -> Constraints | None:
+    """The constraints of a request, or None if the tokens that are sampled on the device will do."""
+    if not request.sampling.edits_logits and request.logprobs is None and not request.grammar:
+        return None
+    matcher = None
+    if request.grammar:
+        from ds4jax.engine.grammar import Matcher
+
+        matcher = Matcher(request.grammar)
+    return Constraints(request.sampling, prompt, stop_ids, matcher)
 
 
 def edits(rows: Sequence[Constraints | None], vocab: int) -> Edits:

@@ -1,4 +1,4 @@
-"""The runner: weights, cache and compiled steps of one model. Nothing else in the engine touches a device."""
+"""The model runner: weights, cache and compiled steps of one model. Nothing else in the engine touches a device."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ import numpy as np
 
 from ds4jax.config import ModelConfig
 from ds4jax.engine import memory, sampling, snapshot
-from ds4jax.engine.compiled_steps import BLOCK, CompiledSteps, decode_args, pad
+from ds4jax.engine.chunks import pad
+from ds4jax.engine.compiled_steps import BLOCK, CompiledSteps, decode_args
 from ds4jax.engine.constraints import edits
-from ds4jax.engine.sampling import Sampling
 from ds4jax.engine.snapshot import Planes
+from ds4jax.engine.types import Sampling
 from ds4jax.errors import Ds4Error
 from ds4jax.io.checkpoint import Checkpoint, open_checkpoint
 from ds4jax.io.download import resolve_model
@@ -62,8 +63,8 @@ class Stats:
     decode_tokens: int = 0
     decode_seconds: float = 0.0
     compile_seconds: float = 0.0
-    decoded_at: float = 0.0  # time.perf_counter() when the last tokens had come
-    token_seconds: float = 0.0  # for a token of each sequence, in the last block
+    decoded_at: float = 0.0  # `time.perf_counter` when the last block was read
+    token_seconds: float = 0.0  # of the last block, per token of each sequence
 
 
 def open_model(settings: Settings, synthetic: str | None = None) -> Checkpoint | Synthetic:
@@ -99,7 +100,7 @@ class ModelRunner:
         """Load the weights onto the devices, or make them there, and allocate the cache.
 
         batch: number of slots, by default the settings'. progress: report loading and compilation on stderr. sizes:
-        what chunks of prompts will be padded to; prefill for these and decode are then compiled here, side by side.
+        what chunks of prompts will be padded to; prefill for these and decoding are then compiled here, in parallel.
         Raises Ds4Error for weights, mesh and memory that do not go together.
         """
         self.steps = CompiledSteps(checkpoint, settings, batch, progress)
@@ -130,7 +131,7 @@ class ModelRunner:
         return Tokenizer.from_metadata(self.checkpoint.file.metadata)
 
     def compile(self) -> None:
-        """Compile now, not on first use: `take`, `put` and `choose`."""
+        """Compile `take`, `put` and `choose` now instead of at their first use."""
         for tokens in snapshot.rooms(self.settings.ctx):
             self.decode_block({}, 1)
             with self._enough_memory("snapshots"):
@@ -230,10 +231,11 @@ class ModelRunner:
         self._sampling[slot], self.lengths[slot] = params, int(saved.length[0])
 
     def take(self, slot: int, at: int | None = None, state: Planes | None = None) -> Iterator[Planes | None]:
-        """The sequence in `slot` as it is now, in host memory, for `put` (see `ds4jax.engine.snapshot`).
+        """Copy the state of the sequence in `slot` to host memory, for `put` (see `ds4jax.engine.snapshot`).
 
-        In pieces, so that others need not wait for a long one: None after each, and the planes after the last. From the
-        first piece on the sequence may grow. at, state: as it was when it had `at` tokens and `self.state` gave that.
+        In pieces, so that no other sequence waits for a long copy: yields None after each, and the planes after the
+        last. After the first piece the sequence may grow. at, state: copy its first `at` tokens, of which `self.state`
+        gave `state`.
         """
         pieces = snapshot.take(lambda: self.cache, slot, self.lengths[slot] if at is None else at, state)
         planes = None
@@ -243,11 +245,11 @@ class ModelRunner:
             yield planes
 
     def earlier(self, planes: Planes, length: int, state: Planes) -> Planes:
-        """What `take` would have given when the sequence had `length` tokens and `self.state` gave that."""
+        """The snapshot of the first `length` tokens, from a longer one and what `state` gave at that length."""
         return snapshot.earlier(planes, length, state)
 
     def state(self, slot: int) -> Planes:
-        """What `take` needs to know later of the sequence in `slot` as it is now, of a multiple of 128 tokens."""
+        """What a later `take` needs of the sequence in `slot` as it is now, of a multiple of 128 tokens."""
         return snapshot.state(self.cache, slot)
 
     def put(self, slot: int, planes: Planes, params: Sampling) -> None:
@@ -286,7 +288,10 @@ class ModelRunner:
 
 @dataclasses.dataclass
 class Block:
-    """Tokens that the device is sampling for some slots, n each. batch_logits (B, vocab): those of the last ones."""
+    """A block of n tokens that the device is sampling for each of some slots.
+
+    batch_logits: (B, vocab), on the device, those that the last token of each slot was sampled from.
+    """
 
     stats: Stats
     sampled: Array
@@ -296,10 +301,10 @@ class Block:
     start: float
 
     def tokens(self) -> dict[int, list[int]]:
-        """By slot; waits for them."""
+        """The tokens by slot. Waits for them, and counts their time."""
         sampled = np.asarray(self.sampled)
         now = time.perf_counter()
-        # Blocks overlap: what the one before took is not this one's.
+        # The next block may start before this one is read, so the time since the last reading is what counts.
         seconds = now - max(self.start, self.stats.decoded_at)
         self.stats.decode_seconds += seconds
         self.stats.decoded_at, self.stats.token_seconds = now, seconds / self.n

@@ -1,8 +1,8 @@
-"""States of sequences, kept for whoever comes with the same tokens: in memory, and beyond its budget on disk. No JAX.
+"""The prefix cache: snapshots of sequences, for prompts that begin with the same tokens. In memory and on disk; no JAX.
 
-A compressed state cannot be rewound, so what a prompt shares with an earlier sequence is reused at the last position at
-which a snapshot was taken. Such positions are multiples of 128, where no window is open; `positions` chooses them. A
-*complete* prompt is also kept where it ends, with its logits, for the same prompt again.
+A compressed state cannot be rewound, so a prompt starts at the last position that it shares with an earlier sequence
+and at which a snapshot was taken. Such positions are multiples of 128, where no window is open; `positions` chooses
+them. A *complete* prompt is also kept where it ends, with its logits, for the same prompt again.
 
 A snapshot is what the sequence had, bit for bit. What of it was decoded, token by token, may differ in its last bits
 from what prefill, which adds up in another order, would compute from the same tokens.
@@ -19,8 +19,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 
 from ds4jax.engine import keys
-from ds4jax.engine.kv_store import KVStore, values
-from ds4jax.engine.scheduler import ALIGN
+from ds4jax.engine.eviction import values
+from ds4jax.engine.kv_store import KVStore
+from ds4jax.engine.types import ALIGN
 
 TAIL = 30
 """A prompt whose last TAIL tokens change is computed anew from at most ALIGN tokens before them."""

@@ -11,7 +11,6 @@ likeliest. One token is drawn from what is left. (vLLM too has the temperature f
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 
 import jax
@@ -20,50 +19,9 @@ import numpy as np
 from flax import struct
 from jax import lax
 
-from ds4jax.errors import ConfigError
+from ds4jax.engine.types import MAX_LOGPROBS, Sampling
 
 Array = jax.Array
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """How one sequence chooses its tokens.
-
-    temperature: 0 takes the likeliest token, and nothing else matters then. top_k: 0 is off. top_p: 1 is off.
-    min_p: 0 is off. seed: 0 to 2³² - 1. The same logits, seed and position draw the same token, in any batch.
-
-    The rest edits the logits first. presence_penalty is taken off those of every token of the answer so far,
-    frequency_penalty as often as the token occurs; the logit of every token of prompt and answer is divided by
-    repetition_penalty if it is positive, else multiplied; logit_bias, (id, bias) pairs, is added. min_tokens: before
-    that many, no token may end the answer.
-    """
-
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.05
-    seed: int = 0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    repetition_penalty: float = 1.0
-    logit_bias: tuple[tuple[int, float], ...] = ()
-    min_tokens: int = 0
-
-    def __post_init__(self):
-        for key, ok, expected in (
-            ("temperature", 0 <= self.temperature < math.inf, "a number of at least 0"),
-            ("top_k", 0 <= self.top_k < 2**31, "0 (off) or a positive integer"),
-            ("top_p", 0 < self.top_p <= 1, "a number above 0, at most 1 (off)"),
-            ("min_p", 0 <= self.min_p <= 1, "a number from 0 (off) to 1"),
-            ("seed", 0 <= self.seed < 2**32, f"0 to {2**32 - 1}"),
-            ("presence_penalty", abs(self.presence_penalty) < math.inf, "a number"),
-            ("frequency_penalty", abs(self.frequency_penalty) < math.inf, "a number"),
-            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "a number above 0"),
-            ("logit_bias", all(abs(bias) < math.inf for _, bias in self.logit_bias), "finite numbers"),
-            ("min_tokens", self.min_tokens >= 0, "a number of at least 0"),
-        ):
-            if not ok:
-                raise ConfigError(f"{key}: found {getattr(self, key)}, expected {expected}")
 
 
 @struct.dataclass
@@ -126,10 +84,6 @@ def edited(logits: Array, edits: Edits) -> Array:
     ids = jnp.arange(logits.shape[-1], dtype=jnp.uint32)
     bits = edits.allowed[:, ids // 32] >> (ids % 32) & 1
     return jnp.where(bits == 1, logits.at[at].set(new, mode="drop"), -jnp.inf)
-
-
-MAX_LOGPROBS = 20
-"""Likeliest tokens that `choose` reports."""
 
 
 def choose(logits: Array, params: Batch, edits: Edits, position: Array) -> tuple[Array, Array, Array, Array]:

@@ -32,10 +32,10 @@ def room(length: int) -> int:
 def take(
     cache: Callable[[], Cache], slot: int, length: int, state: Planes | None = None
 ) -> Generator[Planes | None, None, None]:
-    """The sequence in `slot` as it is after `length` tokens, or as it was then: with what `state` gave at that time.
+    """Copy the first `length` tokens' state of the sequence in `slot` to host memory, in pieces.
 
-    In pieces: yields None after each, and the planes after the last. From the first one on the sequence may grow.
-    cache: what the cache is by then.
+    Yields None after each piece, and the planes after the last. After the first piece the sequence may grow. cache:
+    gives the cache as it is then. state: if the sequence is longer than `length`, what `state` gave at that length.
     """
     planes = dict(state) if state else jax.device_get(_state(cache(), np.int32(slot), length % HCA_RATIO > 0))
     for name, x in _leaves(cache()):
@@ -52,12 +52,18 @@ def take(
 
 
 def state(cache: Cache, slot: int) -> Planes:
-    """What later tokens will overwrite of a sequence whose length is a multiple of 128: all but the compressed rows."""
+    """The planes that later tokens will overwrite, of a sequence whose length is a multiple of 128.
+
+    These are all but the compressed rows.
+    """
     return jax.device_get(_state(cache, np.int32(slot), False))
 
 
 def earlier(planes: Planes, length: int, state: Planes) -> Planes:
-    """The same sequence as it was after `length` tokens, when `state` gave that: its rows are the first of these."""
+    """A snapshot of the first `length` tokens, from a longer one and from what `state` gave at that length.
+
+    Compressed rows are only ever added, so its rows are the first of the longer one.
+    """
     rows = {name: x[:, :, : length // _ratio(name)] for name, x in planes.items() if _ratio(name)}
     return state | rows
 
@@ -113,7 +119,7 @@ def _first(cache: Cache, start: int, tokens: int) -> dict[str, np.int32]:
 
 @functools.partial(jax.jit, static_argnames="tokens")
 def _rows(cache: Cache, slot: jax.Array, first: dict[str, jax.Array], tokens: int) -> dict[str, jax.Array]:
-    """A piece of the compressed rows."""
+    """The compressed rows of one piece of a sequence, by plane."""
     leaves, out = dict(_leaves(cache)), {}
     for name, at in first.items():
         layers, _, capacity, dim = leaves[name].shape
@@ -124,14 +130,14 @@ def _rows(cache: Cache, slot: jax.Array, first: dict[str, jax.Array], tokens: in
 
 @functools.partial(jax.jit, static_argnames="open_windows")
 def _state(cache: Cache, slot: jax.Array, open_windows: bool) -> dict[str, jax.Array]:
-    """All else."""
+    """The planes of one sequence that are not compressed rows, with or without the open windows."""
     rest = [(name, x) for name, x in _leaves(cache) if not _ratio(name) and (open_windows or not _open_window(name))]
     return {name: lax.dynamic_slice_in_dim(x, slot, 1, _axis(x)) for name, x in rest}
 
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _put(cache: Cache, slot: jax.Array, first: dict[str, jax.Array], planes: dict[str, jax.Array]) -> Cache:
-    """What `_state` gave, or `_rows`, in its place."""
+    """Write planes from `_state`, or from `_rows` at the rows `first`, into a slot of the cache."""
 
     def leaf(path, x: jax.Array) -> jax.Array:
         name = _name(path)

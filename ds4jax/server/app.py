@@ -21,13 +21,15 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ds4jax.chat import template as prompt
-from ds4jax.engine.engine import Engine, EngineFailed, Stopping
+from ds4jax.engine.async_engine import AsyncEngine
+from ds4jax.engine.types import EngineFailed, Stopping
 from ds4jax.errors import Ds4Error
 from ds4jax.server import conversation
 from ds4jax.server.ask import Ask
 from ds4jax.server.conversation import Conversation, Tick
 from ds4jax.server.errors import ApiError
 from ds4jax.server.metrics import Metrics
+from ds4jax.server.replay import Replay
 from ds4jax.server.replies.chat import ChatReply
 from ds4jax.server.replies.completions import CompletionReply
 from ds4jax.server.replies.messages import MessagesReply
@@ -68,9 +70,9 @@ APIS = {
 }
 
 
-def make_app(engine: Engine, options: Options | None = None) -> ASGIApp:
+def make_app(engine: AsyncEngine, options: Options | None = None, replay: Replay | None = None) -> ASGIApp:
     """The ASGI application that serves `engine`, which remains the caller's to close."""
-    server = _Server(engine, options or Options())
+    server = _Server(engine, options or Options(), Replay() if replay is None else replay)
     routes = [
         Route("/", server.page),
         Route("/health", server.health),
@@ -89,9 +91,9 @@ def make_app(engine: Engine, options: Options | None = None) -> ASGIApp:
 
 
 class _Server:
-    def __init__(self, engine: Engine, options: Options):
-        self.engine, self.options = engine, options
-        self.metrics, self._started = Metrics(engine), int(time.time())
+    def __init__(self, engine: AsyncEngine, options: Options, replay: Replay):
+        self.engine, self.options, self.replay = engine, options, replay
+        self.metrics, self._started = Metrics(engine, replay), int(time.time())
         self._down: Ds4Error | None = None  # why nothing will be answered any more
 
     # ---- answers -----------------------------------------------------------------------------------------------------
@@ -101,7 +103,9 @@ class _Server:
         status = 200
         try:
             ask = api.read(await self._body(request))
-            started = Conversation.start(self.engine, ask, id_prefix=api.reply.id_prefix, tick=self.options.keep_alive)
+            started = Conversation.start(
+                self.engine, ask, self.replay, id_prefix=api.reply.id_prefix, tick=self.options.keep_alive
+            )
             try:
                 talk = await _unless_gone(request, started)
             except ApiError as error:
@@ -160,7 +164,7 @@ class _Server:
     async def count_tokens(self, request: Request) -> Response:
         try:
             ask = messages.read(await self._body(request))
-            tokens = await asyncio.to_thread(conversation.render, self.engine, ask)
+            tokens = await asyncio.to_thread(conversation.render, self.engine, ask, self.replay)
             return _json({"input_tokens": len(tokens)})
         except ClientDisconnect:
             return Response(status_code=499)

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from ds4jax.engine.sampling import Sampling
+from ds4jax.engine.types import Sampling
 
 Json = dict[str, Any]
 

@@ -1,6 +1,6 @@
 """One request from `Ask` to its last event: render, submit, parse, count. All that the APIs share; no HTTP here.
 
-    conversation = await Conversation.start(engine, ask)     # raises ApiError while a status can still be sent
+    conversation = await Conversation.start(engine, ask, replay)     # raises ApiError while a status can still be sent
     async for event in conversation: ...                     # ds4jax.chat.parser's events, and Tick
     conversation.finish, conversation.usage, conversation.message
 
@@ -12,17 +12,19 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import functools
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from ds4jax.chat import parser as chat_parser
 from ds4jax.chat import template as chat
 from ds4jax.chat.parser import Event, Finish, OutputParser, TextDelta
-from ds4jax.engine.engine import Engine, Finished, Prefilled, Request, Started, Token
-from ds4jax.engine.engine import Event as EngineEvent
+from ds4jax.engine.async_engine import AsyncEngine
+from ds4jax.engine.types import Event as EngineEvent
+from ds4jax.engine.types import Failed, Finished, Prefilled, Request, Started, Token
 from ds4jax.io.tokenizer import Special, Tokenizer
 from ds4jax.server.ask import Ask
 from ds4jax.server.errors import ApiError, overflow
+from ds4jax.server.replay import Replay
 
 ADMISSION = 1.0
 """Seconds to wait for a place in the engine before the first event goes out without the number of cached tokens."""
@@ -65,25 +67,37 @@ class Conversation:
     Attributes: ask; usage and logprobs (of the text, so far).
     """
 
-    def __init__(self, engine: Engine, ask: Ask, request: Request, parser: OutputParser, tick: float):
+    def __init__(
+        self, engine: AsyncEngine, ask: Ask, replay: Replay, request: Request, parser: OutputParser, tick: float
+    ):
         self.ask, self.usage = ask, Usage(len(request.tokens))
         self._finish: Finish | None = None
         self.logprobs: list[Logprob] = []
         self._pending: list[Logprob] = []  # of tokens read, whose text has not been shown
-        self._engine, self._parser, self._tick = engine, parser, tick
+        self._engine, self._replay, self._parser, self._tick = engine, replay, parser, tick
         self._prefilled = 0
         self._events: list[Event] = []
         self._stream = engine.submit(request)
 
     @classmethod
-    async def start(cls, engine: Engine, ask: Ask, *, id_prefix: str = "call_", tick: float = 5.0) -> Conversation:
+    async def start(
+        cls,
+        engine: AsyncEngine,
+        ask: Ask,
+        replay: Replay | None = None,
+        *,
+        id_prefix: str = "call_",
+        tick: float = 5.0,
+    ) -> Conversation:
         """Render, check and submit; returns once the engine has admitted the request, or after ADMISSION seconds.
 
-        id_prefix: of the ids of tool calls. tick: seconds between `Tick` events.
+        replay: remembers turns with calls; without it, none is. id_prefix: of the ids of tool calls. tick: seconds
+        between `Tick` events.
         Raises ApiError, or an error of the engine.
         """
-        request, parser = await asyncio.to_thread(_prepare, engine, ask, id_prefix)
-        conversation = cls(engine, ask, request, parser, tick)
+        replay = Replay() if replay is None else replay
+        request, parser = await asyncio.to_thread(_prepare, engine, ask, replay, id_prefix)
+        conversation = cls(engine, ask, replay, request, parser, tick)
         try:
             if (event := await conversation._receive(_now() + ADMISSION)) is not None:
                 await conversation._on(event)
@@ -145,12 +159,13 @@ class Conversation:
                 events = self._token(event)
             case Finished(reason):
                 events = self._parser.finish(reason)
+            case Failed(error):
+                raise error
         self._events += events
         if events and isinstance(events[-1], Finish):
             self._finish = events[-1]
             if turn := self._finish.turn:  # kept before the client can know of it
-                note = {"thinking": turn.thinking, "message": turn.message, "ids": list(turn.ids)}
-                await asyncio.to_thread(self._engine.put_note, _key(turn.message), note)
+                await asyncio.to_thread(self._replay.remember, turn)
         return events
 
     def _token(self, token: Token) -> list[Event]:
@@ -172,7 +187,7 @@ def _now() -> float:
     return asyncio.get_running_loop().time()
 
 
-def _grammar(engine: Engine, ask: Ask) -> Any:
+def _grammar(engine: AsyncEngine, ask: Ask) -> Any:
     """What the text must be, or None. Thoughts are free."""
     if ask.schema is None:
         return None
@@ -181,7 +196,7 @@ def _grammar(engine: Engine, ask: Ask) -> Any:
     return engine.grammar(ask.schema, None if ask.think == "off" else engine.tokenizer.special(Special.THINK_CLOSE))
 
 
-def render(engine: Engine, ask: Ask) -> list[int]:
+def render(engine: AsyncEngine, ask: Ask, replay: Replay) -> list[int]:
     """The token ids of a request's prompt. Raises Ds4Error."""
     tokenizer = engine.tokenizer
     if isinstance(ask.prompt, list):
@@ -199,13 +214,13 @@ def render(engine: Engine, ask: Ask) -> list[int]:
         ctx=engine.ctx,
         tools=ask.tools,
         response_format=ask.schema if isinstance(ask.schema, dict) else None,
-        replay=_replay(engine, ask.messages),
+        replay=replay.recall(ask.messages),
     )
     _check_size(engine, segments)
     return chat.to_ids(tokenizer, segments)
 
 
-def _check_size(engine: Engine, segments: Sequence[chat.Segment]) -> None:
+def _check_size(engine: AsyncEngine, segments: Sequence[chat.Segment]) -> None:
     """Refuses what cannot fit by its mere size, before minutes are spent on cutting it into tokens."""
     least = sum(len(segment) for segment in segments if isinstance(segment, str)) // _longest(engine.tokenizer)
     if least >= engine.ctx:
@@ -218,7 +233,7 @@ def _longest(tokenizer: Tokenizer) -> int:
     return max(map(len, tokenizer.tokens))
 
 
-def _prepare(engine: Engine, ask: Ask, id_prefix: str) -> tuple[Request, OutputParser]:
+def _prepare(engine: AsyncEngine, ask: Ask, replay: Replay, id_prefix: str) -> tuple[Request, OutputParser]:
     raw = ask.prompt is not None
     parser = OutputParser(
         engine.tokenizer,
@@ -228,7 +243,7 @@ def _prepare(engine: Engine, ask: Ask, id_prefix: str) -> tuple[Request, OutputP
         raw=raw,
         new_id=lambda: chat_parser.new_call_id(id_prefix),
     )
-    tokens = render(engine, ask)
+    tokens = render(engine, ask, replay)
     if len(tokens) >= engine.ctx:
         raise overflow(len(tokens), engine.ctx)
     request = Request(
@@ -239,21 +254,3 @@ def _prepare(engine: Engine, ask: Ask, id_prefix: str) -> tuple[Request, OutputP
         grammar=_grammar(engine, ask),
     )
     return request, parser
-
-
-# ---- replay: turns with tool calls, as they were sampled -------------------------------------------------------------
-def _key(message: Mapping[str, Any]) -> str:
-    return f"turn:{message['tool_calls'][0]['id']}"
-
-
-def _replay(engine: Engine, messages: list[Any]) -> dict[str, chat.SampledTurn]:
-    """What is remembered of the turns with calls in `messages`, by the id of each one's first call."""
-    out = {}
-    for message in messages:
-        try:
-            id, key = message["tool_calls"][0]["id"], _key(message)
-        except (TypeError, LookupError):  # no calls, or nothing the renderer will take
-            continue
-        if isinstance(id, str) and (note := engine.note(key)):
-            out[id] = chat.SampledTurn(note["thinking"], note["message"], tuple(note["ids"]))
-    return out

@@ -6,7 +6,7 @@ import logging
 import re
 from typing import Any
 
-from ds4jax.engine.engine import ContextOverflow, EngineFailed, Overloaded, Stopping
+from ds4jax.engine.types import ContextOverflow, EngineFailed, Overloaded, Stopping
 from ds4jax.errors import Ds4Error
 
 log = logging.getLogger(__name__)

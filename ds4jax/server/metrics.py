@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from prometheus_client import CollectorRegistry, Counter, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
-from ds4jax.engine.engine import TTFT_BOUNDS, Engine
+from ds4jax.engine.async_engine import AsyncEngine
+from ds4jax.engine.counters import TTFT_BOUNDS
+from ds4jax.server.replay import Replay
 
 # Of what the engine reports, the present state; all else counts up.
 _GAUGES = {"waiting", "prefilling", "decoding", "slots", "weights_bytes", "cache_bytes"}
@@ -15,8 +17,8 @@ _GAUGES |= {"prefix_bytes", "prefix_count", "disk_bytes", "disk_count"}
 
 
 class Metrics:
-    def __init__(self, engine: Engine):
-        self._engine, self._registry = engine, CollectorRegistry()
+    def __init__(self, engine: AsyncEngine, replay: Replay):
+        self._engine, self._replay, self._registry = engine, replay, CollectorRegistry()
         self._requests = Counter(
             "ds4jax_http_requests", "Answers by path and status", ("path", "status"), registry=self._registry
         )
@@ -33,6 +35,7 @@ class Metrics:
 
     def collect(self) -> Iterator[Metric]:
         values = self._engine.metrics()
+        values["disk_bytes"] = values.get("disk_bytes", 0) + self._replay.nbytes
         counts, total = values.pop("ttft_counts"), values.pop("ttft_seconds")
         del values["ttft_count"]
         for key, value in values.items():

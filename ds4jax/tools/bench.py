@@ -8,8 +8,9 @@ each, with ds4's columns; ctx_tokens are those of one sequence, everything else 
   gen_tokens, gen_tps           tokens generated from there; and per second
   kvcache_bytes                 of the snapshot
 
-Seconds are the caller's, everything included but compilation and three calls of every shape before. Prompts are random
-tokens. Progress, start-up time and memory go to stderr.
+The bench drives the model runner, not the engine, so that it times calls of the model and nothing else. Seconds are
+the caller's, everything included but compilation and three calls of every shape before. Prompts are random tokens.
+Progress, start-up time and memory go to stderr.
 """
 
 from __future__ import annotations
@@ -102,12 +103,13 @@ def main() -> None:
     overrides = {key: FLAGS[key].value for key in ("model", "batch", "prefill_chunk")}
     settings = Settings.load(FLAGS.config, ctx=ctx, **overrides)
     settings.set_environment()
-    from ds4jax.engine import compile_cache, compiled_steps, memory, model_runner
+    from ds4jax.engine import compile_cache, memory, model_runner
+    from ds4jax.engine.chunks import chunk_sizes
 
     compile_cache.keep_compilations()
     start = time.perf_counter()
     prefills = () if FLAGS.fill else chunks(points, settings.prefill_chunk)
-    sizes = compiled_steps.chunk_sizes(prefills, settings.prefill_chunk)
+    sizes = chunk_sizes(prefills, settings.prefill_chunk)
     source = model_runner.open_model(settings, FLAGS.synthetic)
     loaded = model_runner.ModelRunner(source, settings, progress=True, sizes=sizes)
     if FLAGS.fill is None:
@@ -133,7 +135,7 @@ def sweep(runner: ModelRunner, points: list[int], gen_tokens: int, seed: int) ->
     """A row for every frontier; all of the runner's slots go there together."""
     import numpy as np
 
-    from ds4jax.engine.sampling import Sampling
+    from ds4jax.engine.types import Sampling
 
     greedy, slots = Sampling(temperature=0.0), range(runner.batch)
     tokens = np.random.default_rng(seed).integers(runner.cfg.vocab_size, size=(runner.batch, points[-1])).tolist()
@@ -156,14 +158,14 @@ def sweep(runner: ModelRunner, points: list[int], gen_tokens: int, seed: int) ->
 
 def chunks(points: list[int], chunk: int) -> set[int]:
     """The numbers of tokens in the prefill calls that lead from frontier to frontier."""
-    from ds4jax.engine.compiled_steps import chunk_lengths
+    from ds4jax.engine.chunks import chunk_lengths
 
     return chunk_lengths((b - a for a, b in zip([0, *points], points, strict=False)), chunk)
 
 
 def filled(runner: ModelRunner, length: int, gen_tokens: int, seed: int) -> Iterator[Row]:
     """One row, with nothing prefilled: every slot gets a `random_sequence`."""
-    from ds4jax.engine.sampling import Sampling
+    from ds4jax.engine.types import Sampling
 
     def fill() -> None:
         for slot in range(runner.batch):
@@ -186,7 +188,7 @@ def _generate(runner: ModelRunner, tokens: dict[int, int], n: int) -> tuple[int,
     import jax
 
     from ds4jax.engine.compiled_steps import BLOCK
-    from ds4jax.engine.sampling import Sampling
+    from ds4jax.engine.types import Sampling
     from ds4jax.model import cache
 
     saved = jax.block_until_ready([runner.snapshot(slot) for slot in range(runner.batch)])

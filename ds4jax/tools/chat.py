@@ -33,7 +33,7 @@ from ds4jax.settings import Settings
 from ds4jax.tools import cli
 
 if TYPE_CHECKING:  # JAX takes a second to import
-    from ds4jax.engine.engine import Engine
+    from ds4jax.engine.async_engine import AsyncEngine
 
 FLAGS = flags.FlagValues()
 cli.define_model(FLAGS)
@@ -62,11 +62,11 @@ def main() -> int:
     return 0
 
 
-def _open(settings: Settings) -> Engine:
+def _open(settings: Settings) -> AsyncEngine:
     settings.set_environment()
-    from ds4jax.engine.engine import Engine
+    from ds4jax.engine.async_engine import AsyncEngine
 
-    return Engine.open(settings, max_seqs=1, kv_dir=FLAGS.kv_dir, progress=True)
+    return AsyncEngine.open(settings, max_seqs=1, kv_dir=FLAGS.kv_dir, progress=True)
 
 
 @contextlib.contextmanager
@@ -106,10 +106,10 @@ class Session:
     Attributes: messages (in Chat Completions' form), think.
     """
 
-    def __init__(self, run: Callable, settings: Settings, open_engine: Callable[[Settings], Engine]):
+    def __init__(self, run: Callable, settings: Settings, open_engine: Callable[[Settings], AsyncEngine]):
         """run: runs a coroutine to its end; Ctrl-C raises KeyboardInterrupt from it. Raises Ds4Error."""
         self._run, self._settings, self._open = run, settings, open_engine
-        self._opened: Engine | None = open_engine(settings)
+        self._opened: AsyncEngine | None = open_engine(settings)
         self.messages: list[dict[str, Any]] = [{"role": "system", "content": FLAGS.system}] if FLAGS.system else []
         self.think = FLAGS.think
 
@@ -119,7 +119,7 @@ class Session:
             self._opened = None
 
     @property
-    def _engine(self) -> Engine:
+    def _engine(self) -> AsyncEngine:
         assert self._opened is not None
         return self._opened
 
@@ -173,7 +173,7 @@ class Session:
 
     async def _answer(self, said: dict[str, Any]) -> None:
         """Print the answer as it comes; `said` becomes its message, even if this is cancelled."""
-        from ds4jax.engine.sampling import Sampling
+        from ds4jax.engine.types import Sampling
         from ds4jax.server.ask import Ask
         from ds4jax.server.conversation import Conversation, Tick
 
@@ -235,7 +235,7 @@ class Session:
             print(f"{'> ' if message['role'] == 'user' else ''}{message.get('content') or ''}")
 
     def _note_lost_effort(self) -> None:
-        profile = chat.effort_profile(self._engine.chat_template)
+        profile = chat.effort_profile(self._engine.tokenizer.chat_template)
         if self.think == "max" and not chat.effort_prefix("max", profile, self._engine.ctx):
             print(f"note: /think-max acts as /think with a context below {chat.MAX_EFFORT_CTX} tokens", file=sys.stderr)
 

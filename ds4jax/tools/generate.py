@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import sys
@@ -26,8 +27,8 @@ from ds4jax.settings import Settings
 from ds4jax.tools import cli
 
 if TYPE_CHECKING:  # JAX takes a second to import, and must not run before `Settings.set_environment`
-    from ds4jax.engine.batch import Request
-    from ds4jax.engine.model_runner import ModelRunner, Sampled
+    from ds4jax.engine.engine import Engine
+    from ds4jax.engine.types import Event, Request, Token
 
 DEFAULT_PROMPT = "Once upon a time"
 
@@ -86,20 +87,26 @@ def main() -> int:
 
 # ---- one prompt ------------------------------------------------------------------------------------------------------
 def _stream(tokens: list[int], checkpoint: Checkpoint, tokenizer: Tokenizer, settings: Settings) -> int:
-    from ds4jax.engine import batch
+    from ds4jax.engine.types import Token
 
-    request = _request(tokens, {}, checkpoint, settings)
+    request = _request(tokens, {}, checkpoint, tokenizer, settings)
     logprobs = Logprobs(Path(FLAGS.dump_logprobs), tokens, FLAGS.logprobs_top_k) if FLAGS.dump_logprobs else None
     decoder = StreamDecoder(tokenizer)
-    with _runner(checkpoint, settings, 1, [request]) as runner, logprobs or contextlib.nullcontext():
+
+    def show(event: Event) -> None:
+        if isinstance(event, Token):
+            text = "" if event.id == tokenizer.eos_id else decoder.push(event.id)
+            sys.stdout.write(text)
+            sys.stdout.flush()
+            if logprobs:
+                logprobs.add(event, text)
+
+    with _engine(checkpoint, settings, 1, [request]) as engine, logprobs or contextlib.nullcontext():
         try:
-            for _, step, finish in batch.run(runner, [request], tokenizer.eos_id, logits=logprobs is not None):
+            engine.add(request, show)
+            while len(engine):
+                engine.step()
                 cli.check_interrupt()
-                text = "" if finish == "stop" else decoder.push(step.token)
-                sys.stdout.write(text)
-                sys.stdout.flush()
-                if logprobs:
-                    logprobs.add(step, text)
         finally:  # an interrupted answer ends properly too
             print(decoder.flush(), flush=True)
     return 0
@@ -122,8 +129,9 @@ class Logprobs:
         self._path, self._top_k = path, top_k
         self._content: dict[str, Any] = {"prompt_tokens": prompt, "steps": []}
 
-    def add(self, step: Sampled, text: str) -> None:
-        logits = step.logits
+    def add(self, token: Token, text: str) -> None:
+        logits = token.logits
+        assert logits is not None
         if not np.isfinite(logits).all():
             raise Ds4Error(f"step {len(self._content['steps'])}: found logits that are not finite; a damaged model?")
         wide = logits.astype(np.float64) - logits.max()
@@ -131,10 +139,10 @@ class Logprobs:
         top = np.argsort(-logits, kind="stable")[: self._top_k]
         self._content["steps"].append(
             {
-                "id": step.token,
+                "id": token.id,
                 "text": text,
-                "logit": float(logits[step.token]),
-                "logprob": float(logprobs[step.token]),
+                "logit": float(logits[token.id]),
+                "logprob": float(logprobs[token.id]),
                 "top": [[int(i), float(logits[i]), float(logprobs[i])] for i in top],
             }
         )
@@ -199,34 +207,40 @@ def parse_line(text: str, number: int, make: Callable[[dict[str, Any]], Request]
 def _batch_job(text: str, checkpoint: Checkpoint, tokenizer: Tokenizer, settings: Settings) -> int:
     """Results as they finish, one JSON object per line: id, text, tokens (of the answer, without the end token),
     finish_reason and n_prompt_tokens; or id, line and error."""
-    from ds4jax.engine import batch
+    from ds4jax.engine.types import Finished, Token
 
     def make(line: dict[str, Any]) -> Request:
-        return _request(_encode(line, tokenizer, settings), line, checkpoint, settings)
+        return _request(_encode(line, tokenizer, settings), line, checkpoint, tokenizer, settings)
 
     lines = [parse_line(line, n, make) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
-    good = {line.request: line for line in lines if line.request}
+    requests = [line.request for line in lines if line.request]
     for line in lines:
         if line.error:
             print(f"{FLAGS.prompts_file} line {line.number}: {line.error}", file=sys.stderr)
     done = 0
+
+    def collect(line: Line, request: Request, answer: list[int], event: Event) -> None:
+        nonlocal done
+        if isinstance(event, Token):
+            answer.append(event.id)
+        elif isinstance(event, Finished):
+            said = answer[:-1] if event.reason == "stop" else answer
+            result = {"id": line.id, "text": tokenizer.decode(said), "tokens": said}
+            _write(out, result | {"finish_reason": event.reason, "n_prompt_tokens": len(request.tokens)})
+            done += 1
+
     with contextlib.ExitStack() as stack:
-        runner = stack.enter_context(_runner(checkpoint, settings, settings.batch, good)) if good else None
+        engine = stack.enter_context(_engine(checkpoint, settings, settings.batch, requests)) if requests else None
         out = stack.enter_context(_output())
         for line in lines:
             if line.error:
                 _write(out, {"id": line.id, "line": line.number, "error": line.error})
-        answers: dict[int, list[int]] = {line.number: [] for line in good.values()}
+            elif engine is not None and line.request:
+                engine.add(line.request, functools.partial(collect, line, line.request, []))
         try:
-            for request, step, finish in batch.run(runner, good, tokenizer.eos_id) if runner else ():
+            while engine is not None and len(engine):
+                engine.step()
                 cli.check_interrupt()
-                line, answer = good[request], answers[good[request].number]
-                if finish != "stop":
-                    answer.append(step.token)
-                if finish:
-                    result = {"id": line.id, "text": tokenizer.decode(answer), "tokens": answer}
-                    _write(out, result | {"finish_reason": finish, "n_prompt_tokens": len(request.tokens)})
-                    done += 1
         finally:
             print(f"{done} of {len(lines)} prompts finished", file=sys.stderr)
     return 0 if done == len(lines) else 1
@@ -292,40 +306,42 @@ def _encode(values: dict[str, Any], tokenizer: Tokenizer, settings: Settings) ->
     return chat.render_ids(tokenizer, messages, think=values.get("think", FLAGS.think), ctx=settings.ctx)
 
 
-def _request(tokens: list[int], line: dict[str, Any], checkpoint: Checkpoint, settings: Settings) -> Request:
+def _request(
+    tokens: list[int], line: dict[str, Any], checkpoint: Checkpoint, tokenizer: Tokenizer, settings: Settings
+) -> Request:
     """A request: parameters that a line has replace those of the flags. Raises Ds4Error if it cannot run."""
-    from ds4jax.engine.batch import Request
     from ds4jax.engine.model_runner import check_prompt
-    from ds4jax.engine.sampling import Sampling
+    from ds4jax.engine.types import Request, Sampling
 
     check_prompt(tokens, checkpoint.cfg, settings.ctx)
     max_tokens = line.get("max_tokens", settings.max_tokens)
     if max_tokens < 1:
         raise ConfigError(f"max_tokens: found {max_tokens}, expected at least 1")
-    return Request(tokens, max_tokens, Sampling(**{name: line.get(name, FLAGS[name].value) for name in _SAMPLING}))
+    params = Sampling(**{name: line.get(name, FLAGS[name].value) for name in _SAMPLING})
+    return Request(tokens, max_tokens, params, frozenset([tokenizer.eos_id]), logits=FLAGS.dump_logprobs is not None)
 
 
 @contextlib.contextmanager
-def _runner(
-    checkpoint: Checkpoint, settings: Settings, batch: int, requests: Iterable[Request]
-) -> Iterator[ModelRunner]:
-    """A runner for some requests; at the end, speed and memory go to stderr."""
-    from ds4jax.engine import compile_cache, compiled_steps, memory, model_runner
+def _engine(checkpoint: Checkpoint, settings: Settings, batch: int, requests: Iterable[Request]) -> Iterator[Engine]:
+    """An engine for some requests; at the end, speed and memory go to stderr."""
+    from ds4jax.engine import compile_cache, memory, model_runner
+    from ds4jax.engine.chunks import chunk_sizes
+    from ds4jax.engine.engine import Engine
 
     compile_cache.keep_compilations()
-    sizes = compiled_steps.chunk_sizes((len(request.tokens) for request in requests), settings.prefill_chunk)
-    loaded = model_runner.ModelRunner(checkpoint, settings, batch, progress=True, sizes=sizes)
+    sizes = chunk_sizes((len(request.tokens) for request in requests), settings.prefill_chunk)
+    runner = model_runner.ModelRunner(checkpoint, settings, batch, progress=True, sizes=sizes)
     try:
-        yield loaded
+        yield Engine(runner, sizes=sizes)
     finally:
-        stats = loaded.stats
+        stats = runner.stats
         for what, n, seconds in (
             ("prefill", stats.prefill_tokens, stats.prefill_seconds),
             ("decode", stats.decode_tokens, stats.decode_seconds),
         ):
             if n:
                 print(f"{what}: {n} tokens in {seconds:.2f} s, {n / seconds:.1f} tokens/s", file=sys.stderr)
-        peak = memory.describe_peak(loaded.steps)
+        peak = memory.describe_peak(runner.steps)
         print(f"compilation: {stats.compile_seconds:.1f} s; {peak}", file=sys.stderr)
 
 

@@ -288,7 +288,7 @@ def measure(runner: ModelRunner, context: int, prefill: int | None, seed: int) -
     import numpy as np
 
     from ds4jax.engine.compiled_steps import BLOCK
-    from ds4jax.engine.sampling import Sampling
+    from ds4jax.engine.types import Sampling
     from ds4jax.tools.bench import random_sequence
 
     greedy = Sampling(temperature=0.0)

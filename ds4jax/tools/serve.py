@@ -19,8 +19,9 @@ from ds4jax.settings import Settings
 from ds4jax.tools import cli
 
 if TYPE_CHECKING:  # JAX takes a second to import
-    from ds4jax.engine.engine import Engine
+    from ds4jax.engine.async_engine import AsyncEngine
     from ds4jax.server.app import Options
+    from ds4jax.server.replay import Replay
 
 FLAGS = flags.FlagValues()
 cli.define_model(FLAGS)
@@ -43,23 +44,26 @@ def main() -> int:
     """Run the server as FLAGS say, until it is told to stop; → exit status. Raises Ds4Error."""
     settings = Settings.load(FLAGS.config, model=FLAGS.model, ctx=FLAGS.ctx)
     settings.set_environment()
-    from ds4jax.engine.engine import Engine
+    from ds4jax.engine.async_engine import AsyncEngine
     from ds4jax.server.app import Options
+    from ds4jax.server.replay import Replay, split_budget
 
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     listener = bind(FLAGS.host, FLAGS.port)  # a port in use is not to be found out after minutes of loading
     options = Options(keep_alive=FLAGS.keep_alive, cors=FLAGS.cors, api_key=FLAGS.api_key)
-    engine = Engine.open(
+    prefixes, turns = split_budget(int(FLAGS.kv_budget_gb * 2**30))
+    engine = AsyncEngine.open(
         settings,
         synthetic=FLAGS.synthetic,
         max_seqs=FLAGS.max_seqs,
         kv_dir=FLAGS.kv_dir,
-        kv_budget_bytes=int(FLAGS.kv_budget_gb * 2**30),
+        kv_budget_bytes=prefixes,
         prefix_budget_bytes=int(FLAGS.prefix_budget_gb * 2**30),
         trace=FLAGS.trace,
         progress=True,
     )
-    asyncio.run(serve(engine, options, listener, FLAGS.grace))
+    replay = Replay.beside(engine.kv_store, turns)
+    asyncio.run(serve(engine, options, replay, listener, FLAGS.grace))
     return 0
 
 
@@ -77,7 +81,7 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-async def serve(engine: Engine, options: Options, listener: socket.socket, grace: float) -> None:
+async def serve(engine: AsyncEngine, options: Options, replay: Replay, listener: socket.socket, grace: float) -> None:
     """Serve `engine` until SIGTERM or SIGINT, then close it.
 
     grace: seconds that running answers have to finish then; those cut off get an error event.
@@ -98,5 +102,5 @@ async def serve(engine: Engine, options: Options, listener: socket.socket, grace
             await super().shutdown(sockets)
             await closing
 
-    config = uvicorn.Config(make_app(engine, options), log_level="warning", lifespan="off")
+    config = uvicorn.Config(make_app(engine, options, replay), log_level="warning", lifespan="off")
     await Server(config).serve([listener])

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from ds4jax.engine.sampling import Sampling
+from ds4jax.engine.types import Sampling
 from ds4jax.server.ask import Json
 from ds4jax.server.errors import ApiError
 

@@ -1,0 +1,212 @@
+"""The engine for callers in other threads: each request is a stream of events, read in an event loop. No text here.
+
+    engine = AsyncEngine.open(Settings.load("tiny"), max_seqs=4)
+    async for event in engine.generate(Request(tokens, max_tokens=100, sampling=Sampling())):
+        ...
+    await engine.close()
+
+One thread owns the model: it carries out commands and steps the `Engine`. JAX is imported by `AsyncEngine.open` only,
+after the environment is set.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+import time
+from collections.abc import AsyncIterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+from ds4jax.engine.commands import Cancel, Command, Stop, Submit, Wake
+from ds4jax.engine.stream import Stream
+from ds4jax.engine.types import EngineFailed, Event, Failed, Overloaded, Request, Stopping
+from ds4jax.errors import Ds4Error
+
+if TYPE_CHECKING:
+    from ds4jax.engine.engine import Engine
+    from ds4jax.engine.grammar import Grammar, Vocabulary
+    from ds4jax.engine.kv_store import KVStore
+    from ds4jax.engine.model_runner import ModelRunner
+    from ds4jax.engine.prefix_cache import PrefixCache
+    from ds4jax.settings import Settings
+
+log = logging.getLogger(__name__)
+
+
+class AsyncEngine:
+    """An engine in a thread of its own.
+
+    Attributes: tokenizer, ctx (tokens of prompt and answer together), model_name, kv_store (or None).
+    """
+
+    @classmethod
+    def open(
+        cls,
+        settings: Settings,
+        *,
+        synthetic: str | None = None,
+        max_seqs: int | None = None,
+        kv_dir: str | Path | None = None,
+        kv_budget_bytes: int = 16 << 30,
+        prefix_budget_bytes: int = 2 << 30,
+        trace: str | Path | None = None,
+        progress: bool = False,
+    ) -> Self:
+        """Load the model of `settings`, or a synthetic one (see `model_runner.open_model`), and compile its steps.
+
+        max_seqs: sequences at once, by default the settings' batch. kv_dir: a folder for prefixes, for this engine
+        alone, of at most kv_budget_bytes. prefix_budget_bytes: of memory, for prefixes. trace: a file to which a JSON
+        line is appended for every request that ends. progress: report loading and compilation on stderr.
+        Raises Ds4Error for what cannot be loaded or does not fit into memory.
+        """
+        settings.set_environment()
+        from ds4jax.engine import compile_cache, model_runner
+        from ds4jax.engine.chunks import serving_sizes
+        from ds4jax.engine.fingerprint import fingerprint
+        from ds4jax.engine.kv_store import KVStore
+        from ds4jax.engine.prefix_cache import PrefixCache
+
+        compile_cache.keep_compilations()
+        model = model_runner.open_model(settings, synthetic)
+        runner = model_runner.ModelRunner(model, settings, max_seqs, progress, serving_sizes(settings))
+        runner.compile()
+        store = KVStore(kv_dir, kv_budget_bytes, fingerprint(runner)) if kv_dir else None
+        name = f"synthetic-{synthetic}" if synthetic else Path(settings.model).stem
+        return cls(runner, PrefixCache(prefix_budget_bytes, store), name=name, trace=trace)
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        prefix_cache: PrefixCache | None = None,
+        *,
+        name: str = "model",
+        trace: str | Path | None = None,
+        max_waiting: int = 1024,
+    ):
+        """Start the thread. The runner and the prefix cache are from now on its own.
+
+        name: of the model, for clients. trace: see `open`. max_waiting: the most requests without a slot.
+        """
+        from ds4jax.engine.counters import Counters
+        from ds4jax.engine.engine import Engine
+
+        self.tokenizer, self.model_name, self.ctx = runner.tokenizer, name, runner.settings.ctx
+        self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        self._engine: Engine = Engine(
+            runner, prefix_cache, counters=Counters(trace), wake=lambda: self._commands.put(Wake())
+        )
+        self._max_waiting = max_waiting
+        self._refusal: Ds4Error | None = None  # why no request is accepted any more
+        self._deadline: float | None = None  # when the thread ends
+        self._vocabulary: Vocabulary | None = None
+        self._lock = threading.Lock()  # guards the refusal and the vocabulary
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    # ---- for callers, from any thread --------------------------------------------------------------------------------
+    @property
+    def kv_store(self) -> KVStore | None:
+        """Where prefixes are kept on disk."""
+        cache = self._engine.prefix_cache
+        return None if cache is None else cache.store
+
+    def submit(self, request: Request) -> Stream:
+        """Start a request; what is wrong with it is raised by the stream."""
+        stream = Stream(lambda stream: self._commands.put(Cancel(stream)))
+        try:
+            self._engine.check(request)
+            with self._lock:
+                if self._refusal:
+                    raise self._refusal
+                if len(self._engine.scheduler.waiting) + self._commands.qsize() >= self._max_waiting:
+                    raise Overloaded(f"{self._max_waiting} requests are waiting already")
+                self._commands.put(Submit(request, stream))
+        except Ds4Error as error:
+            stream.push(Failed(error))
+        return stream
+
+    async def generate(self, request: Request) -> AsyncIterator[Event]:
+        """The events of a request, which is cancelled if this iterator is closed early."""
+        stream = self.submit(request)
+        try:
+            async for event in stream:
+                yield event
+        finally:
+            stream.cancel()
+
+    async def close(self, grace: float = 0.0, save: bool = True) -> None:
+        """Stop: requests that do not end within `grace` seconds raise Stopping, as do new ones from now on.
+
+        save: write all prefixes to disk, if there is a folder for them, those of interrupted requests included.
+        """
+        with self._lock:
+            self._refusal = self._refusal or Stopping("the server is stopping")
+        self._commands.put(Stop(time.perf_counter() + grace))
+        await asyncio.to_thread(self._thread.join)
+        if (cache := self._engine.prefix_cache) is not None:
+            await asyncio.to_thread(cache.close, save)
+        self._engine.counters.close()
+
+    def metrics(self) -> dict[str, Any]:
+        """See `Engine.metrics`."""
+        return self._engine.metrics()
+
+    def grammar(self, schema: Mapping[str, Any] | Literal["json_object"], after: int | None = None) -> Grammar:
+        """What an answer must be: JSON of a schema, or any JSON object. Raises GrammarError (a Ds4Error).
+
+        after: the answer is free up to this token, such as the end of the model's thoughts.
+        """
+        from ds4jax.engine import grammar
+
+        with self._lock:
+            if self._vocabulary is None:
+                self._vocabulary = grammar.Vocabulary(self.tokenizer)
+        return grammar.Grammar(self._vocabulary, schema, after)
+
+    # ---- the thread that owns the model ------------------------------------------------------------------------------
+    def _run(self) -> None:
+        error: Ds4Error = Stopping("the server is stopping")
+        try:
+            worked = False
+            while self._receive(busy=worked):
+                worked = self._engine.step()
+            self._engine.stop(error)
+        except Exception as failure:
+            log.exception("the engine failed")
+            error = EngineFailed(f"the model cannot run any more: {failure}")
+        with self._lock:
+            self._refusal = error
+        for seq in self._engine.scheduler:
+            seq.emit(Failed(error))
+        while not self._commands.empty():
+            if isinstance(command := self._commands.get(), Submit):
+                command.stream.push(Failed(error))
+
+    def _receive(self, busy: bool) -> bool:
+        """Carry out the commands that are there, having waited for one unless busy; → whether to go on."""
+        try:
+            if not busy and not self._over():
+                left = None if self._deadline is None else max(0.0, self._deadline - time.perf_counter())
+                self._carry_out(self._commands.get(timeout=left))
+            while True:
+                self._carry_out(self._commands.get_nowait())
+        except queue.Empty:
+            return not self._over()
+
+    def _over(self) -> bool:
+        return self._deadline is not None and (not len(self._engine) or time.perf_counter() >= self._deadline)
+
+    def _carry_out(self, command: Command) -> None:
+        match command:
+            case Submit(request, stream):
+                stream.sequence = self._engine.add(request, stream.push)
+            case Cancel(stream):
+                if stream.sequence is not None:
+                    self._engine.cancel(stream.sequence)
+            case Stop(deadline):
+                self._deadline = deadline
+            case Wake():
+                pass

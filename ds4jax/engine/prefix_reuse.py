@@ -1,0 +1,152 @@
+"""Prefix reuse: where a sequence starts, and which snapshots are taken of it while it runs.
+
+A snapshot is taken at the marks of a prompt, at its end, and at the last multiples of 128 in an answer. It is copied
+from the device in pieces, one for each step of the engine, so that no answer waits for a long one. Before the first
+piece is copied the sequence must not go on, nor another start in its slot; after that it may.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from ds4jax.engine.keys import key_of
+from ds4jax.engine.prefix_cache import PrefixCache, Snapshot, positions
+from ds4jax.engine.scheduler import Scheduler
+from ds4jax.engine.sequence import Sequence
+from ds4jax.engine.types import ALIGN
+
+if TYPE_CHECKING:
+    from ds4jax.engine.model_runner import ModelRunner, Sampled
+    from ds4jax.engine.snapshot import Planes
+
+LATE = 64
+"""Tokens by which an answer may be past its end when the reader's decision to end it arrives."""
+
+
+@dataclasses.dataclass
+class _Due:
+    """A snapshot of the first `end` tokens of a sequence that is being taken.
+
+    pieces: of `ModelRunner.take`. following: what was sampled after a whole prompt; None if the tokens are not one.
+    begun: whether the first piece is copied.
+    """
+
+    seq: Sequence
+    end: int
+    pieces: Iterator[Planes | None]
+    following: Sampled | None
+    begun: bool = False
+
+
+class PrefixReuse:
+    """Connects the sequences of an engine with a prefix cache. Without one, every prompt is computed whole."""
+
+    def __init__(self, runner: ModelRunner, scheduler: Scheduler, cache: PrefixCache | None):
+        self.cache = cache
+        self._runner, self._scheduler = runner, scheduler
+        self._due: collections.deque[_Due] = collections.deque()
+
+    # ---- where a sequence starts -------------------------------------------------------------------------------------
+    def arrive(self, seq: Sequence, wake: Callable[[], None]) -> None:
+        """Look up a new sequence. wake: called, in another thread, when a snapshot has been read from disk."""
+        if self.cache is None:
+            return
+        seq.marks = positions(seq.prompt_len, self._scheduler.chunk, self.cache.shared(seq.key))
+        found = self.cache.find(seq.key)
+        seq.disk_read = self.cache.fetch(seq.key, found.length if found else 0)
+        if seq.disk_read:
+            seq.disk_read.add_done_callback(lambda _: wake())
+
+    def start(self, seq: Sequence) -> int | None:
+        """How many tokens of its prompt a waiting sequence can start with now, or None if it had better wait."""
+        if self.cache is None:
+            return 0
+        if seq.disk_read:
+            if not seq.disk_read.done():
+                return None
+            if snapshot := seq.disk_read.result():
+                self.cache.put(snapshot)
+            seq.base, seq.disk_read = snapshot, None
+        if seq.leader and self._scheduler.should_wait(seq, 0):
+            return None
+        found = self.cache.find(seq.key)
+        if found and (seq.base is None or found.length > seq.base.length):
+            seq.base = found
+        have = seq.base.length if seq.base else 0
+        return None if self._scheduler.should_wait(seq, have) else have
+
+    # ---- which snapshots are taken -----------------------------------------------------------------------------------
+    def prefilled(self, seq: Sequence, sampled: Sampled) -> None:
+        """The chunk of a prompt that ends at `seq.computed` has run. sampled: what follows it."""
+        if self.cache is None:
+            return
+        end = seq.computed
+        complete = end == seq.prompt_len
+        if not complete and end in seq.marks and self._scheduler.ends_next(seq):
+            # The snapshot of the whole prompt will have the same compressed rows, and a few more.
+            seq.deferred_mark, seq.mark_state = end, self._runner.state(seq.slot)
+        elif end in seq.marks or complete and end >= ALIGN:
+            self._take(seq, end, following=sampled if complete else None)
+
+    def decoded(self, seq: Sequence) -> None:
+        """A token of the answer has been computed."""
+        if self.cache is not None and seq.computed % ALIGN == 0:
+            seq.tails.append((seq.computed, self._runner.state(seq.slot)))
+
+    def end(self, seq: Sequence, cancelled: bool) -> None:
+        """The sequence ends. What was computed of it is kept up to the last position that will be asked for again.
+
+        An answer that its reader has cancelled may be past the position at which the reader stopped reading.
+        """
+        if self.cache is None:
+            return
+        due = any(due.seq is seq for due in self._due)
+        if not due and seq.slot is not None and seq.cached < seq.computed < seq.prompt_len:
+            if seq.computed % ALIGN == 0:  # a prompt that was interrupted
+                seq.tails.append((seq.computed, {}))
+        if len(seq.tails) == 2 and not (cancelled and seq.computed - seq.tails[-1][0] < LATE):
+            seq.tails.popleft()
+        for end, state in seq.tails:
+            self._take(seq, end, state)
+        if seq.latest and not due and not seq.tails:  # otherwise it is saved when the last one is taken
+            self.cache.save(seq.latest)
+
+    # ---- taking them -------------------------------------------------------------------------------------------------
+    @property
+    def busy(self) -> bool:
+        """Whether a snapshot is being taken: until it is, no sequence gets a slot."""
+        return bool(self._due)
+
+    def must_rest(self) -> set[Sequence]:
+        """Sequences that must not go on, since the first piece of a snapshot of theirs is not copied."""
+        return {due.seq for due in self._due if not due.begun}
+
+    def take_piece(self) -> bool:
+        """Copy a piece of the first snapshot that is due; → whether there was one."""
+        if not self._due:
+            return False
+        due = self._due[0]
+        planes, due.begun = next(due.pieces), True
+        if planes is None:
+            return True
+        self._due.popleft()
+        seq = due.seq
+        kept = {} if due.following and due.end not in seq.marks else {due.end: planes}
+        if due.following:
+            self.cache.put(Snapshot(key_of(seq.tokens[: due.end]), planes, due.following.logits))
+            if seq.deferred_mark:
+                state, seq.mark_state = seq.mark_state, None
+                kept[seq.deferred_mark] = self._runner.earlier(planes, seq.deferred_mark, state)
+        for end, planes in sorted(kept.items()):
+            seq.latest = Snapshot(key_of(seq.tokens[:end]), planes)
+            self.cache.put(seq.latest)
+        if seq.latest and seq not in self._scheduler:
+            self.cache.save(seq.latest)
+        return True
+
+    def _take(self, seq: Sequence, end: int, state: Planes | None = None, following: Sampled | None = None) -> None:
+        """Begin a snapshot of the first `end` tokens: of the slot as it is now, or was when `state` was taken."""
+        self._due.append(_Due(seq, end, self._runner.take(seq.slot, end, state), following))
