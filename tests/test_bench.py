@@ -48,7 +48,7 @@ def run(runners, monkeypatch, capsys):
     """Runs the tool on the small model: (exit status, stdout, stderr). What is compiled once serves all calls."""
 
     def runner(model, settings, progress, sizes):
-        assert sizes <= {4}
+        assert set(sizes) <= {4}
         if settings not in runners:
             runners[settings] = RUNNER(model, settings)
         return runners[settings]
@@ -219,7 +219,7 @@ def test_rows_are_kept_when_the_sweep_breaks_off(run, small, tmp_path, monkeypat
         (["--fill=0"], "fill: found 0, expected at least 1"),
         (["--fill=254"], "ctx: found 256, expected at least 258 for this table"),
         (["--csv=/nowhere/out.csv"], "csv: found /nowhere/out.csv, expected a file in an existing directory"),
-        (["--synthetic=huge"], "should be one of <base|odd|full>"),
+        (["--synthetic=huge"], "should be one of <base|odd|kernel|full>"),
     ],
 )
 def test_refusals(run, runners, flags, problem):
