@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections import Counter
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ class Counters:
 
         Raises Ds4Error if it cannot be written.
         """
-        self._totals: Counter[str] = Counter()
+        self._totals: dict[str, float] = defaultdict(int)
         self._ttft = [0] * (len(TTFT_BOUNDS) + 1)
         try:
             self._trace = open(trace, "a", encoding="utf-8") if trace else None

@@ -166,14 +166,14 @@ class Engine:
         self.counters.started(seq)
         seq.emit(Started(seq.cached, seq.prompt_len))
         if seq.base:
-            self.runner.put(seq.slot, seq.base.planes, seq.request.sampling)
+            self.runner.put(seq.held_slot, seq.base.planes, seq.request.sampling)
             if seq.base.logits is not None:
                 self._first_token(seq, self._tokens({0: seq}, {}, seq.base.logits[None]))
 
     def _prefill(self, seq: Sequence, end: int) -> None:
         """The chunk of a prompt that ends at position `end`."""
         tokens = seq.tokens[seq.computed : end]
-        sampled = self.runner.prefill(seq.slot, tokens, seq.request.sampling, seq.computed > 0, self._sizes)
+        sampled = self.runner.prefill(seq.held_slot, tokens, seq.request.sampling, seq.computed > 0, self._sizes)
         self.scheduler.advance(seq, end)
         seq.emit(Prefilled(end, seq.prompt_len))
         self._reuse.prefilled(seq, sampled)
@@ -192,10 +192,10 @@ class Engine:
         return self.runner.block(min(wanted, room))
 
     def _decode(self, seqs: list[Sequence], n: int) -> None:
-        last = {seq.slot: None if seq in self._on_device else seq.tokens[-1] for seq in seqs}
+        last = {seq.held_slot: None if seq in self._on_device else seq.tokens[-1] for seq in seqs}
         block = self.runner.decode_block(last, n)
         ids = block.tokens()
-        by_slot = {seq.slot: seq for seq in seqs}
+        by_slot = {seq.held_slot: seq for seq in seqs}
         final = self._tokens(by_slot, {slot: row[-1] for slot, row in ids.items()}, block.batch_logits, held=1)
         self._on_device = {seq for seq in seqs if not seq.constraints}
         for slot, seq in by_slot.items():

@@ -16,7 +16,7 @@ class Keyed(Protocol):
     key: bytes
 
 
-def key_of(tokens: Sequence[int]) -> bytes:
+def key_of(tokens: Sequence[int] | np.ndarray) -> bytes:
     """Token ids → little-endian u32 each."""
     return np.asarray(tokens, "<u4").tobytes()
 

@@ -158,12 +158,12 @@ class KVStore:
         """Bytes on disk."""
         return self._bytes
 
-    def longest(self, tokens: Sequence[int]) -> Entry | None:
+    def longest(self, tokens: Sequence[int] | np.ndarray) -> Entry | None:
         """The entry with the most tokens among those that `tokens` begins with (or equals), if there is one."""
         with self._lock:
             return longest(self._entries, key_of(tokens))
 
-    def shared(self, tokens: Sequence[int]) -> int:
+    def shared(self, tokens: Sequence[int] | np.ndarray) -> int:
         """How many tokens, at most, `tokens` and any entry have in common at their beginnings."""
         with self._lock:
             return shared(self._entries, key_of(tokens)) // 4
@@ -191,7 +191,7 @@ class KVStore:
         return planes, head["extra"]
 
     # ---- what comes and goes ------------------------------------------------------------------------------------
-    def put(self, tokens: Sequence[int], planes: Mapping[str, np.ndarray], extra: Any = None) -> bool:
+    def put(self, tokens: Sequence[int] | np.ndarray, planes: Mapping[str, np.ndarray], extra: Any = None) -> bool:
         """Store the state after `tokens`, on disk when this returns. → whether the store has it now.
 
         planes: arrays of any shape and of any numeric dtype of NumPy or ml_dtypes, in native byte order. extra: JSON.

@@ -156,12 +156,14 @@ class PrefixCache:
             self._complete_bytes += sign * snapshot.nbytes
 
     def _write(self, snapshot: Snapshot) -> None:
+        assert self.store is not None
         try:
             self.store.put(keys.tokens_of(snapshot.key), snapshot.planes)
         except Exception:
             log.exception("a snapshot of %d tokens was not saved", snapshot.length)
 
     def _read(self, key: bytes, more_than: int) -> Snapshot | None:
+        assert self.store is not None
         while (entry := self.store.longest(keys.tokens_of(key))) and entry.length > more_than:
             if (loaded := self.store.load(entry)) is not None:
                 return Snapshot(entry.key, loaded[0], on_disk=True)

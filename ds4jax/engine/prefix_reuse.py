@@ -87,14 +87,14 @@ class PrefixReuse:
         complete = end == seq.prompt_len
         if not complete and end in seq.marks and self._scheduler.ends_next(seq):
             # The snapshot of the whole prompt will have the same compressed rows, and a few more.
-            seq.deferred_mark, seq.mark_state = end, self._runner.state(seq.slot)
+            seq.deferred_mark, seq.mark_state = end, self._runner.state(seq.held_slot)
         elif end in seq.marks or complete and end >= ALIGN:
             self._take(seq, end, following=sampled if complete else None)
 
     def decoded(self, seq: Sequence) -> None:
         """A token of the answer has been computed."""
         if self.cache is not None and seq.computed % ALIGN == 0:
-            seq.tails.append((seq.computed, self._runner.state(seq.slot)))
+            seq.tails.append((seq.computed, self._runner.state(seq.held_slot)))
 
     def end(self, seq: Sequence, cancelled: bool) -> None:
         """The sequence ends. What was computed of it is kept up to the last position that will be asked for again.
@@ -126,7 +126,7 @@ class PrefixReuse:
 
     def take_piece(self) -> bool:
         """Copy a piece of the first snapshot that is due; → whether there was one."""
-        if not self._due:
+        if self.cache is None or not self._due:
             return False
         due = self._due[0]
         planes, due.begun = next(due.pieces), True
@@ -137,9 +137,9 @@ class PrefixReuse:
         kept = {} if due.following and due.end not in seq.marks else {due.end: planes}
         if due.following:
             self.cache.put(Snapshot(key_of(seq.tokens[: due.end]), planes, due.following.logits))
-            if seq.deferred_mark:
-                state, seq.mark_state = seq.mark_state, None
-                kept[seq.deferred_mark] = self._runner.earlier(planes, seq.deferred_mark, state)
+            if seq.mark_state is not None:
+                kept[seq.deferred_mark] = self._runner.earlier(planes, seq.deferred_mark, seq.mark_state)
+                seq.mark_state = None
         for end, planes in sorted(kept.items()):
             seq.latest = Snapshot(key_of(seq.tokens[:end]), planes)
             self.cache.put(seq.latest)
@@ -149,4 +149,4 @@ class PrefixReuse:
 
     def _take(self, seq: Sequence, end: int, state: Planes | None = None, following: Sampled | None = None) -> None:
         """Begin a snapshot of the first `end` tokens: of the slot as it is now, or was when `state` was taken."""
-        self._due.append(_Due(seq, end, self._runner.take(seq.slot, end, state), following))
+        self._due.append(_Due(seq, end, self._runner.take(seq.held_slot, end, state), following))

@@ -71,3 +71,9 @@ class Sequence:
     def __post_init__(self):
         self.tokens = [int(token) for token in self.request.tokens]
         self.prompt_len, self.key = len(self.tokens), key_of(self.tokens)
+
+    @property
+    def held_slot(self) -> int:
+        """The slot of a sequence that has one."""
+        assert self.slot is not None
+        return self.slot
