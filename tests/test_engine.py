@@ -86,6 +86,7 @@ def test_blocks_of_tokens_are_the_tokens_one_by_one(three):
 
 
 def test_nothing_is_compiled_twice(three):
+    run(three, requests())
     before = set(three.steps.compiled)
     assert sum(name == "decode" for name, *_ in before) == 1
     run(three, requests())
