@@ -12,6 +12,9 @@ import numpy as np
 from ds4jax.errors import Ds4Error
 from ds4jax.io.tokenizer import Tokenizer
 
+# Between the parts of an answer: a line break and an indentation at most. An unsure model writes spaces for ever.
+WHITESPACE = r"\n? {0,16}"
+
 
 class GrammarError(Ds4Error):
     """A schema that is not valid, or asks for what cannot be enforced."""
@@ -48,7 +51,8 @@ class Grammar:
         self.after = after
         try:
             text = llguidance.LLMatcher.grammar_from_json_schema(
-                json.dumps({"type": "object"} if schema == "json_object" else schema)
+                json.dumps({"type": "object"} if schema == "json_object" else schema),
+                overrides={"whitespace_pattern": WHITESPACE},
             )
         except (TypeError, ValueError) as error:
             raise GrammarError(f"json_schema: {error}") from None
