@@ -57,9 +57,9 @@ from ds4jax.tools import cli, imatrix  # noqa: E402
 # Every kind of layer, as small as the kernels take it, and 10 MB in the published q2 recipe. It is trained with all
 # compressed rows of its context in sight (512 tokens have 128 of them), and the indexer beside it, to rank them.
 TINY = dataclasses.replace(
-    BASE, n_layers=5, compress_ratios=(0, 0, 4, 128, 0), swiglu_clamp=(10.0,) * 5, n_hash_layers=2, n_mtp=1,
-    vocab_size=tiny_data.VOCAB, n_heads=16, head_dim=128, rope_dim=64, q_lora_rank=128, o_lora_rank=32, o_groups=8,
-    index_heads=32, index_head_dim=64, index_top_k=128, n_experts=6, n_experts_used=2, yarn_factor=2.0,
+    BASE, n_layers=6, compress_ratios=(0, 0, 4, 128, 4, 128), swiglu_clamp=(10.0,) * 6, n_hash_layers=2, n_mtp=1,
+    vocab_size=tiny_data.VOCAB, head_dim=96, rope_dim=32, q_lora_rank=96, o_lora_rank=32, o_groups=8, index_heads=4,
+    index_head_dim=64, index_top_k=128, n_experts=8, n_experts_used=2, yarn_factor=2.0,
     yarn_original_ctx=tiny_data.CONTEXT // 2,
 )  # fmt: skip
 
