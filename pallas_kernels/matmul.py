@@ -9,12 +9,7 @@ multiprocessors 17 weights a cycle, with some 7 instructions to spend on each. T
 * `dot` (more rows): tiles of the matrix pass through shared memory, become float16 in registers and meet x in the
   tensor cores. With few matrix rows K is split as well; a second kernel adds the parts up, always in the same order.
 
-Codes of a matrix (N, K) are split in planes as the file's blocks are (ggml, ``ggml-common.h``):
-
-    F32, F16, BF16  values (N, K)
-    Q8_0            d float16 (N, K/32), q int8 (N, K); w = d q
-    Q4_K            dm float16 (N, K/128), scales uint32 (N, 3K/256), q uint32 (N, K/8); w = d sc q - dmin m
-    MXFP4           e uint8 (N, K/32), q uint32 (N, K/8); w = 2^(e - 127) E2M1(q)
+What the kernel needs of a weight format is in `pallas_kernels.formats.runs`.
 """
 
 from __future__ import annotations
@@ -34,14 +29,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels import common
+from pallas_kernels import common, formats
 from pallas_kernels.common import Unsupported
+from pallas_kernels.formats.runs import RUN, columns_of
 
 Array = jax.Array
 Ref = Any
 
 DOT_RUN = 32  # columns that share a scale
-RUN = 16  # bytes: the widest load of a thread
 MAX_ROWS = 32
 
 
@@ -99,7 +94,7 @@ class Shape:
         x = jax.random.normal(next(keys), (*lead, self.k), jnp.float32).astype(self.x_dtype)
         weights = tuple(
             tuple(
-                FORMATS[out.fmt].random(next(keys), (self.layers, out.n, self.k), 1 / math.sqrt(self.k))
+                formats.find(out.fmt).random(next(keys), (self.layers, out.n, self.k), 1 / math.sqrt(self.k))
                 for _ in range(out.matrices)
             )
             for out in self.outputs
@@ -124,208 +119,13 @@ class Shape:
     @property
     def nbytes(self) -> int:
         x = self.m * self.groups * self.k * jnp.dtype(self.x_dtype).itemsize
-        w = sum(FORMATS[out.fmt].nbytes(out.n * out.matrices * self.k) for out in self.outputs)
+        w = sum(formats.find(out.fmt).nbytes(out.n * out.matrices * self.k) for out in self.outputs)
         y = sum(self.m * out.n * jnp.dtype(out.dtype).itemsize for out in self.outputs)
         return x + w + y
 
     @property
     def flops(self) -> int:
         return 2 * self.m * self.weights
-
-
-# ---- formats ---------------------------------------------------------------------------------------------------------
-class Piece(NamedTuple):
-    """Weights of a row of a matrix: scale[i] · codes[i, j] − minimum[i].
-
-    codes: float32 (C, c), several that share scale and minimum, (C,) or None for 1 and 0. Of R rows, codes are
-    (R, C, c), scale and minimum (R, C).
-    """
-
-    codes: list[Array]
-    scale: Array | None = None
-    minimum: Array | None = None
-
-
-class Loaded(NamedTuple):
-    """columns: of each array of codes of each piece, int32 (C, c). decode: dtype → pieces in it, or in float32."""
-
-    columns: list[list[Array]]
-    decode: Callable[[str], list[Piece]]
-
-
-@dataclass(frozen=True)
-class Format:
-    """planes: dtype and elements per block of `block` weights.
-
-    random: key, logical shape, standard deviation → planes.
-    load: refs of the planes, layer, row (or rows (R,)), first column, number of columns, columns in a run (c),
-    whether in interpret mode.
-    """
-
-    block: int
-    planes: tuple[tuple[str, int], ...]
-    run: int | None  # columns that a thread holds together, where the format decides
-    random: Callable[[Array, tuple[int, ...], float], tuple[Array, ...]]
-    load: Callable[..., Loaded]
-
-    def nbytes(self, weights: int) -> int:
-        return weights // self.block * sum(jnp.dtype(dtype).itemsize * n for dtype, n in self.planes)
-
-
-def _columns(first: Array, n: int, run: int) -> Array:
-    """Columns first … first + n − 1 in runs: int32 (n // run, run)."""
-    shape = (n // run, run)
-    return first + lax.broadcasted_iota(jnp.int32, shape, 0) * run + lax.broadcasted_iota(jnp.int32, shape, 1)
-
-
-def _blocks(first: Array, n: int, run: int, block: int) -> Array:
-    """The number of the block that each run lies in: int32 (n // run,)."""
-    nth = lax.iota(jnp.int32, n // run)
-    return lax.div(first, np.int32(block)) + (
-        nth * (run // block) if run >= block else lax.div(nth, np.int32(block // run))
-    )
-
-
-def _read(plane: Ref, layer: Array, rows: Array, index: Array) -> Array:
-    """plane[layer, row, index], or of rows (R,) with a leading axis R."""
-    if rows.ndim == 0:
-        return plane[layer, rows, index]
-    return plane[layer, rows.reshape(-1, *(1,) * index.ndim), index[None]]
-
-
-def _dense(dtype: str) -> Format:
-    def random(key, shape, std):
-        return ((jax.random.normal(key, shape, jnp.float32) * std).astype(dtype),)
-
-    def load(planes, layer, rows, first, n, run, interpret):
-        columns = _columns(first, n, run)
-        values = _read(planes[0], layer, rows, columns)
-        return Loaded([[columns]], lambda _: [Piece([values.astype(jnp.float32)])])
-
-    return Format(1, ((dtype, 1),), None, random, load)
-
-
-def _from_int8(q: Array, dtype: str, interpret: bool) -> Array:
-    """int8 → float32 or float16, four at once.
-
-    The conversion instruction runs at 16 a cycle, which is fewer than memory delivers. A byte q + 128 put into the low
-    bits of the float 2^23 (or the half 2^10) makes 2^23 + 128 + q: a byte permutation and a subtraction.
-    """
-    if interpret:
-        return q.astype(dtype)
-    if dtype == "float32":
-        put = "".join(f"prmt.b32 ${i}, u, 0x4B000000, 0x744{i}; sub.f32 ${i}, ${i}, 0f4B000080; " for i in range(4))
-        asm, constraints = f"{{ .reg .b32 u; xor.b32 u, $4, 0x80808080; {put}}}", "=&f,=&f,=&f,=&f,r"
-    else:
-        pairs = enumerate(("0x4140", "0x4342"))
-        put = "".join(f"prmt.b32 ${i}, u, 0x64646464, {p}; sub.f16x2 ${i}, ${i}, v; " for i, p in pairs)
-        asm = f"{{ .reg .b32 u, v; mov.b32 v, 0x64806480; xor.b32 u, $2, 0x80808080; {put}}}"
-        constraints = "=&r,=&r,r"
-    out = [jax.ShapeDtypeStruct(q.shape, dtype)]
-    return plgpu.elementwise_inline_asm(asm, args=[q], constraints=constraints, pack=4, result_shape_dtypes=out)[0]
-
-
-def _q8_0() -> Format:
-    def random(key, shape, std):
-        kd, kq = jax.random.split(key)
-        d = jax.random.uniform(kd, (*shape[:-1], shape[-1] // 32), jnp.float32, 0.5, 1.5) * (std / 73)
-        return d.astype(jnp.float16), lax.bitcast_convert_type(jax.random.bits(kq, shape, jnp.uint8), jnp.int8)
-
-    def load(planes, layer, rows, first, n, run, interpret):
-        d, q = planes
-        columns = _columns(first, n, run)
-        codes = _read(q, layer, rows, columns)
-        scale = _read(d, layer, rows, _blocks(first, n, run, 32))
-        return Loaded([[columns]], lambda t: [Piece([_from_int8(codes, t, interpret)], scale.astype(t))])
-
-    return Format(32, (("float16", 1), ("int8", 32)), None, random, load)
-
-
-WORDS = RUN // 4  # of 4-bit codes in a thread's run
-
-
-def _words(q: Ref, layer: Array, rows: Array, first: Array, n: int) -> tuple[Array, Array]:
-    """The words (…, C, WORDS) of columns first … first + n − 1, and their indices (C, WORDS) in the row."""
-    index = _columns(lax.div(first, np.int32(8)), n // 8, WORDS)
-    return _read(q, layer, rows, index), index
-
-
-def _nibble(words: Array, i: int) -> Array:
-    return (words >> jnp.uint32(4 * i)) & jnp.uint32(15)
-
-
-def _q4_k() -> Format:
-    def random(key, shape, std):
-        keys = jax.random.split(key, 3)
-        lead, blocks = shape[:-1], shape[-1] // 256
-        d = jax.random.uniform(keys[0], (*lead, blocks, 2), jnp.float32, 0.5, 1.5) * (std / 4.6 / 32)
-        dm = d * jnp.array([1, 7.5], jnp.float32)
-        scales = jax.random.bits(keys[1], (*lead, 3 * blocks), jnp.uint32)
-        q = jax.random.bits(keys[2], (*lead, shape[-1] // 8), jnp.uint32)
-        return dm.reshape(*lead, 2 * blocks).astype(jnp.float16), scales, q
-
-    def load(planes, layer, rows, first, n, run, interpret):
-        dm, scales, q = planes
-        words, index = _words(q, layer, rows, first, n)
-        start = lax.div(first, np.int32(8)) + lax.iota(jnp.int32, n // 8 // WORDS) * WORDS
-        block = lax.div(start, np.int32(32))
-        pair = lax.rem(lax.div(start, np.int32(8)), np.int32(4))  # which two of the 8 groups
-        d, dmin = (_read(dm, layer, rows, block * 2 + i) for i in (0, 1))
-        word = [_read(scales, layer, rows, block * 3 + i) for i in range(3)]
-        first_column = lax.div(index, np.int32(8)) * 64 + lax.rem(index, np.int32(8)) * 4
-        columns = [[first_column + high * 32 + b for b in range(4)] for high in (0, 1)]
-
-        def piece(high):
-            shift = ((pair * 2 + high) % 4 * 8).astype(jnp.uint32)
-            lo_sc, lo_m, rest = (w >> shift for w in word)
-            upper = pair >= 2
-            sc = jnp.where(upper, (rest & 15) | (lo_sc >> 2 & 48), lo_sc & 63).astype(jnp.float32)
-            m = jnp.where(upper, (rest >> 4 & 15) | (lo_m >> 2 & 48), lo_m & 63).astype(jnp.float32)
-            codes = [_nibble(words, 2 * b + high).astype(jnp.float32) for b in range(4)]
-            return Piece(codes, d.astype(jnp.float32) * sc, dmin.astype(jnp.float32) * m)
-
-        return Loaded(columns, lambda _: [piece(0), piece(1)])
-
-    return Format(256, (("float16", 2), ("uint32", 3), ("uint32", 32)), 8 * WORDS, random, load)
-
-
-def _mxfp4() -> Format:
-    def random(key, shape, std):
-        ke, kq = jax.random.split(key)
-        middle = 127 + round(math.log2(std / 2.9))
-        e = jax.random.randint(ke, (*shape[:-1], shape[-1] // 32), middle - 1, middle + 2, jnp.int32)
-        return e.astype(jnp.uint8), jax.random.bits(kq, (*shape[:-1], shape[-1] // 8), jnp.uint32)
-
-    def value(code):
-        # An E2M1 number is a float16 with two bits of exponent and one of mantissa, too small by 2^14; subnormal
-        # numbers are too.
-        bits = ((code & 7) << 9) | ((code & 8) << 12)
-        return lax.bitcast_convert_type(bits.astype(jnp.uint16), jnp.float16).astype(jnp.float32)
-
-    def load(planes, layer, rows, first, n, run, interpret):
-        e, q = planes
-        words, index = _words(q, layer, rows, first, n)
-        block = lax.div(first, np.int32(32)) + lax.iota(jnp.int32, n // 32)
-        exponent = _read(e, layer, rows, block)
-        first_column = lax.div(index, np.int32(4)) * 32 + lax.rem(index, np.int32(4)) * 4
-
-        def decode(_):
-            scale = lax.bitcast_convert_type(exponent.astype(jnp.int32) << 23, jnp.float32) * np.float32(2**14)
-            return [Piece([value(_nibble(words, i)) for i in range(8)], scale)]
-
-        return Loaded([[first_column + i // 2 + i % 2 * 16 for i in range(8)]], decode)
-
-    return Format(32, (("uint8", 1), ("uint32", 4)), 8 * WORDS, random, load)
-
-
-FORMATS: dict[str, Format] = {
-    "F32": _dense("float32"),
-    "F16": _dense("float16"),
-    "BF16": _dense("bfloat16"),
-    "Q8_0": _q8_0(),
-    "Q4_K": _q4_k(),
-    "MXFP4": _mxfp4(),
-}
 
 
 def _finish(values: Sequence[Array], out: Output) -> Array:
@@ -375,10 +175,10 @@ def _inputs(xs: Sequence[Array], weight: Sequence[Array | None]) -> list[Array]:
     return [column for x in xs for column in _split(x)]
 
 
-def _vector(shape: Shape, config: Config, fmt: Format, tile: _Tile, token: Array, interpret: bool):
+def _vector(shape: Shape, config: Config, fmt: formats.Format, tile: _Tile, token: Array, interpret: bool):
     """Sums along K, of config.tokens tokens from `token` on: products (R,) per matrix and token, Σ x² per token."""
     n, tokens = config.k_block, range(config.tokens)
-    run = RUN // jnp.dtype(fmt.planes[-1][0]).itemsize
+    run = _run_of(fmt)
     rows = [(planes, tile.row + r) for planes in tile.matrices for r in range(tile.rows)]
 
     def add(pieces, xs, total):
@@ -393,11 +193,11 @@ def _vector(shape: Shape, config: Config, fmt: Format, tile: _Tile, token: Array
         totals, squares = sums
         start = tile.first + offset
         # All loads come before all arithmetic, so that many are on their way at once.
-        loaded = [fmt.load(planes, tile.layer, row, start, n, run, interpret) for planes, row in rows]
+        loaded = [fmt.matmul.load(planes, tile.layer, row, start, n, run, interpret) for planes, row in rows]
         columns = loaded[0].columns
         weight = [[tile.weight(c) for c in of_piece] for of_piece in columns]
         xs = [[[tile.x(token + t, c) for c in of_piece] for of_piece in columns] for t in tokens]
-        plain = [tile.x(token + t, _columns(start, n, run)).astype(jnp.float32) for t, _ in enumerate(squares)]
+        plain = [tile.x(token + t, columns_of(start, n, run)).astype(jnp.float32) for t, _ in enumerate(squares)]
         squares = [s + (x * x).sum(-1) for s, x in zip(squares, plain, strict=True)]
         xs = [[_inputs(x, w) for x, w in zip(of_token, weight, strict=True)] for of_token in xs]
         pieces = [row.decode("float32") for row in loaded]
@@ -405,7 +205,7 @@ def _vector(shape: Shape, config: Config, fmt: Format, tile: _Tile, token: Array
             [add(p, x, t) for x, t in zip(xs, ts, strict=True)] for p, ts in zip(pieces, totals, strict=True)
         ], squares
 
-    zeros = jnp.zeros((n // (fmt.run or run),), jnp.float32)
+    zeros = jnp.zeros((n // (fmt.matmul.run or run),), jnp.float32)
     squares = [jnp.zeros((n // run,), jnp.float32) for _ in tokens if shape.norm_eps is not None]
     totals, squares = _steps(shape, config, step, ([[zeros for _ in tokens] for _ in rows], squares))
     matrices = [totals[i : i + tile.rows] for i in range(0, len(rows), tile.rows)]
@@ -413,16 +213,14 @@ def _vector(shape: Shape, config: Config, fmt: Format, tile: _Tile, token: Array
     return products, [s.sum() for s in squares]
 
 
-def _dot(shape: Shape, config: Config, fmt: Format, tile: _Tile, tokens: Array, interpret: bool):
+def _dot(shape: Shape, config: Config, fmt: formats.Format, tile: _Tile, tokens: Array, interpret: bool):
     """Tensor cores, all tokens at once (their numbers (T,)): products (R, T) per matrix, Σ x² (T,)."""
-    # float16 holds 3 bits more than bfloat16, and Q8_0 becomes it in the fewest instructions.
-    dtype = "bfloat16" if fmt is FORMATS["BF16"] else "float16"
-    narrow = fmt is FORMATS["Q8_0"]
+    dtype = fmt.matmul.dot
     n, rows = config.k_block, tile.row + lax.iota(jnp.int32, tile.rows)
 
     def order(a):
         """Columns in an order in which 8 neighbours belong to one thread, which reads them at once."""
-        if not narrow:
+        if not fmt.matmul.narrow:
             return a
         return a.reshape(a.shape[0], -1, 4, 4, 2).transpose(0, 1, 3, 2, 4).reshape(a.shape)
 
@@ -444,12 +242,12 @@ def _dot(shape: Shape, config: Config, fmt: Format, tile: _Tile, tokens: Array, 
         products, squares = sums
         start, totals = tile.first + offset, []
         for planes, total in zip(tile.matrices, products, strict=True):
-            loaded = fmt.load(planes, tile.layer, rows, start, n, DOT_RUN, interpret)
+            loaded = fmt.matmul.load(planes, tile.layer, rows, start, n, DOT_RUN, interpret)
             for piece, columns in zip(loaded.decode(dtype), loaded.columns, strict=True):
                 total = add(piece, columns, total)
             totals.append(total)
         if squares is not None:
-            x = tile.x(tokens[:, None], _columns(start, n, n)).astype(jnp.float32)
+            x = tile.x(tokens[:, None], columns_of(start, n, n)).astype(jnp.float32)
             squares += (x * x).sum(-1)
         return totals, squares
 
@@ -478,7 +276,7 @@ def _build(shape: Shape, config: Config, interpret: bool) -> Callable:
         program, split, block = (pl.program_id(i) for i in range(3))
 
         def work(nth: int, start: int):
-            n_rows, fmt = tile_rows[nth], FORMATS[shape.outputs[nth].fmt]
+            n_rows, fmt = tile_rows[nth], formats.find(shape.outputs[nth].fmt, "matmul")
             first_row = (program - start) * n_rows
             group = () if shape.groups == 1 else (lax.div(first_row, np.int32(group_rows[nth])),)
             rows = first_row + lax.iota(jnp.int32, n_rows)
@@ -587,7 +385,7 @@ def matmul(
 
     x: (m, k), or (m, groups, k) where row block g of each matrix meets x[:, g]; bfloat16, float16 or float32; m ≤ 32.
     layer: int32 (1,), or (outputs,) where stacks count layers differently; (the first is the norm's).
-    weights: per output its one or two matrices, each the planes of a stack, (layers, n, ·); of any format in FORMATS.
+    weights: per output its one or two matrices, each the planes of a stack, (layers, n, ·).
     norm, norm_eps: with norm_eps x is RMS-normed first and multiplied by norm[layer[0]], float32 (layers, k), if given.
 
     `dot` has x and weights in float16 (BF16: bfloat16): x, times the norm's weight, must lie within its ±65504.
@@ -622,12 +420,11 @@ def _shape(x, layer, weights, norm, outputs, norm_eps) -> Shape:
     )
     _require(len(weights) == len(outputs), "outputs", len(weights), f"{len(outputs)} entries of weights")
     for out, matrices in zip(outputs, weights, strict=True):
-        _require(out.fmt in FORMATS, "format", out.fmt, f"one of {', '.join(FORMATS)}")
-        fmt = FORMATS[out.fmt]
+        fmt = formats.find(out.fmt, "matmul")
         _require(len(matrices) == out.matrices, f"matrices of {out}", len(matrices), out.matrices)
         _require(k % fmt.block == 0, "k", k, f"a multiple of {fmt.block} ({out.fmt})")
         _require(out.n % groups == 0, f"n of {out}", out.n, f"a multiple of the {groups} groups")
-        expected = [((out.n, k // fmt.block * count), jnp.dtype(dtype)) for dtype, count in fmt.planes]
+        expected = [(p.shape, p.dtype) for p in fmt.structs((out.n, k))]
         for planes in matrices:
             found = [(p.shape[1:], p.dtype) for p in planes]
             _require(found == expected, f"planes of {out}", found, expected)
@@ -648,7 +445,7 @@ def check(shape: Shape, config: Config) -> None:
     for what in ("rows", "k_block"):
         n = getattr(config, what)
         _require(n > 0 and n & (n - 1) == 0, what, n, "a power of two")
-    step = max(max(FORMATS[out.fmt].block for out in shape.outputs), 128)
+    step = max(max(formats.find(out.fmt).block for out in shape.outputs), 128)
     _require(config.k_block % step == 0, "k_block", config.k_block, f"a multiple of {step}")
     _require(
         shape.k % (config.splits * config.k_block) == 0,
@@ -661,8 +458,8 @@ def check(shape: Shape, config: Config) -> None:
         _require(shape.m % config.tokens == 0, "tokens", config.tokens, f"a divisor of {shape.m}")
         return
     _require(shape.x_dtype != "float32", "dtype of x", shape.x_dtype, "bfloat16 or float16 for dot")
-    _require(all(out.fmt != "F32" for out in shape.outputs), "format", "F32", "another for dot")
     for out in shape.outputs:
+        _require(formats.find(out.fmt, "matmul").matmul.dot is not None, "format", out.fmt, "another for dot")
         rows = math.gcd(config.rows, out.n // shape.groups)
         _require(rows >= 16, f"rows of {out} in a tile", rows, "at least 16 for dot")
     shared = shared_memory(shape, config)
@@ -676,14 +473,19 @@ def shared_memory(shape: Shape, config: Config) -> int:
     tiles = []
     for out in shape.outputs:
         rows = math.gcd(config.rows, out.n // shape.groups)
-        tiles.append(FORMATS[out.fmt].nbytes(out.matrices * rows * config.k_block))
+        tiles.append(formats.find(out.fmt).nbytes(out.matrices * rows * config.k_block))
     return (config.num_stages - 1) * (max(tiles) + 2 * x + norm) + 2 * x
 
 
 def _run(shape: Shape) -> int:
     """Columns that a thread holds together, in the output that has the most."""
-    formats = [FORMATS[out.fmt] for out in shape.outputs]
-    return max(fmt.run or RUN // jnp.dtype(fmt.planes[-1][0]).itemsize for fmt in formats)
+    used = [formats.find(out.fmt, "matmul") for out in shape.outputs]
+    return max(fmt.matmul.run or _run_of(fmt) for fmt in used)
+
+
+def _run_of(fmt: formats.Format) -> int:
+    """Columns of a run of RUN bytes, in the last plane."""
+    return RUN // jnp.dtype(fmt.planes[-1][0]).itemsize
 
 
 def _programs(shape: Shape, rows: int) -> int:
@@ -714,7 +516,8 @@ def default_config(shape: Shape) -> Config:
 
 def _takes_dot(shape: Shape) -> bool:
     rows = (out.n // shape.groups for out in shape.outputs)
-    return shape.x_dtype != "float32" and not any(n % 16 for n in rows) and all(o.fmt != "F32" for o in shape.outputs)
+    dots = (formats.find(out.fmt, "matmul").matmul.dot for out in shape.outputs)
+    return shape.x_dtype != "float32" and not any(n % 16 for n in rows) and all(dots)
 
 
 def configs(shape: Shape) -> list[Config]:

@@ -9,14 +9,17 @@ import numpy as np
 import pytest
 
 from ds4jax import formats
-from ds4jax.formats.iq2_xxs import SIGNS
+from ds4jax.formats.iq2_xxs import NIBBLES, SIGNS, spread
 from ds4jax.ops import experts as experts_op
 from ds4jax.ops.check import formula
 from ds4jax.ops.check import packed as packed_in_xla
 from ds4jax.ops.weight import single
 from pallas_kernels import common, experts
+from pallas_kernels import formats as known
 from pallas_kernels.common import Unsupported
-from pallas_kernels.experts import FORMATS, SHAPES, Config, Shape
+from pallas_kernels.experts import SHAPES, Config, Shape
+
+FORMATS = known.names("experts")
 
 # Fixed-point activations are 2e-5 of the norm off, gate times up a little more; sums are float32 or exact.
 TOLERANCE = 1e-4
@@ -76,9 +79,9 @@ def test_a_format_takes_every_scale_and_code(fmt):
 
 def test_sign_tables_hold_what_arithmetic_gives():
     sets = jnp.arange(128, dtype=jnp.uint32)
-    np.testing.assert_array_equal(experts.IQ2_XXS.spread(sets), experts.IQ2_XXS.table()[256:384])
-    bits = np.asarray(SIGNS)[:, None] >> experts.IQ2_XXS.nibbles & 1
-    np.testing.assert_array_equal(experts.IQ2_XXS.spread(sets)[:, None] >> np.arange(2, 32, 4, np.uint32) & 1, bits)
+    np.testing.assert_array_equal(spread(sets), known.find("IQ2_XXS").experts.table()[256:384])
+    bits = np.asarray(SIGNS)[:, None] >> NIBBLES & 1
+    np.testing.assert_array_equal(spread(sets)[:, None] >> np.arange(2, 32, 4, np.uint32) & 1, bits)
 
 
 def test_sign_tables():
@@ -173,7 +176,7 @@ def test_gate_up_takes_packed_activations():
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_pack(fmt):
     """Every activation is in its word, at 1/65534 of the unit's largest; sums and scales are those of the words."""
-    k, form = 512, FORMATS[fmt]
+    k, form = 512, known.find(fmt).experts
     x = np.array(jax.random.normal(jax.random.key(0), (2, k)) * jnp.geomspace(1e-3, 1e3, k), np.float32)
     x[1, :256] = 0
     packed = np.asarray(experts.pack(jnp.asarray(x), fmt=fmt, interpret=True))
@@ -194,7 +197,7 @@ def test_pack(fmt):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"fmt": "F16"}, "format: found F16, expected one of IQ2_XXS, Q2_K, Q4_K, MXFP4, Q8_0"),
+        ({"fmt": "F16"}, "format: found F16, expected one of Q8_0, Q4_K, Q2_K, IQ2_XXS, MXFP4"),
         ({"tokens": 33}, "tokens: found 33, expected 1 to 32"),
         ({"k": 768}, "columns: found 768, expected a power of two"),
         ({"n": 6}, r"rows: found 6, expected a multiple of 4 · 1"),
@@ -202,7 +205,7 @@ def test_pack(fmt):
 )
 def test_unsupported(changes, message):
     shape = dataclasses.replace(small("down", "Q8_0"), **changes)
-    planes = (jax.ShapeDtypeStruct((3, shape.n, m * shape.k // 256), dtype) for dtype, m in FORMATS["Q8_0"].planes)
+    planes = known.find("Q8_0").structs((3, shape.n, shape.k))
     act = jax.ShapeDtypeStruct((shape.tokens * 2, shape.k), jnp.float32)
     ids = jax.ShapeDtypeStruct((shape.tokens, 2), jnp.int32)
     with pytest.raises(Unsupported, match=message):

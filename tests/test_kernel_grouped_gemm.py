@@ -14,11 +14,12 @@ from ds4jax.ops import experts as experts_op
 from ds4jax.ops.check import formula, left_to_xla
 from ds4jax.ops.weight import single
 from pallas_kernels import common
+from pallas_kernels import formats as known
 from pallas_kernels import grouped_gemm as gg
 from pallas_kernels.common import Unsupported
 from pallas_kernels.grouped_gemm import SHAPES, Config, Shape
 
-FORMATS = sorted(gg.FORMATS)
+FORMATS = known.names("grouped_gemm")
 CONFIG = Config(bm=32, num_warps=2)
 DEVICES = {"NVIDIA H200": 132, "NVIDIA RTX PRO 6000 Blackwell": 188, "NVIDIA GB10": 48}
 
@@ -27,7 +28,7 @@ def random_bits(fmt: str, seed: int, shape: tuple[int, ...]) -> tuple[jax.Array,
     """Planes in which every bit of codes and scales is random; d and exponents stay moderate."""
     rng = np.random.default_rng(seed)
     out = []
-    for p in gg.FORMATS[fmt].structs(shape):
+    for p in known.find(fmt).structs(shape):
         if p.dtype in (np.uint32, np.int8):
             out.append(rng.integers(0, 256, (*p.shape, p.dtype.itemsize), np.uint8).view(p.dtype)[..., 0])
         elif p.dtype == np.uint8:
@@ -49,7 +50,7 @@ def error(out, expected) -> float:
 
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_random_planes_have_the_asked_spread(fmt):
-    w = np.asarray(ds4(fmt, gg.random_planes(fmt, jax.random.key(0), (64, 2048), 0.02)).dequantize())
+    w = np.asarray(ds4(fmt, known.find(fmt).random(jax.random.key(0), (64, 2048), 0.02)).dequantize())
     assert abs(w.mean()) < 2e-3
     # MXFP4 takes the next power of two; the others differ by the spread of their own scales.
     assert 0.012 < w.std() < 0.032
@@ -109,8 +110,8 @@ def test_experts_are_the_models():
     """As the model's own experts, with pairs whose expert another device has."""
     shape = Shape("gate_up", 40, 64, 256, "IQ2_XXS", 5, 2)
     x, ids, weight, gate, up = shape.inputs(jax.random.key(6))
-    down = gg.random_planes("Q2_K", jax.random.key(7), (5, 256, 64 * 4), 0.1)
-    gate, up = (gg.random_planes("IQ2_XXS", jax.random.key(i), (5, 256, 256), 0.06) for i in (8, 9))
+    down = known.find("Q2_K").random(jax.random.key(7), (5, 256, 64 * 4), 0.1)
+    gate, up = (known.find("IQ2_XXS").random(jax.random.key(i), (5, 256, 256), 0.06) for i in (8, 9))
     weight = weight * 3
     first = 3  # of the eight experts that ids mean, the planes hold 3 to 7
     ids = ids + jnp.arange(40, dtype=jnp.int32)[:, None] % 4
@@ -159,7 +160,7 @@ def test_unsupported_is_named():
     run = functools.partial(gg.linear, layer=layer, config=CONFIG)
     with pytest.raises(Unsupported, match="x: found float32, expected bfloat16"):
         run(x.astype(jnp.float32), planes=planes, fmt="Q8_0")
-    with pytest.raises(Unsupported, match="format: found 'Q5_K', expected one of"):
+    with pytest.raises(Unsupported, match="format: found Q5_K, expected one of"):
         run(x, planes=planes, fmt="Q5_K")
     with pytest.raises(Unsupported, match="planes of Q4_K"):
         run(x, planes=planes, fmt="Q4_K")

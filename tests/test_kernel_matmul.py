@@ -11,6 +11,7 @@ from gguf import GGMLQuantizationType
 from ds4jax import formats
 from ds4jax.ops.check import formula
 from pallas_kernels import common, matmul
+from pallas_kernels import formats as known
 from pallas_kernels.matmul import Config, Output, Shape
 
 DEVICES = {"NVIDIA H200": 132, "NVIDIA RTX PRO 6000 Blackwell": 188, "NVIDIA GB10": 48}
@@ -49,9 +50,9 @@ def check(shape, config, **kwargs):
     assert max(errors(found, expected)) < bound(shape, config), errors(found, expected)
 
 
-@pytest.mark.parametrize("name", matmul.FORMATS)
+@pytest.mark.parametrize("name", known.names("matmul"))
 def test_random_planes_are_of_the_format(name):
-    fmt, engine = matmul.FORMATS[name], formats.FORMATS[GGMLQuantizationType[name]]
+    fmt, engine = known.find(name), formats.FORMATS[GGMLQuantizationType[name]]
     planes = fmt.random(jax.random.key(0), (3, 512), 0.02)
     expected = engine(**dict(zip(engine.planes, planes, strict=True))).dequantize()
     assert 0.005 < float(jnp.std(expected)) < 0.08

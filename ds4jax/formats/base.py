@@ -28,6 +28,7 @@ class Quantized:
     ggml_type: the file's type. block: weights per block. block_bytes: bytes per block in the file.
     planes: name → (dtype, bytes per block); the order is the order of the pytree leaves.
     largest: the largest magnitude of a weight for which every scale fits the file.
+    for_matmul, for_experts, for_grouped_gemm: what these kernels need, None if the format is not for them.
     """
 
     ggml_type: ClassVar[GGMLType]
@@ -35,6 +36,9 @@ class Quantized:
     block_bytes: ClassVar[int]
     planes: ClassVar[dict[str, tuple[np.dtype, int]]]
     largest: ClassVar[float]
+    for_matmul: ClassVar[kernels.Runs | None] = None
+    for_experts: ClassVar[type[kernels.Dots] | None] = None
+    for_grouped_gemm: ClassVar[kernels.Tiles | None] = None
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -139,7 +143,16 @@ class Quantized:
         def random(key: Array, shape: tuple[int, ...], std: float) -> tuple[Array, ...]:
             return tuple(jax.tree.leaves(cls.random(key, shape, std)))
 
-        return kernels.Format(name=cls.__name__, dequantize=cls.decode, random=random)
+        return kernels.Format(
+            name=cls.__name__,
+            block=cls.block,
+            planes=tuple((dtype.name, nbytes // dtype.itemsize) for dtype, nbytes in cls.planes.values()),
+            dequantize=cls.decode,
+            random=random,
+            matmul=cls.for_matmul,
+            experts=cls.for_experts,
+            grouped_gemm=cls.for_grouped_gemm,
+        )
 
 
 # ---- packed bits -----------------------------------------------------------------------------------------------------

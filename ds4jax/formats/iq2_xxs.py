@@ -10,9 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from gguf import GGMLQuantizationType as GGMLType
+from jax import lax
 
 from ds4jax.formats.base import Quantized, bits, mean_square, pack_bits, random_bits, random_scales
 from ds4jax.formats.search import F16_MAX, error_weights, half, level, normalized, ratio, search, super_scale
+from pallas_kernels.formats.dots import Dots, i32, signed_bytes
+from pallas_kernels.formats.tiles import Planes, Tile, Tiles, stack, u32
 
 Array = jax.Array
 
@@ -27,6 +30,101 @@ def _tables() -> tuple[np.ndarray, np.ndarray]:
 GRID, SIGNS = _tables()
 
 
+# ---- in kernels ------------------------------------------------------------------------------------------------------
+# Eight weights are a word of eight nibbles: two bits of magnitude, of MAGNITUDES, and the sign. Nibble n is weight
+# NIBBLES[n] of the eight, the order that `spread` gives.
+MAGNITUDES = (8, 25, 43)
+NIBBLES = np.array([0, 4, 1, 5, 2, 6, 3, 7])
+
+
+def spread(sets: Array) -> Array:
+    """Seven signs b in bits 0-6 → bit 2 of each nibble; the eighth, in nibble 7, makes their number even."""
+    # Copies of b at every seventh bit have b_i at bit 8 i and b_(i+4) at bit 8 i + 4; here two bits up.
+    # A multiplication adds them up in the last nibble.
+    signs = sets * jnp.uint32(0x00204081 << 2) & jnp.uint32(0x04444444)
+    return signs | (signs * jnp.uint32(0x11111111) & jnp.uint32(0x40000000))
+
+
+def _nibbles(fields: np.ndarray) -> np.ndarray:
+    """(n, 8) fields of eight weights → uint32 (n,), in nibbles."""
+    return np.sum(fields[:, NIBBLES].astype(np.uint32) << 4 * np.arange(8, dtype=np.uint32), axis=1, dtype=np.uint32)
+
+
+_GRID_CODES = _nibbles(np.searchsorted(MAGNITUDES, GRID))
+
+
+class _Dots(Dots):
+    """w = d·(1 + 2 s)/8 · magnitude · sign: groups of 32 with a 4-bit s, in super-blocks of 256."""
+
+    unit = 32
+    step = 128
+
+    @classmethod
+    def order(cls, k):
+        return (np.arange(k // 8)[:, None] * 8 + NIBBLES).reshape(-1, cls.unit)
+
+    @classmethod
+    @functools.cache
+    def table(cls):
+        """uint32 (512): the grid as nibbles 0-2, the sign sets as of `spread`, 64 times each word for `lookup`."""
+        negative = SIGNS[:, None] >> np.arange(8) & 1
+        words = [signed_bytes(*(sign * m for m in MAGNITUDES)).view(np.uint32) for sign in (1, -1)]
+        return np.concatenate([_GRID_CODES, _nibbles(negative << 2), np.repeat(words, 64)]).astype(np.uint32)
+
+    @classmethod
+    def load(cls, refs, tile):
+        d, grid, signs = refs
+        return tile.at(grid, tile.units), tile.at(signs, tile.units), tile.at(d, tile.units >> 3)
+
+    @classmethod
+    def dot(cls, rows, xs, program):
+        shape = rows[0][0].shape
+        # Read per warp: what all threads share lies in a uniform register, and `prmt` would copy it for every use.
+        warp = lax.broadcasted_iota(jnp.int32, (shape[0], 1), 0)
+        low, high = (jnp.broadcast_to(i32(program.table[start + warp]), shape) for start in (384, 448))
+        totals = [[jnp.zeros(shape, jnp.int32) for _ in xs] for _ in rows]
+        for b in range(4):
+            words = [x.words(4 * b, 4) for x in xs]
+            for total, (grid, signs, _) in zip(totals, rows, strict=True):
+                codes = program.table[i32(grid >> jnp.uint32(8 * b) & jnp.uint32(255))]
+                sets = signs >> jnp.uint32(7 * b) & jnp.uint32(127)
+                codes = codes | (program.table[i32(sets) + 256] if b < program.config.sign_tables else spread(sets))
+                for upper in range(2):
+                    w = program.op.lookup(codes >> jnp.uint32(16 * upper), low, high)
+                    for t, x in enumerate(words):
+                        total[t] = program.op.dot4(w, *x[2 * upper :][:2], total[t])
+        scales = [x.scale for x in xs]
+        out = []
+        for total, (_, signs, d) in zip(totals, rows, strict=True):
+            group, d = i32(signs >> jnp.uint32(28)) * 2 + 1, d.astype(jnp.float32) * 0.125
+            out.append([(n * group).astype(jnp.float32) * (d * x) for n, x in zip(total, scales, strict=True)])
+        return out
+
+
+def _load_tile(t: Tile) -> Planes:
+    column = t.columns(4)
+    return t.load(0, column >> 3), t.load(1, column), t.load(2, column)
+
+
+def _look_up(t: Tile, d: Array, grid: Array, signs: Array) -> Planes:
+    # 1024 + s - 1023.5, where s is four bits.
+    scale, _ = t.op.affine(signs >> 28 | u32(0x6400), 1023.5, d * jnp.float16(16))
+    return scale, signs & u32(0xFFFFFFF), *(t.table[(grid >> 8 * i & 255).astype(jnp.int32)] for i in range(4))
+
+
+def _decode_tile(t: Tile, scale: Array, signs: Array, *magnitudes: Array) -> Array:
+    positive, negative, upper = (jnp.broadcast_to(c, signs.shape) for c in t.constants)
+    values = []
+    for i, codes in enumerate(magnitudes):
+        codes = codes | spread(signs >> 7 * i & 127)
+        for four in (codes, codes >> 16):
+            four = t.op.bytes(positive, negative, four)
+            # Such a byte under the upper byte of 16 makes 16 + byte / 64.
+            for two in (0x4140, 0x4342):
+                values += t.op.affine(t.op.bytes(four, upper, two), 18, scale)
+    return stack(values)
+
+
 @struct.dataclass
 class IQ2_XXS(Quantized):
     """w = d·(½ + s)/4 · grid[g] · sign, groups of 32 with a 4-bit scale s, in super-blocks of 256.
@@ -38,6 +136,17 @@ class IQ2_XXS(Quantized):
     ggml_type = GGMLType.IQ2_XXS
     planes = {"d": (np.float16, 2), "grid": (np.uint32, 32), "signs": (np.uint32, 32)}
     largest = F16_MAX * 15.5 / 4 * 43
+    for_experts = _Dots
+    for_grouped_gemm = Tiles(
+        _load_tile,
+        _decode_tile,
+        ((4, 4, 2, 2, 2), (1, 3, 4, 0, 2)),  # thread, set, and three bits of eight neighbours
+        dtype=jnp.float16,
+        look_up=_look_up,
+        table=tuple(_GRID_CODES.tolist()),
+        # The bytes 128 + magnitude, the bytes 128 − magnitude, and the upper bytes of float16 in [16, 32).
+        constants=(0x00AB9988, 0x00556778, 0x4C4C4C4C),
+    )
     d: Array
     grid: Array
     signs: Array
