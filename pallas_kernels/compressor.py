@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -36,12 +36,13 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import common
 from pallas_kernels.common import Unsupported
+from pallas_kernels.numerics import e2m1, e4m3, rope, scale
+from pallas_kernels.numerics.hadamard import hadamard_in_kernel
+from pallas_kernels.numerics.norm import inverse_rms
 
 Array = jax.Array
 
 ROPE = 64  # dims that are turned, the last of a row; also what shares a scale in FP8
-FP8_BLOCK, FP8_LARGEST, FP8_FLOOR = 64, 448.0, 1e-4
-FP4_BLOCK, FP4_LARGEST, FP4_FLOOR = 32, 6.0, 6.0 * 2.0**-126
 
 
 @dataclass(frozen=True)
@@ -87,11 +88,11 @@ class Part:
     def planes(self) -> dict[str, tuple[int, str]]:
         """Plane → values per row, dtype."""
         if self.fp4:
-            return {"codes": (self.dim // 2, "uint8"), "exponents": (self.dim // FP4_BLOCK, "uint8")}
+            return {"codes": (self.dim // 2, "uint8"), "exponents": (self.dim // e2m1.BLOCK, "uint8")}
         nope = self.dim - ROPE
         return {
             "codes": (nope, "float8_e4m3fn"),
-            "exponents": (nope // FP8_BLOCK, "uint8"),
+            "exponents": (nope // e4m3.BLOCK, "uint8"),
             "rope": (ROPE, "float16"),
         }
 
@@ -189,50 +190,12 @@ SHAPES = {
 
 
 # ---- from a pooled row to what is stored; for the kernel and for XLA -------------------------------------------------
-def _pairs(x: Array) -> tuple[Array, Array]:
-    """x (..., 2) → x[..., 0], x[..., 1]."""
-    a, b = lax.split(x, (1, 1), axis=x.ndim - 1)
-    return a.reshape(x.shape[:-1]), b.reshape(x.shape[:-1])
-
-
-def _join(even: Array, odd: Array) -> Array:
-    return jnp.stack([even, odd], axis=-1)
-
-
-def _hadamard(x: Array) -> Array:
-    """x (n,) times the n-point Hadamard matrix over √n, the additions in the order of numerics.hadamard."""
-    n, step = x.size, 1
-    while step < n:
-        a, b = _pairs(x.reshape(-1, 2, step).transpose(0, 2, 1))
-        x = _join(a + b, a - b).transpose(0, 2, 1).reshape(n)
-        step *= 2
-    return x * (1 / math.sqrt(n))
-
-
-def _exponents(amax: Array, floor: float, largest: float) -> Array:
-    """ceil(log2(max(amax, floor) / largest)) + 127, int32.
-
-    Of the bits instead of a quotient, which GPUs round in several ways. It is what numerics.py has: the rounded
-    quotient of 448 or 6 is a power of two only if the exact one is.
-    """
-    bits = lax.bitcast_convert_type(jnp.maximum(amax, floor), jnp.int32)
-    return (bits - int(np.float32(largest).view(np.int32)) + 0x7FFFFF >> 23) + 127
-
-
-def _scaled(even: Array, odd: Array, block: int, floor: float, largest: float) -> tuple[Array, Array, Array]:
+def _scaled(even: Array, odd: Array, block: int, exponent: Callable[[Array], Array]) -> tuple[Array, Array, Array]:
     """Pairs → pairs (n / block, block / 2), divided by their block's power of two, and its biased exponents."""
     even, odd = (x.reshape(-1, block // 2) for x in (even, odd))
-    exponents = _exponents(jnp.maximum(jnp.abs(even), jnp.abs(odd)).max(1), floor, largest)
-    scale = lax.bitcast_convert_type((254 - exponents) << 23, jnp.float32)[:, None]
-    return even * scale, odd * scale, exponents.astype(jnp.uint8)
-
-
-def _e2m1(x: Array) -> Array:
-    """The nearest codes, of ties the even one: int32."""
-    a = jnp.abs(x)
-    code = sum((a > t).astype(jnp.int32) for t in (0.25, 1.25, 2.5, 5.0))
-    code += sum((a >= t).astype(jnp.int32) for t in (0.75, 1.75, 3.5))
-    return code | (x < 0).astype(jnp.int32) << 3
+    exponents = exponent(jnp.maximum(jnp.abs(even), jnp.abs(odd)).max(1))
+    inverse = scale.inverse_power_of_two(exponents)[:, None]
+    return even * inverse, odd * inverse, exponents.astype(jnp.uint8)
 
 
 def _finish(row: Array, norm: Array, cos: Array, sin: Array, eps: float, fp4: bool) -> dict[str, Array]:
@@ -242,21 +205,20 @@ def _finish(row: Array, norm: Array, cos: Array, sin: Array, eps: float, fp4: bo
     codes count, the last 64 of rope, and all exponents but the last.
     """
     D = row.size
-    row = row * lax.rsqrt((row * row).sum(1).sum(0) * (1 / D) + eps) * norm
-    even, odd = _pairs(row)
-    turned = lax.iota(jnp.int32, D // 2) >= (D - ROPE) // 2
-    even, odd = (
-        jnp.where(turned, even * cos - odd * sin, even),
-        jnp.where(turned, even * sin + odd * cos, odd),
-    )
+    row = row * inverse_rms((row * row).sum(1).sum(0), D, eps) * norm
+    even, odd = (x.reshape(-1) for x in rope.pairs(row))
+    inside = lax.iota(jnp.int32, D // 2) >= (D - ROPE) // 2
+    turned = rope.rotate_pairs(even, odd, cos, sin)
+    even, odd = (jnp.where(inside, new, old) for new, old in zip(turned, (even, odd), strict=True))
     if fp4:
-        even, odd = _pairs(_hadamard(_join(even, odd).reshape(D)).reshape(-1, 2))
-        even, odd, exponents = _scaled(even, odd, FP4_BLOCK, FP4_FLOOR, FP4_LARGEST)
-        return {"codes": (_e2m1(even) | _e2m1(odd) << 4).astype(jnp.uint8).reshape(-1), "exponents": exponents}
-    rope = _join(even, odd).astype(jnp.float16).reshape(D)
-    even, odd, exponents = _scaled(even, odd, FP8_BLOCK, FP8_FLOOR, FP8_LARGEST)
-    codes = _join(even, odd).astype(jnp.float8_e4m3fn).reshape(D)
-    return {"codes": codes, "exponents": exponents, "rope": rope}
+        even, odd = rope.pairs(hadamard_in_kernel(rope.join(even, odd)[None])[0])
+        even, odd, exponents = _scaled(even, odd, e2m1.BLOCK, e2m1.exponent)
+        codes = e2m1.encode(even, jnp.int32) | e2m1.encode(odd, jnp.int32) << 4
+        return {"codes": codes.astype(jnp.uint8).reshape(-1), "exponents": exponents}
+    plain = rope.join(even, odd).astype(jnp.float16)
+    even, odd, exponents = _scaled(even, odd, e4m3.BLOCK, e4m3.exponent)
+    codes = e4m3.encode(rope.join(even, odd)).reshape(D)
+    return {"codes": codes, "exponents": exponents, "rope": plain}
 
 
 # ---- the kernel ------------------------------------------------------------------------------------------------------
@@ -306,9 +268,9 @@ def _take_in(part: Part, eps: float, slots: int, b: Array, token: tuple, new: tu
             first_halves = [*read(old.z, old.g, 0, R - 1, first_half), arrived(R - 1, first_half)]
         pair = lax.iota(jnp.int32, D // 2) - (D - ROPE) // 2
         c, s = (plgpu.load(x.at[b, pair], mask=pair >= 0, other=0.0) for x in (cos, sin))
-        scale = norm[j, first_half]
+        weight = norm[j, first_half]
         _, total, row = pool(pooled, tokens)
-        planes = _finish(row / total, scale, c, s, eps, part.fp4)
+        planes = _finish(row / total, weight, c, s, eps, part.fp4)
         for name, x in planes.items():
             plane = out.rows[name]
             (N, n), nth_row = plane.shape[2:], lax.div(p, R)

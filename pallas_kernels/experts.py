@@ -36,6 +36,7 @@ from jax.experimental import pallas as pl
 from pallas_kernels import common, formats
 from pallas_kernels.common import Unsupported
 from pallas_kernels.formats.dots import Dots, Emulation, Gpu, Program
+from pallas_kernels.numerics.swiglu import swiglu
 
 Array = jax.Array
 Ref = Any
@@ -341,8 +342,7 @@ def _gate_up(fmt: str, S: int, k: int, K: int, F: int, clamp: float, config: Con
             for start in starts:
                 for p, *both in zip(pairs, next(dots), next(dots), strict=True):
                     g, u = (part.sum(1) for part in both)
-                    g = jnp.minimum(g, clamp)
-                    out[p, pl.ds(start, warps)] = g / (1 + jnp.exp(-g)) * jnp.clip(u, -clamp, clamp) * weights[p]
+                    out[p, pl.ds(start, warps)] = swiglu(g, u, clamp) * weights[p]
 
         held, expert = ids[pair] >= 0, ids[pair] + first_expert[0]
 

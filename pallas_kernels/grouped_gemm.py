@@ -42,6 +42,7 @@ from jax.experimental import pallas as pl
 from pallas_kernels import common, formats
 from pallas_kernels.common import SHARED_MEMORY, Unsupported, call
 from pallas_kernels.formats.tiles import STEP, Emulation, Gpu, Planes, Tile, Tiles
+from pallas_kernels.numerics.swiglu import swiglu
 
 Array = jax.Array
 Kind = Literal["gate_up", "down", "linear"]
@@ -316,7 +317,7 @@ def _kernel(x, tiles, source, target, columns, factor, table, *refs, fmt, matric
         total, *_ = lax.fori_loop(first, last + 1, step, (total, ready(first, load(first)), load(first + 1)))
         y = jnp.unstack(total.reshape(c.num_warps, 2, 8, bm).transpose(0, 2, 3, 1), axis=-1)
         if clamp is not None:
-            y = [activation(*y, clamp)]
+            y = [swiglu(*y, clamp)]
         for part, m in zip(y, n, strict=True):
             part = part.reshape(half, bm)
             if clamp is not None:
@@ -325,12 +326,6 @@ def _kernel(x, tiles, source, target, columns, factor, table, *refs, fmt, matric
 
     for low, bm in itertools.pairwise([0, *c.heights]):
         pl.when((rows > low) & (rows <= bm))(functools.partial(multiply, bm))
-
-
-def activation(gate: Array, up: Array, clamp: float) -> Array:
-    """silu(min(gate, clamp)) · clip(up, -clamp, clamp)."""
-    gate = jnp.minimum(gate, clamp)
-    return gate * jax.nn.sigmoid(gate) * jnp.clip(up, -clamp, clamp)
 
 
 @functools.cache

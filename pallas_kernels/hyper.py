@@ -27,6 +27,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import common
 from pallas_kernels.common import Unsupported
+from pallas_kernels.numerics.norm import inverse_rms, rms_norm
 
 Array = jax.Array
 
@@ -191,7 +192,7 @@ def _collapse(X, parts, base, scale, norm, layer, h, *mixture, numbers: Numbers,
     nth, (S, N, E), M = layer[0], X.shape, base.shape[1]
 
     def mixed(dots: Array, squares: Array, which: int, index) -> Array:
-        r = lax.rsqrt(jnp.sum(squares, axis=0) * (1 / (N * E)) + numbers.norm_eps)
+        r = inverse_rms(jnp.sum(squares, axis=0), N * E, numbers.norm_eps)
         m = jnp.sum(dots, axis=0)
         return m * r.reshape(*r.shape, *(1,) * (m.ndim - r.ndim)) * scale[nth, which] + base[nth, index]
 
@@ -201,7 +202,7 @@ def _collapse(X, parts, base, scale, norm, layer, h, *mixture, numbers: Numbers,
         x, weight = [X[s, k].astype(jnp.float32) for k in range(N)], norm[nth]
         pre = [jax.nn.sigmoid(mixed(m, squares, 0, k)) + numbers.hc_eps for k, m in enumerate(dots)]
         u = sum(p * v for p, v in zip(pre, x, strict=True)).astype(X.dtype).astype(jnp.float32)
-        h[s] = (u * lax.rsqrt(jnp.sum(u * u) * (1 / E) + numbers.norm_eps) * weight).astype(h.dtype)
+        h[s] = (rms_norm(u, numbers.norm_eps) * weight).astype(h.dtype)
 
     def mix(first: Array) -> None:
         tokens, of_post, of_C = pl.ds(first, c.mixed), pl.ds(N, N), pl.ds(2 * N, N * N)

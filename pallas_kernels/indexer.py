@@ -27,11 +27,12 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import common
 from pallas_kernels.common import Unsupported
+from pallas_kernels.numerics import e2m1
+from pallas_kernels.numerics.scale import power_of_two
 
 Array = jax.Array
 
-BLOCK = 32  # dims that share a scale
-E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
+BLOCK = e2m1.BLOCK  # dims that share a scale
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Shape:
         q_key, w_key, code_key, scale_key = jax.random.split(key, 4)
         B, T, N, L = self.batch, self.queries, self.keys, self.layers
         # Codes of all 16 values have variance 8.6; scales of 1/4 and 1/2 bring it to 1.
-        values = jnp.asarray(np.concatenate([E2M1, -E2M1]) / 4, jnp.bfloat16)
+        values = jnp.asarray(np.concatenate([e2m1.VALUES, -e2m1.VALUES]) / 4, jnp.bfloat16)
         q = values[jax.random.randint(q_key, (B, T, self.heads, self.dim), 0, 16)]
         weight = jax.random.normal(w_key, (B, T, self.heads)) / self.heads
         codes = jax.random.bits(code_key, (L, B, N, self.dim // 2), jnp.uint8)
@@ -114,19 +115,11 @@ SHAPES = {
 
 def _decoded(codes: Array, exponents: Array) -> Array:
     """codes (n, D/32, 16), exponents (n, D/32) → bfloat16 (n, D)."""
-    scale = lax.bitcast_convert_type(exponents.astype(jnp.int32) << 23, jnp.float32)
-    # A code is sign, 2 bits of exponent, 1 of mantissa. Put where float16 has these, it is 2⁻¹⁴ of its value, the
-    # subnormal 0.5 included.
-    scale = (scale * 2.0**14)[:, :, None]
-
-    def value(bits: Array) -> Array:
-        half = lax.bitcast_convert_type(bits.astype(jnp.uint16), jnp.float16)
-        return (half.astype(jnp.float32) * scale).astype(jnp.bfloat16)
-
+    factor = (power_of_two(exponents) * e2m1.HALF_SCALE)[:, :, None]
     wide = codes.astype(jnp.int32)
-    low = value(wide << 12 & 0x8000 | wide << 9 & 0xE00)
-    high = value(wide << 8 & 0x8000 | wide << 5 & 0xE00)
-    return jnp.stack([low, high], axis=-1).reshape(codes.shape[0], -1)
+    # The low nibbles, then the high ones.
+    values = [(e2m1.half(c).astype(jnp.float32) * factor).astype(jnp.bfloat16) for c in (wide & 15, wide >> 4)]
+    return jnp.stack(values, axis=-1).reshape(codes.shape[0], -1)
 
 
 def _kernel(q, weight, codes, exponents, position, layer, score, *, ratio: int, c: Config):

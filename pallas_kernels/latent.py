@@ -28,12 +28,15 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import common
 from pallas_kernels.common import Unsupported
+from pallas_kernels.numerics import e2m1, e4m3, rope
+from pallas_kernels.numerics.hadamard import hadamard_in_kernel
+from pallas_kernels.numerics.norm import rms_norm
 
 Array = jax.Array
 Planes = dict[str, Array]  # "codes" E4M3 (..., D - 64), "exponents" uint8 (..., D / 64 - 1), "rope" float16 (..., 64)
 
-BLOCK = 64  # dims of a row that share a scale; also the dims of the RoPE part
-INDEX_BLOCK = 32  # dims of an index query that share a scale
+BLOCK = e4m3.BLOCK  # dims of a row that share a scale; also the dims of the RoPE part
+INDEX_BLOCK = e2m1.BLOCK  # dims of an index query that share a scale
 
 
 @dataclass(frozen=True)
@@ -123,64 +126,6 @@ SHAPES = {
 }
 
 
-# ---- the formulas ----------------------------------------------------------------------------------------------------
-def _scaled(amax: Array, largest: float) -> Array:
-    """The smallest power of two at or above amax / largest, as the bits of a float32; exact, without a division.
-
-    Adding what `largest`'s mantissa lacks to 2 carries into the exponent if amax's is the larger one.
-    """
-    mantissa, exponent = math.frexp(largest)
-    lacking = 0x7FFFFF - int((2 * mantissa - 1) * 2**23)
-    bits = lax.bitcast_convert_type(amax, jnp.int32)
-    return (bits + lacking & 0x7F800000) - (exponent - 1 << 23)
-
-
-def _value(bits: Array) -> Array:
-    return lax.bitcast_convert_type(bits, jnp.float32)
-
-
-def _e4m3(x: Array) -> tuple[Array, Array]:
-    """x (..., n), with one scale → codes, and the scales' exponents (..., 1), uint8 biased by 127."""
-    bits = _scaled(jnp.maximum(jnp.max(jnp.abs(x), axis=-1, keepdims=True), 1e-4), 448.0)
-    return (x * _value((254 << 23) - bits)).astype(jnp.float8_e4m3fn), (bits >> 23).astype(jnp.uint8)
-
-
-def _e2m1(x: Array) -> Array:
-    """x (..., n), with one scale → its E2M1 values; a tie goes to the even code."""
-    amax = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
-    scale = _value(_scaled(jnp.maximum(amax, 6 * 2.0**-126), 6.0))
-    # E2M1 steps by half of a value's power of two, and of no less than the scale. Such a step is the last bit of any
-    # float near 1.5 · 2²² powers: adding that number rounds, to even.
-    power = _value(lax.bitcast_convert_type(jnp.maximum(jnp.abs(x), scale), jnp.int32) & 0x7F800000)
-    shift = power * jnp.float32(1.5 * 2**22)
-    return (x + shift) - shift
-
-
-def _pairs(x: Array) -> list[Array]:
-    """(..., 2 n) → the values at even places (..., n), and those at odd ones."""
-    return [v.reshape(*v.shape[:-1]) for v in lax.split(x.reshape(*x.shape[:-1], -1, 2), (1, 1), axis=x.ndim)]
-
-
-def _rotated(x: Array, cos: Array, sin: Array) -> Array:
-    """x (..., n) float32; cos, sin (..., n / 2)."""
-    even, odd = _pairs(x)
-    return jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1).reshape(x.shape)
-
-
-def _hadamard(x: Array) -> Array:
-    """x (m, n) times the n-point Hadamard matrix (Sylvester's order) over sqrt(n)."""
-    m, n = x.shape
-    x = x.reshape(m, 1, n)  # axis 1: what has passed, numbered by the low bits of a dim; axis 2: the high bits
-    while x.shape[2] > 1:
-        a, b = _pairs(x)
-        x = jnp.stack([a + b, a - b], axis=-1).transpose(0, 3, 1, 2).reshape(m, 2 * x.shape[1], -1)
-    return x.reshape(m, n) * (1 / math.sqrt(n))
-
-
-def _normed(x: Array, eps: float) -> Array:
-    return x * lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
-
-
 # ---- the kernel ------------------------------------------------------------------------------------------------------
 def _kernel(*refs, inputs: int, index_programs: int, eps: float, c: Config):
     """Grid (programs, B): programs of heads of qi, if there are any, then one of the row, then those of heads of q.
@@ -189,7 +134,7 @@ def _kernel(*refs, inputs: int, index_programs: int, eps: float, c: Config):
     in place, index queries.
     """
     q, kv, norm, cos, sin, position, active, layers, _, _, _, *qi = refs[:inputs]
-    queries, codes, exponents, rope, *index_queries = refs[inputs:]
+    queries, codes, exponents, rope_plane, *index_queries = refs[inputs:]
     program, b = pl.program_id(0), pl.program_id(1)
 
     # What a program needs is loaded at its start, so that it waits once.
@@ -201,25 +146,25 @@ def _kernel(*refs, inputs: int, index_programs: int, eps: float, c: Config):
     def make_queries() -> None:
         heads = pl.ds((program - index_programs - 1) * c.heads, c.heads)
         x, turn = q[b, heads], angles(q.shape[2])
-        queries[b, heads] = _rotated(_normed(x.astype(jnp.float32), eps), *turn).astype(queries.dtype)
+        queries[b, heads] = rope.rotate(rms_norm(x.astype(jnp.float32), eps), *turn).astype(queries.dtype)
 
     def make_row() -> None:
         x, turn, at, layer = kv[b], angles(kv.shape[1]), position[b], common.entry(layers, 1)
         stored, weight = active[b] != 0, norm[common.entry(layers, 0)]
-        blocks = _rotated(_normed(x.astype(jnp.float32)[None], eps) * weight, *turn).reshape(-1, BLOCK)
+        blocks = rope.rotate(rms_norm(x.astype(jnp.float32)[None], eps) * weight, *turn).reshape(-1, BLOCK)
         place = layer, b, lax.rem(at, codes.shape[2])
         block, dim = (lax.broadcasted_iota(jnp.int32, blocks.shape, axis) for axis in (0, 1))
         nope, number = block < codes.shape[3] // BLOCK, lax.broadcasted_iota(jnp.int32, (blocks.shape[0], 1), 0)
-        code, exponent = _e4m3(blocks)
+        code, exponent = e4m3.encode_blocks(blocks)
         plgpu.store(codes.at[*place, block * BLOCK + dim], code, mask=nope & stored)
-        plgpu.store(exponents.at[*place, number], exponent, mask=(number < exponents.shape[3]) & stored)
-        plgpu.store(rope.at[*place, dim], blocks.astype(rope.dtype), mask=~nope & stored)
+        plgpu.store(exponents.at[*place, number], exponent[:, None], mask=(number < exponents.shape[3]) & stored)
+        plgpu.store(rope_plane.at[*place, dim], blocks.astype(rope_plane.dtype), mask=~nope & stored)
 
     def make_index_queries() -> None:
         heads = pl.ds(program * c.index_heads, c.index_heads)
         x, turn = qi[0][b, heads], angles(qi[0].shape[2])
-        x = _hadamard(_rotated(x.astype(jnp.float32), *turn))
-        rounded = _e2m1(x.reshape(c.index_heads, -1, INDEX_BLOCK)).reshape(x.shape)
+        x = hadamard_in_kernel(rope.rotate(x.astype(jnp.float32), *turn))
+        rounded = e2m1.rounded(x.reshape(c.index_heads, -1, INDEX_BLOCK)).reshape(x.shape)
         index_queries[0][b, heads] = rounded.astype(jnp.bfloat16)
 
     if qi:

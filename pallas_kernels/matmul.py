@@ -32,6 +32,8 @@ from jax.experimental.pallas import triton as plgpu
 from pallas_kernels import common, formats
 from pallas_kernels.common import Unsupported
 from pallas_kernels.formats.runs import RUN, columns_of
+from pallas_kernels.numerics.norm import inverse_rms
+from pallas_kernels.numerics.swiglu import swiglu
 
 Array = jax.Array
 Ref = Any
@@ -132,8 +134,7 @@ def _finish(values: Sequence[Array], out: Output) -> Array:
     """float32 products with an output's one or two matrices → the output."""
     if out.clamp is None:
         return values[0].astype(out.dtype)
-    gate, up = jnp.minimum(values[0], out.clamp), jnp.clip(values[1], -out.clamp, out.clamp)
-    return (gate / (1 + jnp.exp(-gate)) * up).astype(out.dtype)
+    return swiglu(*values, out.clamp).astype(out.dtype)
 
 
 # ---- kernel ----------------------------------------------------------------------------------------------------------
@@ -256,11 +257,6 @@ def _dot(shape: Shape, config: Config, fmt: formats.Format, tile: _Tile, tokens:
     return _steps(shape, config, step, (products, squares))
 
 
-def _rms(squares: Array, shape: Shape) -> Array:
-    """Σ x² → 1 / √(mean x² + eps)."""
-    return lax.rsqrt(squares / shape.k + shape.norm_eps)
-
-
 @functools.cache
 def _build(shape: Shape, config: Config, interpret: bool) -> Callable:
     """The call for static `shape` and `config`.
@@ -293,13 +289,13 @@ def _build(shape: Shape, config: Config, interpret: bool) -> Callable:
                 token = block * config.tokens
                 products, squares = _vector(shape, config, fmt, tile, token, interpret)
                 for t in range(config.tokens):
-                    inverse = _rms(squares[t], shape) if squares else None
+                    inverse = inverse_rms(squares[t], shape.k, shape.norm_eps) if squares else None
                     store(nth, [p[t] for p in products], inverse, token + t, rows, None)
             else:
                 tokens = lax.iota(jnp.int32, padded)
                 # Rows beyond the last repeat it; their products are not stored.
                 products, squares = _dot(shape, config, fmt, tile, jnp.minimum(tokens, shape.m - 1), interpret)
-                inverse = None if squares is None else _rms(squares, shape)[None]
+                inverse = None if squares is None else inverse_rms(squares, shape.k, shape.norm_eps)[None]
                 real = None if shape.m == padded else jnp.broadcast_to(tokens < shape.m, (n_rows, padded))
                 store(nth, products, inverse, tokens[None], rows[:, None], real)
 

@@ -31,11 +31,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import common
+from pallas_kernels.numerics import e4m3, rope
 
 Array = jax.Array
 Planes = dict[str, Array]  # "codes" E4M3 (..., D - 64), "exponents" uint8 (..., D / 64 - 1), "rope" (..., 64)
 
-BLOCK = 64  # dims that share a scale; also the dims of the RoPE part
+BLOCK = e4m3.BLOCK  # dims that share a scale; also the dims of the RoPE part
 LOG2E = math.log2(math.e)
 
 
@@ -216,8 +217,7 @@ def _decode(loaded: list) -> Array:
     *blocks, rope = loaded
     x = []
     for codes, exponents in blocks:
-        scale = lax.bitcast_convert_type(exponents.astype(jnp.int32) << 23, jnp.float32)
-        x.append(codes.astype(jnp.float16) * scale.astype(jnp.float16)[:, None])
+        x.append(e4m3.decode_blocks(codes, exponents, jnp.float16))
     x.append(rope.astype(jnp.float16))
     while len(x) > 1:  # Triton has no concatenation, but a stack of two; this one moves no data between threads
         pairs = zip(x[::2], x[1::2], strict=True)
@@ -237,11 +237,11 @@ def _finish(
     weight = jnp.exp2(high - top)
     o = (acc * (weight / (total * weight + jnp.exp2(sink - top)))[:, None]).astype(jnp.float16)
     # Here a program's threads exchange what they hold, through shared memory; that is why o is float16 by now.
-    even, odd = (x[..., 0].astype(jnp.float32) for x in lax.split(o.reshape(o.shape[0], -1, 2), (1, 1), axis=2))
+    even, odd = (x.astype(jnp.float32) for x in rope.pairs(o))
     pair = start // 2 + lax.iota(jnp.int32, even.shape[1]) - (D - BLOCK) // 2
     c = plgpu.load(cos.at[b, t, pair], mask=pair >= 0, other=1.0)
     s = plgpu.load(sin.at[b, t, pair], mask=pair >= 0, other=0.0)
-    return jnp.stack([even * c + odd * s, odd * c - even * s], axis=-1).reshape(o.shape)
+    return rope.join(*rope.rotate_pairs(even, odd, c, -s))
 
 
 @dataclasses.dataclass(frozen=True)

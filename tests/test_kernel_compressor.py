@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ds4jax.numerics import rows as num
 from ds4jax.ops.check import formula
 from pallas_kernels import common, compressor
 from pallas_kernels.compressor import CSA, HCA, SHAPES, Config, Part, Shape, State, op
@@ -131,16 +130,6 @@ def test_inactive_sequences_keep_everything(slot):
     changed = [not same_bits(f, s).all() for f, s in zip(jax.tree.leaves(found), jax.tree.leaves(states), strict=True)]
     is_row_or_previous = [True] * 3 + [False] * 2 + [True] * 2 + [True] * 2 + [False] * 2 + [True] * 2
     assert changed == [(slot == -1) == closes for closes in is_row_or_previous]
-
-
-@pytest.mark.parametrize("largest, floor", [(448.0, 1e-4), (6.0, 6 * 2.0**-126)])
-def test_exponents_are_those_of_numerics(largest, floor):
-    """At every edge between two, and one float to either side."""
-    edges = np.float32(largest) * np.float32(2) ** np.arange(-126, 118, dtype=np.float32)
-    beside = [np.nextafter(edges, np.float32(end)) for end in (0, np.inf)]
-    x = jnp.asarray(np.concatenate([[0, floor], edges, *beside]), jnp.float32)
-    found, expected = compressor._exponents(x, floor, largest), num._scale_exponent(x, floor, largest) + 127
-    np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize("device", GPUS)

@@ -8,6 +8,9 @@ import pytest
 from ds4jax.errors import ConfigError
 from ds4jax.io.synthetic import synthetic_config
 from ds4jax.numerics import rows as num
+from pallas_kernels.numerics import e2m1, e4m3, norm, rope, scale
+from pallas_kernels.numerics.hadamard import hadamard, hadamard_in_kernel
+from pallas_kernels.numerics.swiglu import swiglu
 
 
 def samples(rows, dim, seed=0):
@@ -50,11 +53,11 @@ def test_e2m1_rows_take_the_nearest_code_ties_to_even():
     for start in range(0, dim, 32):
         block = x[:, start : start + 32]
         scale = power_of_two_scale(np.abs(block).max(-1), 6 * 2.0**-126, 6)[:, None]
-        distance = np.abs(np.abs(block / scale)[..., None] - num.E2M1_VALUES)
+        distance = np.abs(np.abs(block / scale)[..., None] - e2m1.VALUES)
         nearest = distance == distance.min(-1, keepdims=True)
         even = nearest & (np.arange(8) % 2 == 0)
         code = np.where(even.any(-1), even.argmax(-1), nearest.argmax(-1))
-        np.testing.assert_array_equal(found[:, start : start + 32], np.copysign(num.E2M1_VALUES[code] * scale, block))
+        np.testing.assert_array_equal(found[:, start : start + 32], np.copysign(e2m1.VALUES[code] * scale, block))
 
 
 @pytest.mark.parametrize("n", [32, 128])
@@ -63,13 +66,60 @@ def test_hadamard(n):
     while len(H) < n:
         H = np.block([[H, H], [H, -H]])
     x = np.random.default_rng(0).standard_normal((5, n)).astype(np.float32)
-    np.testing.assert_allclose(num.hadamard(jnp.asarray(x)), x @ H / np.sqrt(n), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(hadamard(jnp.asarray(x)), x @ H / np.sqrt(n), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("n", [64, 128])
+def test_hadamard_in_a_kernel_has_the_same_bits(n):
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((3, n)), jnp.float32)
+    np.testing.assert_array_equal(hadamard_in_kernel(x), hadamard(x))
+
+
+@pytest.mark.parametrize("largest, floor", [(e4m3.MAX, e4m3.FLOOR), (e2m1.MAX, e2m1.FLOOR)])
+def test_exponents_are_the_ceiling_of_the_logarithm(largest, floor):
+    """At every edge between two, and one float to either side; float64 has room for the exact quotient's side of 1."""
+    edges = np.float32(largest) * np.float32(2) ** np.arange(-126, 118, dtype=np.float32)
+    beside = [np.nextafter(edges, np.float32(end)) for end in (0, np.inf)]
+    x = np.concatenate([[0, floor], edges, *beside]).astype(np.float32)
+    mantissa, exponent = np.frexp(np.maximum(x, np.float32(floor)).astype(np.float64) / largest)
+    expected = exponent - (mantissa == 0.5) + 127
+    np.testing.assert_array_equal(scale.biased_exponent(jnp.asarray(x), floor, largest), expected)
+
+
+def test_every_e2m1_code_has_its_value():
+    expected = np.concatenate([e2m1.VALUES, -e2m1.VALUES])
+    found = np.asarray(e2m1.decode(jnp.arange(16, dtype=jnp.uint8), jnp.float32))
+    np.testing.assert_array_equal(found.view(np.uint32), expected.view(np.uint32))
+    codes = jnp.asarray(np.delete(np.arange(16), 8), jnp.uint32)  # code 8 is −0, which `decode_scaled` has as 0
+    np.testing.assert_array_equal(e2m1.decode_scaled(codes, jnp.int32(127)), np.delete(expected, 8))
+    np.testing.assert_array_equal(
+        e2m1.encode(jnp.asarray(np.delete(expected, 8)), jnp.int32), np.delete(np.arange(16), 8)
+    )
+
+
+def test_rope_turns_pairs_as_complex_numbers():
+    rng = np.random.default_rng(2)
+    x, angle = rng.standard_normal((3, 8)).astype(np.float32), rng.uniform(0, 6, (3, 4)).astype(np.float32)
+    expected = (x.astype(np.float64).view(np.complex128) * np.exp(1j * angle)).view(np.float64)
+    found = rope.rotate(jnp.asarray(x), jnp.cos(angle), jnp.sin(angle))
+    np.testing.assert_allclose(found, expected, atol=1e-6)  # float32 products of numbers up to 3
+
+
+def test_norm_and_activation_of_kernels():
+    rng = np.random.default_rng(3)
+    x, up = (rng.standard_normal((3, 8)).astype(np.float32) * 4 for _ in range(2))
+    wide = x.astype(np.float64)
+    expected = wide / np.sqrt((wide**2).mean(-1, keepdims=True) + 1e-2)
+    np.testing.assert_allclose(norm.rms_norm(jnp.asarray(x), 1e-2), expected, rtol=1e-6)
+    gate = np.minimum(wide, 2.0)
+    expected = gate / (1 + np.exp(-gate)) * np.clip(up, -2.0, 2.0)
+    np.testing.assert_allclose(swiglu(jnp.asarray(x), jnp.asarray(up), 2.0), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_rotating_twice_is_the_identity_and_keeps_scores():
     x = np.random.default_rng(0).standard_normal((2, 128)).astype(np.float32)
-    y = num.hadamard(jnp.asarray(x))
-    np.testing.assert_allclose(num.hadamard(y), x, atol=1e-5)
+    y = hadamard(jnp.asarray(x))
+    np.testing.assert_allclose(hadamard(y), x, atol=1e-5)
     np.testing.assert_allclose(y[0] @ y[1], x[0] @ x[1], rtol=1e-4)
 
 

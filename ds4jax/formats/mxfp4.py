@@ -18,17 +18,9 @@ from pallas_kernels.formats import runs
 from pallas_kernels.formats.dots import OneScale, signed_bytes
 from pallas_kernels.formats.runs import WORDS, Runs, nibble, read, words_of_run
 from pallas_kernels.formats.tiles import Planes, Tile, Tiles, as_float, shift, stack, u32
+from pallas_kernels.numerics import e2m1
 
 Array = jax.Array
-
-_E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
-
-
-def _value(code):
-    # An E2M1 number is a float16 with two bits of exponent and one of mantissa, too small by 2^14; subnormal
-    # numbers are too.
-    bits = ((code & 7) << 9) | ((code & 8) << 12)
-    return lax.bitcast_convert_type(bits.astype(jnp.uint16), jnp.float16).astype(jnp.float32)
 
 
 def _load_run(planes, layer, rows, first, n, run, interpret):
@@ -39,8 +31,8 @@ def _load_run(planes, layer, rows, first, n, run, interpret):
     first_column = lax.div(index, np.int32(4)) * 32 + lax.rem(index, np.int32(4)) * 4
 
     def decode(_):
-        scale = lax.bitcast_convert_type(exponent.astype(jnp.int32) << 23, jnp.float32) * np.float32(2**14)
-        return [runs.Piece([_value(nibble(words, i)) for i in range(8)], scale)]
+        scale = lax.bitcast_convert_type(exponent.astype(jnp.int32) << 23, jnp.float32) * np.float32(e2m1.HALF_SCALE)
+        return [runs.Piece([e2m1.half(nibble(words, i)).astype(jnp.float32) for i in range(8)], scale)]
 
     return runs.Loaded([[first_column + i // 2 + i % 2 * 16 for i in range(8)]], decode)
 
@@ -53,7 +45,7 @@ class _Dots(OneScale):
 
     unit = 32
     groups = 2
-    values = (0, 1, 2, 3, 4, 6, 8, 12)
+    values = tuple(int(2 * v) for v in e2m1.VALUES)
 
     @classmethod
     def order(cls, k):
@@ -121,14 +113,14 @@ class MXFP4(Quantized):
     def _decode(e, q):
         bytes_ = bytes_of(q).reshape(*e.shape, 1, 16)
         code = (bytes_ >> jnp.array([0, 4], jnp.uint32)[:, None]) & 15
-        return _e2m1_bits(code.reshape(*e.shape, 32), e.astype(jnp.int32)[..., None])
+        return e2m1.decode_scaled(code.reshape(*e.shape, 32), e.astype(jnp.int32)[..., None])
 
     @classmethod
     def random(cls, key, shape, std):
         """Of two neighbouring exponents, each as often as makes the mean square of the weights std²."""
         of_e, of_q = jax.random.split(key)
         shapes = cls.plane_shapes(shape)
-        mantissa, exponent = math.frexp(std / math.sqrt(np.mean(np.square(_E2M1))))
+        mantissa, exponent = math.frexp(std / math.sqrt(np.mean(np.square(e2m1.VALUES))))
         # (std / rms of the codes)² = 4^(exponent − 1) · (1 − p) + 4^exponent · p
         larger = jax.random.bernoulli(of_e, (4 * mantissa**2 - 1) / 3, shapes["e"])
         e = jnp.where(larger, 127 + exponent, 126 + exponent).astype(jnp.uint8)
@@ -140,13 +132,13 @@ class MXFP4(Quantized):
         w = error_weights(x, importance)
 
         def code(step):
-            halfway = (_E2M1[1:] + _E2M1[:-1]) / 2
+            halfway = (e2m1.VALUES[1:] + e2m1.VALUES[:-1]) / 2
             return jnp.sum(jnp.abs(x)[..., None] > step[..., None, None] * halfway, axis=-1)
 
         # The largest magnitude lies in [1, 2): a step of ¼ puts it at 4 to 8, where 6 is the top.
         def evaluate(step):
             step = jnp.broadcast_to(step, unit.shape)
-            error = jnp.abs(x) - step[..., None] * jnp.asarray(_E2M1)[code(step)]
+            error = jnp.abs(x) - step[..., None] * jnp.asarray(e2m1.VALUES)[code(step)]
             return jnp.sum(w * error**2, axis=-1), step
 
         (step,) = search(evaluate, np.array([1 / 4, 1 / 2, 1 / 8], np.float32))
@@ -156,23 +148,3 @@ class MXFP4(Quantized):
         magnitude = jnp.where(e[..., None] < 0, 0, magnitude).astype(jnp.uint32)
         codes = magnitude | ((x < 0) & (magnitude > 0)).astype(jnp.uint32) << 3
         return {"e": jnp.maximum(e, 0), "q": words_of(codes[:, :16] | codes[:, 16:] << 4)}
-
-
-def _e2m1_bits(code: Array, biased_exponent: Array) -> Array:
-    """E2M1 codes (uint32) times 2^(biased_exponent − 127) as float32, put together from bits.
-
-    Integer arithmetic, because a backend may flush the subnormal results of a product to zero; overflow gives ±inf as
-    the product would.
-    """
-    exponent, mantissa = (code >> 1 & 3).astype(jnp.int32), code & 1
-    # Code 0 is zero and code 1 is 0.5, the one subnormal: 1.0 · 2^-1. Otherwise (1 + mantissa/2) · 2^(exponent - 1).
-    half = code & 7 == 1
-    field = biased_exponent + jnp.where(half, -1, exponent - 1)
-    significand = jnp.where(mantissa.astype(bool) & ~half, jnp.uint32(0xC00000), jnp.uint32(0x800000))
-    normal = (jnp.clip(field, 1, 254).astype(jnp.uint32) << 23) | (significand & jnp.uint32(0x7FFFFF))
-    subnormal = significand >> jnp.clip(1 - field, 0, 24).astype(jnp.uint32)
-    bits = jnp.where(field >= 255, jnp.uint32(0x7F800000), jnp.where(field >= 1, normal, subnormal))
-    bits = jnp.where(code & 7 == 0, jnp.uint32(0), bits)
-    # The reference's zero is positive whatever the code's sign says.
-    sign = jnp.where(code & 7 == 0, jnp.uint32(0), (code >> 3) << 31)
-    return lax.bitcast_convert_type(bits | sign, jnp.float32)

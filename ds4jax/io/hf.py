@@ -32,7 +32,7 @@ from ds4jax.config import ModelConfig
 from ds4jax.errors import Ds4Error, show
 from ds4jax.io.tokenizer import Tokenizer
 from ds4jax.model.tensors import TensorSpec, mtp_table, tensor_table
-from ds4jax.numerics.rows import E2M1_VALUES
+from pallas_kernels.numerics import e2m1
 
 Array = jax.Array
 Mtp = Literal["keep", "skip", "only"]
@@ -270,13 +270,10 @@ def _dequantize(codes: Array, scale: Array, columns: int) -> Array:
     """codes: E4M3 (rows, n), or pairs of E2M1, uint8 (rows, n/2). scale: float32, one per `columns`. → (rows, n)."""
     if codes.dtype == jnp.uint8:
         nibbles = codes[..., None] >> jnp.array([0, 4], jnp.uint8) & 15
-        values = jnp.asarray(_E2M1)[nibbles.reshape(len(codes), -1)]
+        values = e2m1.decode(nibbles.reshape(len(codes), -1), jnp.float32)
     else:
         values = codes.astype(jnp.float32)
     return values * jnp.repeat(scale, columns, axis=1)[:, : values.shape[1]]
-
-
-_E2M1 = np.concatenate([E2M1_VALUES, -E2M1_VALUES])
 
 
 @dataclasses.dataclass(frozen=True)

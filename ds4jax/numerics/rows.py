@@ -10,7 +10,6 @@ would have without the round trips.
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Literal
 
 import jax
@@ -21,26 +20,12 @@ from jax.typing import DTypeLike
 
 from ds4jax.config import ModelConfig
 from ds4jax.errors import ConfigError
+from pallas_kernels.numerics import e2m1, e4m3
+from pallas_kernels.numerics.hadamard import hadamard
 
 Array = jax.Array
 Rows = dict[str, Array]  # the planes of stored rows, each (..., row bytes or values)
 Numerics = Literal["official", "plain", "straight_through"]
-
-E4M3_BLOCK, E4M3_MAX = 64, 448.0
-E2M1_BLOCK, E2M1_MAX = 32, 6.0
-E2M1_VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
-
-
-def _scale_exponent(amax: Array, floor: float, largest: float) -> Array:
-    """ceil(log2(max(amax, floor) / largest)) as int32, read off the bits (a float log2 may round across an integer)."""
-    ratio = jnp.maximum(amax.astype(jnp.float32), floor) / largest
-    bits = lax.bitcast_convert_type(ratio, jnp.int32)
-    return (bits >> 23) - 127 + (bits & 0x7FFFFF != 0).astype(jnp.int32)
-
-
-def _power_of_two(exponent: Array, dtype: DTypeLike) -> Array:
-    """2^exponent, exact for float32's normal exponents, -126 … 127."""
-    return lax.bitcast_convert_type((exponent + 127) << 23, jnp.float32).astype(dtype)
 
 
 def _blocks(x: Array, block: int) -> Array:
@@ -50,18 +35,9 @@ def _blocks(x: Array, block: int) -> Array:
     return x.reshape(*x.shape[:-1], -1, block)
 
 
-def _encode_scaled(x: Array, block: int, floor: float, largest: float) -> tuple[Array, Array]:
-    """x (..., n) → x divided by its block's power of two, in [-largest, largest], and uint8 exponents biased by 127."""
-    blocks = _blocks(x, block)
-    exponent = _scale_exponent(jnp.abs(blocks).max(-1), floor, largest)
-    scaled = blocks * _power_of_two(-exponent, x.dtype)[..., None]
-    return scaled.reshape(*x.shape[:-1], -1)[..., : x.shape[-1]], (exponent + 127).astype(jnp.uint8)
-
-
-def _decode_scaled(scaled: Array, exponents: Array, block: int) -> Array:
-    blocks = _blocks(scaled, block)
-    x = blocks * _power_of_two(exponents.astype(jnp.int32) - 127, scaled.dtype)[..., None]
-    return x.reshape(*scaled.shape[:-1], -1)[..., : scaled.shape[-1]]
+def _flat(blocks: Array, n: int) -> Array:
+    """The inverse of `_blocks`."""
+    return blocks.reshape(*blocks.shape[:-2], -1)[..., :n]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,20 +74,19 @@ class Fp8Row:
         nope = self.dim - self.rope_dim
         return {
             "codes": (nope, np.dtype(jnp.float8_e4m3fn)),
-            "exponents": (-(-nope // E4M3_BLOCK), np.dtype(np.uint8)),
+            "exponents": (-(-nope // e4m3.BLOCK), np.dtype(np.uint8)),
             "rope": (self.rope_dim, np.dtype(np.float16)),
         }
 
     def encode(self, x: Array) -> Rows:
         nope, rope = jnp.split(x, [self.dim - self.rope_dim], axis=-1)
-        scaled, exponents = _encode_scaled(nope, E4M3_BLOCK, 1e-4, E4M3_MAX)
-        # Narrow through float32: every step is then one rounding on every backend.
-        codes = scaled.astype(jnp.float32).astype(jnp.float8_e4m3fn)
-        return {"codes": codes, "exponents": exponents, "rope": rope.astype(jnp.float16)}
+        codes, exponents = e4m3.encode_blocks(_blocks(nope, e4m3.BLOCK))
+        return {"codes": _flat(codes, nope.shape[-1]), "exponents": exponents, "rope": rope.astype(jnp.float16)}
 
     def decode(self, rows: Rows, dtype: DTypeLike) -> Array:
-        nope = _decode_scaled(rows["codes"].astype(dtype), rows["exponents"], E4M3_BLOCK)
-        return jnp.concatenate([nope, rows["rope"].astype(dtype)], axis=-1)
+        codes = rows["codes"]
+        nope = e4m3.decode_blocks(_blocks(codes, e4m3.BLOCK), rows["exponents"], dtype)
+        return jnp.concatenate([_flat(nope, codes.shape[-1]), rows["rope"].astype(dtype)], axis=-1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,23 +98,18 @@ class Fp4Row:
     def planes(self):
         return {
             "codes": (self.dim // 2, np.dtype(np.uint8)),
-            "exponents": (-(-self.dim // E2M1_BLOCK), np.dtype(np.uint8)),
+            "exponents": (-(-self.dim // e2m1.BLOCK), np.dtype(np.uint8)),
         }
 
     def encode(self, x: Array) -> Rows:
-        scaled, exponents = _encode_scaled(x, E2M1_BLOCK, E2M1_MAX * 2.0**-126, E2M1_MAX)
-        # Nearest value; a tie goes to the even code, so the thresholds alternate between > and >=.
-        a = jnp.abs(scaled)
-        code = sum((a > t).astype(jnp.uint8) for t in (0.25, 1.25, 2.5, 5.0))
-        code = code + sum((a >= t).astype(jnp.uint8) for t in (0.75, 1.75, 3.5))
-        code = code | (scaled < 0).astype(jnp.uint8) << 3
+        code, exponents = e2m1.encode_blocks(_blocks(x, e2m1.BLOCK), jnp.uint8)
+        code = _flat(code, x.shape[-1])
         return {"codes": code[..., 0::2] | code[..., 1::2] << 4, "exponents": exponents}
 
     def decode(self, rows: Rows, dtype: DTypeLike) -> Array:
         codes = rows["codes"]
         code = jnp.stack([codes & 15, codes >> 4], axis=-1).reshape(*codes.shape[:-1], -1)
-        values = jnp.asarray(np.concatenate([E2M1_VALUES, -E2M1_VALUES]), dtype)
-        return _decode_scaled(values[code], rows["exponents"], E2M1_BLOCK)
+        return _flat(e2m1.decode_blocks(_blocks(code, e2m1.BLOCK), rows["exponents"], dtype), self.dim)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,18 +157,3 @@ def check(cfg: ModelConfig, numerics: Numerics) -> None:
 def index_rotation(x: Array, numerics: Numerics) -> Array:
     """What index queries and keys x (..., n) pass before E2M1: the Hadamard matrix over √n; nothing if ``plain``."""
     return x if numerics == "plain" else hadamard(x)
-
-
-def hadamard(x: Array) -> Array:
-    """x (..., n) times the n-point Hadamard matrix (Sylvester's order) over √n; n a power of two.
-
-    Butterflies rather than a product: the order of the additions, and so every bit, is the same for any batch.
-    """
-    n, lead = x.shape[-1], x.shape[:-1]
-    step = 1
-    while step < n:
-        pairs = x.reshape(*lead, -1, 2, step)
-        a, b = pairs[..., 0, :], pairs[..., 1, :]
-        x = jnp.stack([a + b, a - b], axis=-2).reshape(*lead, n)
-        step *= 2
-    return x * (1 / math.sqrt(n))
