@@ -188,14 +188,6 @@ def shared_memory(config: Config, dim: int = 512) -> int:
     return 2 * (config.heads * dim + config.rows * dim + config.heads * config.rows)
 
 
-def decode_rows(planes: Planes) -> Array:
-    """planes (..., ·) → (..., D) float32."""
-    scale = lax.bitcast_convert_type(planes["exponents"].astype(jnp.int32) << 23, jnp.float32)
-    coded = planes["codes"].astype(jnp.float32)
-    coded = (coded.reshape(*scale.shape, BLOCK) * scale[..., None]).reshape(coded.shape)
-    return jnp.concatenate([coded, planes["rope"].astype(jnp.float32)], axis=-1)
-
-
 # ---- the kernels -----------------------------------------------------------------------------------------------------
 def _load(planes: tuple, layer: Any, b: Array, row: Array, valid: Array) -> list:
     """Rows `row` (R,) of the planes' refs (L, B, N, ·), 64 dims at a time; nothing is read unless `valid`, a scalar."""

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from ds4jax.formats import FORMATS, Q2_K, Q8_0
+from ds4jax.io.recipes import MATRIX_TYPES
 from ds4jax.ops.linear import linear, product, products
 from ds4jax.ops.weight import single
 
@@ -46,6 +47,11 @@ def test_every_mxfp4_scale_and_code():
     with np.errstate(all="ignore"):
         expected = gguf.quants.dequantize(raw, fmt.ggml_type)
     assert_same_bits(on_device(fmt, raw).dequantize(), expected)
+
+
+def test_recipes_know_every_format():
+    """`io/recipes.py` does without JAX, so it has a list of its own."""
+    assert tuple(FORMATS) == MATRIX_TYPES
 
 
 @formats

@@ -11,6 +11,7 @@ import numpy as np
 
 from ds4jax.config import CSA_RATIO, HCA_RATIO, ModelConfig
 from ds4jax.numerics.precision import wide
+from pallas_kernels.numerics.rope import rotate as rotate_adjacent
 
 
 def frequencies(cfg: ModelConfig, ratio: int) -> np.ndarray:
@@ -71,8 +72,7 @@ def angles(cfg: ModelConfig, length: jax.Array, T: int, dtype=jnp.float32) -> di
 def turn(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Rotate adjacent pairs of the last dims of x (..., n) by the angles of cos and sin (..., pairs)."""
     nope, rope = jnp.split(x, [x.shape[-1] - 2 * cos.shape[-1]], axis=-1)
-    even, odd = (rope[..., i::2].astype(cos.dtype) for i in (0, 1))
-    turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1).reshape(rope.shape)
+    turned = rotate_adjacent(rope.astype(cos.dtype), cos, sin)
     return jnp.concatenate([nope, turned.astype(x.dtype)], axis=-1)
 
 
