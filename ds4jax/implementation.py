@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 from ds4jax.errors import ConfigError
 
@@ -55,7 +55,7 @@ def parse(text: str) -> Kernels:
     def implementation(name: str) -> Implementation:
         if name not in names:
             raise ConfigError(f"kernels: found {text!r}, expected one of {', '.join(names)}, then ,OP=IMPLEMENTATION")
-        return name
+        return cast(Implementation, name)
 
     others = {}
     for item in rest:

@@ -6,7 +6,7 @@ import dataclasses
 import os
 import tomllib
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self, get_args, get_type_hints
 
 from ds4jax import implementation
 from ds4jax.errors import ConfigError
@@ -15,7 +15,6 @@ from ds4jax.errors import ConfigError
 _HERE = Path(__file__).parent
 CONFIG_DIR = _HERE / "configs" if (_HERE / "configs").is_dir() else _HERE.parent / "configs"
 
-_CHOICES = {"numerics": ("official", "plain"), "dtype": ("float32", "bfloat16")}
 # Smallest and largest value. Nothing near the upper bounds works; they keep a slip of the keyboard from asking for it.
 _RANGES = {
     "ctx": (2, 2**24),
@@ -50,8 +49,8 @@ class Settings:
     ctx: int = 4096
     batch: int = 1
     max_tokens: int = 1024
-    numerics: str = "official"
-    dtype: str = "float32"
+    numerics: Literal["official", "plain"] = "official"
+    dtype: Literal["float32", "bfloat16"] = "float32"
     kernels: str = "xla"
     tp: int = 1
     ep: int = 1
@@ -66,15 +65,12 @@ class Settings:
 
     def _problem(self) -> tuple[str, Any, str] | None:
         """The first value that cannot be: (key, found, expected)."""
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.type == "float" and type(value) is int:
-                continue
-            if type(value).__name__ != field.type:
-                return field.name, value, f"a value of type {field.type}"
-        for key, choices in _CHOICES.items():
-            if getattr(self, key) not in choices:
-                return key, getattr(self, key), " or ".join(map(repr, choices))
+        for key, kind in get_type_hints(type(self)).items():
+            value, choices = getattr(self, key), get_args(kind)
+            if choices and value not in choices:
+                return key, value, " or ".join(map(repr, choices))
+            if not choices and type(value) is not kind and (kind, type(value)) != (float, int):
+                return key, value, f"a value of type {kind.__name__}"
         for key, (low, high) in _RANGES.items():
             if not low <= getattr(self, key) <= high:
                 return key, getattr(self, key), f"{low} to {high}"

@@ -68,7 +68,8 @@ def _init_leaf(spec: WeightSpec, key: Array, cfg: ModelConfig, tid2eid: np.ndarr
     std = 0.5 if leaf == "embed" else shape[-1] ** -0.5
     if family in ("attn.o_b", "ffn.shared.down", "ffn.experts.down"):
         std /= math.sqrt(2 * cfg.n_layers)
-    return spec.format(values=noise * (0.1 if leaf == "ape" else std))
+    fmt: Any = spec.format  # of plain values, as the recipe of training has it
+    return fmt(values=noise * (0.1 if leaf == "ape" else std))
 
 
 # ---- forward pass ----------------------------------------------------------------------------------------------------
@@ -100,7 +101,7 @@ def index_loss(h: Array, w: Weights, layer: int, cfg: ModelConfig, compute: Comp
     """
     B, T, _ = h.shape
     h, fixed = lax.stop_gradient((h, w))
-    learned = fixed.replace(csa=fixed.csa.replace(indexer=w.csa.indexer))
+    learned = dataclasses.replace(fixed, csa=dataclasses.replace(fixed.csa, indexer=w.csa.indexer))
     cache = kv.zeros(cfg, compute.numerics, compute.dtype, B, T)
     given = inputs(jnp.zeros((B, T), jnp.int32), jnp.full((B,), T, jnp.int32), cache.length, cfg, compute.dtype)
     made, cache = attention.prepare(
@@ -125,6 +126,7 @@ def index_loss(h: Array, w: Weights, layer: int, cfg: ModelConfig, compute: Comp
     counts = position >= 2 * CSA_RATIO - 1
     target = paid / jnp.where(counts, paid.sum(-1), 1)[..., None]
 
+    assert made.latent.index_queries is not None and made.index_weight is not None
     scores = index.scores(
         made.latent.index_queries, made.index_weight, cache.index.rows, nth, position, key=key, ratio=CSA_RATIO
     )
@@ -139,6 +141,7 @@ def forward(w: Weights, tokens: Array, cfg: ModelConfig, compute: Compute) -> tu
     Returns the model's logits (B, T, vocab) of each next token, the head's (B, T, vocab) of the one after it, the sum
     of `index_loss` over the layers, and the expert loads (layers routed by score, n_experts).
     """
+    assert w.mtp is not None
     given, following = tokens[:, :-1], tokens[:, 1:]
     x = lookup(w.embed.dequantize(jnp.dtype(compute.dtype)), tokens)
     here, after = (x.reshape(-1, x.shape[-1]) for x in (x[:, :-1], x[:, 1:]))
@@ -151,7 +154,7 @@ def forward(w: Weights, tokens: Array, cfg: ModelConfig, compute: Compute) -> tu
     index_losses, loads = zip(*extras, extra, strict=True)
     said = (transformer.head(s, w.head, cfg, compute), transformer.head(z, mtp.head(w), cfg, compute))
     main, drafted = (y.reshape(*given.shape, -1) for y in said)
-    return main, drafted, sum(index_losses), jnp.stack(loads[cfg.n_hash_layers :])
+    return main, drafted, sum(index_losses, start=jnp.zeros(())), jnp.stack(loads[cfg.n_hash_layers :])
 
 
 def as_stored(w: Weights, formats: SwiGLU, importance: SwiGLU) -> Weights:
@@ -165,10 +168,10 @@ def as_stored(w: Weights, formats: SwiGLU, importance: SwiGLU) -> Weights:
         (group,) = stack.groups
         x = group.values
         error = lax.stop_gradient(quantize(x, fmt, importance).dequantize() - x)
-        return stack.replace(groups=(group.replace(values=x + error),))
+        return dataclasses.replace(stack, groups=(dataclasses.replace(group, values=x + error),))
 
     experts = jax.tree.map(rounded, w.ffn.experts, formats, importance, is_leaf=lambda x: isinstance(x, Stack))
-    return w.replace(ffn=w.ffn.replace(experts=experts))
+    return dataclasses.replace(w, ffn=dataclasses.replace(w.ffn, experts=experts))
 
 
 # ---- losses ----------------------------------------------------------------------------------------------------------
@@ -199,4 +202,5 @@ def balance(w: Weights, loads: Array) -> Weights:
     """Move every routing bias by BALANCE_RATE against its expert's load (arXiv:2408.15664). loads: see `forward`."""
     (bias,) = w.route.bias.groups
     bias = bias + BALANCE_RATE * jnp.sign(loads.mean(-1, keepdims=True) - loads)
-    return w.replace(route=w.route.replace(bias=dataclasses.replace(w.route.bias, groups=(bias,))))
+    route = dataclasses.replace(w.route, bias=dataclasses.replace(w.route.bias, groups=(bias,)))
+    return dataclasses.replace(w, route=route)

@@ -14,6 +14,7 @@ A query at position t sees
 
 from __future__ import annotations
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -85,12 +86,12 @@ def prepare(
 
     with jax.named_scope("latent"):
         made = latent.latent(
-            q, kv, *(index_q or [None]), Norm(a.kv_norm, cfg.norm_eps), inputs.angles[ratio], cache.length, inputs.n,
-            cache.window, layer, row=row, key=key, numerics=compute.numerics,
+            q, kv, index_q[0] if choose else None, Norm(a.kv_norm, cfg.norm_eps), inputs.angles[ratio],
+            cache.length, inputs.n, cache.window, layer, row=row, key=key, numerics=compute.numerics,
             dtype=attend.query_dtype(kernels["attend"], h.dtype),
             index_dtype=index.query_dtype(kernels["index"], accumulated), implementation=kernels["latent"],
         )  # fmt: skip
-    cache = cache.replace(window=made.window)
+    cache = dataclasses.replace(cache, window=made.window)
     if ratio:
         fed = []
         for (kind, c), z, g in zip(families.items(), rest[::2], rest[1::2], strict=False):
@@ -102,7 +103,7 @@ def prepare(
                 nth_of_ratio(cfg, layer), ratio=ratio, freq=rope.frequencies(cfg, ratio), numerics=compute.numerics,
                 implementation=kernels["compress"],
             )  # fmt: skip
-        cache = cache.replace(**dict(zip(families, moved, strict=True)))
+        cache = dataclasses.replace(cache, **dict(zip(families, moved, strict=True)))
     return Prepared(made, rest[-1].reshape(B, T, -1) if choose else None), cache
 
 
@@ -149,6 +150,7 @@ def _choose(
     made: Prepared, cache: Cache, inputs: Inputs, nth: int, key: num.RowFormat, cfg: ModelConfig, compute: Compute
 ) -> Array:
     """The compressed rows that each query reads, int32 (B, T, k); those that it sees come first."""
+    assert made.latent.index_queries is not None and made.index_weight is not None
     kernels, out = compute.implementations, []
     T = inputs.shape[1]
     position = inputs.first[:, None] + jnp.arange(T, dtype=jnp.int32)

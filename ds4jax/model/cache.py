@@ -7,8 +7,10 @@ sequence.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -59,17 +61,18 @@ def abstract(cfg: ModelConfig, numerics: num.Numerics, dtype, batch: int, ctx: i
     # Open windows are float32 whatever the compute dtype, unless that is wider.
     state_dtype = wide(jnp.dtype(dtype))
 
-    def rows(fmt: num.RowFormat, layers: int, n: int) -> num.Rows:
+    def rows(fmt: num.RowFormat, layers: int, n: int) -> Any:
         return {k: jax.ShapeDtypeStruct((layers, batch, n, w), dt) for k, (w, dt) in fmt.planes().items()}
 
     def compressed(fmt: num.RowFormat, ratio: int) -> Compressed:
         layers, overlap = len(cfg.layers_of_ratio(ratio)), ratio == CSA_RATIO
-        state = jax.ShapeDtypeStruct((layers, batch, ratio, (1 + overlap) * fmt.dim), state_dtype)
-        prev = jax.ShapeDtypeStruct((layers, batch, ratio if overlap else 0, fmt.dim), state_dtype)
+        state: Any = jax.ShapeDtypeStruct((layers, batch, ratio, (1 + overlap) * fmt.dim), state_dtype)
+        prev: Any = jax.ShapeDtypeStruct((layers, batch, ratio if overlap else 0, fmt.dim), state_dtype)
         return Compressed(rows(fmt, layers, max(1, ctx // ratio)), z=state, g=state, prev_z=prev, prev_g=prev)
 
+    length: Any = jax.ShapeDtypeStruct((batch,), jnp.int32)
     return Cache(
-        length=jax.ShapeDtypeStruct((batch,), jnp.int32),
+        length=length,
         window=rows(kv, cfg.n_layers + cfg.n_mtp, cfg.window),
         csa=compressed(kv, CSA_RATIO),
         index=compressed(key, CSA_RATIO),
@@ -101,9 +104,10 @@ def reset(cache: Cache, which: Array) -> Cache:
 
     def no_window_before(c: Compressed) -> Compressed:
         # A gate of -inf gives the window before the first one no weight.
-        return c.replace(prev_g=jnp.where(which[:, None, None], -jnp.inf, c.prev_g))
+        return dataclasses.replace(c, prev_g=jnp.where(which[:, None, None], -jnp.inf, c.prev_g))
 
-    return cache.replace(
+    return dataclasses.replace(
+        cache,
         length=jnp.where(which, 0, cache.length),
         csa=no_window_before(cache.csa),
         index=no_window_before(cache.index),

@@ -33,7 +33,7 @@ def moe(h: Array, inputs: Inputs, w: Weights, layer: int, cfg: ModelConfig, comp
         fmt = packs(len(h), routed, kernels["experts"]) if kernels["route"] != "xla" else None
         routing = route(
             logits, table, inputs.ids if by_id else None, inputs.real, k=cfg.n_experts_used, norm=cfg.route_norm,
-            scale=cfg.route_scale, pack=fmt and (h, fmt), implementation=kernels["route"],
+            scale=cfg.route_scale, pack=(h, fmt) if fmt else None, implementation=kernels["route"],
         )  # fmt: skip
     tap(layer, "routing", routing)
     with jax.named_scope("experts"):

@@ -5,6 +5,8 @@ from the streams of t and the token of t + 1, so it runs one token behind the ma
 attends to its own rows only. DeepSeek-V3, arXiv:2412.19437, section 2.2, with one join for each stream.
 """
 
+import dataclasses
+
 import jax.numpy as jnp
 
 from ds4jax.config import ModelConfig
@@ -30,6 +32,7 @@ def join(X: Array, x: Array, w: Mtp, cfg: ModelConfig) -> Array:
 
 def head(w: Weights) -> Head:
     """The head's own collapse and norm, and the main model's output matrix."""
+    assert w.mtp is not None
     own = w.mtp.head
     return Head(hc=own.hc, norm=own.norm, out=w.head.out)
 
@@ -46,9 +49,11 @@ def draft(
     Returns logits (B, T, vocab) of the tokens at start + 2 …; the block's output streams (B, T, N, E); and the cache,
     its length as it was: that is the main model's.
     """
+    assert w.mtp is not None
     given = inputs(tokens, n, start, cfg, compute.dtype)
     x = w.embed[given.ids].dequantize(jnp.dtype(compute.dtype))
     s = mhc.Streams(join(X.reshape(-1, *X.shape[2:]), x, w.mtp, cfg))
-    s, moved = block(s, given, w, cache.replace(length=start), cfg.n_layers, cfg, compute, tap)
+    s, moved = block(s, given, w, dataclasses.replace(cache, length=start), cfg.n_layers, cfg, compute, tap)
     logits = output_head(s, head(w), cfg, compute)
-    return logits.reshape(*tokens.shape, -1), s.added().reshape(X.shape), moved.replace(length=cache.length)
+    moved = dataclasses.replace(moved, length=cache.length)
+    return logits.reshape(*tokens.shape, -1), s.added().reshape(X.shape), moved

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from ds4jax.config import ModelConfig
-from ds4jax.implementation import OPS, Kernels, Op
+from ds4jax.implementation import OPS, Implementation, Kernels, Op
 from ds4jax.model import mtp, transformer
 from ds4jax.model.cache import Cache
 from ds4jax.model.compute import Compute
@@ -29,9 +29,9 @@ def unsupported(cfg: ModelConfig, weights: Weights, cache: Cache, compute: Compu
     for op in OPS:
         if (own := compute.implementations[op]) == "xla":
             continue
-        alone = Compute(
-            compute.numerics, compute.dtype, compute.mesh, compute.query_blocks, str(Kernels().using(**{op: own}))
-        )
+        others: dict[str, Implementation] = {op: own}
+        kernels = str(Kernels().using(**others))
+        alone = Compute(compute.numerics, compute.dtype, compute.mesh, compute.query_blocks, kernels)
         try:
             jax.eval_shape(functools.partial(_step, cfg=cfg, compute=alone), weights, cache, ids, n)
         except Unsupported as error:

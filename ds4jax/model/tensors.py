@@ -49,7 +49,7 @@ def _block(cfg: ModelConfig, prefix: str, layer: int | None, ratio: int, hashed:
     shared = cfg.n_shared_experts * cfg.expert_dim
     out: list[TensorSpec] = []
 
-    def add(family, name, shape, axes=None, kind="matrix"):
+    def add(family, name, shape, axes=None, kind: Kind = "matrix"):
         out.append(TensorSpec(family, layer, f"{prefix}.{name}", shape, axes or (None,) * len(shape), kind))
 
     for sub in ("attn", "ffn"):
@@ -135,7 +135,7 @@ def mtp_table(cfg: ModelConfig, layout: MtpLayout) -> list[TensorSpec]:
     prefix = f"blk.{cfg.n_layers}" if nextn else "mtp.0"
     out = _block(cfg, prefix, cfg.n_layers, ratio=0, hashed=False)
 
-    def add(family, name, shape, kind="matrix", optional=False):
+    def add(family, name, shape, kind: Kind = "matrix", optional=False):
         name = f"{prefix}.nextn.{name}.weight" if nextn else f"{prefix}.{name}.weight"
         out.append(TensorSpec(family, None, name, shape, (None,) * len(shape), kind, optional))
 

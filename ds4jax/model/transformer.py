@@ -5,6 +5,7 @@ embed ─► N streams ─► boundary ─ h ─► attention ─ y ─► bound
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -61,7 +62,7 @@ def run(
         s = streams(w.embed[given.ids].dequantize(jnp.dtype(compute.dtype)), cfg)
     for layer in range(cfg.n_layers):
         s, cache = block(s, given, w, cache, layer, cfg, compute, tap)
-    return s, cache.replace(length=cache.length + n)
+    return s, dataclasses.replace(cache, length=cache.length + n)
 
 
 def forward(

@@ -11,7 +11,7 @@ import itertools
 import math
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Self
+from typing import Any, Self, get_args, get_type_hints
 
 import jax
 import jax.numpy as jnp
@@ -234,7 +234,7 @@ class WeightSpec:
 
     def struct(self) -> Any:
         """Shapes and dtypes: a Quantized of `jax.ShapeDtypeStruct`, or one `jax.ShapeDtypeStruct`."""
-        if not self.quantized:
+        if isinstance(self.format, np.dtype):
             return jax.ShapeDtypeStruct(self.shape, self.format)
         return self.format.struct(self.shape)
 
@@ -264,6 +264,7 @@ class WeightSpec:
             leaf = "norm" if leaf.endswith("norm") else leaf
             mean, std = {"norm": (1, 0.1), "scale": (1, 0.1), "bias": (0, 0.01)}.get(leaf, (0, 0.5))
             return mean + std * noise
+        assert not isinstance(self.format, np.dtype)
         return self.format.random(key, self.shape, 1.0 if leaf == "embed" else self.shape[-1] ** -0.5)
 
 
@@ -308,13 +309,14 @@ def abstract(cfg: ModelConfig, types: Types) -> Weights:
             return WeightSpec(fmt(spec), spec.shape, spec.axes, (spec,))
         if family in ("mtp.e_proj", "mtp.h_proj"):  # layout nextn
             (spec,) = families["mtp.eh_proj"]
-            rows, columns = spec.shape[0], spec.shape[1] // 2
-            if columns % (block := fmt(spec).block):
+            rows, columns, matrix = spec.shape[0], spec.shape[1] // 2, fmt(spec)
+            assert not isinstance(matrix, np.dtype)
+            if columns % matrix.block:
                 raise GGUFError(
-                    f"tensor '{spec.name}': found type {_format_name(fmt(spec))}, expected one whose blocks divide "
-                    f"e_proj's rows of {columns} values, not blocks of {block}"
+                    f"tensor '{spec.name}': found type {_format_name(matrix)}, expected one whose blocks divide "
+                    f"e_proj's rows of {columns} values, not blocks of {matrix.block}"
                 )
-            return WeightSpec(fmt(spec), (rows, columns), spec.axes, (spec,), (int(family == "mtp.h_proj"), 2))
+            return WeightSpec(matrix, (rows, columns), spec.axes, (spec,), (int(family == "mtp.h_proj"), 2))
         groups = []
         for _, same in itertools.groupby(sorted(specs, key=lambda s: _format_name(fmt(s))), fmt):
             same = list(same)
@@ -322,16 +324,16 @@ def abstract(cfg: ModelConfig, types: Types) -> Weights:
             groups += [group(list(chunk)) for chunk in itertools.batched(same, per_stack)]
         return Stack(tuple(groups), tuple(tuple(s.layer for s in g.tensors) for g in groups))
 
-    def build(cls: type, prefix: str):
-        def child(field: dataclasses.Field):
-            path = f"{prefix}{field.name}"
-            kind, _, may_be_none = field.type.partition(" | ")
-            if may_be_none and not layout:
+    def build(cls: type, prefix: str) -> Any:
+        def child(name: str, kind: Any) -> Any:
+            kinds = get_args(kind) or (kind,)  # Mtp | None: (Mtp, NoneType)
+            if type(None) in kinds and not layout:
                 return None
-            family = globals().get(kind)
-            return build(family, f"{path}.") if dataclasses.is_dataclass(family) else leaf(path)
+            if isinstance(kinds[0], type) and issubclass(kinds[0], Family):
+                return build(kinds[0], f"{prefix}{name}.")
+            return leaf(f"{prefix}{name}")
 
-        return cls(**{f.name: child(f) for f in dataclasses.fields(cls)})
+        return cls(**{name: child(name, kind) for name, kind in get_type_hints(cls).items()})
 
     return build(Weights, "")
 

@@ -35,7 +35,7 @@ def formula(kernel: str) -> Callable[..., Any]:
     return globals()[f"_{kernel}"]
 
 
-def _wide(x: Array | None) -> Array | None:
+def _wide(x: Any) -> Any:
     return None if x is None else x.astype(jnp.float32)
 
 
@@ -55,8 +55,8 @@ def _hyper(
     nth = layer[0]
     connection = mhc.Connection(Weight(_dense(fn), nth), Weight(base, nth), Weight(scale, nth))
     streams = mhc.Streams(X, None if mixed is None else mhc.Output(*mixed))
-    norm = Norm(Weight(norm, nth), numbers.norm_eps)
-    return mhc.boundary(streams, connection, norm, eps=numbers.hc_eps, iterations=numbers.iterations)
+    normed = Norm(Weight(norm, nth), numbers.norm_eps)
+    return mhc.boundary(streams, connection, normed, eps=numbers.hc_eps, iterations=numbers.iterations)
 
 
 def _matmul(
@@ -146,7 +146,10 @@ def _router(
     *, k: int, norm: bool, scale: float, fmt: str | None = None,
 ) -> tuple[Array, ...]:  # fmt: skip
     ids, weight, _ = route.route(logits, Weight(table, layer[0]), tokens, real, k=k, norm=norm, scale=scale)
-    return (ids, weight) if x is None else (ids, weight, packed(x, fmt))
+    if x is None:
+        return ids, weight
+    assert fmt is not None
+    return ids, weight, packed(x, fmt)
 
 
 def packed(x: Array, fmt: str) -> Array:
@@ -177,8 +180,8 @@ def _gate_up_pairs(
     def pair(args: tuple[Array, Array, Array]) -> Array:
         x, expert, weight = args
         here = expert if first is None else expert + first[0]
-        act = swiglu(*(_products_of(planes, fmt, here, x) for planes in (gate, up)), clamp) * weight
-        return jnp.where(expert >= 0, act, 0)
+        g, u = (_products_of(planes, fmt, here, x) for planes in (gate, up))
+        return jnp.where(expert >= 0, swiglu(g, u, clamp) * weight, 0)
 
     return lax.map(pair, (x, ids.reshape(-1), weights.reshape(-1)))
 
@@ -224,8 +227,8 @@ def _grouped_gemm(*args: Any, kind: str, fmt: str, clamp: float = 0, groups: int
     weight, *matrices = rest
 
     def put(y: Array, e: tuple[Array, Planes, Planes]) -> tuple[Array, None]:
-        mine = swiglu(*(dot(x, planes) for planes in e[1:]), clamp)
-        return jnp.where((ids == e[0])[..., None], mine[:, None], y), None
+        gate, up = (dot(x, planes) for planes in e[1:])
+        return jnp.where((ids == e[0])[..., None], swiglu(gate, up, clamp)[:, None], y), None
 
     y = jnp.zeros((*ids.shape, matrices[0][0].shape[1]), jnp.float32)
     y = lax.scan(put, y, (numbers, *matrices))[0] * weight[..., None]

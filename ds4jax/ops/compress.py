@@ -10,6 +10,7 @@ DeepSeek-V4 report, compressed sparse attention and heavily compressed attention
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -68,10 +69,10 @@ def compress(
     length: Array,
     n: Array,
     angles: rope.Angles,
-    nth: int,
+    nth: int | Array,
     *,
     ratio: int,
-    freq: np.ndarray,
+    freq: np.ndarray | None,
     numerics: num.Numerics,
     implementation: Implementation = "xla",
 ) -> list[Compressed]:
@@ -94,7 +95,7 @@ def compress(
         angles.row_sin, jnp.array([layer], jnp.int32), jnp.array([nth], jnp.int32), eps=compressors[0].norm.eps,
         config=tuned.tiles(kernel), interpret=implementation == "pallas_interpret",
     )  # fmt: skip
-    return [s.replace(**m._asdict()) for s, m in zip(states, moved, strict=True)]
+    return [dataclasses.replace(s, **m._asdict()) for s, m in zip(states, moved, strict=True)]
 
 
 def pool(z: Array, g: Array) -> Array:
@@ -103,8 +104,8 @@ def pool(z: Array, g: Array) -> Array:
 
 
 def _formula(
-    c: Compressor, kept: Compressed, length: Array, n: Array, angles: rope.Angles, nth: int, ratio: int,
-    freq: np.ndarray, numerics: num.Numerics,
+    c: Compressor, kept: Compressed, length: Array, n: Array, angles: rope.Angles, nth: int | Array, ratio: int,
+    freq: np.ndarray | None, numerics: num.Numerics,
 ) -> Compressed:  # fmt: skip
     B, R, dtype, D = length.shape[0], ratio, kept.z.dtype, c.row.dim
     z, g = (x.reshape(B, -1, x.shape[-1]).astype(dtype) for x in (c.z, c.g))
@@ -161,4 +162,4 @@ def _formula(
         name: lax.dynamic_update_index_in_dim(getattr(kept, name), following(x), nth, axis=0)
         for name, x in open_window.items()
     }
-    return kept.replace(rows=rows, **update)
+    return dataclasses.replace(kept, rows=rows, **update)

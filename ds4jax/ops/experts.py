@@ -7,7 +7,7 @@ Few tokens read only the experts that they need; many read each expert once.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -64,8 +64,7 @@ def experts(
     """
     if implementation == "xla":
         run = _formula if mesh is None else _sharded(mesh)
-        e = Experts(*(m.value for m in w))
-        return (run(h, ids, weight, e, clamp) + plus).astype(h.dtype)
+        return (run(h, ids, weight, Experts(*(m.value for m in w)), clamp) + plus).astype(h.dtype)
     if mesh is not None:
         raise Unsupported(f"experts: found a mesh of {mesh.size} devices, expected one device")
     gate, up, down = w
@@ -92,8 +91,11 @@ def experts(
     )  # fmt: skip
 
 
-def _formula(x: Array, ids: Array, weight: Array, w: Experts, clamp: float, first: Array | int = 0) -> Array:
-    """Σ_k weight_k · expert_{ids_k}(x) over the experts held in w, which are first, first + 1, …; (S, E), wide."""
+def _formula(x: Array, ids: Array, weight: Array, w: Any, clamp: float, first: Array | int = 0) -> Array:
+    """Σ_k weight_k · expert_{ids_k}(x) over the experts held in w, which are first, first + 1, …; (S, E), wide.
+
+    w: `Experts` of the matrices themselves, not of `Weight`s.
+    """
     (S, k), held, dtype = ids.shape, w.gate.shape[0], wide(x.dtype)
     ids = ids - first
     weight = jnp.where((ids >= 0) & (ids < held), weight, 0)
@@ -112,7 +114,7 @@ def _formula(x: Array, ids: Array, weight: Array, w: Experts, clamp: float, firs
         act = swiglu(gate, up, clamp) * shares(jnp.arange(held, dtype=jnp.int32))[..., None]
         return matmul("sxf,xef->se", act, w.down.dequantize(x.dtype), dtype)
 
-    def one(total: Array, expert: tuple[Experts, Array]) -> tuple[Array, None]:
+    def one(total: Array, expert: tuple[Any, Array]) -> tuple[Array, None]:
         e, i = expert
         gate, up = (matmul("se,fe->sf", x, m.dequantize(x.dtype)) for m in (e.gate, e.up))
         act = swiglu(gate, up, clamp) * shares(i[None])
@@ -126,7 +128,7 @@ def _sharded(mesh: Mesh):
     """`_formula` with the expert axis spread over the mesh: every device runs its own experts, then all add up."""
     axes = RULES["experts"]
 
-    def run(x: Array, ids: Array, weight: Array, w: Experts, clamp: float) -> Array:
+    def run(x: Array, ids: Array, weight: Array, w: Any, clamp: float) -> Array:
         def local(x, ids, weight, w):
             first = lax.axis_index(axes) * w.gate.shape[0]
             return lax.psum(_formula(x, ids, weight, w, clamp, first), axes)

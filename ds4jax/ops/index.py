@@ -35,7 +35,7 @@ def scores(
     q: Array,
     weight: Array,
     keys: num.Rows,
-    nth: int,
+    nth: int | Array,
     position: Array,
     *,
     key: num.RowFormat,

@@ -85,7 +85,9 @@ def products(
     if norm is not None:
         same_layer(norm.weight, asked[0].matrices[0])
     layer = layers(*(p.matrices[0].nth for p in asked))
-    outputs = tuple(few.Output(p.matrices[0].n_out, p.matrices[0].format, p.dtype, p.clamp) for p in asked)
+    outputs = tuple(
+        few.Output(p.matrices[0].n_out, p.matrices[0].format, p.dtype or x.dtype.name, p.clamp) for p in asked
+    )
     return list(
         few.matmul(
             x, layer, [[m.planes for m in p.matrices] for p in asked], None if norm is None else norm.weight.stack,
@@ -104,7 +106,7 @@ def _formula(x: Array, asked: Product, groups: int) -> Array:
         x = x.astype(wide(x.dtype))
     dtype = wide(x.dtype) if asked.clamp is not None else asked.dtype
     y = [_multiply(x, m, groups, dtype) for m in asked.matrices]
-    return y[0] if asked.clamp is None else swiglu(*y, asked.clamp).astype(asked.dtype)
+    return y[0] if asked.clamp is None else swiglu(y[0], y[1], asked.clamp).astype(asked.dtype)
 
 
 def _multiply(x: Array, m: Weight, groups: int, dtype) -> Array:
@@ -137,4 +139,4 @@ def _many(x: Array, asked: Product, groups: int, interpret: bool) -> Array:
         )  # fmt: skip
 
     y = [multiply(m) for m in asked.matrices]
-    return y[0] if asked.clamp is None else swiglu(*y, asked.clamp).astype(asked.dtype)
+    return y[0] if asked.clamp is None else swiglu(y[0], y[1], asked.clamp).astype(asked.dtype)

@@ -67,6 +67,7 @@ class Boundary(NamedTuple):
 
     def add(self, y: Array) -> Streams:
         """The streams after the sub-layer has returned y (S, E)."""
+        assert self.post is not None and self.comb is not None
         return Streams(self.X, Output(y, self.post, self.comb))
 
 

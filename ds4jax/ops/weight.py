@@ -19,7 +19,7 @@ class Weight(NamedTuple):
     """
 
     stack: Any
-    nth: int
+    nth: Any  # an int; in `check`, an int32 scalar
 
     @property
     def value(self) -> Any:

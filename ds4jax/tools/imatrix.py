@@ -99,6 +99,7 @@ def collect(
         family = spec.family.removeprefix("mtp.")
         if family in _INPUTS and totals is not None:
             layer = spec.layer if family == spec.family else cfg.n_layers
+            assert layer is not None
             sums, counts = (np.asarray(x, np.float64) for x in totals[layer][_INPUTS[family]])
             if not np.isfinite(sums).all():
                 raise Ds4Error(f"tensor {show(spec.name)}: found inputs that are not finite; a damaged model?")
@@ -148,7 +149,7 @@ def _observe(
 def _counting(totals: Totals, tokens: Array, n: Array, w: Weights, cfg: ModelConfig, compute: Compute) -> Tap:
     """A tap that puts the sums of squares of what a layer's matrices are multiplied with into `totals`."""
     real = (jnp.arange(tokens.shape[1], dtype=jnp.int32) < n[:, None]).reshape(-1, 1).astype(jnp.float32)
-    kept: dict[str, Array] = {}
+    kept: dict[str, Any] = {}
 
     def sums(x: Array, who: Array) -> tuple[Array, Array]:
         """x (S, columns); who (S, matrices), 1 where a matrix is multiplied with that row."""
