@@ -141,6 +141,7 @@ def _formula(
     window = jnp.arange(windows, dtype=jnp.int32)
     index = first[:, None] + window
     if windows > 1:
+        assert freq is not None
         cos, sin = rope.cos_sin(index * R, freq, row.dtype)
     else:
         cos, sin = angles.row_cos[:, None], angles.row_sin[:, None]
