@@ -16,6 +16,7 @@ import time
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 
 from ds4jax.engine import compiled_steps, sampling
 from ds4jax.io.synthetic import FULL, RECIPES, Synthetic
@@ -97,7 +98,11 @@ def compile_step(gpu: Gpu, tokens: int, layers: int, ctx: int = 32768) -> jax.st
     args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args)
     f = jax.jit(functools.partial(step, cfg=cfg, compute=compute), donate_argnums=donated, out_shardings=sharding)
     options = compiled_steps.compiler_options(name, compute.implementations, backend="gpu")
-    return f.trace(*args).lower(lowering_platforms=("cuda",)).compile(options)
+    # Pallas asks for the device's kind while it lowers.
+    abstract = AbstractDevice(device_kind=gpu.name, num_cores=gpu.cores, platform="gpu")
+    with use_abstract_mesh(AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=abstract)):
+        lowered = f.trace(*args).lower(lowering_platforms=("cuda",))
+    return lowered.compile(options)
 
 
 def main(device: str, tokens: str, layers: str = "5") -> None:
