@@ -276,7 +276,7 @@ def needles(tok: Tokenizer, texts: list[dict[str, str]]) -> list[Item]:
         at = rng.randrange(100, len(ids) - NEEDLE_DISTANCE)
         before, after = tok.decode(ids[at - 100 : at]), tok.decode(ids[at : at + NEEDLE_DISTANCE])
         haystack = f"{before}\n{after}"
-        dialogue, word = generator.needle(haystack, len(before) / len(haystack))
+        dialogue, (word,) = generator.needles(haystack, [len(before) / len(haystack)])
         out.append(Item(dialogue.messages[:1], functools.partial(contains, expected=word)))
     return out
 

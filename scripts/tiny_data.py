@@ -156,7 +156,8 @@ def dialogues(kind: str, generator: Generator, texts: Sequence[Text]) -> Iterato
         text = rng.choice(texts).text
         length = rng.choice((400, 800, 1600, 2400, 2400))  # characters; some 2.7 to a token
         start = rng.randrange(max(1, len(text) - length))
-        yield generator.needle(text[start : start + length], rng.random())[0]
+        depths = [rng.random() for _ in range(rng.randint(1, 4))]
+        yield generator.needles(text[start : start + length], depths)[0]
 
 
 def main() -> None:

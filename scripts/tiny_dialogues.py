@@ -9,7 +9,7 @@ import dataclasses
 import json
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -149,17 +149,24 @@ class Generator:
             ]
         return Dialogue(messages, think, [tool.schema for tool in tools])
 
-    def needle(self, haystack: str, depth: float) -> tuple[Dialogue, str]:
-        """A text with a sentence to remember put into it at `depth` (0 … 1), and a question; → also what to recall."""
+    def needles(self, haystack: str, depths: Sequence[float]) -> tuple[Dialogue, list[str]]:
+        """A text with a sentence to remember put into it at each depth (0 … 1), and a question about each in turn.
+
+        → also the words to recall, in the order of the questions.
+        """
         rng = self.rng
-        name, thing = rng.choice(tiny_tools.NAMES), rng.choice(("password", "secret word", "code word"))
-        word = rng.choice(tiny_tools.NOUNS)
-        cut = haystack.find("\n", int(depth * len(haystack))) + 1
-        needle = f"The {thing} of {name} is {word}.\n"
-        text = f"{haystack[:cut]}{needle}{haystack[cut:]}\n\nWhat is the {thing} of {name}?"
-        answer = f"The {thing} of {name} is {word}."
-        think = rng.random() < 0.3
-        return Dialogue([{"role": "user", "content": text}, self._say(answer, answer, think)], think), word
+        thing, think = rng.choice(("password", "secret word", "code word")), rng.random() < 0.3
+        asked = [(name, rng.choice(tiny_tools.NOUNS)) for name in rng.sample(tiny_tools.NAMES, len(depths))]
+        cuts = [haystack.find("\n", int(depth * len(haystack))) + 1 for depth in depths]
+        for cut, (name, word) in sorted(zip(cuts, asked, strict=True), reverse=True):
+            haystack = f"{haystack[:cut]}The {thing} of {name} is {word}.\n{haystack[cut:]}"
+        messages, text = [], f"{haystack}\n\n"
+        for name, word in asked:
+            answer = f"The {thing} of {name} is {word}."
+            messages += [{"role": "user", "content": f"{text}What is the {thing} of {name}?"}]
+            messages += [self._say(answer, answer, think)]
+            text = ""
+        return Dialogue(messages, think), [word for _, word in asked]
 
     def story(self) -> Dialogue:
         """A story of a few sentences."""

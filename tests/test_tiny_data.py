@@ -81,11 +81,15 @@ def test_what_the_assistant_writes_is_predicted(generator):
 
 
 def test_needles_lie_in_the_text(generator):
-    dialogue, word = generator.needle("a line\n" * 50, 0.5)
-    question, answer = (message["content"] for message in dialogue.messages)
-    needle = answer + "\n"
-    assert answer.endswith(f" is {word}.") and question.count(needle) == 1
-    assert 0.3 < question.index(needle) / len(question) < 0.7
+    depths = 0.5, 0.2, 0.9
+    dialogue, words = generator.needles("a line\n" * 100, depths)
+    said = [message["content"] for message in dialogue.messages]
+    text, answers = said[0], said[1::2]
+    for depth, word, answer in zip(depths, words, answers, strict=True):
+        needle = answer + "\n"
+        assert answer.endswith(f" is {word}.") and text.count(needle) == 1
+        assert abs(text.index(needle) / len(text) - depth) < 0.15
+    assert all(said[2 * i].endswith(f" of {answers[i].split()[-3]}?") for i in range(3))
 
 
 def test_packing_keeps_every_document():
