@@ -5,15 +5,14 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, cast
 
 import jax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 
-C, S = TypeVar("C"), TypeVar("S")
-Choice = C | Callable[[S], C]
+type Choice[C, S] = C | Callable[[S], C]
 """Tiles: a config, or what gives the config for the shape of a call. Shapes with the same `key` share a config."""
 
 # What a block may use on sm_120 and sm_121; Hopper has 227 KiB.
@@ -44,7 +43,7 @@ def call(
     Keep the result (functools.cache on what builds it): a call object that is reused is lowered once.
     aliases: number of an argument → number of the output that takes its place.
     """
-    specs = {} if in_specs is None else {"in_specs": in_specs}
+    specs: dict[str, Any] = {} if in_specs is None else {"in_specs": in_specs}
     specs |= {} if out_specs is None else {"out_specs": out_specs}
     return pl.pallas_call(
         kernel,
@@ -58,9 +57,9 @@ def call(
     )
 
 
-def choose(config: Choice[C, S], shape: S) -> C:
+def choose[C, S](config: Choice[C, S], shape: S) -> C:
     """The config for a call of this shape."""
-    return config(shape) if callable(config) else config
+    return cast(Callable[[S], C], config)(shape) if callable(config) else config
 
 
 def magnitude(n: int) -> int:

@@ -79,8 +79,10 @@ class Shape:
         keys = jax.random.split(key, 5)
         ids = jnp.argsort(jax.random.uniform(keys[0], (self.tokens, self.experts)), axis=-1)[:, : self.used]
         ids = ids.astype(jnp.int32)
-        random = formats.find(self.fmt).random
-        matrix = functools.partial(random, shape=(self.experts, self.n, self.k), std=self.k**-0.5)
+
+        def matrix(key: Array) -> tuple[Array, ...]:
+            return formats.find(self.fmt).random(key, (self.experts, self.n, self.k), self.k**-0.5)
+
         if self.stage == "down":
             return jax.random.normal(keys[1], (self.tokens * self.used, self.k)), ids, matrix(keys[2])
         x = jax.random.normal(keys[1], (self.tokens, self.k))
@@ -218,7 +220,8 @@ def _check(fmt: str, K: int, S: int, planes: Sequence[Array]) -> tuple[int, int]
     expected = [(p.dtype.name, p.shape) for p in formats.find(fmt).structs((K,))]
     if found != expected:
         raise Unsupported(f"{fmt} planes of rows of {K} values: found {found}, expected {expected}")
-    return planes[0].shape[:2]
+    n_experts, rows, _ = planes[0].shape
+    return n_experts, rows
 
 
 def _check_config(config: Config, n: int) -> None:
@@ -244,7 +247,7 @@ def _groups(ids: Array) -> tuple[Array, Array]:
 
 # ---- kernels ---------------------------------------------------------------------------------------------------------
 def _dots(fmt: str) -> type[Dots]:
-    return formats.find(fmt, "experts").experts
+    return formats.needs(fmt, "experts")
 
 
 @functools.cache
@@ -330,7 +333,8 @@ def _gate_up(fmt: str, S: int, k: int, K: int, F: int, clamp: float, config: Con
     planes, warps, tokens = len(formats.find(fmt).planes), config.num_warps, min(config.tokens, S)
 
     def kernel(x, ids, first_expert, weights, *rest):
-        (rank, following), rest = (rest[:2], rest[2:]) if tokens > 1 else ((None, None), rest)
+        n_groups = 2 if tokens > 1 else 0
+        groups, rest = rest[:n_groups], rest[n_groups:]
         gate, up, (*table, out) = rest[:planes], rest[planes : 2 * planes], rest[2 * planes :]
         program = Program(_dots(fmt), K, config, Emulation if interpret else Gpu, *table)
         pair, first = pl.program_id(0), pl.program_id(1) * warps * config.rows
@@ -353,10 +357,10 @@ def _gate_up(fmt: str, S: int, k: int, K: int, F: int, clamp: float, config: Con
 
         # Of the pairs of one expert every tokens-th serves itself and those that follow.
         pairs = [pair]
-        for _ in range(1, tokens):
-            pairs.append(jnp.where(pairs[-1] < S * k, following[jnp.minimum(pairs[-1], S * k - 1)], S * k))
+        while len(pairs) < tokens:
+            pairs.append(jnp.where(pairs[-1] < S * k, groups[1][jnp.minimum(pairs[-1], S * k - 1)], S * k))
         found = sum((p < S * k).astype(jnp.int32) for p in pairs)
-        serves = held & (rank[pair] % tokens == 0) if tokens > 1 else held
+        serves = held & (groups[0][pair] % tokens == 0) if tokens > 1 else held
         for n in range(1, tokens + 1):
             pl.when(serves & (found == n) if tokens > 1 else serves)(functools.partial(serve, pairs[:n]))
 
@@ -387,7 +391,7 @@ def _down(fmt: str, S: int, k: int, F: int, E: int, adds: bool, dtype: np.dtype,
 
         def put(start: Array, total: Array) -> None:
             here = s, pl.ds(start, warps)
-            out[here] = (total + plus[here] if adds else total).astype(dtype)
+            out[here] = (total if plus is None else total + plus[here]).astype(dtype)
 
         def serve() -> None:
             totals = program.sweep(k, expert, [(refs, start) for start in starts], act, lambda i: [s * k + i])

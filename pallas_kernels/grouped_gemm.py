@@ -205,7 +205,7 @@ def default_config(shape: Shape) -> Config:
 
 # ---- formats -------------------------------------------------------------------------------------------------------
 def _tiles(fmt: str) -> Tiles:
-    return formats.find(fmt, "grouped_gemm").grouped_gemm
+    return formats.needs(fmt, "grouped_gemm")
 
 
 def arrange(x: Array, fmt: str) -> Array:
@@ -317,7 +317,7 @@ def _kernel(x, tiles, source, target, columns, factor, table, *refs, fmt, matric
         total, *_ = lax.fori_loop(first, last + 1, step, (total, ready(first, load(first)), load(first + 1)))
         y = jnp.unstack(total.reshape(c.num_warps, 2, 8, bm).transpose(0, 2, 3, 1), axis=-1)
         if clamp is not None:
-            y = [swiglu(*y, clamp)]
+            y = [swiglu(y[0], y[1], clamp)]
         for part, m in zip(y, n, strict=True):
             part = part.reshape(half, bm)
             if clamp is not None:
@@ -429,7 +429,7 @@ def experts(
     n_experts, n = n_experts or gate[0].shape[0], gate[0].shape[1]
     (s, k), slots = x.shape, ids.shape[1]
     shapes = Shape("gate_up", s, n, k, fmts[0], n_experts, slots), Shape("down", s, k, n, fmts[1], n_experts, slots)
-    configs = [common.choose(config or default_config, shape) for shape in shapes]
+    configs: list[Config] = [common.choose(config or default_config, shape) for shape in shapes]
     routing = route(ids, n_experts)
     columns = arrange(jnp.arange(n, dtype=jnp.int32), fmts[1])  # as `down` wants them
     h = gate_up(

@@ -16,6 +16,7 @@ latency are what it costs, 2 to 4 µs a kernel. Formulas: ds4jax/ops/mhc.py.
 from __future__ import annotations
 
 import functools
+import operator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -85,7 +86,7 @@ class Shape:
         """Rows of fn."""
         return self.streams if self.head else 2 * self.streams + self.streams**2
 
-    def inputs(self, key: Array) -> tuple[Array, ...]:
+    def inputs(self, key: Array) -> tuple:
         """Streams of different sizes around 1; fn · X'/rms is of order 1."""
         keys = iter(jax.random.split(key, 8))
         S, N, E, L, M, dtype = self.tokens, self.streams, self.dim, self.layers, self.rows, self.dtype
@@ -132,7 +133,8 @@ def _expand(X, *refs, mixes: bool, c: Config):
 
     parts: float32 (slices, S, PARTS).
     """
-    y, post, C, fn, layer, X_new, parts = refs if mixes else (None, None, None, *refs[:2], None, refs[2])
+    inputs = 5 if mixes else 2
+    (*boundary, fn, layer), (*X_new, parts) = refs[:inputs], refs[inputs:]
     S, N, _ = X.shape
     M = fn.shape[1]
     p, first = pl.program_id(0), pl.program_id(1) * c.tokens
@@ -143,12 +145,13 @@ def _expand(X, *refs, mixes: bool, c: Config):
 
     def token(s, _):
         x = [X[s, k, columns].astype(jnp.float32) for k in range(N)]
-        if mixes:
+        if boundary:
+            y, post, C = boundary
             new = y[s, columns].astype(jnp.float32)
             mixed = [post[s, k] * new + sum(C[s, j, k] * x[j] for j in range(N)) for k in range(N)]
             x = [m.astype(X.dtype) for m in mixed]
             for k in range(N):
-                X_new[s, k, columns] = x[k]
+                X_new[0][s, k, columns] = x[k]
             x = [v.astype(jnp.float32) for v in x]
         products = sum(f[k].astype(jnp.float32) * x[k] for k in range(N))
         squares = sum(v * v for v in x)
@@ -201,7 +204,7 @@ def _collapse(X, parts, base, scale, norm, layer, h, *mixture, numbers: Numbers,
         dots, squares = [parts[:, s, k] for k in range(N)], parts[:, s, M]
         x, weight = [X[s, k].astype(jnp.float32) for k in range(N)], norm[nth]
         pre = [jax.nn.sigmoid(mixed(m, squares, 0, k)) + numbers.hc_eps for k, m in enumerate(dots)]
-        u = sum(p * v for p, v in zip(pre, x, strict=True)).astype(X.dtype).astype(jnp.float32)
+        u = functools.reduce(operator.add, map(operator.mul, pre, x)).astype(X.dtype).astype(jnp.float32)
         h[s] = (rms_norm(u, numbers.norm_eps) * weight).astype(h.dtype)
 
     def mix(first: Array) -> None:
@@ -328,4 +331,5 @@ def op(
         *new, parts = products(X, *(mixed or ()), fn.reshape(L, M, N, E), layer)
         X = new[0] if new else X
     h, *mixture = _collapsed(S, N, E, X.dtype, M == N, numbers, c, interpret)(X, parts, base, scale, norm, layer)
-    return X, h, *(mixture or (None, None))
+    post, C = mixture or (None, None)
+    return X, h, post, C

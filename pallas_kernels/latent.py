@@ -141,7 +141,8 @@ def _kernel(*refs, inputs: int, index_programs: int, eps: float, c: Config):
     def angles(n: int) -> tuple[Array, Array]:
         """cos and sin of the n / 2 pairs of a head, (1, n / 2); those before the RoPE part stay as they are."""
         pair = lax.broadcasted_iota(jnp.int32, (1, n // 2), 1) - (n - BLOCK) // 2
-        return tuple(plgpu.load(ref.at[b, pair], mask=pair >= 0, other=o) for ref, o in ((cos, 1.0), (sin, 0.0)))
+        load = functools.partial(plgpu.load, mask=pair >= 0)
+        return load(cos.at[b, pair], other=1.0), load(sin.at[b, pair], other=0.0)
 
     def make_queries() -> None:
         heads = pl.ds((program - index_programs - 1) * c.heads, c.heads)

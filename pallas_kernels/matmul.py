@@ -31,7 +31,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import common, formats
 from pallas_kernels.common import Unsupported
-from pallas_kernels.formats.runs import RUN, columns_of
+from pallas_kernels.formats.runs import RUN, Runs, columns_of
 from pallas_kernels.numerics.norm import inverse_rms
 from pallas_kernels.numerics.swiglu import swiglu
 
@@ -134,7 +134,8 @@ def _finish(values: Sequence[Array], out: Output) -> Array:
     """float32 products with an output's one or two matrices → the output."""
     if out.clamp is None:
         return values[0].astype(out.dtype)
-    return swiglu(*values, out.clamp).astype(out.dtype)
+    gate, up = values
+    return swiglu(gate, up, out.clamp).astype(out.dtype)
 
 
 # ---- kernel ----------------------------------------------------------------------------------------------------------
@@ -176,10 +177,10 @@ def _inputs(xs: Sequence[Array], weight: Sequence[Array | None]) -> list[Array]:
     return [column for x in xs for column in _split(x)]
 
 
-def _vector(shape: Shape, config: Config, fmt: formats.Format, tile: _Tile, token: Array, interpret: bool):
+def _vector(shape: Shape, config: Config, fmt: str, tile: _Tile, token: Array, interpret: bool):
     """Sums along K, of config.tokens tokens from `token` on: products (R,) per matrix and token, Σ x² per token."""
     n, tokens = config.k_block, range(config.tokens)
-    run = _run_of(fmt)
+    runs, run = _runs(fmt), _run_of(fmt)
     rows = [(planes, tile.row + r) for planes in tile.matrices for r in range(tile.rows)]
 
     def add(pieces, xs, total):
@@ -194,7 +195,7 @@ def _vector(shape: Shape, config: Config, fmt: formats.Format, tile: _Tile, toke
         totals, squares = sums
         start = tile.first + offset
         # All loads come before all arithmetic, so that many are on their way at once.
-        loaded = [fmt.matmul.load(planes, tile.layer, row, start, n, run, interpret) for planes, row in rows]
+        loaded = [runs.load(planes, tile.layer, row, start, n, run, interpret) for planes, row in rows]
         columns = loaded[0].columns
         weight = [[tile.weight(c) for c in of_piece] for of_piece in columns]
         xs = [[[tile.x(token + t, c) for c in of_piece] for of_piece in columns] for t in tokens]
@@ -206,7 +207,7 @@ def _vector(shape: Shape, config: Config, fmt: formats.Format, tile: _Tile, toke
             [add(p, x, t) for x, t in zip(xs, ts, strict=True)] for p, ts in zip(pieces, totals, strict=True)
         ], squares
 
-    zeros = jnp.zeros((n // (fmt.matmul.run or run),), jnp.float32)
+    zeros = jnp.zeros((n // (runs.run or run),), jnp.float32)
     squares = [jnp.zeros((n // run,), jnp.float32) for _ in tokens if shape.norm_eps is not None]
     totals, squares = _steps(shape, config, step, ([[zeros for _ in tokens] for _ in rows], squares))
     matrices = [totals[i : i + tile.rows] for i in range(0, len(rows), tile.rows)]
@@ -214,14 +215,16 @@ def _vector(shape: Shape, config: Config, fmt: formats.Format, tile: _Tile, toke
     return products, [s.sum() for s in squares]
 
 
-def _dot(shape: Shape, config: Config, fmt: formats.Format, tile: _Tile, tokens: Array, interpret: bool):
+def _dot(shape: Shape, config: Config, fmt: str, tile: _Tile, tokens: Array, interpret: bool):
     """Tensor cores, all tokens at once (their numbers (T,)): products (R, T) per matrix, Σ x² (T,)."""
-    dtype = fmt.matmul.dot
+    runs = _runs(fmt)
+    dtype = runs.dot
+    assert dtype is not None  # `check` refuses it
     n, rows = config.k_block, tile.row + lax.iota(jnp.int32, tile.rows)
 
     def order(a):
         """Columns in an order in which 8 neighbours belong to one thread, which reads them at once."""
-        if not fmt.matmul.narrow:
+        if not runs.narrow:
             return a
         return a.reshape(a.shape[0], -1, 4, 4, 2).transpose(0, 1, 3, 2, 4).reshape(a.shape)
 
@@ -243,7 +246,7 @@ def _dot(shape: Shape, config: Config, fmt: formats.Format, tile: _Tile, tokens:
         products, squares = sums
         start, totals = tile.first + offset, []
         for planes, total in zip(tile.matrices, products, strict=True):
-            loaded = fmt.matmul.load(planes, tile.layer, rows, start, n, DOT_RUN, interpret)
+            loaded = runs.load(planes, tile.layer, rows, start, n, DOT_RUN, interpret)
             for piece, columns in zip(loaded.decode(dtype), loaded.columns, strict=True):
                 total = add(piece, columns, total)
             totals.append(total)
@@ -272,7 +275,7 @@ def _build(shape: Shape, config: Config, interpret: bool) -> Callable:
         program, split, block = (pl.program_id(i) for i in range(3))
 
         def work(nth: int, start: int):
-            n_rows, fmt = tile_rows[nth], formats.find(shape.outputs[nth].fmt, "matmul")
+            n_rows, fmt = tile_rows[nth], shape.outputs[nth].fmt
             first_row = (program - start) * n_rows
             group = () if shape.groups == 1 else (lax.div(first_row, np.int32(group_rows[nth])),)
             rows = first_row + lax.iota(jnp.int32, n_rows)
@@ -289,13 +292,13 @@ def _build(shape: Shape, config: Config, interpret: bool) -> Callable:
                 token = block * config.tokens
                 products, squares = _vector(shape, config, fmt, tile, token, interpret)
                 for t in range(config.tokens):
-                    inverse = inverse_rms(squares[t], shape.k, shape.norm_eps) if squares else None
+                    inverse = None if shape.norm_eps is None else inverse_rms(squares[t], shape.k, shape.norm_eps)
                     store(nth, [p[t] for p in products], inverse, token + t, rows, None)
             else:
                 tokens = lax.iota(jnp.int32, padded)
                 # Rows beyond the last repeat it; their products are not stored.
                 products, squares = _dot(shape, config, fmt, tile, jnp.minimum(tokens, shape.m - 1), interpret)
-                inverse = None if squares is None else inverse_rms(squares, shape.k, shape.norm_eps)[None]
+                inverse = None if shape.norm_eps is None else inverse_rms(squares, shape.k, shape.norm_eps)[None]
                 real = None if shape.m == padded else jnp.broadcast_to(tokens < shape.m, (n_rows, padded))
                 store(nth, products, inverse, tokens[None], rows[:, None], real)
 
@@ -455,7 +458,7 @@ def check(shape: Shape, config: Config) -> None:
         return
     _require(shape.x_dtype != "float32", "dtype of x", shape.x_dtype, "bfloat16 or float16 for dot")
     for out in shape.outputs:
-        _require(formats.find(out.fmt, "matmul").matmul.dot is not None, "format", out.fmt, "another for dot")
+        _require(_runs(out.fmt).dot is not None, "format", out.fmt, "another for dot")
         rows = math.gcd(config.rows, out.n // shape.groups)
         _require(rows >= 16, f"rows of {out} in a tile", rows, "at least 16 for dot")
     shared = shared_memory(shape, config)
@@ -475,13 +478,16 @@ def shared_memory(shape: Shape, config: Config) -> int:
 
 def _run(shape: Shape) -> int:
     """Columns that a thread holds together, in the output that has the most."""
-    used = [formats.find(out.fmt, "matmul") for out in shape.outputs]
-    return max(fmt.matmul.run or _run_of(fmt) for fmt in used)
+    return max(_runs(out.fmt).run or _run_of(out.fmt) for out in shape.outputs)
 
 
-def _run_of(fmt: formats.Format) -> int:
+def _run_of(fmt: str) -> int:
     """Columns of a run of RUN bytes, in the last plane."""
-    return RUN // jnp.dtype(fmt.planes[-1][0]).itemsize
+    return RUN // jnp.dtype(formats.find(fmt).planes[-1][0]).itemsize
+
+
+def _runs(fmt: str) -> Runs:
+    return formats.needs(fmt, "matmul")
 
 
 def _programs(shape: Shape, rows: int) -> int:
@@ -512,7 +518,7 @@ def default_config(shape: Shape) -> Config:
 
 def _takes_dot(shape: Shape) -> bool:
     rows = (out.n // shape.groups for out in shape.outputs)
-    dots = (formats.find(out.fmt, "matmul").matmul.dot for out in shape.outputs)
+    dots = (_runs(out.fmt).dot for out in shape.outputs)
     return shape.x_dtype != "float32" and not any(n % 16 for n in rows) and all(dots)
 
 

@@ -68,7 +68,7 @@ class Shape:
     def static(self) -> dict[str, Any]:
         return {"k": self.k, "norm": self.norm, "scale": self.scale, "fmt": self.fmt}
 
-    def inputs(self, key: Array) -> tuple[Array, ...]:
+    def inputs(self, key: Array) -> tuple:
         """Logits of both signs. A token's experts are distinct. The bias is of the size of the scores' differences."""
         keys = jax.random.split(key, 4)
         x = jax.random.normal(keys[3], (self.tokens, self.dim), jnp.bfloat16) if self.fmt else None
@@ -165,7 +165,7 @@ def _call(
         if packing is None:
             route()
         else:
-            lax.cond(program == 0, route, lambda: packing.run(*to_pack, s, program - 1))
+            lax.cond(program == 0, route, functools.partial(packing.run, *to_pack, s, program - 1))
 
     out = [jax.ShapeDtypeStruct((S, k), jnp.int32), jax.ShapeDtypeStruct((S, k), jnp.float32)]
     return common.call(
@@ -219,7 +219,7 @@ def op(
         raise Unsupported(f"router: logits are {logits.dtype}, expected float32")
     if not 0 < k <= n <= MAX_EXPERTS:
         raise Unsupported(f"router: {k} of {n} experts, expected 1 to all of at most {MAX_EXPERTS}")
-    packing = None if x is None else experts.Packing(fmt, x.shape[1])
+    packing = None if x is None else experts.Packing(str(fmt), x.shape[1])
     shape = Shape(S, 0 if tokens is None else table.shape[1], n, k, norm, scale, fmt=fmt)
     shape = shape if x is None else replace(shape, dim=x.shape[1])
     config = common.choose(config or default_config, shape)

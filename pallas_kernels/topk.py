@@ -90,7 +90,7 @@ SHAPES = {
 }
 
 
-def _ordered(bits: Array) -> Array:
+def _ordered(bits: Any) -> Any:
     """Bits of a float32 → an int32 that orders as the floats do, -0 before 0. Those of positive floats do already."""
     return bits ^ (bits >> 31 & 0x7FFFFFFF)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,7 @@ class Format:
     block: int
     planes: tuple[tuple[str, int], ...]
     dequantize: Callable[..., Array]
-    random: Callable[[Array, tuple[int, ...], float], tuple[Array, ...]]
+    random: Callable[..., tuple[Array, ...]]
     matmul: Runs | None = None
     experts: type[Dots] | None = None
     grouped_gemm: Tiles | None = None
@@ -69,6 +69,11 @@ def find(name: str, kernel: Kernel | None = None) -> Format:
     if name not in names(kernel):
         raise Unsupported(f"format: found {name}, expected one of {', '.join(names(kernel))}")
     return _FORMATS[name]
+
+
+def needs(name: str, kernel: Kernel) -> Any:
+    """What a kernel needs of the format of this name: Runs, Dots or Tiles. Raises Unsupported."""
+    return getattr(find(name, kernel), kernel)
 
 
 def dequantize(name: str, *planes: Array) -> Array:

@@ -264,8 +264,8 @@ class KQuant(Grouped):
 
     @classmethod
     def dot(cls, rows, xs, program):
-        products = [[0 for _ in xs] for _ in rows]
-        minima = [[0 for _ in xs] for _ in rows]
+        products: list[list[Any]] = [[0 for _ in xs] for _ in rows]
+        minima: list[list[Any]] = [[0 for _ in xs] for _ in rows]
         per_group = cls.unit // 2 // cls.groups
         for g in range(cls.groups):
             words = [x.words(per_group * g, per_group) for x in xs]
@@ -291,7 +291,7 @@ class OneScale(Grouped):
     @classmethod
     def dot(cls, rows, xs, program):
         per_group = cls.unit // 2 // cls.groups
-        totals = [[0 for _ in xs] for _ in rows]
+        totals: list[list[Any]] = [[0 for _ in xs] for _ in rows]
         for g in range(cls.groups):
             words = [x.words(per_group * g, per_group) for x in xs]
             for i, row in enumerate(rows):

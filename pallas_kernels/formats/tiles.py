@@ -60,11 +60,11 @@ class Gpu:
     @staticmethod
     def bytes(low: Array, high: Array, which: Array | int) -> Array:
         """Four bytes, each chosen by a nibble 0-7 of the low half of `which` from the eight bytes of low and high."""
-        which, constraint = ((str(which),), "") if isinstance(which, int) else ((which,), ",r")
-        name, args = ("$3", which) if constraint else (which[0], ())
-        return lax.bitcast_convert_type(
-            _asm(f"prmt.b32 $0, $1, $2, {name};", "=r,r,r" + constraint, low, high, *args), jnp.uint32
-        )
+        if isinstance(which, int):
+            out = _asm(f"prmt.b32 $0, $1, $2, {which};", "=r,r,r", low, high)
+        else:
+            out = _asm("prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", low, high, which)
+        return lax.bitcast_convert_type(out, jnp.uint32)
 
     @staticmethod
     def affine(codes: Array, zero: float, scale: Array, plus: Array | None = None) -> list[Array]:
