@@ -8,7 +8,7 @@ the logical array, and only the last axis is packed: a plane is sharded and inde
 from __future__ import annotations
 
 import math
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import gguf
 import jax
@@ -34,7 +34,7 @@ class Quantized:
     ggml_type: ClassVar[GGMLType]
     block: ClassVar[int]
     block_bytes: ClassVar[int]
-    planes: ClassVar[dict[str, tuple[np.dtype, int]]]
+    planes: ClassVar[dict[str, tuple[Any, int]]]
     largest: ClassVar[float]
     for_matmul: ClassVar[kernels.Runs | None] = None
     for_experts: ClassVar[type[kernels.Dots] | None] = None

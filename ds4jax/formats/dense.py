@@ -34,8 +34,11 @@ def _decode_tile(t: Tile, *values: Array) -> Array:
 _ORDER = (4, 4, 2, 2, 2), (0, 2, 3, 1, 4)  # part, thread, and three bits of eight neighbours
 
 
+@struct.dataclass
 class Dense(Quantized):
     """Base of the unquantized formats."""
+
+    values: Array
 
     @staticmethod
     def _decode(values):
@@ -58,7 +61,6 @@ class F32(Dense):
     planes = {"values": (np.float32, 4)}
     largest = float(jnp.finfo(jnp.float32).max)
     for_matmul = Runs(_load_run, dot=None)
-    values: Array
 
 
 @struct.dataclass
@@ -70,7 +72,6 @@ class F16(Dense):
     largest = float(jnp.finfo(jnp.float16).max)
     for_matmul = Runs(_load_run)
     for_grouped_gemm = Tiles(_load_tile, _decode_tile, _ORDER)
-    values: Array
 
 
 @struct.dataclass
@@ -82,4 +83,3 @@ class BF16(Dense):
     largest = float(jnp.finfo(jnp.bfloat16).max)
     for_matmul = Runs(_load_run, dot="bfloat16")
     for_grouped_gemm = Tiles(_load_tile, _decode_tile, _ORDER)
-    values: Array

@@ -23,7 +23,7 @@ Array = jax.Array
 def _tables() -> tuple[np.ndarray, np.ndarray]:
     reference = gguf.quants.IQ2_XXS
     reference.init_grid()
-    return reference.grid.reshape(256, 8).astype(np.float32), np.frombuffer(reference.ksigns, np.uint8)
+    return np.asarray(reference.grid, np.float32).reshape(256, 8), np.frombuffer(reference.ksigns, np.uint8)
 
 
 # The 256 × 8 grid of magnitudes {8, 25, 43} and the 128 sign bytes (7 bits and their parity), as ggml has them.
@@ -92,7 +92,7 @@ class _Dots(Dots):
                 for upper in range(2):
                     w = program.op.lookup(codes >> jnp.uint32(16 * upper), low, high)
                     for t, x in enumerate(words):
-                        total[t] = program.op.dot4(w, *x[2 * upper :][:2], total[t])
+                        total[t] = program.op.dot4(w, x[2 * upper], x[2 * upper + 1], total[t])
         scales = [x.scale for x in xs]
         out = []
         for total, (_, signs, d) in zip(totals, rows, strict=True):

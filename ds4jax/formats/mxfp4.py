@@ -144,7 +144,8 @@ class MXFP4(Quantized):
         (step,) = search(evaluate, np.array([1 / 4, 1 / 2, 1 / 8], np.float32))
         magnitude = code(step)
         # The biased exponent of unit · step. Below the format's range, the weights are 0.
-        e = sum(lax.bitcast_convert_type(v, jnp.int32) >> 23 for v in (unit, step)) - 127
+        of_unit, of_step = (lax.bitcast_convert_type(v, jnp.int32) >> 23 for v in (unit, step))
+        e = of_unit + of_step - 127
         magnitude = jnp.where(e[..., None] < 0, 0, magnitude).astype(jnp.uint32)
         codes = magnitude | ((x < 0) & (magnitude > 0)).astype(jnp.uint32) << 3
         return {"e": jnp.maximum(e, 0), "q": words_of(codes[:, :16] | codes[:, 16:] << 4)}

@@ -13,7 +13,9 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
+from jax.typing import ArrayLike
 
 from ds4jax.errors import Ds4Error
 from ds4jax.formats import FORMATS, Quantized
@@ -25,7 +27,7 @@ Array = jax.Array
 CHUNK = 1 << 20
 
 
-def quantize(x: Array, fmt: type[Quantized], importance: Array | None = None) -> Quantized:
+def quantize(x: ArrayLike, fmt: type[Quantized], importance: ArrayLike | None = None) -> Quantized:
     """Quantizes x (..., out, in), any float dtype, to `fmt`: the planes, of logical shape x.shape.
 
     importance: mean or sum of squares ≥ 0 of each input column, by which errors are weighed, in any unit: (in,), or
@@ -41,7 +43,7 @@ def quantize(x: Array, fmt: type[Quantized], importance: Array | None = None) ->
     importance = jnp.ones(x.shape[-1:]) if importance is None else jnp.asarray(importance)
     _check_shapes(x, fmt, importance)
     sharding = None
-    if not isinstance(x, jax.core.Tracer) and not isinstance(importance, jax.core.Tracer):
+    if not isinstance(x, Tracer) and not isinstance(importance, Tracer):
         check_values(x, fmt, importance)
         sharding = x.sharding if isinstance(x.sharding, NamedSharding) else None
     return _quantize(x, importance, fmt, sharding, CHUNK)

@@ -33,7 +33,7 @@ def search(evaluate: Callable, candidates: np.ndarray) -> tuple[Array, ...]:
     return tuple(jnp.take_along_axis(v, best, axis=0)[0] for v in values)
 
 
-def ratio(a: Array, b: Array) -> Array:
+def ratio(a: Array | float, b: Array) -> Array:
     """a / b, and 0 where b is not positive: a group without extent has no scale."""
     return jnp.where(b > 1e-30, a / jnp.maximum(b, 1e-30), 0.0)
 

@@ -101,7 +101,7 @@ class Program:
     k: int
     config: Any
     op: type[Gpu] | type[Emulation]
-    table: Ref | None = None
+    table: Ref = None
 
     def units(self, start: Array | int) -> Array:
         """int32 (warps, n): the numbers of the units of one step along the rows, the same for every warp."""
