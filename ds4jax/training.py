@@ -13,9 +13,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.scipy.special import logsumexp
+from jax.typing import ArrayLike
 
 from ds4jax.config import CSA_RATIO, ModelConfig
 from ds4jax.formats import Quantized
@@ -38,7 +38,7 @@ INDEX_SHARE = 8
 
 
 # ---- initial weights -------------------------------------------------------------------------------------------------
-def init(cfg: ModelConfig, seed: int, tid2eid: np.ndarray) -> Weights:
+def init(cfg: ModelConfig, seed: int, tid2eid: ArrayLike) -> Weights:
     """Initial float32 weights. tid2eid: int32 (vocab, n_experts_used), the experts of each token in all hashed layers.
 
     Matrices have deviation 1/√in; those that add to the streams are smaller, by √(2·layers). Hyper-connections start
@@ -51,7 +51,7 @@ def init(cfg: ModelConfig, seed: int, tid2eid: np.ndarray) -> Weights:
     return jax.tree.unflatten(treedef, leaves)
 
 
-def _init_leaf(spec: WeightSpec, key: Array, cfg: ModelConfig, tid2eid: np.ndarray):
+def _init_leaf(spec: WeightSpec, key: Array, cfg: ModelConfig, tid2eid: ArrayLike):
     family, shape, N = spec.tensors[0].family.removeprefix("mtp."), spec.shape, cfg.n_streams
     leaf = family.rsplit(".", 1)[-1]
     noise = jax.random.normal(key, shape, jnp.float32)

@@ -120,7 +120,7 @@ class State:
 
     @property
     def weights(self) -> Weights:
-        return self.params.replace(hash=self.hash, route=self.route)
+        return dataclasses.replace(self.params, hash=self.hash, route=self.route)
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
@@ -130,11 +130,12 @@ def initial(table: jax.Array, *, plan: Plan) -> Weights:
     return training.init(plan.cfg, plan.seed, table)
 
 
+# What pyright is to ignore below: the types of optax know no dataclasses.
 @functools.partial(jax.jit, static_argnames="plan")
 def begin(w: Weights, *, plan: Plan) -> State:
     """The state before the first step, from some weights."""
-    params = w.replace(hash=None, route=None)
-    return State(jnp.zeros((), jnp.int32), params, w.hash, w.route, plan.optimiser().init(params))
+    params = dataclasses.replace(w, hash=None, route=None)
+    return State(jnp.zeros((), jnp.int32), params, w.hash, w.route, plan.optimiser().init(params))  # pyright: ignore[reportArgumentType]
 
 
 def expert_table(tokens: np.ndarray, cfg: ModelConfig) -> np.ndarray:
@@ -168,7 +169,7 @@ def train_step(
         """The gradient and the parts of the loss of one device's rows, in the mean over the devices."""
 
         def loss(params: Weights) -> tuple[jax.Array, dict[str, jax.Array]]:
-            w = params.replace(hash=state.hash, route=state.route)
+            w = dataclasses.replace(params, hash=state.hash, route=state.route)
             if importance is not None:
                 w = training.as_stored(w, Q2_EXPERTS, importance)
             return training.loss(w, tokens[rows].astype(jnp.int32), mask[rows], cfg, plan.compute)
@@ -179,11 +180,11 @@ def train_step(
     specs = all_of_it, all_of_it, all_of_it, a_part, all_of_it
     shared = jax.shard_map(share, mesh=mesh(plan), in_specs=specs, out_specs=all_of_it, check_vma=False)
     gradient, parts = shared(state, tokens, mask, rows, importance)
-    update, moments = plan.optimiser().update(gradient, state.moments, state.params)
+    update, moments = plan.optimiser().update(gradient, state.moments, state.params)  # pyright: ignore[reportArgumentType]
     route = training.balance(state.weights, parts["loads"]).route
-    params = optax.apply_updates(state.params, update)
+    params = optax.apply_updates(state.params, update)  # pyright: ignore[reportArgumentType]
     parts["norm"] = jnp.sqrt(sum(jnp.sum(g * g) for g in jax.tree.leaves(gradient)))
-    return state.replace(step=state.step + 1, params=params, route=route, moments=moments), parts
+    return dataclasses.replace(state, step=state.step + 1, params=params, route=route, moments=moments), parts
 
 
 def rows_of(plan: Plan, step: int, n_rows: int) -> np.ndarray:
@@ -267,7 +268,7 @@ def export(path: Path, w: Weights, cfg: ModelConfig, tok: Tokenizer) -> None:
     specs, treedef = jax.tree.flatten(weights.abstract(cfg, RECIPES["f32"]))
     tensors = {}
     for spec, value in zip(specs, treedef.flatten_up_to(w), strict=True):
-        array = np.asarray(value.values if isinstance(value, Quantized) else value)
+        array = np.asarray(value.dequantize() if isinstance(value, Quantized) else value)
         for i, tensor in enumerate(spec.tensors):
             data = array[i] if spec.layered else array
             qtype = storage_type(tensor, RECIPES["f32"])

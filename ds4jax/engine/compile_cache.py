@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 def _surroundings() -> bytes:
     """A hash of what every program depends on."""
     digest = hashlib.sha256()
-    folders = [(Path(package.__file__).parent, "*.py") for package in (ds4jax, pallas_kernels)]
+    folders = [(Path(package.__path__[0]), "*.py") for package in (ds4jax, pallas_kernels)]
     for folder, pattern in [*folders, (CONFIG_DIR / "tuned", "*.json")]:
         for path in sorted(folder.rglob(pattern)):
             digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())

@@ -150,7 +150,7 @@ class CompiledSteps:
         self.get_all(self.calls([padded.shape[1], *sizes]))
 
 
-def _placed(x: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+def _placed(x: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding | None) -> jax.ShapeDtypeStruct:
     return x.update(sharding=sharding)
 
 

@@ -110,12 +110,12 @@ def check(programs: CompiledSteps, sizes: Iterable[int] = ()) -> Plan:
     if found.fits:  # else there is no need to compile
         programs.compile_largest(sizes)
         found = plan(programs)
-    if not found.fits:
-        raise ConfigError(
-            f"memory: found {found.limit / _GIB:.1f} GiB, expected at least {found.total / _GIB:.1f} GiB\n"
-            f"{found}\n{advice(programs)}"
-        )
-    return found
+    if found.limit is None or found.fits:
+        return found
+    raise ConfigError(
+        f"memory: found {found.limit / _GIB:.1f} GiB, expected at least {found.total / _GIB:.1f} GiB\n"
+        f"{found}\n{advice(programs)}"
+    )
 
 
 def advice(programs: CompiledSteps) -> str:
@@ -137,10 +137,9 @@ def largest(programs: CompiledSteps, key: str, step: int) -> int | None:
     to be compiled; where it alone is too much, the result may not be the very largest.
     """
     found, asked = plan(programs), getattr(programs, key)
-    workspace = max(found.workspace.values(), default=0)
 
     def fits(steps: int) -> bool:
-        return found.weights + per_device(programs.but(key, steps * step).cache) + workspace <= found.limit
+        return dataclasses.replace(found, cache=per_device(programs.but(key, steps * step).cache)).fits
 
     low, high = 0, (asked - 1) // step
     while low < high:

@@ -121,7 +121,7 @@ class ModelRunner:
         self._sampling = [Sampling()] * self.batch
         results = self.steps.results
         self._results = tuple(jnp.zeros(x.shape, x.dtype, device=x.sharding) for x in results)  # of the last block
-        self._arguments: list[tuple[np.ndarray, Array]] = []  # of the last block, on the host and on the device
+        self._arguments: list[tuple[Any, Any]] = []  # of the last block, on the host and on the device
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:

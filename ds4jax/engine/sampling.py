@@ -28,11 +28,11 @@ Array = jax.Array
 class Batch:
     """The `Sampling` of every sequence of a batch: temperature, top_p, min_p float32 (B,), top_k int32, seed uint32."""
 
-    temperature: Array
-    top_k: Array
-    top_p: Array
-    min_p: Array
-    seed: Array
+    temperature: Array | np.ndarray
+    top_k: Array | np.ndarray
+    top_p: Array | np.ndarray
+    min_p: Array | np.ndarray
+    seed: Array | np.ndarray
 
 
 def batch(params: Sequence[Sampling]) -> Batch:
@@ -69,10 +69,10 @@ class Edits:
     are multiplied; then `add` is added. allowed: uint32 (B, ⌈V / 32⌉), bit i mod 32 of word i // 32 for id i.
     """
 
-    ids: Array
-    repeat: Array
-    add: Array
-    allowed: Array
+    ids: Array | np.ndarray
+    repeat: Array | np.ndarray
+    add: Array | np.ndarray
+    allowed: Array | np.ndarray
 
 
 def edited(logits: Array, edits: Edits) -> Array:

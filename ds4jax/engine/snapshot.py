@@ -143,7 +143,7 @@ def _put(cache: Cache, slot: jax.Array, first: dict[str, jax.Array], planes: dic
         name = _name(path)
         if name not in planes:
             return x
-        at = [0] * x.ndim
+        at: list[int | jax.Array] = [0] * x.ndim
         at[_axis(x)] = slot
         if name in first:
             at[2] = first[name]
@@ -171,10 +171,10 @@ def _name(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
-def _ratio(name: str) -> int | None:
-    """Tokens per compressed row, in a plane of such rows."""
+def _ratio(name: str) -> int:
+    """Tokens per compressed row, in a plane of such rows; 0 in others."""
     kind, _, rest = name.partition(".")
-    return (HCA_RATIO if kind == "hca" else CSA_RATIO) if rest.startswith("rows.") else None
+    return (HCA_RATIO if kind == "hca" else CSA_RATIO) if rest.startswith("rows.") else 0
 
 
 def _open_window(name: str) -> bool:

@@ -317,8 +317,10 @@ def _request(
     max_tokens = line.get("max_tokens", settings.max_tokens)
     if max_tokens < 1:
         raise ConfigError(f"max_tokens: found {max_tokens}, expected at least 1")
-    params = Sampling(**{name: line.get(name, FLAGS[name].value) for name in _SAMPLING})
-    return Request(tokens, max_tokens, params, frozenset([tokenizer.eos_id]), logits=FLAGS.dump_logprobs is not None)
+    params: dict[str, Any] = {name: line.get(name, FLAGS[name].value) for name in _SAMPLING}
+    return Request(
+        tokens, max_tokens, Sampling(**params), frozenset([tokenizer.eos_id]), logits=FLAGS.dump_logprobs is not None
+    )
 
 
 @contextlib.contextmanager
