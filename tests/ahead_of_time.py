@@ -109,8 +109,9 @@ def main(device: str, tokens: str, layers: str = "5") -> None:
     start = time.monotonic()
     compiled = compile_step(GPUS[device], int(tokens), int(layers))
     memory = compiled.memory_analysis()
+    assert memory is not None
     found = {"jax": jax.__version__, "device": GPUS[device].name, "tokens": int(tokens), "layers": int(layers)}
-    found |= {"temp_bytes": memory.temp_size_in_bytes, "kernels": compiled.as_text().count("__gpu$xla.gpu.triton")}
+    found |= {"temp_bytes": memory.temp_size_in_bytes, "kernels": str(compiled.as_text()).count("__gpu$xla.gpu.triton")}
     print(json.dumps(found | {"seconds": round(time.monotonic() - start, 1)}))
 
 

@@ -284,7 +284,8 @@ def test_log_probabilities_beside_the_same_tokens(engine):
     for n, events, expected in zip((2, 3), asyncio.run(main()), free, strict=True):
         tokens = [event for event in events if isinstance(event, Token)]
         assert [token.id for token in tokens] == expected and {len(token.top) for token in tokens} == {n}
-        assert all(token.logprob == dict(token.top).get(token.id, token.logprob) < 0 for token in tokens)
+        assert all(token.logprob == dict(token.top).get(token.id, token.logprob) for token in tokens)
+        assert all(token.logprob is not None and token.logprob < 0 for token in tokens)
         assert n == 2 or all(token.top[0][0] == token.id for token in tokens)
 
 

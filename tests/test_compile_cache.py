@@ -25,6 +25,12 @@ def program():
     return jax.jit(step, donate_argnums=1).lower(*args).compile(), args
 
 
+def path_of(what):
+    path = compile_cache._path(what)
+    assert path is not None
+    return path
+
+
 def test_nothing_is_kept_without_a_folder_or_for_a_cpu(folder, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
     made, args = program()
@@ -34,11 +40,11 @@ def test_nothing_is_kept_without_a_folder_or_for_a_cpu(folder, monkeypatch):
 
 def test_what_names_a_program(folder, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    path = compile_cache._path(("step", 1))
-    assert path.parent == folder and path == compile_cache._path(("step", 1)) != compile_cache._path(("step", 2))
+    path = path_of(("step", 1))
+    assert path.parent == folder and path == path_of(("step", 1)) != path_of(("step", 2))
     compile_cache._surroundings.cache_clear()
     monkeypatch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", "") + " ")
-    assert compile_cache._path(("step", 1)) != path  # other flags, another program
+    assert path_of(("step", 1)) != path  # other flags, another program
     compile_cache._surroundings.cache_clear()
 
 
@@ -48,10 +54,10 @@ def test_a_damaged_file_is_no_program_and_the_oldest_go_first(folder, monkeypatc
     made, args = program()
     for i in range(3):
         compile_cache.save(i, made)
-        os.utime(compile_cache._path(i), (i, i))
+        os.utime(path_of(i), (i, i))
     compile_cache.save(3, made)
-    assert {p.name for p in folder.iterdir()} == {compile_cache._path(i).name for i in (2, 3)}
-    compile_cache._path(3).write_bytes(b"no program")
+    assert {p.name for p in folder.iterdir()} == {path_of(i).name for i in (2, 3)}
+    path_of(3).write_bytes(b"no program")
     assert compile_cache.load(3, args, (0, args[1])) is None and "cannot be used" in caplog.text
 
 
@@ -68,10 +74,12 @@ def test_a_kept_program_runs_as_the_first_did(folder):
     made, args = program()
     compile_cache.save("step", made)
     again = compile_cache.load("step", args, (0, args[1]))
+    assert again is not None
     for f in (made, again):
         y, state = f(jnp.float32(2), {"a": jnp.arange(4, dtype=jnp.float32)})
         assert y.tolist() == [0, 2, 4, 6] and state["a"].tolist() == [1, 2, 3, 4]
-    assert again.memory_analysis().alias_size_in_bytes == made.memory_analysis().alias_size_in_bytes > 0
+    one, other = (f.memory_analysis() for f in (made, again))
+    assert one is not None and other is not None and one.alias_size_in_bytes == other.alias_size_in_bytes > 0
 
 
 def test_compiled_programs_are_kept_where_the_user_says(tmp_path, monkeypatch):

@@ -69,6 +69,7 @@ def test_a_changed_weight_is_noticed(golden, path, tmp_path):
     """One norm weight out of a million values, through the whole chain from file to comparison."""
     changed = shutil.copy(path, tmp_path / "changed.gguf")
     norm = next(t for t in GGUFReader(changed, "r+").tensors if t.name == "blk.2.attn_norm.weight")
+    assert isinstance(norm.data, np.memmap)
     norm.data[0] *= 2
     norm.data.flush()
     logits = our_logits(changed, golden.arrays["130/tokens"], golden.case.numerics)

@@ -30,7 +30,7 @@ def random_bits(fmt: str, seed: int, shape: tuple[int, ...]) -> tuple[jax.Array,
     out = []
     for p in known.find(fmt).structs(shape):
         if p.dtype in (np.uint32, np.int8):
-            out.append(rng.integers(0, 256, (*p.shape, p.dtype.itemsize), np.uint8).view(p.dtype)[..., 0])
+            out.append(rng.integers(0, 256, (*p.shape, np.dtype(p.dtype).itemsize), np.uint8).view(p.dtype)[..., 0])
         elif p.dtype == np.uint8:
             out.append(rng.integers(100, 140, p.shape, np.uint8))
         else:

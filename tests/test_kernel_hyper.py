@@ -1,5 +1,7 @@
 """Hyper-connections: interpreted against the model's own functions, lowered for GPUs, run on one."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -62,14 +64,15 @@ def test_other_numbers():
     numbers = Numbers(1e-2, 1e-3, 7)
     X, _, *weights, _ = Shape(3, dim=64, dtype="float32", layers=2, first=True).inputs(jax.random.key(0))
     head = Shape(3, dim=64, dtype="float32", layers=1, head=True).inputs(jax.random.key(1))[2:]
-    a = b = X, None
+    a: tuple[Any, Any] = X, None
+    b = a
     for layer in range(3):
         args = head if layer == 2 else (*weights, jnp.array([layer], jnp.int32))
-        a = op(*a, *args, numbers=numbers, config=Config(1, 32, 4, 4), interpret=True)
-        b = formula("hyper")(*b, *args, numbers=numbers)
-        results = errors(a, b)
+        found = op(*a, *args, numbers=numbers, config=Config(1, 32, 4, 4), interpret=True)
+        expected = formula("hyper")(*b, *args, numbers=numbers)
+        results = errors(found, expected)
         assert np.all(np.array(results) < bounds("float32")[: len(results)])
-        a, b = ((X, (jnp.sin(3 * h), post, C)) for X, h, post, C in (a, b))
+        a, b = ((X, (jnp.sin(3 * h), post, C)) for X, h, post, C in (found, expected))
     assert len(results) == 2
 
 

@@ -64,8 +64,8 @@ def test_rounding_is_that_of_the_rows(exponent):
     for block, largest in ((64, 448.0), (32, 6.0)):
         x = np.zeros((5, block), np.float32)
         x[:, :25] = ties
-        x[3:, :25] = np.nextafter(ties, np.float32([[0], [9]]))
-        x[:, 25] = np.float32(largest) * np.float32([1, 1 + 2**-23, 1 - 2**-24, 1, 1])
+        x[3:, :25] = np.nextafter(ties, np.array([[0], [9]], np.float32))
+        x[:, 25] = np.float32(largest) * np.array([1, 1 + 2**-23, 1 - 2**-24, 1, 1], np.float32)
         x = jnp.asarray(np.concatenate([x, -x]) * np.float32(2.0**exponent))
         if block == 64:
             codes, exponents = e4m3.encode_blocks(x)

@@ -23,8 +23,8 @@ SMALL = {
 
 
 def error(found: jax.Array, expected: jax.Array) -> float:
-    found, expected = (np.asarray(x, np.float64) for x in (found, expected))
-    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+    f, e = (np.asarray(x, np.float64) for x in (found, expected))
+    return float(np.linalg.norm(f - e) / np.linalg.norm(e))
 
 
 def run(shape: Shape, seed: int, **options) -> tuple[jax.Array, jax.Array]:
@@ -71,18 +71,18 @@ def test_refuses_what_it_does_not_take():
     shape, config = SMALL["decode gathered"]
     inputs = list(shape.inputs(jax.random.key(0)))
 
-    def refused(match, config=config, **changes):
-        args = [changes.get(str(i), x) for i, x in enumerate(inputs)]
+    def refused(match, changes=None, *, config=config, ratio=4):
+        args = [(changes or {}).get(i, x) for i, x in enumerate(inputs)]
         with pytest.raises(common.Unsupported, match=match):
-            mla.op(*args, ratio=changes.get("ratio", 4), ring=True, config=config)
+            mla.op(*args, ratio=ratio, ring=True, config=config)
 
-    refused("heads 24, expected a power of two", dataclasses.replace(config, heads=24))
-    refused("32 heads, expected a multiple of 64", dataclasses.replace(config, heads=64))
-    refused("0 splits", dataclasses.replace(config, splits=0))
+    refused("heads 24, expected a power of two", config=dataclasses.replace(config, heads=24))
+    refused("32 heads, expected a multiple of 64", config=dataclasses.replace(config, heads=64))
+    refused("0 splits", config=dataclasses.replace(config, splits=0))
     refused("ratio 0 with compressed rows", ratio=0)
-    refused("ratio 4 without compressed rows", **{"2": None, "3": None})
-    refused("codes.*bfloat16.*expected", **{"2": inputs[2] | {"codes": inputs[2]["codes"].astype(jnp.bfloat16)}})
-    refused("2 queries with a ring", **{"0": jnp.concatenate([inputs[0]] * 2, axis=1)})
+    refused("ratio 4 without compressed rows", {2: None, 3: None})
+    refused("codes.*bfloat16.*expected", {2: inputs[2] | {"codes": inputs[2]["codes"].astype(jnp.bfloat16)}})
+    refused("2 queries with a ring", {0: jnp.concatenate([inputs[0]] * 2, axis=1)})
 
 
 @pytest.mark.gpu

@@ -48,8 +48,8 @@ def test_packs_meanwhile(vocab, gaps):
 
 def test_ties_and_extremes():
     """Of equal scores the lower expert; logits that overflow an exponential, or of which softplus leaves nothing."""
-    logits = np.random.default_rng(0).choice(np.float32([-100, -87, -1, 0, 1, 88, 1e4, 1e30]), (6, 16))
-    bias = np.random.default_rng(1).choice(np.float32([-1e3, -0.5, 0, 0.5]), (2, 16))
+    logits = np.random.default_rng(0).choice(np.array([-100, -87, -1, 0, 1, 88, 1e4, 1e30], np.float32), (6, 16))
+    bias = np.random.default_rng(1).choice(np.array([-1e3, -0.5, 0, 0.5], np.float32), (2, 16))
     bias[1] = 0
     logits[5] = -200  # whose scores are 0, all alike
     for layer in range(2):

@@ -31,7 +31,8 @@ def check(score, k, block):
     ],
 )
 def test_interpreted(shape, block):
-    check(*shape.inputs(jax.random.key(0)), shape.k, block)
+    (score,) = shape.inputs(jax.random.key(0))
+    check(score, shape.k, block)
 
 
 def test_hard_scores():

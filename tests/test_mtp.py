@@ -102,6 +102,7 @@ def test_a_head_without_its_own_norm_takes_the_main_models(tmp_path, tensors):
     main, head = tensors
     path = write(tmp_path / "m.gguf", nextn_metadata(), main | nextn(head, with_own_head=False))
     w, _ = loader.load(path)
+    assert w.mtp is not None
     assert_equal(w.mtp.head.norm, w.head.norm)
     assert_equal(w.mtp.head.hc, w.head.hc)
 
@@ -173,6 +174,7 @@ def test_the_blocks_input_in_numpy(in_file):
     rng = np.random.default_rng(1)
     X = rng.standard_normal((2, 3, CFG.n_streams, CFG.embed_dim)).astype(np.float32)
     x = rng.standard_normal((2, 3, CFG.embed_dim)).astype(np.float32)
+    assert w.mtp is not None
     found = mtp.join(jnp.asarray(X), jnp.asarray(x), w.mtp, CFG)
 
     def rms(v, weight):

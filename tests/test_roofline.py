@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import functools
+import inspect
 import types
 from pathlib import Path
 
@@ -146,7 +147,7 @@ def test_every_kernel_of_a_decoded_token_has_a_component(batch):
     cfg = dataclasses.replace(FULL, n_layers=5, compress_ratios=FULL.compress_ratios[:5])
     p = programs(cfg, batch=batch)
     compute = Compute("official", "bfloat16", kernels="pallas")
-    step = functools.partial(transformer.prefill.__wrapped__, cfg=cfg, compute=compute)
+    step = functools.partial(inspect.unwrap(transformer.prefill), cfg=cfg, compute=compute)
     ints = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((batch, 1), (batch,)))
     names = set(kernel_names(jax.make_jaxpr(step)(p.weights, p.cache, *ints).jaxpr))
     assert len(names) > 15

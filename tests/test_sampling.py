@@ -5,6 +5,7 @@ import re
 from collections import Counter
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -61,8 +62,8 @@ def test_filters_leave_what_the_definition_leaves():
 )
 def test_draws_follow_the_distribution(params):
     n = 20_000
-    x = logits(1, vocab=12, seed=3)
-    draws = jax.vmap(lambda p: sampling.sample(x, sampling.batch([params]), p[None])[0])(np.arange(n, dtype=np.int32))
+    x, batch = logits(1, vocab=12, seed=3), sampling.batch([params])
+    draws = jax.vmap(lambda p: sampling.sample(jnp.asarray(x), batch, p[None])[0])(np.arange(n, dtype=np.int32))
     found, expected = np.bincount(draws, minlength=12) / n, distribution(x[0], params)
     assert (found[expected == 0] == 0).all()
     # Five standard deviations of a binomial share: a correct sampler fails once in a million seeds; this one is fixed.

@@ -1,6 +1,7 @@
 """The scheduler alone: fair, no job starves, no slot leaks, chunks end where they must, nothing is computed twice."""
 
 import random
+from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,7 +16,7 @@ def job(tokens, **rest):
     return Sequence(Request(tokens, 1, Sampling()), **rest)
 
 
-def step(scheduler, start=lambda job: 0):
+def step(scheduler, start=lambda job: 0) -> tuple[list, Any, list]:
     """One step as the engine makes it; → who was admitted, whose chunk ran and how long it was, who decoded."""
     admitted = scheduler.admit(start)
     chunk = scheduler.next_chunk()
@@ -71,8 +72,8 @@ def test_chunks_end_at_marks_and_at_fixed_positions(prompt, start, chunk, marks)
     scheduler, start = Scheduler(1, chunk), min(start // ALIGN * ALIGN, prompt - 1)
     scheduler.add(one := job(prompt, marks=marks))
     ends, admitted = [], scheduler.admit(lambda job: start)
-    while scheduler.prefilling:
-        ends.append(scheduler.next_chunk()[1])
+    while following := scheduler.next_chunk():
+        ends.append(following[1])
         scheduler.advance(one, ends[-1])
     fixed = {prompt, *marks, *range(chunk, prompt, chunk)}
     assert admitted == [one] and ends == sorted(end for end in fixed if end > start)
@@ -110,7 +111,7 @@ def waits(a, b, have=0, run=0):
     scheduler.add(one := job(a))
     scheduler.admit(lambda job: 0)
     for _ in range(run):
-        scheduler.advance(one, scheduler.next_chunk()[1])
+        scheduler.advance(*(scheduler.next_chunk() or (one, 0)))
     return scheduler.should_wait(job(b), have), one
 
 

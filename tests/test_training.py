@@ -190,7 +190,7 @@ def test_experts_as_they_will_be_stored():
         found = training.as_stored(params, formats, importance).ffn.experts
         return sum(jnp.sum(values(found, name) * slopes[name]) for name in names), found
 
-    gradient, found = jax.jit(jax.grad(stored, has_aux=True))(w.replace(hash=None))
+    gradient, found = jax.jit(jax.grad(stored, has_aux=True))(dataclasses.replace(w, hash=None))
     for name in names:
         expected = quantize(values(experts, name), getattr(formats, name), getattr(importance, name)).dequantize()
         np.testing.assert_allclose(values(found, name), expected, atol=1e-6)  # x + (Q(x) − x) is rounded

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import importlib
+import inspect
 import json
 
 import jax
@@ -126,7 +127,7 @@ def test_the_model_decodes_with_shapes_that_are_tuned(batch, ctx, monkeypatch):
 
     monkeypatch.setattr(tuned, "config_for", note)
     compute = Compute("official", "bfloat16", kernels="pallas")
-    step = functools.partial(transformer.prefill.__wrapped__, cfg=cfg, compute=compute)
+    step = functools.partial(inspect.unwrap(transformer.prefill), cfg=cfg, compute=compute)
     w = weights.structs(weights.abstract(cfg, Synthetic(cfg, RECIPES["q2"]).types))
     ints = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((batch, 1), (batch,)))
     jax.eval_shape(step, w, kv.abstract(cfg, "official", "bfloat16", batch, ctx), *ints)

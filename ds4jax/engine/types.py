@@ -134,7 +134,7 @@ class Finished:
 class Failed:
     """The request cannot go on. No event follows."""
 
-    error: Ds4Error
+    error: Exception
 
 
 Event = Started | Prefilled | Token | Finished | Failed

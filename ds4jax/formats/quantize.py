@@ -27,7 +27,7 @@ Array = jax.Array
 CHUNK = 1 << 20
 
 
-def quantize(x: ArrayLike, fmt: type[Quantized], importance: ArrayLike | None = None) -> Quantized:
+def quantize[Q: Quantized](x: ArrayLike, fmt: type[Q], importance: ArrayLike | None = None) -> Q:
     """Quantizes x (..., out, in), any float dtype, to `fmt`: the planes, of logical shape x.shape.
 
     importance: mean or sum of squares ≥ 0 of each input column, by which errors are weighed, in any unit: (in,), or

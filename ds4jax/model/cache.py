@@ -80,8 +80,8 @@ def abstract(cfg: ModelConfig, numerics: num.Numerics, dtype, batch: int, ctx: i
     )
 
 
-def nbytes(tree: Cache) -> int:
-    """Bytes of a cache or of its abstract form."""
+def nbytes(tree: Any) -> int:
+    """Bytes of a cache, of its abstract form, or of a part."""
     return sum(math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))
 
 
