@@ -103,8 +103,8 @@ def test_what_is_no_token_reads_nothing(model, monkeypatch, T, n):
         )
 
     @jax.jit
-    def seen(*args):
-        forward(*args, CFG, XLA)
+    def seen(w, cache, tokens, n):
+        forward(w, cache, tokens, n, CFG, XLA)
         return chosen, positions
 
     spied(moe, "experts", chosen, 1)
