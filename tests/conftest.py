@@ -6,8 +6,16 @@ import shutil
 if shutil.which("nvidia-smi") is None:
     # Most of a CPU run is compilation, so compile without optimisation.
     flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
+else:
+    # Several processes share the card. The search for the fastest product would take most of the formulas' compilation.
+    flags = "--xla_gpu_autotune_level=0"
+    os.environ |= {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "XLA_PYTHON_CLIENT_ALLOCATOR": "platform"}
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
 
 import jax  # noqa: E402
+import jax.experimental.pallas.fuser  # noqa: E402
+
+# The line above: interpreting a kernel imports this module, which adds a setting to the key of every compiled function,
+# so that all that was compiled before would be compiled again.
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")

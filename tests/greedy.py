@@ -1,4 +1,4 @@
-"""What a shipped model answers to 20 questions, greedily: ``python tests/greedy.py NAME OUT.npz``, on this device."""
+"""What a shipped model answers to 20 questions, greedily: ``python tests/greedy.py NAME OUT.npz``, in XLA."""
 
 import json
 import sys
@@ -10,7 +10,7 @@ import numpy as np
 STEPS = 200  # tokens after each prompt, whatever they are
 
 
-def answers(name: str) -> dict[str, Any]:
+def answers(name: str, kernels: str = "xla") -> dict[str, Any]:
     """tokens (20, STEPS), and for each how far the likeliest logit was above the next, (20, STEPS); logits of the
     first prompt at every position (T, vocab)."""
     from ds4jax.chat import template as chat
@@ -19,7 +19,7 @@ def answers(name: str) -> dict[str, Any]:
     from ds4jax.settings import Settings
 
     questions = json.loads((Path(__file__).parent / "tiny" / "questions.json").read_text())
-    runner = ModelRunner.load(Settings.load(name, batch=20, ctx=512))
+    runner = ModelRunner.load(Settings.load(name, batch=20, ctx=512, kernels=kernels))
     tokens, gaps, prompts = [], [], []
     for slot, question in enumerate(questions[:20]):
         messages = [{"role": "user", "content": question["question"]}]

@@ -39,11 +39,9 @@ GREEDY_PROMPT, GREEDY_STEPS, GREEDY_TOP = 130, 8, 5
 # costs up to 50 %, and even two runs of the oracle, one of them with noise of 5e-7, differ by more than 1 % at a tenth
 # of the positions; with `damping` none passes 1 %. Few positions are touched: the median moves by 1e-5, and the bound
 # on it is what notices a missing round trip (1e-4 to 1e-2).
-# A trained model is not damped, and its rows and queries pass through more than one such middle at most positions:
-# noise of 5e-7 moves the median by 1e-4 to 2e-4. A missing round trip of rows moves it by 1e-3 to 1e-2, one of the
-# indexer single positions by 10 %.
-TOLERANCE = {"plain": 1e-4, "official": 1e-2, "trained official": 1e-2}
-MEDIAN_TOLERANCE = {"plain": 2e-5, "official": 5e-5, "trained official": 5e-4}
+# A trained model is not damped, so it has no `official` golden: noise of 5e-7 moves single positions of `tiny` by 24 %.
+TOLERANCE = {"plain": 1e-4, "official": 1e-2}
+MEDIAN_TOLERANCE = {"plain": 2e-5, "official": 5e-5}
 # Relative gap between the k-th and the next candidate below which float32 cannot tell which is chosen. `make_goldens`
 # refuses a `plain` model with such a gap, so no position needs an exception.
 NEAR_TIE = 3e-5
@@ -66,7 +64,7 @@ class Case:
     @property
     def kernels(self) -> bool:
         """Whether the kernels take the model: `official` numerics, and a shape of powers of two."""
-        return self.numerics == "official" and self.shape in ("kernel", "tiny")
+        return self.numerics == "official" and self.shape == "kernel"
 
     @property
     def tolerances(self) -> tuple[float, float]:
@@ -106,11 +104,6 @@ class Trained(Case):
     def cfg(self) -> ModelConfig:
         return open_checkpoint(embedded_model(self.shape)).cfg
 
-    @property
-    def tolerances(self) -> tuple[float, float]:
-        kind = "trained official" if self.numerics == "official" else self.numerics
-        return TOLERANCE[kind], MEDIAN_TOLERANCE[kind]
-
     def build(self, path: Path) -> None:
         shutil.copy(embedded_model(self.shape), path)
 
@@ -123,7 +116,7 @@ class Trained(Case):
 
 CASES = (
     *CASES,
-    Trained("tiny", "tiny", "q4", "plain", 2),
+    Trained("tiny", "tiny", "q4", "plain", 12),
 )
 
 

@@ -1,8 +1,11 @@
 """The embedded models do what their cards say. (The cards' whole table: scripts/eval_tiny.py.)"""
 
+import functools
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
 
@@ -15,7 +18,10 @@ from ds4jax.io.checkpoint import open_checkpoint
 from ds4jax.io.load import load
 from ds4jax.io.recipes import RECIPES, choose, parse_types
 from ds4jax.io.tokenizer import Special, Tokenizer
+from ds4jax.model import cache as kv
+from ds4jax.model.compute import Compute
 from ds4jax.model.tensors import mtp_table, tensor_table
+from ds4jax.model.transformer import decode_step
 from ds4jax.paths import EMBEDDED, MODELS, embedded_model
 from ds4jax.settings import Settings
 
@@ -63,6 +69,33 @@ def test_the_mtp_head_agrees_with_the_model(model):
     pieces = [d for t in texts for d in eval_tiny.tiny_data.text_documents(t["text"], model.tok) if len(d[0]) > 500]
     _, agreement = eval_tiny.observe(model, pieces[:: len(pieces) // 8][:8], 8)
     assert agreement > 0.55  # 64 % over all of the text
+
+
+def test_an_answer_through_the_kernels():
+    """Interpreted, token by token: the answer that XLA gives, and at each position nearly its logits.
+
+    The kernels' queries are float16, which moves values of this undamped model over the middle between two codes.
+    """
+    weights, checkpoint = load(embedded_model("tiny_q2"))
+    model = eval_tiny.Model(weights, checkpoint.cfg, Tokenizer.from_metadata(checkpoint.file.metadata))
+    (question, *_) = eval_tiny.questions()
+    prompt = chat.render_ids(model.tok, question.messages, think="off")
+    (answer,) = eval_tiny.answer(model, [prompt], 1)
+    assert question.right(model.tok.decode(answer))
+
+    found = {}
+    for kernels in ("xla", "pallas_interpret"):
+        compute, out = Compute("official", kernels=kernels), []
+        cache = kv.empty(model.cfg, compute.numerics, compute.dtype, 1, 256)
+        step = functools.partial(decode_step, cfg=model.cfg, compute=compute)
+        for token in [*prompt, *answer]:
+            logits, cache = step(weights, cache, jnp.array([token]), jnp.array([True]))
+            out.append(np.asarray(logits[0]))
+        found[kernels] = np.stack(out)
+    greedy = found["pallas_interpret"].argmax(axis=1)[len(prompt) - 1 :].tolist()
+    assert greedy == [*answer, model.tok.eos_id]
+    error = np.linalg.norm(found["pallas_interpret"] - found["xla"], axis=1) / np.linalg.norm(found["xla"], axis=1)
+    assert np.median(error) < 2e-3 and error.max() < 1e-2
 
 
 def test_types_and_sizes(name):

@@ -65,15 +65,15 @@ def test_the_same_prompt_gives_the_same_bits(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["tiny", "tiny_q2"])
-def test_a_shipped_model_answers_as_on_a_cpu(name, tmp_path):
-    """Float32 on both. Sums in another order move logits by some 1e-6, and a code of a stored row now and then."""
+def test_a_shipped_model_answers_through_the_kernels_as_on_a_cpu(name, tmp_path):
+    """Float32 on both, but for the kernels' float16 queries, which move a code of a stored row now and then."""
     path = tmp_path / "cpu.npz"
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     subprocess.run([sys.executable, greedy.__file__, name, str(path)], env=environment, check=True)
-    expected, found = np.load(path), greedy.answers(name)
+    expected, found = np.load(path), greedy.answers(name, "pallas")
     error = np.linalg.norm(found["logits"] - expected["logits"], axis=-1)
     error /= np.linalg.norm(expected["logits"], axis=-1)
-    assert np.median(error) < 1e-3 and error.max() < 0.05
+    assert np.median(error) < 2e-3 and error.max() < 0.05
     for ours, theirs, gap in zip(found["tokens"], expected["tokens"], expected["gaps"], strict=True):
         differs = np.flatnonzero(ours != theirs)
         assert not differs.size or gap[differs[0]] < 0.05, f"token {differs[0]}: {gap[differs[0]]} above the next"
