@@ -14,8 +14,12 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
 
 import jax  # noqa: E402
 import jax.experimental.pallas.fuser  # noqa: E402
+from jaxtyping import install_import_hook  # noqa: E402
 
-# The line above: interpreting a kernel imports this module, which adds a setting to the key of every compiled function,
-# so that all that was compiled before would be compiled again.
+# Interpreting a kernel imports `fuser`, which adds a setting to the key of every compiled function: here, so that nothing
+# is compiled again because of it.
 
+# Shapes and dtypes that the array functions say are checked in every call.
+TYPED = ["ds4jax.engine.sampling", "ds4jax.model", "ds4jax.numerics", "ds4jax.ops", "pallas_kernels.numerics"]
+install_import_hook(TYPED, "beartype.beartype")
 jax.config.update("jax_numpy_dtype_promotion", "strict")

@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-
-Array = jax.Array
+from jaxtyping import Array, Float, Int32, Shaped
 
 
 def wide(dtype) -> np.dtype:
@@ -17,7 +16,7 @@ def wide(dtype) -> np.dtype:
     return np.dtype(np.float64 if dtype == jnp.float64 else np.float32)
 
 
-def matmul(equation: str, a: Array, b: Array, dtype=None) -> Array:
+def matmul(equation: str, a: Float[Array, "..."], b: Float[Array, "..."], dtype=None) -> Float[Array, "..."]:
     """einsum with at least float32 accumulation, and float32 computed as float32 (no TF32).
 
     The result has `dtype`, or a's, which must be b's.
@@ -50,8 +49,8 @@ def _einsum(equation: str, a: Array, b: Array, preferred_element_type=None) -> A
 
 
 @jax.custom_vjp
-def lookup(table: Array, index: Array) -> Array:
-    """table[index]: (n, ...), int32 → (*index.shape, ...).
+def lookup(table: Shaped[Array, "n *rest"], index: Int32[Array, "*s"]) -> Shaped[Array, "*s *rest"]:
+    """table[index].
 
     The gradient is a matrix product: scattered additions come in any order on a GPU, and wait for one another.
     """

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Float16, Float32, Int32, Integer, UInt8, UInt32
 
 from pallas_kernels.numerics import scale
-
-Array = jax.Array
 
 VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)  # of codes 0 … 7; 8 … 15 are their negatives
 BLOCK = 32  # values of an index key that share a scale
@@ -18,13 +16,13 @@ MAX = 6.0
 FLOOR = MAX * 2.0**-126  # a block's largest magnitude counts as this at least, so that no scale is subnormal
 
 
-def exponent(amax: Array) -> Array:
-    """Biased exponents of the scales of blocks with these largest magnitudes, int32."""
+def exponent(amax: Float[Array, "*s"]) -> Int32[Array, "*s"]:
+    """Biased exponents of the scales of blocks with these largest magnitudes."""
     return scale.biased_exponent(amax, FLOOR, MAX)
 
 
-def encode(scaled: Array, dtype: DTypeLike) -> Array:
-    """Values over their scale → the nearest codes 0 … 15, of an integer dtype; a tie goes to the even code."""
+def encode(scaled: Float[Array, "*s"], dtype: DTypeLike) -> Integer[Array, "*s"]:
+    """Values over their scale → the nearest codes 0 … 15 in `dtype`; a tie goes to the even code."""
     # So the thresholds alternate between > and >=.
     a = jnp.abs(scaled)
     code = sum((a > t).astype(dtype) for t in (0.25, 1.25, 2.5, 5.0))
@@ -32,15 +30,14 @@ def encode(scaled: Array, dtype: DTypeLike) -> Array:
     return code | (scaled < 0).astype(dtype) << 3
 
 
-def encode_blocks(x: Array, dtype: DTypeLike) -> tuple[Array, Array]:
-    """x (..., n), of which all n share one scale → codes (..., n), and biased exponents, uint8 (...)."""
+def encode_blocks(x: Float[Array, "*s n"], dtype: DTypeLike) -> tuple[Integer[Array, "*s n"], UInt8[Array, "*s"]]:
+    """Blocks of n values that share one scale → codes, and biased exponents."""
     exponents = exponent(jnp.max(jnp.abs(x), axis=-1))
     return encode(x * scale.inverse_power_of_two(exponents, x.dtype)[..., None], dtype), exponents.astype(jnp.uint8)
 
 
-def rounded(x: Array) -> Array:
-    """x (..., n) float32, with one scale → the values that its codes have; the same as `encode` and back, in fewer
-    instructions."""
+def rounded(x: Float32[Array, "*s n"]) -> Float32[Array, "*s n"]:
+    """Blocks with one scale each → the values of their codes: `encode_blocks` and back, in fewer instructions."""
     bits = exponent(jnp.max(jnp.abs(x), axis=-1, keepdims=True)) << 23
     one = lax.bitcast_convert_type(bits, jnp.float32)
     # E2M1 steps by half of a value's power of two, and of no less than the scale. Such a step is the last bit of any
@@ -57,24 +54,26 @@ def rounded(x: Array) -> Array:
 HALF_SCALE = 2.0**14
 
 
-def half(code: Array) -> Array:
-    """Codes 0 … 15, integers of 32 bits → float16, HALF_SCALE times too small."""
+def half(code: Integer[Array, "*s"]) -> Float16[Array, "*s"]:
+    """Codes 0 … 15, integers of 32 bits → values, HALF_SCALE times too small."""
     bits = (code & 7) << 9 | (code & 8) << 12
     return lax.bitcast_convert_type(bits.astype(jnp.uint16), jnp.float16)
 
 
-def decode(code: Array, dtype: DTypeLike) -> Array:
-    """Codes 0 … 15, any integers → values."""
+def decode(code: Integer[Array, "*s"], dtype: DTypeLike) -> Float[Array, "*s"]:
+    """Codes 0 … 15 → values."""
     return (half(code.astype(jnp.uint32)).astype(jnp.float32) * HALF_SCALE).astype(dtype)
 
 
-def decode_blocks(code: Array, exponents: Array, dtype: DTypeLike) -> Array:
-    """Codes (..., n), of which all share one scale, and biased exponents (...) → (..., n) in `dtype`."""
+def decode_blocks(
+    code: Integer[Array, "*s n"], exponents: Integer[Array, "*s"], dtype: DTypeLike
+) -> Float[Array, "*s n"]:
+    """The inverse of `encode_blocks`, in `dtype`."""
     return decode(code, dtype) * scale.power_of_two(exponents, dtype)[..., None]
 
 
-def decode_scaled(code: Array, biased_exponent: Array) -> Array:
-    """Codes (uint32) times 2^(biased_exponent − 127), int32, as float32, put together from bits.
+def decode_scaled(code: UInt32[Array, "*s"], biased_exponent: Int32[Array, "*#s"]) -> Float32[Array, "*s"]:
+    """Codes times 2^(biased_exponent − 127), put together from bits.
 
     Integer arithmetic, because a backend may flush the subnormal results of a product to zero; overflow gives ±inf as
     the product would. A zero is positive whatever the code's sign says, as in ggml.

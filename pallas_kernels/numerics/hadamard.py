@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import math
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from pallas_kernels.numerics.rope import pairs
 
-Array = jax.Array
 
-
-def hadamard(x: Array) -> Array:
-    """x (..., n) times the n-point Hadamard matrix over √n, in XLA; n a power of two."""
+def hadamard(x: Float[Array, "*s n"]) -> Float[Array, "*s n"]:
+    """x times the n-point Hadamard matrix over √n, in XLA; n a power of two."""
     n, lead = x.shape[-1], x.shape[:-1]
     step = 1
     while step < n:
@@ -28,8 +26,8 @@ def hadamard(x: Array) -> Array:
     return x * (1 / math.sqrt(n))
 
 
-def hadamard_in_kernel(x: Array) -> Array:
-    """`hadamard` of x (m, n) in what Triton takes: splits and joins of a last axis of two.
+def hadamard_in_kernel(x: Float[Array, "m n"]) -> Float[Array, "m n"]:
+    """`hadamard` in what Triton takes: splits and joins of a last axis of two.
 
     The values that meet lie in one thread, and between two stages threads exchange what they hold.
     """

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Float
 
-Array = jax.Array
 
-
-def pairs(x: Array) -> tuple[Array, Array]:
-    """(..., 2 n) → the values at even places (..., n), and those at odd ones; a split, as Triton has no strides."""
+def pairs(x: Float[Array, "*s n"]) -> tuple[Float[Array, "*s n//2"], Float[Array, "*s n//2"]]:
+    """The values at even places, and those at odd ones; a split, as Triton has no strides."""
     even, odd = lax.split(x.reshape(*x.shape[:-1], -1, 2), (1, 1), axis=x.ndim)
     return even.reshape(even.shape[:-1]), odd.reshape(odd.shape[:-1])
 
 
-def join(even: Array, odd: Array) -> Array:
+def join(even: Float[Array, "*s n"], odd: Float[Array, "*s n"]) -> Float[Array, "*s 2*n"]:
     """The inverse of `pairs`."""
     return jnp.stack([even, odd], axis=-1).reshape(*even.shape[:-1], -1)
 
@@ -25,6 +23,8 @@ def rotate_pairs(even: Array, odd: Array, cos: Array, sin: Array) -> tuple[Array
     return even * cos - odd * sin, even * sin + odd * cos
 
 
-def rotate(x: Array, cos: Array, sin: Array) -> Array:
-    """The adjacent pairs of x (..., 2 n) turned by the angles of cos and sin (..., n)."""
+def rotate(
+    x: Float[Array, "*s n"], cos: Float[Array, "*#s n//2"], sin: Float[Array, "*#s n//2"]
+) -> Float[Array, "*s n"]:
+    """The adjacent pairs of x turned by the angles of cos and sin."""
     return join(*rotate_pairs(*pairs(x), cos, sin))

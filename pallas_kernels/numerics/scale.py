@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
-
-Array = jax.Array
+from jaxtyping import Array, Float, Int32, Integer
 
 BIAS = 127  # of an exponent as it is stored, in 8 bits
 
 
-def biased_exponent(amax: Array, floor: float, largest: float) -> Array:
-    """ceil(log2(max(amax, floor) / largest)) + 127 of the largest magnitudes of blocks, int32.
+def biased_exponent(amax: Float[Array, "*s"], floor: float, largest: float) -> Int32[Array, "*s"]:
+    """ceil(log2(max(amax, floor) / largest)) + 127 of the largest magnitudes of blocks.
 
     By bits: a float log2 may round across an integer, and GPUs round a quotient in several ways.
     """
@@ -23,11 +21,11 @@ def biased_exponent(amax: Array, floor: float, largest: float) -> Array:
     return (bits - int(np.float32(largest).view(np.int32)) + 0x7FFFFF >> 23) + BIAS
 
 
-def power_of_two(exponent: Array, dtype: DTypeLike = jnp.float32) -> Array:
-    """2^(exponent − 127) for integers 0 … 254, exact in float32; 0 gives 0 instead of 2^-127."""
+def power_of_two(exponent: Integer[Array, "*s"], dtype: DTypeLike = jnp.float32) -> Float[Array, "*s"]:
+    """2^(exponent − 127) for 0 … 254, exact in float32; 0 gives 0 instead of 2^-127."""
     return lax.bitcast_convert_type(exponent.astype(jnp.int32) << 23, jnp.float32).astype(dtype)
 
 
-def inverse_power_of_two(exponent: Array, dtype: DTypeLike = jnp.float32) -> Array:
+def inverse_power_of_two(exponent: Integer[Array, "*s"], dtype: DTypeLike = jnp.float32) -> Float[Array, "*s"]:
     """2^(127 − exponent)."""
     return power_of_two(2 * BIAS - exponent, dtype)

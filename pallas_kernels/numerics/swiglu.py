@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float32
 
-Array = jax.Array
 
-
-def swiglu(gate: Array, up: Array, clamp: float) -> Array:
-    """silu(min(gate, clamp)) · clip(up, -clamp, clamp), float32."""
+def swiglu(gate: Float32[Array, "*s"], up: Float32[Array, "*s"], clamp: float) -> Float32[Array, "*s"]:
+    """silu(min(gate, clamp)) · clip(up, -clamp, clamp)."""
     gate = jnp.minimum(gate, clamp)
     return gate / (1 + jnp.exp(-gate)) * jnp.clip(up, -clamp, clamp)
