@@ -21,5 +21,5 @@ from jaxtyping import install_import_hook  # noqa: E402
 
 # Shapes and dtypes that the array functions say are checked in every call.
 TYPED = ["ds4jax.engine.sampling", "ds4jax.model", "ds4jax.numerics", "ds4jax.ops", "pallas_kernels.numerics"]
-install_import_hook(TYPED, "beartype.beartype")
+install_import_hook(TYPED, "typed.check")
 jax.config.update("jax_numpy_dtype_promotion", "strict")

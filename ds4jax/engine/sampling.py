@@ -18,21 +18,20 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax import lax
+from jaxtyping import Array, Bool, Float, Float32, Int32, UInt32
 
 from ds4jax.engine.types import MAX_LOGPROBS, Sampling
-
-Array = jax.Array
 
 
 @struct.dataclass
 class Batch:
-    """The `Sampling` of every sequence of a batch: temperature, top_p, min_p float32 (B,), top_k int32, seed uint32."""
+    """The `Sampling` of every sequence of a batch."""
 
-    temperature: Array | np.ndarray
-    top_k: Array | np.ndarray
-    top_p: Array | np.ndarray
-    min_p: Array | np.ndarray
-    seed: Array | np.ndarray
+    temperature: Float32[Array | np.ndarray, "B"]
+    top_k: Int32[Array | np.ndarray, "B"]
+    top_p: Float32[Array | np.ndarray, "B"]
+    min_p: Float32[Array | np.ndarray, "B"]
+    seed: UInt32[Array | np.ndarray, "B"]
 
 
 def batch(params: Sequence[Sampling]) -> Batch:
@@ -42,8 +41,8 @@ def batch(params: Sequence[Sampling]) -> Batch:
     return Batch(**{n: np.array([getattr(p, n) for p in params], dtypes.get(n, np.float32)) for n in names})
 
 
-def sample(logits: Array, params: Batch, position: Array) -> Array:
-    """The next token of every sequence: logits (B, V), position int32 (B,) of that token → ids int32 (B,).
+def sample(logits: Float[Array, "B V"], params: Batch, position: Int32[Array, "B"]) -> Int32[Array, "B"]:
+    """The next token of every sequence, at `position`.
 
     Draws by the Gumbel-max trick. The noise depends on seed, position and token id only, so a filter that leaves the
     drawn token in changes nothing. Of equal logits the lowest id is the likeliest.
@@ -65,18 +64,18 @@ def sample(logits: Array, params: Batch, position: Array) -> Array:
 class Edits:
     """What every sequence of a batch changes in its logits: K of them, and which of all are allowed.
 
-    ids: int32 (B, K), V or more for none. repeat, add: float32 (B, K): a positive logit is divided by `repeat`, others
-    are multiplied; then `add` is added. allowed: uint32 (B, ⌈V / 32⌉), bit i mod 32 of word i // 32 for id i.
+    ids: V or more for none. repeat, add: a positive logit is divided by `repeat`, others are multiplied; then `add` is
+    added. allowed: bit i mod 32 of word i // 32 for id i.
     """
 
-    ids: Array | np.ndarray
-    repeat: Array | np.ndarray
-    add: Array | np.ndarray
-    allowed: Array | np.ndarray
+    ids: Int32[Array | np.ndarray, "B K"]
+    repeat: Float32[Array | np.ndarray, "B K"]
+    add: Float32[Array | np.ndarray, "B K"]
+    allowed: UInt32[Array | np.ndarray, "B words"]
 
 
-def edited(logits: Array, edits: Edits) -> Array:
-    """Logits (B, V) with the edits made; those of tokens that are not allowed are -inf."""
+def edited(logits: Float[Array, "B V"], edits: Edits) -> Float32[Array, "B V"]:
+    """The logits with the edits made; those of tokens that are not allowed are -inf."""
     logits = logits.astype(jnp.float32)
     at = jnp.arange(len(logits), dtype=jnp.int32)[:, None], edits.ids
     old = logits.at[at].get(mode="fill", fill_value=0)
@@ -86,11 +85,12 @@ def edited(logits: Array, edits: Edits) -> Array:
     return jnp.where(bits == 1, logits.at[at].set(new, mode="drop"), -jnp.inf)
 
 
-def choose(logits: Array, params: Batch, edits: Edits, position: Array) -> tuple[Array, Array, Array, Array]:
+def choose(
+    logits: Float[Array, "B V"], params: Batch, edits: Edits, position: Int32[Array, "B"]
+) -> tuple[Int32[Array, "B"], Float32[Array, "B"], Int32[Array, "B top"], Float32[Array, "B top"]]:
     """`sample` of the edited logits, and log-probabilities of the logits as they are.
 
-    → ids int32 (B,), their log-probability float32 (B,), and of the MAX_LOGPROBS likeliest the ids int32 (B, ·) and
-    log-probabilities (B, ·), in order.
+    → ids, their log-probability, and of the MAX_LOGPROBS likeliest the ids and log-probabilities, in order.
     """
     ids = sample(edited(logits, edits), params, position)
     logprobs = jax.nn.log_softmax(logits.astype(jnp.float32))
@@ -98,14 +98,14 @@ def choose(logits: Array, params: Batch, edits: Edits, position: Array) -> tuple
     return ids, jnp.take_along_axis(logprobs, ids[:, None], axis=-1)[:, 0], top_ids, top
 
 
-def tempered(logits: Array, params: Batch) -> Array:
-    """Logits (B, V) over the temperature, shifted so that the largest is 0: no temperature overflows."""
+def tempered(logits: Float[Array, "B V"], params: Batch) -> Float[Array, "B V"]:
+    """The logits over the temperature, shifted so that the largest is 0: no temperature overflows."""
     smallest = jnp.finfo(jnp.float32).tiny
     return (logits - logits.max(-1, keepdims=True)) / jnp.maximum(params.temperature, smallest)[:, None]
 
 
-def allowed(x: Array, params: Batch) -> Array:
-    """Which tokens the filters leave, never none: x (B, V) from `tempered` → bool (B, V).
+def allowed(x: Float[Array, "B V"], params: Batch) -> Bool[Array, "B V"]:
+    """Which tokens the filters leave, never none, of x from `tempered`.
 
     min-p compares likelihoods, which renormalising does not change: it needs no sort. The others do.
     """

@@ -19,10 +19,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
 
 from ds4jax.config import CSA_RATIO, HCA_RATIO, ModelConfig
 from ds4jax.model.cache import Cache
-from ds4jax.model.compute import Array, Compute, Inputs, Tap, no_tap
+from ds4jax.model.compute import Compute, Inputs, Tap, no_tap
 from ds4jax.model.weights import Compressor, Weights
 from ds4jax.numerics import rows as num
 from ds4jax.numerics.precision import wide
@@ -43,11 +44,11 @@ def compressors(w: Weights, ratio: int) -> dict[str, Compressor]:
 
 
 class Prepared(NamedTuple):
-    """What the queries of a layer meet. latent: the queries and the window's rows. index_weight: (B, T, Hi), how much
-    each head of the indexer counts; None where the layer does not choose."""
+    """What the queries of a layer meet. latent: the queries and the window's rows. index_weight: how much each head of
+    the indexer counts; None where the layer does not choose."""
 
     latent: latent.Latent
-    index_weight: Array | None
+    index_weight: Float[Array, "B T Hi"] | None
 
 
 def chooses(cfg: ModelConfig, cache: Cache, layer: int) -> bool:
@@ -56,10 +57,10 @@ def chooses(cfg: ModelConfig, cache: Cache, layer: int) -> bool:
 
 
 def prepare(
-    h: Array, inputs: Inputs, w: Weights, cache: Cache, layer: int, cfg: ModelConfig, compute: Compute, choose: bool,
-    tap: Tap = no_tap,
+    h: Float[Array, "S E"], inputs: Inputs, w: Weights, cache: Cache, layer: int, cfg: ModelConfig, compute: Compute,
+    choose: bool, tap: Tap = no_tap,
 ) -> tuple[Prepared, Cache]:  # fmt: skip
-    """All that comes before attention: h (S, E) → queries, and the cache with the rows of these tokens.
+    """All that comes before attention: queries, and the cache with the rows of these tokens.
 
     choose: whether the indexer's queries are wanted.
     """
@@ -119,9 +120,10 @@ def nth_of_ratio(cfg: ModelConfig, layer: int) -> int:
 
 
 def attention(
-    h: Array, inputs: Inputs, w: Weights, cache: Cache, layer: int, cfg: ModelConfig, compute: Compute, tap: Tap
-) -> tuple[Array, Cache]:
-    """h (S, E), normed → (S, E), and the cache with these tokens stored.
+    h: Float[Array, "S E"], inputs: Inputs, w: Weights, cache: Cache, layer: int, cfg: ModelConfig, compute: Compute,
+    tap: Tap,
+) -> tuple[Float[Array, "S E"], Cache]:  # fmt: skip
+    """Attention of the normed h, and the cache with these tokens stored.
 
     `cache.length` is still the length before these tokens: the caller advances it after the last layer.
     """
@@ -148,8 +150,8 @@ def attention(
 
 def _choose(
     made: Prepared, cache: Cache, inputs: Inputs, nth: int, key: num.RowFormat, cfg: ModelConfig, compute: Compute
-) -> Array:
-    """The compressed rows that each query reads, int32 (B, T, k); those that it sees come first."""
+) -> Int32[Array, "B T k"]:
+    """The compressed rows that each query reads; those that it sees come first."""
     assert made.latent.index_queries is not None and made.index_weight is not None
     kernels, out = compute.implementations, []
     T = inputs.shape[1]

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax import lax
+from jaxtyping import Array, Bool, Int32
 
 from ds4jax.config import CSA_RATIO, HCA_RATIO, ModelConfig
 from ds4jax.errors import ConfigError
@@ -24,21 +25,19 @@ from ds4jax.numerics import rows as num
 from ds4jax.numerics.precision import wide
 from ds4jax.ops.compress import Compressed
 
-Array = jax.Array
-
 # Snapshots hold a multiple of this many rows, so that few shapes are ever compiled.
 SNAPSHOT_ROWS = 64
 
 
 @struct.dataclass
 class Cache:
-    """length: int32 (B,), tokens seen by each sequence. window: planes (L, B, W, ·), position p at p mod W.
+    """length: tokens seen by each sequence. window: planes (L, B, W, ·), position p at p mod W.
 
     `window` has one more layer, the last, if the model has an MTP head: the window of the head's own block.
     csa, index: layers of ratio 4 (`index` holds the indexer's keys). hca: layers of ratio 128.
     """
 
-    length: Array
+    length: Int32[Array, "B"]
     window: num.Rows
     csa: Compressed
     index: Compressed
@@ -99,8 +98,8 @@ def zeros(cfg: ModelConfig, numerics: num.Numerics, dtype, batch: int, ctx: int)
     return reset(cache, jnp.ones((batch,), bool))
 
 
-def reset(cache: Cache, which: Array) -> Cache:
-    """Set the sequences marked in `which` (bool (B,)) to length 0; their old rows become unreachable."""
+def reset(cache: Cache, which: Bool[Array, "B"]) -> Cache:
+    """Set the sequences marked in `which` to length 0; their old rows become unreachable."""
 
     def no_window_before(c: Compressed) -> Compressed:
         # A gate of -inf gives the window before the first one no weight.

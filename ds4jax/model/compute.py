@@ -6,17 +6,15 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from jaxtyping import Array, Int32
 
 from ds4jax.config import ModelConfig
 from ds4jax.implementation import Kernels, parse
 from ds4jax.numerics.precision import wide
 from ds4jax.numerics.rows import Numerics
 from ds4jax.ops import rope
-
-Array = jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,15 +41,15 @@ class Compute:
 class Inputs(NamedTuple):
     """T new tokens of each of B sequences, in rows: S = B·T, sequence by sequence.
 
-    ids: int32 (S,). n: int32 (B,), how many of the T are real; the rest leaves no trace. real: int32 (S,), 0 for rows
-    that are no tokens; None if there is one row only. first: int32 (B,), the position of the first token; 0 for a
-    sequence without a real token, which then attends to nothing. angles: of RoPE, by the layers' ratio.
+    n: how many of the T are real; the rest leaves no trace. real: 0 for rows that are no tokens; None if there is one
+    row only. first: the position of the first token; 0 for a sequence without a real token, which then attends to
+    nothing. angles: of RoPE, by the layers' ratio.
     """
 
-    ids: Array
-    n: Array
-    real: Array | None
-    first: Array
+    ids: Int32[Array, "S"]
+    n: Int32[Array, "B"]
+    real: Int32[Array, "S"] | None
+    first: Int32[Array, "B"]
     angles: dict[int, rope.Angles]
 
     @property
@@ -61,8 +59,10 @@ class Inputs(NamedTuple):
         return B, self.ids.shape[0] // B
 
 
-def inputs(tokens: Array, n: Array, length: Array, cfg: ModelConfig, dtype: str) -> Inputs:
-    """tokens (B, T), n (B,), length (B,): how many each sequence has before these."""
+def inputs(
+    tokens: Int32[Array, "B T"], n: Int32[Array, "B"], length: Int32[Array, "B"], cfg: ModelConfig, dtype: str
+) -> Inputs:
+    """The inputs of a call. length: how many tokens each sequence has before these."""
     B, T = tokens.shape
     real = None if B * T == 1 else (jnp.arange(T, dtype=jnp.int32) < n[:, None]).astype(jnp.int32).reshape(-1)
     first = length if B == 1 else jnp.where(n > 0, length, 0)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import jax
+from jaxtyping import Array, Float
 
 from ds4jax.config import ModelConfig
-from ds4jax.model.compute import Array, Compute, Inputs, Tap
+from ds4jax.model.compute import Compute, Inputs, Tap
 from ds4jax.model.weights import Weights
 from ds4jax.numerics.precision import wide
 from ds4jax.ops.experts import Experts, experts, packs
@@ -13,8 +14,10 @@ from ds4jax.ops.linear import gated, product, products
 from ds4jax.ops.route import route
 
 
-def moe(h: Array, inputs: Inputs, w: Weights, layer: int, cfg: ModelConfig, compute: Compute, tap: Tap) -> Array:
-    """h (S, E), normed → (S, E): the routed experts and the shared one."""
+def moe(
+    h: Float[Array, "S E"], inputs: Inputs, w: Weights, layer: int, cfg: ModelConfig, compute: Compute, tap: Tap
+) -> Float[Array, "S E"]:
+    """The routed experts and the shared one, of the normed h."""
     f, clamp, kernels, accumulated = w.ffn.at(layer), cfg.clamp(layer), compute.implementations, wide(h.dtype)
     routed = Experts(f.experts.gate, f.experts.up, f.experts.down)
     by_id = layer < cfg.n_hash_layers

@@ -8,10 +8,11 @@ attends to its own rows only. DeepSeek-V3, arXiv:2412.19437, section 2.2, with o
 import dataclasses
 
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
 
 from ds4jax.config import ModelConfig
 from ds4jax.model.cache import Cache
-from ds4jax.model.compute import Array, Compute, Tap, inputs, no_tap
+from ds4jax.model.compute import Compute, Tap, inputs, no_tap
 from ds4jax.model.transformer import block
 from ds4jax.model.transformer import head as output_head
 from ds4jax.model.weights import Head, Mtp, Weights
@@ -21,8 +22,8 @@ from ds4jax.ops.norm import rms_norm
 from ds4jax.ops.weight import single
 
 
-def join(X: Array, x: Array, w: Mtp, cfg: ModelConfig) -> Array:
-    """Streams X (..., N, E) and the next tokens' embeddings x (..., E) → streams of the head's block (..., N, E).
+def join(X: Float[Array, "*s N E"], x: Float[Array, "*s E"], w: Mtp, cfg: ModelConfig) -> Float[Array, "*s N E"]:
+    """Streams X and the next tokens' embeddings x → streams of the head's block.
 
     Z_i = h_proj(rms(X_i)·hnorm) + e_proj(rms(x)·enorm).
     """
@@ -38,16 +39,16 @@ def head(w: Weights) -> Head:
 
 
 def draft(
-    w: Weights, cache: Cache, X: Array, tokens: Array, start: Array, n: Array, cfg: ModelConfig, compute: Compute,
-    tap: Tap = no_tap,
-) -> tuple[Array, Array, Cache]:  # fmt: skip
+    w: Weights, cache: Cache, X: Float[Array, "B T N E"], tokens: Int32[Array, "B T"], start: Int32[Array, "B"],
+    n: Int32[Array, "B"], cfg: ModelConfig, compute: Compute, tap: Tap = no_tap,
+) -> tuple[Float[Array, "B T vocab"], Float[Array, "B T N E"], Cache]:  # fmt: skip
     """Append T positions to the head's window of every sequence, and draft a token from each.
 
-    X (B, T, N, E): streams of positions start … start + T - 1, start int32 (B,); n (B,) of the T are real. They are the
-    main model's, from `forward`; or, for a further draft, what this function returned, one position on.
-    tokens: int32 (B, T), the token after each position: given, sampled or drafted.
-    Returns logits (B, T, vocab) of the tokens at start + 2 …; the block's output streams (B, T, N, E); and the cache,
-    its length as it was: that is the main model's.
+    X: streams of positions start … start + T - 1, of which n are real. They are the main model's, from `forward`; or,
+    for a further draft, what this function returned, one position on. tokens: the token after each position: given,
+    sampled or drafted.
+    Returns logits of the tokens at start + 2 …; the block's output streams; and the cache, its length as it was: that
+    is the main model's.
     """
     assert w.mtp is not None
     given = inputs(tokens, n, start, cfg, compute.dtype)

@@ -10,11 +10,12 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int32
 
 from ds4jax.config import ModelConfig
 from ds4jax.model.attention import attention
 from ds4jax.model.cache import Cache
-from ds4jax.model.compute import Array, Compute, Inputs, Tap, inputs, no_tap
+from ds4jax.model.compute import Compute, Inputs, Tap, inputs, no_tap
 from ds4jax.model.moe import moe
 from ds4jax.model.weights import Head, HyperConnection, Weights
 from ds4jax.numerics.precision import wide
@@ -46,15 +47,16 @@ def block(
     return here.add(moe(here.h, inputs, w, layer, cfg, compute, tap)), cache
 
 
-def streams(x: Array, cfg: ModelConfig) -> mhc.Streams:
-    """Embeddings (S, E) → the streams before the first layer, all of them the embedding."""
+def streams(x: Float[Array, "S E"], cfg: ModelConfig) -> mhc.Streams:
+    """Embeddings → the streams before the first layer, all of them the embedding."""
     return mhc.Streams(jnp.broadcast_to(x[:, None], (x.shape[0], cfg.n_streams, cfg.embed_dim)))
 
 
 def run(
-    w: Weights, cache: Cache, tokens: Array, n: Array, cfg: ModelConfig, compute: Compute, tap: Tap = no_tap
-) -> tuple[mhc.Streams, Cache]:
-    """`forward`, with the streams as the head takes them: (S, N, E)."""
+    w: Weights, cache: Cache, tokens: Int32[Array, "B T"], n: Int32[Array, "B"], cfg: ModelConfig, compute: Compute,
+    tap: Tap = no_tap,
+) -> tuple[mhc.Streams, Cache]:  # fmt: skip
+    """`forward`, with the streams as the head takes them."""
     if compute.mesh is not None and compute.implementations.any_pallas:
         raise Unsupported(f"kernels {compute.kernels} on a mesh of {compute.mesh.size} devices, expected one device")
     given = inputs(tokens, n, cache.length, cfg, compute.dtype)
@@ -66,21 +68,22 @@ def run(
 
 
 def forward(
-    w: Weights, cache: Cache, tokens: Array, n: Array, cfg: ModelConfig, compute: Compute, tap: Tap = no_tap
-) -> tuple[Array, Cache]:
+    w: Weights, cache: Cache, tokens: Int32[Array, "B T"], n: Int32[Array, "B"], cfg: ModelConfig, compute: Compute,
+    tap: Tap = no_tap,
+) -> tuple[Float[Array, "B T N E"], Cache]:  # fmt: skip
     """Append tokens to every sequence of the batch.
 
-    tokens: int32 (B, T), of which the first n[b] are real (n: int32 (B,), 0 … T); the rest leaves no trace. T is at
-    most 128 or a multiple of it. tap: see `Tap`.
-    Returns the residual streams (B, T, N, E) before the head, and the cache with lengths advanced by n. Raises
-    Unsupported for a shape, a format, numerics or a mesh that a kernel does not take.
+    tokens: of which the first n[b] are real (0 … T); the rest leaves no trace. T is at most 128 or a multiple of it.
+    tap: see `Tap`.
+    Returns the residual streams before the head, and the cache with lengths advanced by n. Raises Unsupported for a
+    shape, a format, numerics or a mesh that a kernel does not take.
     """
     s, cache = run(w, cache, tokens, n, cfg, compute, tap)
     return s.added().reshape(*tokens.shape, cfg.n_streams, cfg.embed_dim), cache
 
 
-def head(s: mhc.Streams, w: Head, cfg: ModelConfig, compute: Compute) -> Array:
-    """Streams (S, N, E) → logits (S, vocab), float32 at least: the streams' own collapse, a norm, the output matrix."""
+def head(s: mhc.Streams, w: Head, cfg: ModelConfig, compute: Compute) -> Float[Array, "S vocab"]:
+    """Streams → logits, float32 at least: the streams' own collapse, a norm, the output matrix."""
     w = w.single()
     h = boundary(s, w.hc, w.norm, cfg, compute).h
     with jax.named_scope("head"):
@@ -88,8 +91,10 @@ def head(s: mhc.Streams, w: Head, cfg: ModelConfig, compute: Compute) -> Array:
     return y
 
 
-def logits(w: Weights, X: Array, cfg: ModelConfig, compute: Compute = Compute()) -> Array:  # noqa: B008 (frozen)
-    """Streams (..., N, E) of `forward` → logits (..., vocab), float32 at least."""
+def logits(
+    w: Weights, X: Float[Array, "*s N E"], cfg: ModelConfig, compute: Compute = Compute()  # noqa: B008 (frozen)
+) -> Float[Array, "*s vocab"]:  # fmt: skip
+    """Streams of `forward` → logits, float32 at least."""
     return head(mhc.Streams(X.reshape(-1, *X.shape[-2:])), w.head, cfg, compute).reshape(*X.shape[:-2], -1)
 
 
@@ -97,17 +102,16 @@ def logits(w: Weights, X: Array, cfg: ModelConfig, compute: Compute = Compute())
 def prefill(
     w: Weights,
     cache: Cache,
-    tokens: Array,
-    n: Array,
+    tokens: Int32[Array, "B T"],
+    n: Int32[Array, "B"],
     *,
     cfg: ModelConfig,
     compute: Compute,
     all_positions: bool = False,
-) -> tuple[Array, Cache]:
+) -> tuple[Float[Array, "B *T vocab"], Cache]:
     """`forward` and the head, jitted, the cache donated. Compiled once per shape of `tokens`: pad to a bucket.
 
-    Returns the logits at each sequence's last real token (B, vocab), or at all T positions (B, T, vocab). Where n is
-    0 the logits mean nothing.
+    Returns the logits at each sequence's last real token, or at all T positions. Where n is 0 the logits mean nothing.
     """
     B, T = tokens.shape
     s, cache = run(w, cache, tokens, n, cfg, compute)
@@ -119,9 +123,9 @@ def prefill(
 
 
 def decode_step(
-    w: Weights, cache: Cache, tokens: Array, active: Array, *, cfg: ModelConfig, compute: Compute
-) -> tuple[Array, Cache]:
-    """One token per sequence: tokens int32 (B,), active bool (B,) → logits (B, vocab) and the cache (donated)."""
+    w: Weights, cache: Cache, tokens: Int32[Array, "B"], active: Bool[Array, "B"], *, cfg: ModelConfig, compute: Compute
+) -> tuple[Float[Array, "B vocab"], Cache]:
+    """One token of each active sequence → logits and the cache (donated)."""
     return prefill(w, cache, tokens[:, None], active.astype(jnp.int32), cfg=cfg, compute=compute)
 
 

@@ -12,18 +12,17 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
+from jaxtyping import Array, Float
 
 from ds4jax.config import ModelConfig
 from ds4jax.errors import ConfigError
 from pallas_kernels.numerics import e2m1, e4m3
 from pallas_kernels.numerics.hadamard import hadamard
 
-Array = jax.Array
 Rows = dict[str, Array]  # the planes of stored rows, each (..., row bytes or values)
 Numerics = Literal["official", "plain", "straight_through"]
 
@@ -51,12 +50,12 @@ class PlainRow:
         """Plane name → (values per row, dtype)."""
         return {"x": (self.dim, self.dtype)}
 
-    def encode(self, x: Array) -> Rows:
-        """x (..., dim) → planes."""
+    def encode(self, x: Float[Array, "*s D"]) -> Rows:
+        """Rows → their planes."""
         return {"x": x.astype(self.dtype)}
 
-    def decode(self, rows: Rows, dtype: DTypeLike) -> Array:
-        """planes → (..., dim)."""
+    def decode(self, rows: Rows, dtype: DTypeLike) -> Float[Array, "*s D"]:
+        """Planes → the rows, in `dtype`."""
         return rows["x"].astype(dtype)
 
 
@@ -78,12 +77,12 @@ class Fp8Row:
             "rope": (self.rope_dim, np.dtype(np.float16)),
         }
 
-    def encode(self, x: Array) -> Rows:
+    def encode(self, x: Float[Array, "*s D"]) -> Rows:
         nope, rope = jnp.split(x, [self.dim - self.rope_dim], axis=-1)
         codes, exponents = e4m3.encode_blocks(_blocks(nope, e4m3.BLOCK))
         return {"codes": _flat(codes, nope.shape[-1]), "exponents": exponents, "rope": rope.astype(jnp.float16)}
 
-    def decode(self, rows: Rows, dtype: DTypeLike) -> Array:
+    def decode(self, rows: Rows, dtype: DTypeLike) -> Float[Array, "*s D"]:
         codes = rows["codes"]
         nope = e4m3.decode_blocks(_blocks(codes, e4m3.BLOCK), rows["exponents"], dtype)
         return jnp.concatenate([_flat(nope, codes.shape[-1]), rows["rope"].astype(dtype)], axis=-1)
@@ -101,12 +100,12 @@ class Fp4Row:
             "exponents": (-(-self.dim // e2m1.BLOCK), np.dtype(np.uint8)),
         }
 
-    def encode(self, x: Array) -> Rows:
+    def encode(self, x: Float[Array, "*s D"]) -> Rows:
         code, exponents = e2m1.encode_blocks(_blocks(x, e2m1.BLOCK), jnp.uint8)
         code = _flat(code, x.shape[-1])
         return {"codes": code[..., 0::2] | code[..., 1::2] << 4, "exponents": exponents}
 
-    def decode(self, rows: Rows, dtype: DTypeLike) -> Array:
+    def decode(self, rows: Rows, dtype: DTypeLike) -> Float[Array, "*s D"]:
         codes = rows["codes"]
         code = jnp.stack([codes & 15, codes >> 4], axis=-1).reshape(*codes.shape[:-1], -1)
         return _flat(e2m1.decode_blocks(_blocks(code, e2m1.BLOCK), rows["exponents"], dtype), self.dim)
@@ -154,6 +153,6 @@ def check(cfg: ModelConfig, numerics: Numerics) -> None:
         )
 
 
-def index_rotation(x: Array, numerics: Numerics) -> Array:
-    """What index queries and keys x (..., n) pass before E2M1: the Hadamard matrix over √n; nothing if ``plain``."""
+def index_rotation(x: Float[Array, "*s Di"], numerics: Numerics) -> Float[Array, "*s Di"]:
+    """What index queries and keys pass before E2M1: the Hadamard matrix over √n; nothing if ``plain``."""
     return x if numerics == "plain" else hadamard(x)

@@ -12,6 +12,7 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Bool, Float, Int32
 
 from ds4jax.implementation import Implementation
 from ds4jax.numerics import rows as num
@@ -23,8 +24,6 @@ from ds4jax.ops.linear import layers
 from ds4jax.ops.weight import Weight
 from pallas_kernels import mla as kernel
 
-Array = jax.Array
-
 
 def query_dtype(implementation: Implementation, dtype):
     """The dtype that `attend` takes queries in: the kernel multiplies in float16."""
@@ -32,11 +31,11 @@ def query_dtype(implementation: Implementation, dtype):
 
 
 def attend(
-    q: Array,
+    q: Float[Array, "B T H D"],
     near: num.Rows,
     rows: num.Rows | None,
-    chosen: Array | None,
-    position: Array,
+    chosen: Int32[Array, "B T k"] | None,
+    position: Int32[Array, "B"],
     sinks: Weight,
     angles: rope.Angles,
     *,
@@ -47,15 +46,14 @@ def attend(
     dtype,
     query_blocks: int | None = None,
     implementation: Implementation = "xla",
-) -> Array:
-    """Attention of queries q (B, T, H, D) at positions `position` + 0 … T - 1 → (B, T, H, D) in `dtype`.
+) -> Float[Array, "B T H D"]:
+    """Attention of queries q at positions `position` + 0 … T - 1, in `dtype`.
 
     near: the window's rows as `latent` returns them: of T = 1 the rings (L, B, W, ·), of which `layer` is read; of more
-    tokens (B, W + T, ·). rows: compressed rows (L', B, N, ·), of which `nth` is read; None with ratio 0. A query at p
-    sees the first (p + 1) // ratio of them, or of the rows in its list `chosen`, int32 (B, T, K), visible ones first.
-    position: int32 (B,). sinks: (H). row: how rows are stored. The softmax is in float32 at least. query_blocks: see
-    `in_blocks`. The kernel takes `official` rows of 64 times a power of two with 64 dims of RoPE, and 16 heads or a
-    multiple. Raises Unsupported.
+    tokens (B, W + T, ·). rows: compressed rows (L', B, rows, ·), of which `nth` is read; None with ratio 0. A query at
+    p sees the first (p + 1) // ratio of them, or of the rows in its list `chosen`, visible ones first. sinks: (H). row:
+    how rows are stored. The softmax is in float32 at least. query_blocks: see `in_blocks`. The kernel takes `official`
+    rows of 64 times a power of two with 64 dims of RoPE, and 16 heads or a multiple. Raises Unsupported.
     """
     if implementation != "xla":
         return kernel.op(
@@ -96,11 +94,14 @@ def attend(
     return rope.turn(o, angles.cos[:, :, None], -angles.sin[:, :, None]).astype(dtype)
 
 
-def softmax_with_sink(q: Array, sources: list[tuple[Array, Array]], sinks: Array) -> Array:
+def softmax_with_sink(
+    q: Float[Array, "B T H D"],
+    sources: list[tuple[Float[Array, "B ... _rows D"], Bool[Array, "B T _rows"]]],
+    sinks: Float[Array, "H"],
+) -> Float[Array, "B T H D"]:
     """Attention over all sources and the sink together; the sink only adds to the denominator.
 
-    q (B, T, H, D). sources: rows (B, K, D) shared by all queries or (B, T, K, D) of each query, with masks (B, T, K).
-    sinks (H). → (B, T, H, D) in q's dtype.
+    sources: rows that all queries of a sequence share, or of each query its own, with masks. The result has q's dtype.
     """
     dtype, logits = wide(q.dtype), []
     for rows, mask in sources:

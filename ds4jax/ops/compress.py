@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax import lax
+from jaxtyping import Array, Float, Int32
 
 from ds4jax.config import CSA_RATIO
 from ds4jax.implementation import Implementation
@@ -29,34 +30,32 @@ from ds4jax.ops.norm import Norm
 from ds4jax.ops.weight import Weight, same_layer
 from pallas_kernels import compressor as kernel
 
-Array = jax.Array
-
 
 @struct.dataclass
 class Compressed:
     """What one kind of compressor keeps, for all layers that have one.
 
-    rows: planes (L, B, N, ·), row i made from tokens i·R … i·R + R − 1 (and, overlapping, the R before them).
-    z, g: float32 (L, B, R, c·D), values and gates of the open window's tokens; token t lies at t mod R.
-    prev_z, prev_g: float32 (L, B, R, D), the a-halves of the last closed window (empty unless overlapping).
+    rows: planes (L, B, rows, ·), row i made from tokens i·R … i·R + R − 1 (and, overlapping, the R before them).
+    z, g: values and gates of the open window's tokens; token t lies at t mod R. float32 at least.
+    prev_z, prev_g: the a-halves of the last closed window (R = 0 unless overlapping).
     """
 
     rows: num.Rows
-    z: Array
-    g: Array
-    prev_z: Array
-    prev_g: Array
+    z: Float[Array, "L B R c*D"]
+    g: Float[Array, "L B R c*D"]
+    prev_z: Float[Array, "L B R D"]
+    prev_g: Float[Array, "L B R D"]
 
 
 class Compressor(NamedTuple):
     """One compressor of a layer, and what it is fed.
 
-    z, g: its projections of the new tokens (B·T, c·D), before the gates' bias. ape: that bias, a matrix (R, c·D).
-    norm: of its rows. row: how these are stored. rotate: whether they are index keys, which pass the Hadamard matrix.
+    z, g: its projections of the new tokens, before the gates' bias. ape: that bias, a matrix (R, c·D). norm: of its
+    rows. row: how these are stored. is_index: whether they are index keys, which pass the Hadamard matrix.
     """
 
-    z: Array
-    g: Array
+    z: Float[Array, "S c*D"]
+    g: Float[Array, "S c*D"]
     ape: Weight
     norm: Norm
     row: num.RowFormat
@@ -66,8 +65,8 @@ class Compressor(NamedTuple):
 def compress(
     compressors: Sequence[Compressor],
     states: Sequence[Compressed],
-    length: Array,
-    n: Array,
+    length: Int32[Array, "B"],
+    n: Int32[Array, "B"],
     angles: rope.Angles,
     nth: int | Array,
     *,
@@ -78,7 +77,7 @@ def compress(
 ) -> list[Compressed]:
     """Take T new tokens into the compressors of a layer: store the rows of windows that close, keep the open window.
 
-    length, n: int32 (B,), tokens before these, and how many of the T are real. nth: the layer among those of its ratio,
+    length, n: tokens before these, and how many of the T are real. nth: the layer among those of its ratio,
     in every state. freq: see `rope.frequencies`. The kernel takes one token of each sequence, `official` rows and a
     bias in F32, F16 or BF16; for T > 1 the formula is computed in XLA. Raises Unsupported.
     """
@@ -98,8 +97,8 @@ def compress(
     return [dataclasses.replace(s, **m._asdict()) for s, m in zip(states, moved, strict=True)]
 
 
-def pool(z: Array, g: Array) -> Array:
-    """Σ over slots of softmax(g) ⊙ z: (..., slots, D) → (..., D)."""
+def pool(z: Float[Array, "*s slots D"], g: Float[Array, "*s slots D"]) -> Float[Array, "*s D"]:
+    """Σ over slots of softmax(g) ⊙ z."""
     return jnp.sum(z * jax.nn.softmax(g, axis=-2), axis=-2)
 
 

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Float, Int32
 
 from ds4jax.implementation import Implementation
 from ds4jax.numerics.precision import matmul, wide
@@ -23,8 +24,6 @@ from ds4jax.sharding import RULES, partition_spec
 from pallas_kernels import experts as few
 from pallas_kernels import grouped_gemm
 from pallas_kernels.common import Unsupported
-
-Array = jax.Array
 
 # With more activations than this, experts are taken one after the other.
 DENSE_BYTES = 2**28
@@ -44,23 +43,22 @@ def packs(tokens: int, experts: Experts, implementation: Implementation) -> str 
 
 
 def experts(
-    h: Array,
-    ids: Array,
-    weight: Array,
+    h: Float[Array, "S E"],
+    ids: Int32[Array, "S k"],
+    weight: Float[Array, "S k"],
     w: Experts,
-    plus: Array,
+    plus: Float[Array, "S E"],
     *,
     clamp: float,
-    packed: Array | None = None,
+    packed: Int32[Array, "S words units"] | None = None,
     mesh: Mesh | None = None,
     implementation: Implementation = "xla",
-) -> Array:
-    """h (S, E) → (S, E) in h's dtype.
+) -> Float[Array, "S E"]:
+    """h through its experts, in h's dtype.
 
-    ids: int32 (S, k), -1 where there is no token. weight (S, k). plus (S, E): added to the sum, float32 at least.
-    packed: h as `route` packs it. mesh: where the experts are spread over the devices; XLA only. The kernels for many
-    tokens multiply in bfloat16, those for up to 32 in 16-bit fixed point; both add up in float32 and in a fixed order.
-    Raises Unsupported.
+    ids: -1 where there is no token. plus: added to the sum, float32 at least. packed: h as `route` packs it. mesh:
+    where the experts are spread over the devices; XLA only. The kernels for many tokens multiply in bfloat16, those for
+    up to 32 in 16-bit fixed point; both add up in float32 and in a fixed order. Raises Unsupported.
     """
     if implementation == "xla":
         run = _formula if mesh is None else _sharded(mesh)

@@ -9,6 +9,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int32
 
 from ds4jax.implementation import Implementation
 from ds4jax.numerics import rows as num
@@ -18,10 +19,8 @@ from ds4jax.ops.blocks import in_blocks
 from pallas_kernels import indexer as kernel
 from pallas_kernels.common import Unsupported
 
-Array = jax.Array
 
-
-def visible(position: Array, row: Array, ratio: int) -> Array:
+def visible(position: Int32[Array, "..."], row: Int32[Array, "..."], ratio: int) -> Bool[Array, "..."]:
     """Whether a query at `position` sees compressed row `row`: its last token, (i + 1)·R - 1, is not in the future."""
     return (row + 1) * ratio <= position + 1
 
@@ -32,22 +31,22 @@ def query_dtype(implementation: Implementation, dtype):
 
 
 def scores(
-    q: Array,
-    weight: Array,
+    q: Float[Array, "B T Hi Di"],
+    weight: Float[Array, "B T Hi"],
     keys: num.Rows,
     nth: int | Array,
-    position: Array,
+    position: Int32[Array, "B T"],
     *,
     key: num.RowFormat,
     ratio: int,
     query_blocks: int | None = None,
     implementation: Implementation = "xla",
-) -> Array:
-    """The scores of all stored keys of a layer, -inf for those that a query does not see: (B, T, N), float32 at least.
+) -> Float[Array, "B T rows"]:
+    """The scores of all stored keys of a layer, -inf for those that a query does not see; float32 at least.
 
-    q (B, T, Hi, Di): index queries. weight (B, T, Hi): W_proj h. keys: planes (L, B, N, ·), of which layer `nth`'s are
-    read. position: int32 (B, T). key: how keys are stored. query_blocks: see `in_blocks`. The kernel takes `official`
-    keys, bfloat16 queries, and heads and dims that are powers of two from 32 on. Raises Unsupported.
+    q: index queries. weight: W_proj h. keys: planes (L, B, rows, ·), of which layer `nth`'s are read. key: how keys are
+    stored. query_blocks: see `in_blocks`. The kernel takes `official` keys, bfloat16 queries, and heads and dims that
+    are powers of two from 32 on. Raises Unsupported.
     """
     scale = 1 / math.sqrt(q.shape[-2] * q.shape[-1])
     if implementation != "xla":

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jaxtyping import Array, Float, Int32
 
 from ds4jax.implementation import Implementation
 from ds4jax.numerics import rows as num
@@ -24,28 +25,26 @@ from ds4jax.ops.linear import layers
 from ds4jax.ops.norm import Norm, rms_norm
 from pallas_kernels import latent as kernel
 
-Array = jax.Array
-
 
 class Latent(NamedTuple):
-    """queries: (B, T, H, D). near: rows that attention reads for the window; of one token (T = 1) the whole stack of
-    rings (L, B, W, ·), of more (B, W + T, ·) with position length - W + j at j. index_queries: (B, T, Hi, Di) or None.
-    window: the stack of rings (L, B, W, ·), position p at p mod W, with the new rows."""
+    """near: rows that attention reads for the window; of one token (T = 1) the whole stack of rings (L, B, W, ·), of
+    more (B, W + T, ·) with position length - W + j at j. window: the stack of rings (L, B, W, ·), position p at p mod
+    W, with the new rows."""
 
-    queries: Array
+    queries: Float[Array, "B T H D"]
     near: num.Rows
-    index_queries: Array | None
+    index_queries: Float[Array, "B T Hi Di"] | None
     window: num.Rows
 
 
 def latent(
-    q: Array,
-    kv: Array,
-    index_q: Array | None,
+    q: Float[Array, "S HD"],
+    kv: Float[Array, "S D"],
+    index_q: Float[Array, "S HiDi"] | None,
     norm: Norm,
     angles: rope.Angles,
-    length: Array,
-    n: Array,
+    length: Int32[Array, "B"],
+    n: Int32[Array, "B"],
     window: num.Rows,
     layer: int,
     *,
@@ -58,10 +57,10 @@ def latent(
 ) -> Latent:
     """Finish the projections of T new tokens of B sequences, and store the rows of those that are real.
 
-    q (B·T, H·D), kv (B·T, D), index_q (B·T, Hi·Di) or None: projections. norm: of kv. length, n: int32 (B,), tokens
-    before these, and how many of the T are real. window: the stack of rings; `layer` is the one to write. row, key: how
-    window rows and index keys are stored. dtype, index_dtype: of the queries that are returned. The kernel takes one
-    token of each sequence and rows of `official`; for T > 1 the formula is computed in XLA. Raises Unsupported.
+    norm: of kv. length, n: tokens before these, and how many of the T are real. window: the stack of rings; `layer` is
+    the one to write. row, key: how window rows and index keys are stored. dtype, index_dtype: of the queries that are
+    returned. The kernel takes one token of each sequence and rows of `official`; for T > 1 the formula is computed in
+    XLA. Raises Unsupported.
     """
     B, T, _ = angles.cos.shape
     if implementation != "xla" and T == 1:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Float, Int32
 
 from ds4jax.implementation import Implementation
 from ds4jax.numerics.precision import matmul, wide
@@ -23,8 +24,6 @@ from ds4jax.ops.weight import Weight, same_layer
 from pallas_kernels import grouped_gemm
 from pallas_kernels import matmul as few
 from pallas_kernels.common import Unsupported
-
-Array = jax.Array
 
 
 @dataclass(frozen=True)
@@ -51,23 +50,23 @@ def gated(gate: Weight, up: Weight, clamp: float) -> Product:
     return Product((gate, up), clamp=clamp)
 
 
-def swiglu(gate: Array, up: Array, clamp: float) -> Array:
+def swiglu(gate: Float[Array, "*s"], up: Float[Array, "*s"], clamp: float) -> Float[Array, "*s"]:
     """silu(min(gate, clamp)) · clip(up, -clamp, clamp) (arXiv:2002.05202, clamped)."""
     return jax.nn.silu(jnp.minimum(gate, clamp)) * jnp.clip(up, -clamp, clamp)
 
 
-def linear(x: Array, w: Weight, dtype=None) -> Array:
-    """x (..., in) times w (out, in) transposed: (..., out) in `dtype`, x's unless given; in XLA."""
+def linear(x: Float[Array, "*s K"], w: Weight, dtype=None) -> Float[Array, "*s n"]:
+    """x times w (n, K) transposed, in `dtype`, x's unless given; in XLA."""
     return matmul("...i,oi->...o", x, w.value.dequantize(x.dtype), dtype=dtype)
 
 
 def products(
-    x: Array, asked: Sequence[Product], *, norm: Norm | None = None, groups: int = 1,
+    x: Float[Array, "S *groups K"], asked: Sequence[Product], *, norm: Norm | None = None, groups: int = 1,
     implementation: Implementation = "xla",
-) -> list[Array]:  # fmt: skip
-    """The products of x (S, K) that are asked for, (S, n) each.
+) -> list[Float[Array, "S _n"]]:  # fmt: skip
+    """The products of x that are asked for.
 
-    norm: of x, first. groups: x is (S, groups, K), and each group meets its own n / groups rows of the matrices: a
+    norm: of x, first. groups: of x, where it has them; each meets its own n / groups rows of the matrices: a
     block-diagonal product. Sums are float32 at least. Raises Unsupported for a format, shape or dtype that the kernels
     do not take.
     """
@@ -96,8 +95,8 @@ def products(
     )  # fmt: skip
 
 
-def layers(*numbers: int) -> Array:
-    """int32 (n,), but (1,) where all are equal: of equal numbers XLA makes no constant, but a kernel in every step."""
+def layers(*numbers: int) -> Int32[Array, "n"]:
+    """The numbers, but one where all are equal: of equal numbers XLA makes no constant, but a kernel in every step."""
     return jnp.array(numbers[:1] if len({*numbers}) == 1 else numbers, jnp.int32)
 
 
@@ -117,7 +116,7 @@ def _multiply(x: Array, m: Weight, groups: int, dtype) -> Array:
     return y.reshape(*y.shape[:-2], -1)
 
 
-def decoded_whole(x: Array, m: Weight, groups: int, dtype) -> Array:
+def decoded_whole(x: Float[Array, "S *groups K"], m: Weight, groups: int, dtype) -> Float[Array, "S n"]:
     """The product of many rows, by XLA, with the whole matrix decoded to x's dtype first."""
     # Not before x is there: XLA would decode the matrices of all layers first, and keep them.
     x, layer = lax.optimization_barrier((x, jnp.int32(m.nth)))

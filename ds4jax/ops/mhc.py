@@ -17,6 +17,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Float
 
 from ds4jax.implementation import Implementation
 from ds4jax.numerics.precision import wide
@@ -25,8 +26,6 @@ from ds4jax.ops.linear import linear
 from ds4jax.ops.norm import Norm, rms_norm
 from ds4jax.ops.weight import Weight, same_layer
 from pallas_kernels import hyper as kernel
-
-Array = jax.Array
 
 
 class Connection(NamedTuple):
@@ -38,35 +37,37 @@ class Connection(NamedTuple):
 
 
 class Output(NamedTuple):
-    """What a sub-layer adds to the streams: its output y (S, E), post (S, N) and comb (S, N, N)."""
+    """What a sub-layer adds to the streams: its output y, as post and comb say."""
 
-    y: Array
-    post: Array
-    comb: Array
+    y: Float[Array, "S E"]
+    post: Float[Array, "S N"]
+    comb: Float[Array, "S N N"]
 
 
 class Streams(NamedTuple):
-    """The residual streams X (S, N, E), to which `output` is still to be added, unless it is None."""
+    """The residual streams X, to which `output` is still to be added, unless it is None."""
 
-    X: Array
+    X: Float[Array, "S N E"]
     output: Output | None = None
 
-    def added(self) -> Array:
-        """The streams (S, N, E) with the last output in them."""
+    def added(self) -> Float[Array, "S N E"]:
+        """The streams with the last output in them."""
         return self.X if self.output is None else expand(self.X, self.output)
 
 
 class Boundary(NamedTuple):
-    """Between two sub-layers: the streams X (S, N, E), the next one's input h (S, E), and post (S, N), comb (S, N, N)
-    for its output; post and comb are float32 at least, and None before the output head."""
+    """Between two sub-layers: the streams X, the next one's input h, and post and comb for its output.
 
-    X: Array
-    h: Array
-    post: Array | None
-    comb: Array | None
+    post and comb are float32 at least, and None before the output head.
+    """
 
-    def add(self, y: Array) -> Streams:
-        """The streams after the sub-layer has returned y (S, E)."""
+    X: Float[Array, "S N E"]
+    h: Float[Array, "S E"]
+    post: Float[Array, "S N"] | None
+    comb: Float[Array, "S N N"] | None
+
+    def add(self, y: Float[Array, "S E"]) -> Streams:
+        """The streams after the sub-layer has returned y."""
         assert self.post is not None and self.comb is not None
         return Streams(self.X, Output(y, self.post, self.comb))
 
@@ -117,8 +118,8 @@ def _formula(streams: Streams, connection: Connection, norm: Norm, eps: float, i
     return Boundary(X, h, post, comb)
 
 
-def sinkhorn(comb: Array, iterations: int, eps: float) -> Array:
-    """Scale comb (..., N, N) towards a doubly stochastic matrix: columns first, then rows and columns in turn."""
+def sinkhorn(comb: Float[Array, "*s N N"], iterations: int, eps: float) -> Float[Array, "*s N N"]:
+    """Scale comb towards a doubly stochastic matrix: columns first, then rows and columns in turn."""
 
     def rows_then_columns(_, comb: Array) -> Array:
         comb = comb / (comb.sum(-1, keepdims=True) + eps)
@@ -128,8 +129,8 @@ def sinkhorn(comb: Array, iterations: int, eps: float) -> Array:
     return lax.fori_loop(0, iterations - 1, rows_then_columns, comb)
 
 
-def expand(X: Array, output: Output) -> Array:
-    """X'_k = post_k y + Σ_j comb[j, k] X_j: X (..., N, E) → the same, in X's dtype."""
+def expand(X: Float[Array, "S N E"], output: Output) -> Float[Array, "S N E"]:
+    """X'_k = post_k y + Σ_j comb[j, k] X_j, in X's dtype."""
     # N is so small that sums of products, which compile to one pass over X, are faster than matrix products.
     y, post, comb = output
     wide_X = X.astype(comb.dtype)

@@ -5,17 +5,17 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Float32, Int32
 
 from ds4jax.config import CSA_RATIO, HCA_RATIO, ModelConfig
 from ds4jax.numerics.precision import wide
 from pallas_kernels.numerics.rope import rotate as rotate_adjacent
 
 
-def frequencies(cfg: ModelConfig, ratio: int) -> np.ndarray:
-    """Radians per position of each pair, float32 (rope_dim / 2), for a layer of the given compression ratio.
+def frequencies(cfg: ModelConfig, ratio: int) -> Float32[np.ndarray, "P"]:
+    """Radians per position of each pair, for a layer of the given compression ratio.
 
     Layers without compression use `rope_base` as it is. All others use `compress_rope_base` with YaRN
     (arXiv:2309.00071), for queries, window keys, compressed rows and the indexer alike: pairs that turn more than
@@ -37,8 +37,10 @@ def frequencies(cfg: ModelConfig, ratio: int) -> np.ndarray:
     return (freq * (1 - slowed) + freq / cfg.yarn_factor * slowed).astype(np.float32)
 
 
-def cos_sin(positions: jax.Array, freq: np.ndarray, dtype=jnp.float32) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine of the angles of positions (...), int32: each (..., rope_dim / 2)."""
+def cos_sin(
+    positions: Int32[Array, "*s"], freq: Float32[np.ndarray, "P"], dtype=jnp.float32
+) -> tuple[Float[Array, "*s P"], Float[Array, "*s P"]]:
+    """Cosine and sine of the angles of positions."""
     angle = positions[..., None].astype(dtype) * jnp.asarray(freq, dtype)
     return jnp.cos(angle), jnp.sin(angle)
 
@@ -46,18 +48,18 @@ def cos_sin(positions: jax.Array, freq: np.ndarray, dtype=jnp.float32) -> tuple[
 class Angles(NamedTuple):
     """RoPE of one step, in layers of one compression ratio. P = rope_dim / 2.
 
-    cos, sin (B, T, P): of the new tokens' positions. row_cos, row_sin (B, P): of the compressed row that the first new
-    token goes into, which has the position of its first token.
+    cos, sin: of the new tokens' positions. row_cos, row_sin: of the compressed row that the first new token goes into,
+    which has the position of its first token.
     """
 
-    cos: jax.Array
-    sin: jax.Array
-    row_cos: jax.Array
-    row_sin: jax.Array
+    cos: Float[Array, "B T P"]
+    sin: Float[Array, "B T P"]
+    row_cos: Float[Array, "B P"]
+    row_sin: Float[Array, "B P"]
 
 
-def angles(cfg: ModelConfig, length: jax.Array, T: int, dtype=jnp.float32) -> dict[int, Angles]:
-    """The angles of T new tokens after `length` (B,) of each sequence, by the layers' ratio: 0, 4 and 128."""
+def angles(cfg: ModelConfig, length: Int32[Array, "B"], T: int, dtype=jnp.float32) -> dict[int, Angles]:
+    """The angles of T new tokens after `length` of each sequence, by the layers' ratio: 0, 4 and 128."""
     position = length[:, None] + jnp.arange(T, dtype=jnp.int32)
     # Layers that compress share their base.
     compressing = cos_sin(position, frequencies(cfg, CSA_RATIO), dtype)
@@ -69,14 +71,16 @@ def angles(cfg: ModelConfig, length: jax.Array, T: int, dtype=jnp.float32) -> di
     return out
 
 
-def turn(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotate adjacent pairs of the last dims of x (..., n) by the angles of cos and sin (..., pairs)."""
+def turn(x: Float[Array, "*s D"], cos: Float[Array, "*#s P"], sin: Float[Array, "*#s P"]) -> Float[Array, "*s D"]:
+    """Rotate adjacent pairs of the last 2 P dims of x by the angles of cos and sin."""
     nope, rope = jnp.split(x, [x.shape[-1] - 2 * cos.shape[-1]], axis=-1)
     turned = rotate_adjacent(rope.astype(cos.dtype), cos, sin)
     return jnp.concatenate([nope, turned.astype(x.dtype)], axis=-1)
 
 
-def rotate(x: jax.Array, positions: jax.Array, freq: np.ndarray, *, inverse: bool = False) -> jax.Array:
-    """Rotate the last dims of x (..., heads, n) by the angles of positions (...), int32; `inverse` turns back."""
+def rotate(
+    x: Float[Array, "*s H D"], positions: Int32[Array, "*s"], freq: Float32[np.ndarray, "P"], *, inverse: bool = False
+) -> Float[Array, "*s H D"]:
+    """Rotate the last 2 P dims of x by the angles of positions; `inverse` turns back."""
     cos, sin = cos_sin(positions[..., None], freq, wide(x.dtype))
     return turn(x, cos, -sin if inverse else sin)

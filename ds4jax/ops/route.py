@@ -15,6 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Float, Int32
 
 from ds4jax.implementation import Implementation
 from ds4jax.ops import tuned
@@ -22,36 +23,33 @@ from ds4jax.ops.linear import layers
 from ds4jax.ops.weight import Weight
 from pallas_kernels import router as kernel
 
-Array = jax.Array
-
 
 class Routing(NamedTuple):
-    """ids: int32 (S, k), -1 for rows that are no tokens. weight: (S, k), float32 at least. packed: the activations as
-    the experts' kernel takes them, if asked for."""
+    """ids: -1 for rows that are no tokens. weight: float32 at least. packed: the activations as the experts' kernel
+    takes them, if asked for."""
 
-    ids: Array
-    weight: Array
-    packed: Array | None = None
+    ids: Int32[Array, "S k"]
+    weight: Float[Array, "S k"]
+    packed: Int32[Array, "S words units"] | None = None
 
 
 def route(
-    logits: Array,
+    logits: Float[Array, "S experts"],
     table: Weight,
-    tokens: Array | None,
-    real: Array | None,
+    tokens: Int32[Array, "S"] | None,
+    real: Int32[Array, "S"] | None,
     *,
     k: int,
     norm: bool,
     scale: float,
-    pack: tuple[Array, str] | None = None,
+    pack: tuple[Float[Array, "S E"], str] | None = None,
     implementation: Implementation = "xla",
 ) -> Routing:
-    """logits (S, n_experts) of the router, float32 at least → the k experts of each token.
+    """The k experts of each token, from the router's logits, float32 at least.
 
-    table: the bias (n_experts), or, with tokens int32 (S,), the experts of every token id, int32 (vocab, k). real:
-    int32 (S,), 0 for rows that are no tokens; None if all are. norm: whether weights are divided by their sum. pack:
-    activations (S, E), and the format of the experts that will read them: the kernel then packs them on the way.
-    Raises Unsupported.
+    table: the bias (experts), or, with the ids `tokens`, the experts of every token id, int32 (vocab, k). real: 0 for
+    rows that are no tokens; None if all are. norm: whether weights are divided by their sum. pack: activations, and the
+    format of the experts that will read them: the kernel then packs them on the way. Raises Unsupported.
     """
     if implementation != "xla":
         x, fmt = pack or (None, None)

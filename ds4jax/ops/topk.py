@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import jax
 from jax import lax
+from jaxtyping import Array, Float, Int32
 
 from ds4jax.implementation import Implementation
 from ds4jax.ops import tuned
 from pallas_kernels import topk as kernel
 
-Array = jax.Array
 
-
-def highest(score: Array, k: int, implementation: Implementation = "xla") -> Array:
-    """score (B, T, N), no NaN → int32 (B, T, k): the indices of the k highest; of equal scores the first ones.
+def highest(score: Float[Array, "B T rows"], k: int, implementation: Implementation = "xla") -> Int32[Array, "B T k"]:
+    """The indices of the k highest scores of each query, none NaN; of equal scores the first ones.
 
     Those of -inf come last, and only if there is nothing else. The order is otherwise free: the formula's is by score,
     the kernel's by index. Raises Unsupported.
