@@ -44,7 +44,7 @@ MAX_COMPLETION = 393216  # tokens: the longest answer that the model was trained
 class Options:
     """How to serve.
 
-    keep_alive: seconds of silence, or up to twice that, after which a stream says something. cors: whether pages of any
+    keep_alive: seconds of silence, or up to twice that, after which a stream shows that it is alive. cors: whether pages of any
     origin may call. api_key: what clients must send as `Authorization: Bearer` or `x-api-key`. max_body: bytes.
     max_depth: of nested JSON.
     """
@@ -98,7 +98,7 @@ class _Server:
 
     # ---- answers -----------------------------------------------------------------------------------------------------
     async def answer(self, request: Request) -> Response:
-        """One of `APIS`: an object, or a stream of events from before the prompt is computed on."""
+        """One of `APIS`: an object, or a stream of events whose headers come before the prompt is computed."""
         path, api = request.url.path, APIS[request.url.path]
         status = 200
         try:
@@ -145,7 +145,8 @@ class _Server:
     async def _events(self, reply: Reply) -> AsyncIterator[bytes]:
         talk = reply.conversation
         try:
-            yield reply.begin()
+            if data := reply.begin():
+                yield data
             silent = False
             async for event in talk:
                 if isinstance(event, Tick):

@@ -20,10 +20,7 @@ class ChatReply(Reply):
 
     def __init__(self, conversation: Conversation, model: str):
         super().__init__(conversation, model)
-        self.id, self._logprobs_sent = new_id("chatcmpl-"), 0
-
-    def begin(self) -> bytes:
-        return self._chunk({"role": "assistant", "content": ""})
+        self.id, self._logprobs_sent, self._begun = new_id("chatcmpl-"), 0, False
 
     def on(self, e: Event) -> bytes:
         match e:
@@ -59,7 +56,12 @@ class ChatReply(Reply):
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
 
     def _chunk(self, delta: dict, finish: str | None = None, logprobs: list[Logprob] | None = None) -> bytes:
-        choice = {"index": 0, "delta": delta, "logprobs": self._logprobs(logprobs or []), "finish_reason": finish}
+        head = b"" if self._begun else self._choice({"role": "assistant", "content": ""}, None, [])
+        self._begun = True
+        return head + self._choice(delta, finish, logprobs or [])
+
+    def _choice(self, delta: dict, finish: str | None, logprobs: list[Logprob]) -> bytes:
+        choice = {"index": 0, "delta": delta, "logprobs": self._logprobs(logprobs), "finish_reason": finish}
         return event(self._head("chat.completion.chunk") | {"choices": [choice]})
 
     def _logprobs(self, logprobs: list[Logprob]) -> dict[str, Any] | None:

@@ -16,9 +16,6 @@ class CompletionReply(Reply):
         super().__init__(conversation, model)
         self.id, self._logprobs_sent, self._offset = new_id("cmpl-"), 0, 0
 
-    def begin(self) -> bytes:
-        return self._chunk("", None)
-
     def on(self, e: Event) -> bytes:
         return self._chunk(e.text, None) if isinstance(e, TextDelta) else b""
 

@@ -30,7 +30,8 @@ class Reply:
     """One answer in one API's form, as one object or as a stream of server-sent events.
 
     `whole` gives the object, once the conversation has ended. The stream is what these return, in this order: `begin`;
-    `on` for each event, and `idle` when there was none for a while; `end` or, after an error, `fail`.
+    `on` for each event, and `idle` when there was none for a while; `end` or, after an error, `fail`. What clients take
+    for the first token never comes before it: `begin` says nothing where the API's first event is one of the answer.
     """
 
     id_prefix: ClassVar[str] = "call_"  # of tool calls
@@ -41,7 +42,7 @@ class Reply:
         self.model, self.created = model, int(time.time())
 
     def begin(self) -> bytes:
-        raise NotImplementedError
+        return b""
 
     def on(self, e: Event) -> bytes:
         raise NotImplementedError
