@@ -66,3 +66,38 @@ def test_errors(api, body, message):
 def test_a_long_list_of_wrong_values_is_one_error():
     with pytest.raises(ApiError, match=r"^messages\[0\]: found 1, expected an object$"):
         messages.read({"messages": [1] * 1_000_000})
+
+
+@pytest.mark.parametrize(
+    ("fields", "think"),
+    [
+        ({}, "on"),
+        ({"enable_thinking": False}, "off"),
+        ({"chat_template_kwargs": {"thinking": False}}, "off"),
+        ({"chat_template_kwargs": {"enable_thinking": True}, "enable_thinking": True}, "on"),
+        ({"reasoning": {"enabled": False}}, "off"),
+        ({"reasoning": {"effort": "max"}}, "max"),
+        ({"reasoning": {"effort": "none"}, "thinking": {"type": "disabled"}}, "off"),
+        ({"reasoning_effort": "high", "reasoning": {"effort": "high", "enabled": True}}, "high"),
+        ({"thinking": True, "enable_thinking": False},
+         "enable_thinking: found false, expected true, which thinking says"),
+        ({"reasoning_effort": "low", "reasoning": {"effort": "high"}},
+         'reasoning.effort: found "high", expected "low", which reasoning_effort says'),
+        ({"think": True, "reasoning_effort": "none"}, "the effort: found false, expected true, which think says"),
+    ],
+)  # fmt: skip
+def test_every_spelling_of_the_thinking_switch(fields, think):
+    if ": " in think:
+        with pytest.raises(ApiError) as error:
+            chat.read(HI | fields)
+        assert str(error.value) == think
+    else:
+        assert chat.read(HI | fields).think == think
+
+
+def test_values_that_mean_none_or_the_likeliest():
+    asked = chat.read(HI | {"top_k": -1, "top_p": 0, "max_tokens": -1, "ignore_eos": True})
+    assert (asked.sampling.top_k, asked.sampling.temperature, asked.max_tokens) == (0, 0.0, None)
+    assert asked.sampling.min_tokens == 2**31 - 1 and chat.read(HI | {"min_tokens": 3}).sampling.min_tokens == 3
+    assert completions.read({"prompt": "a", "max_tokens": -1}).max_tokens is None
+    assert chat.read(HI | {"max_tokens": 5, "max_completion_tokens": -1}).max_tokens == 5

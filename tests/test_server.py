@@ -68,6 +68,9 @@ def test_chat_plain():
         assert usage.prompt_tokens == len(engine.requests[0].tokens) and usage.prompt_tokens_details.cached_tokens == 3
         assert usage.completion_tokens == n and usage.total_tokens == usage.prompt_tokens + n
         assert usage.completion_tokens_details.reasoning_tokens == len(ids("I think.</think>"))
+        timings = done.model_extra["timings"]
+        assert (timings["cache_n"], timings["prompt_n"], timings["predicted_n"]) == (3, usage.prompt_tokens - 3, n)
+        assert done.system_fingerprint.startswith("ds4jax-")
         assert prompt(engine) == "<｜begin▁of▁sentence｜><｜User｜>Hi<｜Assistant｜><think>"
 
 
@@ -81,7 +84,23 @@ def test_chat_streamed():
         chunks = list(o.chat.completions.create(model="m", messages=HI, stream=True))
         assert chunks[0].choices[0].delta.role == "assistant"
         assert "".join(c.choices[0].delta.model_extra.get("reasoning_content", "") for c in chunks) == "I think."
+        said = [c.choices[0].delta.model_extra for c in chunks]
+        assert all(delta.get("reasoning") == delta.get("reasoning_content") for delta in said)
         assert chunks[-1].choices[0].finish_reason == "stop"  # no usage unless asked for
+        assert [chunk.model_extra.get("timings") for chunk in chunks[:-1]] == [None] * (len(chunks) - 1)
+        assert chunks[-1].model_extra["timings"]["predicted_n"] == final.usage.completion_tokens
+        silent = o.chat.completions.create(model="m", messages=HI, extra_body={"include_reasoning": False})
+        assert silent.choices[0].message.content == "Hello!" and not silent.choices[0].message.model_extra
+
+
+def test_timings_measure_the_prompt_and_the_answer():
+    with clients("word " * 10, chunks=2, delay=0.05) as (o, _, _, _):
+        done = o.chat.completions.create(model="m", messages=HI, max_tokens=5, reasoning_effort="none")
+        timings = done.model_extra["timings"]
+        # Two chunks of the prompt, then a token each 0.05 s.
+        assert 80 < timings["prompt_ms"] < 1000 and 160 < timings["predicted_ms"] < 2000
+        assert timings["prompt_per_second"] == pytest.approx(1e3 * timings["prompt_n"] / timings["prompt_ms"])
+        assert timings["predicted_per_second"] == pytest.approx(1e3 * 4 / timings["predicted_ms"])
 
 
 @pytest.mark.parametrize("streamed", [False, True])
@@ -490,6 +509,24 @@ def test_models_health_metrics():
             'ds4jax_time_to_first_token_seconds_bucket{le="+Inf"} 1.0',
         ):
             assert line in text
+
+
+def test_paths_of_other_base_urls():
+    with clients("Hi") as (_, _, http, _):
+        aliases = {
+            "/v1/chat/completions": ["/chat/completions"],
+            "/v1/completions": ["/completions", "/beta/completions"],
+            "/v1/messages": ["/messages", "/anthropic/v1/messages"],
+            "/v1/responses": ["/responses"],
+        }
+        for canonical, path in ((path, alias) for path in aliases for alias in aliases[path]):
+            assert http.post(path, json=STREAMS[canonical][0]).status_code == 200, path
+            assert f'path="{canonical}",status="200"' in http.get("/metrics").text
+        assert http.post("/anthropic/v1/messages", json={}).json()["type"] == "error"
+        assert http.post("/anthropic/v1/messages/count_tokens", json={"messages": HI}).json()["input_tokens"] > 0
+        (model,) = http.get("/models").json()["data"]
+        assert model["max_model_len"] == 4096 and model["root"] == model["id"]
+        assert http.get("/ping").status_code == 200 and http.get("/version").json()["version"]
 
 
 def test_api_key_and_cors():

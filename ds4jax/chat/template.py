@@ -324,8 +324,9 @@ def _text(message: Mapping[str, Any], where: str, optional: bool = False) -> str
 
 
 def _assistant(message: Mapping[str, Any], where: str) -> _Assistant:
-    reasoning = message.get("reasoning_content")
-    _check(f"{where}.reasoning_content", reasoning, str | None, "a string")
+    name = "reasoning_content" if message.get("reasoning_content") is not None else "reasoning"
+    reasoning = message.get(name)
+    _check(f"{where}.{name}", reasoning, str | None, "a string")
     return _Assistant(reasoning or "", _text(message, where, optional=True), _calls(message, where))
 
 

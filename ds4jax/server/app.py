@@ -20,6 +20,7 @@ from starlette.responses import HTMLResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+import ds4jax
 from ds4jax.chat import template as prompt
 from ds4jax.engine.async_engine import AsyncEngine
 from ds4jax.engine.types import EngineFailed, Stopping
@@ -44,9 +45,9 @@ MAX_COMPLETION = 393216  # tokens: the longest answer that the model was trained
 class Options:
     """How to serve.
 
-    keep_alive: seconds of silence, or up to twice that, after which a stream shows that it is alive. cors: whether pages of any
-    origin may call. api_key: what clients must send as `Authorization: Bearer` or `x-api-key`. max_body: bytes.
-    max_depth: of nested JSON.
+    keep_alive: a stream that was silent for so many seconds, or up to twice that, shows that it is alive. cors: whether
+    pages of any origin may call. api_key: what clients must send as `Authorization: Bearer` or `x-api-key`. max_body:
+    bytes. max_depth: of nested JSON.
     """
 
     keep_alive: float = 5.0
@@ -70,17 +71,26 @@ APIS = {
 }
 
 
+def _aliases(path: str) -> list[str]:
+    """The paths of an API: its own, the one without /v1, and those of DeepSeek's own service."""
+    short = path.removeprefix("/v1")
+    other = {"/completions": ["/beta/completions"], "/messages": ["/anthropic/v1/messages"]}
+    return [path, short, *other.get(short, [])]
+
+
 def make_app(engine: AsyncEngine, options: Options | None = None, replay: Replay | None = None) -> ASGIApp:
     """The ASGI application that serves `engine`, which remains the caller's to close."""
     server = _Server(engine, options or Options(), Replay() if replay is None else replay)
     routes = [
         Route("/", server.page),
         Route("/health", server.health),
+        Route("/ping", server.health),
+        Route("/version", server.version),
         Route("/metrics", server.show_metrics),
-        Route("/v1/models", server.models),
-        Route("/v1/models/{id:path}", server.model),
-        Route("/v1/messages/count_tokens", server.count_tokens, methods=["POST"]),
-        *(Route(path, server.answer, methods=["POST"], name=path) for path in APIS),
+        *(Route(f"{start}/models", server.models) for start in ("/v1", "")),
+        *(Route(f"{start}/models/{{id:path}}", server.model) for start in ("/v1", "")),
+        *(Route(f"{alias}/count_tokens", server.count_tokens, methods=["POST"]) for alias in _aliases("/v1/messages")),
+        *(Route(alias, server.answer, methods=["POST"], name=path) for path in APIS for alias in _aliases(path)),
     ]
     middleware = [Middleware(_KeyCheck, key=server.options.api_key)] if server.options.api_key else []
     if server.options.cors:  # outermost: preflights carry no key
@@ -99,8 +109,8 @@ class _Server:
     # ---- answers -----------------------------------------------------------------------------------------------------
     async def answer(self, request: Request) -> Response:
         """One of `APIS`: an object, or a stream of events whose headers come before the prompt is computed."""
-        path, api = request.url.path, APIS[request.url.path]
-        status = 200
+        path = request.scope["route"].name
+        api, status = APIS[path], 200
         try:
             ask = api.read(await self._body(request))
             started = Conversation.start(
@@ -197,11 +207,11 @@ class _Server:
         return _json(self._model(request.path_params["id"]))
 
     def _model(self, id: str) -> dict[str, Any]:
-        """Any name is this model. The fields are OpenAI's and Anthropic's."""
+        """Any name is this model. The fields are OpenAI's, vLLM's and Anthropic's."""
         ctx = self.engine.ctx
         created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self._started))
-        openai = {"id": id, "object": "model", "created": self._started, "owned_by": "ds4jax"}
-        limits = {"context_length": ctx, "max_completion_tokens": min(MAX_COMPLETION, ctx)}
+        openai = {"id": id, "object": "model", "created": self._started, "owned_by": "ds4jax", "root": id}
+        limits = {"context_length": ctx, "max_model_len": ctx, "max_completion_tokens": min(MAX_COMPLETION, ctx)}
         return {**openai, **limits, "type": "model", "display_name": id, "created_at": created}
 
     async def health(self, request: Request) -> Response:
@@ -209,6 +219,9 @@ class _Server:
         if self._down is None:
             return _json({"status": "ok", "model": self.engine.model_name})
         return _json({"status": "error", "error": str(self._down)}, 503)
+
+    async def version(self, request: Request) -> Response:
+        return _json({"version": ds4jax.__version__})
 
     async def show_metrics(self, request: Request) -> Response:
         return Response(self.metrics.text(), media_type=prometheus_client.CONTENT_TYPE_PLAIN_0_0_4)
@@ -292,7 +305,7 @@ class _KeyCheck:
         await self._app(scope, receive, send)
 
     def _allowed(self, request: Request) -> bool:
-        if request.url.path in ("/", "/health"):
+        if request.url.path in ("/", "/health", "/ping"):
             return True
         sent = (request.headers.get("x-api-key", ""), request.headers.get("authorization", "").removeprefix("Bearer "))
         return any(hmac.compare_digest(value.encode("latin-1"), self._key.encode()) for value in sent)
@@ -304,7 +317,7 @@ def _json(value: Any, status: int = 200) -> Response:
 
 def _error(request: Request, error: ApiError) -> Response:
     """In Anthropic's form for its paths and its clients, else in OpenAI's."""
-    theirs = request.url.path.startswith("/v1/messages") or "anthropic-version" in request.headers
+    theirs = "/messages" in request.url.path or "anthropic-version" in request.headers
     response = _json(error.anthropic() if theirs else error.openai(), error.status)
     if error.status == 503:
         response.headers["retry-after"] = "1"

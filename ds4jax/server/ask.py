@@ -22,7 +22,8 @@ class Ask:
     think: one of `ds4jax.chat.template.THINK_MODES`.
     schema: what the reply must follow: a JSON schema or "json_object". max_tokens: None for all the room there is.
     logprobs: None, or how many of the likeliest tokens to report beside each token of the text.
-    include_usage: a last chunk with the usage (Chat Completions, Completions). summary: thoughts are shown (Responses).
+    include_usage: a last chunk with the usage (Chat Completions, Completions). summary: thoughts are shown (Chat
+        Completions, Responses).
     echo: fields that Responses repeats in its answer.
     """
 

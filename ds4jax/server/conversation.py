@@ -76,6 +76,7 @@ class Conversation:
         self._pending: list[Logprob] = []  # of tokens read, whose text has not been shown
         self._engine, self._replay, self._parser, self._tick = engine, replay, parser, tick
         self._prefilled = 0
+        self._started = self._first = self._last = _now()  # the prompt's computation, the first token, the last
         self._events: list[Event] = []
         self._stream = engine.submit(request)
 
@@ -110,6 +111,22 @@ class Conversation:
     def message(self) -> dict[str, Any]:
         """The answer as an assistant message in Chat Completions' form; see `ds4jax.chat.parser.message`."""
         return chat_parser.message(self._events)
+
+    @property
+    def timings(self) -> dict[str, float]:
+        """Tokens, milliseconds and rates of prompt and answer, under llama.cpp's names.
+
+        The prompt's time lasts to the first token, and has none of the wait for a place; the answer's begins there.
+        """
+        prompt, cached, predicted = self.usage.prompt - self.usage.cached, self.usage.cached, self.usage.completion
+
+        def rates(name: str, tokens: int, seconds: float, steps: int) -> dict[str, float]:
+            each, rate = (1e3 * seconds / steps, steps / seconds) if steps and seconds else (0.0, 0.0)
+            of = {"n": tokens, "ms": 1e3 * seconds, "per_token_ms": each, "per_second": rate}
+            return {f"{name}_{key}": value for key, value in of.items()}
+
+        before = rates("prompt", prompt, self._first - self._started, prompt)
+        return {"cache_n": cached} | before | rates("predicted", predicted, self._last - self._first, predicted - 1)
 
     @property
     def finish(self) -> Finish:
@@ -151,6 +168,7 @@ class Conversation:
         match event:
             case Started(cached):
                 self.usage = dataclasses.replace(self.usage, cached=cached)
+                self._started = self._first = self._last = _now()
                 return []
             case Prefilled(done):
                 self._prefilled = done
@@ -169,6 +187,9 @@ class Conversation:
         return events
 
     def _token(self, token: Token) -> list[Event]:
+        self._last = _now()
+        if not self.usage.completion:
+            self._first = self._last
         thought = self._parser.reasoning_tokens
         events = self._parser.push(token.id)
         reasoning = self._parser.reasoning_tokens

@@ -24,45 +24,50 @@ class ChatReply(Reply):
 
     def on(self, e: Event) -> bytes:
         match e:
-            case ThinkingDelta(text):
-                return self._chunk({"reasoning_content": text})
+            case ThinkingDelta(text) if self.ask.summary:
+                return self._say({"reasoning_content": text, "reasoning": text})
             case TextDelta(text):
                 new = self.conversation.logprobs[self._logprobs_sent :]
                 self._logprobs_sent += len(new)
-                return self._chunk({"content": text}, logprobs=new)
+                return self._say({"content": text}, new)
             case ToolCallStarted(index, id, name):
                 call = {"index": index, "id": id, "type": "function", "function": {"name": name, "arguments": ""}}
-                return self._chunk({"tool_calls": [call]})
+                return self._say({"tool_calls": [call]})
             case ToolCallDelta(index, arguments):
-                return self._chunk({"tool_calls": [{"index": index, "function": {"arguments": arguments}}]})
+                return self._say({"tool_calls": [{"index": index, "function": {"arguments": arguments}}]})
         return b""
 
+    def _say(self, delta: dict, logprobs: list[Logprob] | None = None) -> bytes:
+        return self._role() + event(self._chunk(delta, logprobs=logprobs))
+
+    def _role(self) -> bytes:
+        """The chunk before the first one that says something."""
+        if self._begun:
+            return b""
+        self._begun = True
+        return event(self._chunk({"role": "assistant", "content": ""}))
+
     def end(self) -> bytes:
-        out = self._chunk({}, finish_reason(self.conversation.finish))
-        if self.ask.include_usage:
-            out += event(self._head("chat.completion.chunk") | {"choices": [], "usage": usage(self.conversation.usage)})
-        return out + DONE
+        return self._role() + ending(self, self._chunk({}, finish_reason(self.conversation.finish)))
 
     def whole(self) -> dict[str, Any]:
         choice = {
             "index": 0,
-            "message": self.conversation.message,
+            "message": self._message(),
             "logprobs": self._logprobs(self.conversation.logprobs),
             "finish_reason": finish_reason(self.conversation.finish),
         }
-        return self._head("chat.completion") | {"choices": [choice], "usage": usage(self.conversation.usage)}
+        return self.head(self.id, "chat.completion") | {"choices": [choice]} | measured(self)
 
-    def _head(self, kind: str) -> dict[str, Any]:
-        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+    def _message(self) -> dict[str, Any]:
+        """The assistant's message; thoughts under DeepSeek's name and under the one of OpenRouter and newer vLLM."""
+        message = dict(self.conversation.message)
+        thought = message.pop("reasoning_content", None)
+        return message | ({"reasoning_content": thought, "reasoning": thought} if thought and self.ask.summary else {})
 
-    def _chunk(self, delta: dict, finish: str | None = None, logprobs: list[Logprob] | None = None) -> bytes:
-        head = b"" if self._begun else self._choice({"role": "assistant", "content": ""}, None, [])
-        self._begun = True
-        return head + self._choice(delta, finish, logprobs or [])
-
-    def _choice(self, delta: dict, finish: str | None, logprobs: list[Logprob]) -> bytes:
-        choice = {"index": 0, "delta": delta, "logprobs": self._logprobs(logprobs), "finish_reason": finish}
-        return event(self._head("chat.completion.chunk") | {"choices": [choice]})
+    def _chunk(self, delta: dict, finish: str | None = None, logprobs: list[Logprob] | None = None) -> dict[str, Any]:
+        choice = {"index": 0, "delta": delta, "logprobs": self._logprobs(logprobs or []), "finish_reason": finish}
+        return self.head(self.id, "chat.completion.chunk") | {"choices": [choice]}
 
     def _logprobs(self, logprobs: list[Logprob]) -> dict[str, Any] | None:
         if self.ask.logprobs is None:
@@ -75,6 +80,17 @@ class ChatReply(Reply):
 
 def _entry(token: bytes, logprob: float) -> dict[str, Any]:
     return {"token": token.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(token)}
+
+
+def ending(reply: Reply, last: dict[str, Any]) -> bytes:
+    """The end of a stream of OpenAI's chunks: `last` and, if tokens are to be counted, one with no choice but these."""
+    if reply.ask.include_usage:
+        return event(last) + event(last | {"choices": []} | measured(reply)) + DONE
+    return event(last | {"timings": reply.conversation.timings}) + DONE
+
+
+def measured(reply: Reply) -> dict[str, Any]:
+    return {"usage": usage(reply.conversation.usage), "timings": reply.conversation.timings}
 
 
 def finish_reason(finish: Finish) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from ds4jax.chat.parser import Event, TextDelta
 from ds4jax.server.conversation import Conversation, Logprob
-from ds4jax.server.replies.chat import DONE, finish_reason, usage
+from ds4jax.server.replies.chat import ending, finish_reason, measured
 from ds4jax.server.replies.sse import Reply, event, new_id
 
 
@@ -17,28 +17,20 @@ class CompletionReply(Reply):
         self.id, self._logprobs_sent, self._offset = new_id("cmpl-"), 0, 0
 
     def on(self, e: Event) -> bytes:
-        return self._chunk(e.text, None) if isinstance(e, TextDelta) else b""
+        return event(self._object(e.text, None)) if isinstance(e, TextDelta) else b""
 
     def end(self) -> bytes:
-        out = self._chunk("", finish_reason(self.conversation.finish))
-        if self.ask.include_usage:
-            out += event(self._head() | {"choices": [], "usage": usage(self.conversation.usage)})
-        return out + DONE
+        return ending(self, self._object("", finish_reason(self.conversation.finish)))
 
     def whole(self) -> dict[str, Any]:
-        choice = self._choice(self.conversation.message["content"], finish_reason(self.conversation.finish))
-        return self._head() | {"choices": [choice], "usage": usage(self.conversation.usage)}
+        text, finish = self.conversation.message["content"], finish_reason(self.conversation.finish)
+        return self._object(text, finish) | measured(self)
 
-    def _head(self) -> dict[str, Any]:
-        return {"id": self.id, "object": "text_completion", "created": self.created, "model": self.model}
-
-    def _chunk(self, text: str, finish: str | None) -> bytes:
-        return event(self._head() | {"choices": [self._choice(text, finish)]})
-
-    def _choice(self, text: str, finish: str | None) -> dict[str, Any]:
+    def _object(self, text: str, finish: str | None) -> dict[str, Any]:
         new = self.conversation.logprobs[self._logprobs_sent :]
         self._logprobs_sent += len(new)
-        return {"text": text, "index": 0, "logprobs": self._logprobs(new), "finish_reason": finish}
+        choice = {"text": text, "index": 0, "logprobs": self._logprobs(new), "finish_reason": finish}
+        return self.head(self.id, "text_completion") | {"choices": [choice]}
 
     def _logprobs(self, logprobs: list[Logprob]) -> dict[str, Any] | None:
         if self.ask.logprobs is None:

@@ -7,6 +7,7 @@ import secrets
 import time
 from typing import Any, ClassVar
 
+import ds4jax
 from ds4jax.chat.parser import Event
 from ds4jax.server.conversation import Conversation, Tick
 from ds4jax.server.errors import ApiError
@@ -40,6 +41,11 @@ class Reply:
         """model: the name to answer under."""
         self.conversation, self.ask = conversation, conversation.ask
         self.model, self.created = model, int(time.time())
+
+    def head(self, id: str, kind: str) -> dict[str, Any]:
+        """The first fields of OpenAI's objects of a kind."""
+        about = {"created": self.created, "model": self.model, "system_fingerprint": f"ds4jax-{ds4jax.__version__}"}
+        return {"id": id, "object": kind} | about
 
     def begin(self) -> bytes:
         return b""

@@ -6,7 +6,7 @@ import json
 import secrets
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from ds4jax.engine.types import Sampling
 from ds4jax.server.ask import Json
@@ -22,8 +22,8 @@ type Some[T] = Annotated[list[T], Field(min_length=1, fail_fast=True)]
 """`Items` that are not empty."""
 type Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP)]
 type Stops = Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS, fail_fast=True)]
-type Limit = Annotated[int, Field(ge=1)]
-"""The longest answer, in tokens."""
+type Limit = Annotated[Annotated[int, Field(ge=1)] | None, BeforeValidator(lambda v: None if v == -1 else v)]
+"""The longest answer, in tokens. -1 is all the room there is, as with llama.cpp."""
 type TopLogprobs = Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)]
 type Effort = Literal["minimal", "low", "medium", "high", "xhigh", "max", "none"]
 type Unsupported = None
@@ -43,7 +43,8 @@ class Schema(BaseModel):
 class Body(Schema):
     """The fields that mean the same in all four APIs.
 
-    The bounds are what `Sampling` does not bound itself: a number beyond float32 would only fail on the device.
+    The bounds are what `Sampling` does not bound itself: a number beyond float32 would only fail on the device. As with
+    vLLM, top_k of -1 is off, top_p of 0 takes the likeliest token, and ignore_eos goes on to the limit.
     """
 
     model: str = ""
@@ -57,6 +58,8 @@ class Body(Schema):
     repetition_penalty: float | None = Field(None, ge=0.01, le=100)
     logit_bias: dict[str, Any] = {}
     seed: int | None = None
+    min_tokens: int = Field(0, ge=0, lt=2**31)
+    ignore_eos: bool = False
 
     def common(self) -> dict[str, Any]:
         """The arguments of `Ask` that these fields give. Raises ApiError or ConfigError."""
@@ -68,7 +71,13 @@ class Body(Schema):
         bias = tuple(_bias(id, value) for id, value in self.logit_bias.items())
         # Any integer is a seed to OpenAI; without one, answers differ.
         seed = secrets.randbits(32) if self.seed is None else self.seed % 2**32
-        return Sampling(**self.model_dump(include=numbers, exclude_unset=True), logit_bias=bias, seed=seed)
+        given = self.model_dump(include=numbers, exclude_unset=True)
+        if given.get("top_k") == -1:
+            given["top_k"] = 0
+        if given.get("top_p") == 0:
+            given |= {"top_p": 1.0, "temperature": 0.0}
+        least = 2**31 - 1 if self.ignore_eos else self.min_tokens
+        return Sampling(**given, logit_bias=bias, seed=seed, min_tokens=least)
 
 
 def _bias(id: str, value: Any) -> tuple[int, float]:

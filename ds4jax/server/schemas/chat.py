@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -19,13 +20,29 @@ class NestedFormat(base.Schema):
     json_schema: JsonSchema
 
 
+class TemplateKwargs(base.Schema):
+    """What vLLM and llama.cpp hand to a chat template: the two names that templates have for the same switch."""
+
+    thinking: bool | None = None
+    enable_thinking: bool | None = None
+
+
+class Reasoning(base.Schema):
+    effort: base.Effort | None = None
+    enabled: bool | None = None
+
+
 class Chat(base.Body):
     messages: base.Some[Any]
     tools: list[Any] = []
     tool_choice: Literal["auto", "none"] = "auto"
     thinking: bool | base.Thinking | None = None
     think: bool | None = None
+    enable_thinking: bool | None = None
+    chat_template_kwargs: TemplateKwargs = TemplateKwargs()
+    reasoning: Reasoning = Reasoning()
     reasoning_effort: base.Effort | None = None
+    include_reasoning: bool = True
     response_format: Annotated[base.PlainFormat | NestedFormat, Field(discriminator="type")] | None = None
     max_tokens: base.Limit | None = None
     max_completion_tokens: base.Limit | None = None
@@ -40,15 +57,32 @@ class Chat(base.Body):
     function_call: base.Unsupported = None
     web_search_options: base.Unsupported = None
 
-    def switch(self) -> bool | None:
-        """Whether to think, or None if none of the fields says so that clients use for it."""
-        if self.think is not None:
-            return self.think
-        if isinstance(self.thinking, base.Thinking):
-            return self.thinking.on
-        if self.thinking is None and self.model == "deepseek-chat" and self.reasoning_effort is None:
-            return False
-        return self.thinking
+    def thinks(self) -> str:
+        """The value of `Ask.think`. Raises ApiError if the fields that clients use for it contradict each other."""
+        efforts = _agreed({"reasoning_effort": self.reasoning_effort, "reasoning.effort": self.reasoning.effort})
+        switches = {
+            "think": self.think,
+            "thinking": self.thinking.on if isinstance(self.thinking, base.Thinking) else self.thinking,
+            "enable_thinking": self.enable_thinking,
+            "chat_template_kwargs.thinking": self.chat_template_kwargs.thinking,
+            "chat_template_kwargs.enable_thinking": self.chat_template_kwargs.enable_thinking,
+            "reasoning.enabled": self.reasoning.enabled,
+        }
+        if efforts == "none":
+            switches["the effort"] = False
+        switch = _agreed(switches)
+        if switch is None and efforts is None and self.model == "deepseek-chat":
+            switch = False
+        return base.think(switch, efforts)
+
+
+def _agreed[T](said: dict[str, T | None]) -> T | None:
+    """What the fields that are given say. Raises ApiError unless it is one thing."""
+    given = [(name, value) for name, value in said.items() if value is not None]
+    for name, value in given:
+        if value != given[0][1]:
+            raise base.wrong(name, value, f"{json.dumps(given[0][1])}, which {given[0][0]} says")
+    return given[0][1] if given else None
 
 
 def read(body: Json) -> Ask:
@@ -64,7 +98,8 @@ def read(body: Json) -> Ask:
     return Ask(
         messages=chat.messages,
         tools=chat.tools if chat.tools and chat.tool_choice != "none" else None,
-        think=base.think(chat.switch(), chat.reasoning_effort),
+        think=chat.thinks(),
+        summary=chat.include_reasoning,
         schema=schema,
         max_tokens=chat.max_completion_tokens or chat.max_tokens,
         stop=base.stops(chat.stop),
