@@ -519,7 +519,7 @@ def test_paths_of_other_base_urls():
             "/v1/messages": ["/messages", "/anthropic/v1/messages"],
             "/v1/responses": ["/responses"],
         }
-        for canonical, path in ((path, alias) for path in aliases for alias in aliases[path]):
+        for canonical, path in [(name, alias) for name, others in aliases.items() for alias in others]:
             assert http.post(path, json=STREAMS[canonical][0]).status_code == 200, path
             assert f'path="{canonical}",status="200"' in http.get("/metrics").text
         assert http.post("/anthropic/v1/messages", json={}).json()["type"] == "error"

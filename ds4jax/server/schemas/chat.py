@@ -59,7 +59,8 @@ class Chat(base.Body):
 
     def thinks(self) -> str:
         """The value of `Ask.think`. Raises ApiError if the fields that clients use for it contradict each other."""
-        efforts = _agreed({"reasoning_effort": self.reasoning_effort, "reasoning.effort": self.reasoning.effort})
+        _agreed({"reasoning_effort": self.reasoning_effort, "reasoning.effort": self.reasoning.effort})
+        effort = self.reasoning_effort or self.reasoning.effort
         switches = {
             "think": self.think,
             "thinking": self.thinking.on if isinstance(self.thinking, base.Thinking) else self.thinking,
@@ -68,12 +69,12 @@ class Chat(base.Body):
             "chat_template_kwargs.enable_thinking": self.chat_template_kwargs.enable_thinking,
             "reasoning.enabled": self.reasoning.enabled,
         }
-        if efforts == "none":
+        if effort == "none":
             switches["the effort"] = False
         switch = _agreed(switches)
-        if switch is None and efforts is None and self.model == "deepseek-chat":
+        if switch is None and effort is None and self.model == "deepseek-chat":
             switch = False
-        return base.think(switch, efforts)
+        return base.think(switch, effort)
 
 
 def _agreed[T](said: dict[str, T | None]) -> T | None:
