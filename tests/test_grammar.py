@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from ds4jax.engine.form import Pattern
 from ds4jax.engine.grammar import Grammar, GrammarError, Matcher, Vocabulary
 from ds4jax.io.tokenizer import Special, byte_tokenizer
 
@@ -96,6 +97,57 @@ def test_requests_share_a_grammar_but_not_its_state():
     assert allowed(two) == before != allowed(one)
 
 
+def accepts(form, text):
+    """Whether the answer may be this text, as a whole."""
+    matcher = Matcher(Grammar(VOCABULARY, form))
+    for token in [*TOKENIZER.encode_text(text), TOKENIZER.eos_id]:
+        if token not in allowed(matcher):
+            return False
+        matcher.push(token)
+    return True
+
+
+def test_white_space_is_that_of_python():
+    value = {"a": 1, "b": [True, {"c": {}}]}
+    assert accepts("json_object", json.dumps(value))
+    for text in (json.dumps(value, indent=1), "{ }", '{"a":  1}', '{"a": 1} ', ' {"a": 1}'):
+        assert not accepts("json_object", text), text
+
+
+@pytest.mark.parametrize(
+    ("schema", "good", "bad"),
+    [
+        ({"oneOf": [{"const": 1}, {"const": 2, "title": "two"}]}, ["1", "2"], ["3", "12"]),
+        ({"oneOf": [{"const": 1}, {"enum": [True, "b", None]}]}, ["1", "true", '"b"', "null"], ["false"]),
+        ({"properties": {"oneOf": {"oneOf": [{"const": 1}, {"const": 2}]}}}, ['{"oneOf": 2}'], ['{"oneOf": 3}']),
+        ({"const": {"oneOf": [{"const": 1}, {"const": 2}]}}, ['{"oneOf": [{"const": 1}, {"const": 2}]}'], ["1"]),
+    ],
+)
+def test_one_of_different_constants(schema, good, bad):
+    assert all(accepts(schema, text) for text in good) and not any(accepts(schema, text) for text in bad)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "good", "bad"),
+    [
+        (Pattern("regex", "[ab]+c?"), ["a", "abac"], ["c", "ad", ""]),
+        (Pattern("grammar", 'start: "x" | NUMBER\nNUMBER: /[0-9]+/'), ["x", "17"], ["y", "x1"]),
+        (Pattern("grammar", 'root ::= "yes" | "no" [0-9]'), ["yes", "no7"], ["no", "maybe"]),
+    ],
+)
+def test_patterns(pattern, good, bad):
+    assert all(accepts(pattern, text) for text in good) and not any(accepts(pattern, text) for text in bad)
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [("regex", "(("), ("regex", "a(?=b)"), ("grammar", ""), ("grammar", "root ::= x"), ("grammar", 'start: "a')],
+)
+def test_patterns_that_cannot_be_enforced(kind, text):
+    with pytest.raises(GrammarError, match=rf"^{kind}: \S.*$"):
+        Grammar(VOCABULARY, Pattern(kind, text))
+
+
 DEEP = {"type": "integer"}
 for _ in range(240):
     DEEP = {"type": "array", "items": DEEP}
@@ -104,6 +156,7 @@ for _ in range(240):
 @pytest.mark.parametrize(
     "schema",
     [{"type": "nothing"}, {"type": 3}, {"x": {1}}, {"$ref": "https://x/y"}, {"$ref": "#"}, {"pattern": "(("}, DEEP]
+    + [{"oneOf": [{"const": 1}, {"const": 1.0}]}, {"oneOf": [{"const": 1}, {"type": "integer"}]}]
     + [{"anyOf": []}, {"type": "string", "maxLength": 10**18}, {"const": "\ud800"}, [1], "json", None, False],
 )
 def test_schemas_that_cannot_be_enforced(schema):

@@ -2,11 +2,40 @@
 
 import pytest
 
+from ds4jax.engine.form import Pattern
 from ds4jax.server.errors import ApiError
 from ds4jax.server.schemas import chat, completions, messages, responses
 
 HI = {"messages": [{"role": "user", "content": "Hi"}]}
 BLOCKS = [{"type": "thinking", "thinking": "r"}, {"type": "tool_use", "id": "1", "name": "f", "input": "x"}]
+
+
+S = {"type": "object"}
+FORMS = [
+    ({"guided_json": S}, S),
+    ({"guided_json": '{"type": "object"}'}, S),
+    ({"json_schema": S}, S),
+    ({"structured_outputs": {"json": S}}, S),
+    ({"structured_outputs": {"json_object": True}}, "json_object"),
+    ({"guided_regex": "a+"}, Pattern("regex", "a+")),
+    ({"structured_outputs": {"regex": "a+"}}, Pattern("regex", "a+")),
+    ({"guided_choice": ["a", 'é"']}, Pattern("grammar", 'start: "a" | "é\\""')),
+    ({"structured_outputs": {"choice": ["a"]}}, Pattern("grammar", 'start: "a"')),
+    ({"guided_grammar": 'root ::= "a"'}, Pattern("grammar", 'root ::= "a"')),
+    ({"structured_outputs": {"grammar": "g"}}, Pattern("grammar", "g")),
+    ({"grammar": "g"}, Pattern("grammar", "g")),
+    ({}, None),
+]
+
+
+@pytest.mark.parametrize(("fields", "form"), FORMS)
+def test_forms(fields, form):
+    assert chat.read(HI | fields).form == completions.read({"prompt": "x"} | fields).form == form
+
+
+def test_json_object_with_a_schema():
+    for format, form in (({"schema": S}, S), ({}, "json_object")):
+        assert chat.read(HI | {"response_format": {"type": "json_object"} | format}).form == form
 
 
 @pytest.mark.parametrize(
@@ -30,6 +59,14 @@ BLOCKS = [{"type": "thinking", "thinking": "r"}, {"type": "tool_use", "id": "1",
         (chat, HI | {"response_format": {"type": "json_schema", "json_schema": {"schema": 1}}},
          "response_format.json_schema.schema: found 1, expected an object"),
         (chat, HI | {"logit_bias": {"1": 200}}, "logit_bias: found 200, expected a number from -100 to 100"),
+        (chat, HI | {"guided_json": "{"}, 'guided_json: found "{", expected a JSON schema'),
+        (chat, HI | {"guided_choice": []}, "guided_choice: found [], expected at least 1 item"),
+        (chat, HI | {"response_format": {"type": "json_object"}, "guided_regex": "a"},
+         "guided_regex: found beside response_format, expected one of them"),
+        (completions, {"prompt": "x", "grammar": "g", "structured_outputs": {"choice": ["a"]}},
+         "structured_outputs.choice: found beside grammar, expected one of them"),
+        (completions, {"prompt": "x", "response_format": {"type": "json_object"}},
+         'response_format: found {"type": "json_object"}, expected nothing: it is not supported'),
         (completions, {"prompt": ["a", "b"]},
          'prompt: found ["a", "b"], expected one prompt: a string or a list of token ids'),
         (completions, {"prompt": [1, 2.5]},

@@ -14,6 +14,7 @@ import openai
 import pytest
 from fake_engine import CALL, TOKENIZER, FakeEngine, ids, serving
 
+from ds4jax.engine.form import Pattern
 from ds4jax.engine.types import EngineFailed, Overloaded, Stopping
 from ds4jax.server.app import Options
 
@@ -210,6 +211,9 @@ def test_json_formats():
         assert engine.requests[-1].grammar == (schema, end)
         a.messages.create(model="m", max_tokens=9, messages=HI, extra_body={"output_config": flat})
         assert engine.requests[-1].grammar == (schema, end)
+        raw = {"prompt": "x", "guided_regex": "a+"}
+        assert http.post("/v1/completions", json=raw).status_code == 200
+        assert engine.requests[-1].grammar == (Pattern("regex", "a+"), None)  # a raw prompt has no thoughts
         body = {"messages": HI, "tools": [WEATHER], "response_format": named}
         assert http.post("/v1/chat/completions", json=body).status_code == 400
 

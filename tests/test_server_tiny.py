@@ -165,6 +165,32 @@ def test_json_schema(o):
         o.chat.completions.create(model="m", messages=FRANCE, response_format=form)
 
 
+def test_grammars_end(o):
+    """An unsure model wrote white space until its limit."""
+
+    def closed(value):
+        return {"type": "object", "properties": {"ok": value}, "required": ["ok"], "additionalProperties": False}
+
+    for value in (closed({"type": "boolean"}), {"oneOf": [{"const": "a"}, {"const": 2}]}):
+        form = {"type": "json_object", "schema": closed(value)}
+        done = o.chat.completions.create(
+            model="m", messages=FRANCE, response_format=form, temperature=0, reasoning_effort="none", max_tokens=60
+        )
+        assert done.choices[0].finish_reason == "stop", done.choices[0].message.content[-80:]
+        assert json.loads(done.choices[0].message.content)["ok"] in ("a", 2, {"ok": True}, {"ok": False})
+    for extra, texts in (
+        ({"guided_choice": ["red", "green"]}, ("red", "green")),
+        ({"structured_outputs": {"regex": "[0-9]{3}"}}, {f"{n:03}" for n in range(1000)}),
+        ({"grammar": 'root ::= "x" "y"'}, ("xy",)),
+    ):
+        raw = o.completions.create(model="m", prompt="A colour: ", temperature=0, max_tokens=20, extra_body=extra)
+        assert raw.choices[0].text in texts
+        chat = o.chat.completions.create(model="m", messages=FRANCE, temperature=0, extra_body=extra)
+        assert chat.choices[0].finish_reason == "stop"
+    with pytest.raises(openai.BadRequestError, match="grammar: "):
+        o.completions.create(model="m", prompt="x", extra_body={"grammar": "root ::= nothing"})
+
+
 def test_logprobs(o):
     done = o.chat.completions.create(
         model="m", messages=FRANCE, temperature=0, reasoning_effort="none", logprobs=True, top_logprobs=3

@@ -16,11 +16,12 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from ds4jax.engine.commands import Cancel, Command, Stop, Submit, Wake
+from ds4jax.engine.form import Form
 from ds4jax.engine.stream import Stream
 from ds4jax.engine.types import EngineFailed, Event, Failed, Overloaded, Request, Stopping
 from ds4jax.errors import Ds4Error
@@ -154,8 +155,8 @@ class AsyncEngine:
         """See `Engine.metrics`."""
         return self._engine.metrics()
 
-    def grammar(self, schema: Mapping[str, Any] | Literal["json_object"], after: int | None = None) -> Grammar:
-        """What an answer must be: JSON of a schema, or any JSON object. Raises GrammarError (a Ds4Error).
+    def grammar(self, form: Form, after: int | None = None) -> Grammar:
+        """The grammar of a form. Raises GrammarError (a Ds4Error).
 
         after: the answer is free up to this token, such as the end of the model's thoughts.
         """
@@ -164,7 +165,7 @@ class AsyncEngine:
         with self._lock:
             if self._vocabulary is None:
                 self._vocabulary = grammar.Vocabulary(self.tokenizer)
-        return grammar.Grammar(self._vocabulary, schema, after)
+        return grammar.Grammar(self._vocabulary, form, after)
 
     # ---- the thread that owns the model ------------------------------------------------------------------------------
     def _run(self) -> None:

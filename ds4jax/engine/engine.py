@@ -247,7 +247,7 @@ class Engine:
             seq.constraints.push(token.id)
             if seq.constraints.error:
                 self._end(seq, "failed")
-                seq.emit(Failed(Ds4Error(f"json_schema: {seq.constraints.error}")))
+                seq.emit(Failed(Ds4Error(f"grammar: {seq.constraints.error}")))
                 return True
         seq.tokens.append(token.id)
         self.counters.token()

@@ -1,19 +1,21 @@
-"""Structured output: which tokens a JSON schema allows next. The grammar engine is llguidance; no JAX here."""
+"""Structured output: which tokens a schema, an expression or a grammar allows next, by llguidance; no JAX here."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import llguidance
 import numpy as np
+from llguidance.gbnf_to_lark import any_to_lark
 
+from ds4jax.engine.form import Form, Pattern
 from ds4jax.errors import Ds4Error
 from ds4jax.io.tokenizer import Tokenizer
 
-# Between the parts of an answer: a line break and an indentation at most. An unsure model writes spaces for ever.
-WHITESPACE = r"\n? {0,16}"
+# White space as Python's json writes it and no other: llguidance repeats any pattern, and an unsure model would write
+# spaces for ever.
+_SPACING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 class GrammarError(Ds4Error):
@@ -41,26 +43,24 @@ class Grammar:
     def __init__(
         self,
         vocabulary: Vocabulary,
-        schema: Mapping[str, Any] | Literal["json_object"],
+        form: Form,
         after: int | None = None,
     ):
-        """JSON of a schema, or any JSON object. Raises GrammarError.
+        """form: see `ds4jax.engine.form.Form`. Raises GrammarError.
 
         after: the answer is free up to this token, such as the end of the model's thoughts.
         """
         self.after = after
+        name = form.kind if isinstance(form, Pattern) else "json_schema"
         try:
-            text = llguidance.LLMatcher.grammar_from_json_schema(
-                json.dumps({"type": "object"} if schema == "json_object" else schema),
-                overrides={"whitespace_pattern": WHITESPACE},
-            )
-        except (TypeError, ValueError) as error:
-            raise GrammarError(f"json_schema: {error}") from None
+            text = _source(form)
+        except Exception as error:  # the reader of GBNF raises these
+            raise GrammarError(f"{name}: {' '.join(str(error).split())}") from None
         self.start = llguidance.LLMatcher(vocabulary.native, text)
         if not self.start.is_error():
             self.start.compute_bitmask()  # finds out whether there is any answer
         if self.start.is_error():
-            raise GrammarError(f"json_schema: {_in_a_line(self.start)}")
+            raise GrammarError(f"{name}: {_in_a_line(self.start)}")
 
 
 class Matcher:
@@ -86,6 +86,50 @@ class Matcher:
             mask = np.frombuffer(self._matcher.compute_bitmask(), np.uint32)[: len(allowed)]
             allowed[: len(mask)] &= mask
             allowed[len(mask) :] = 0
+
+
+def _source(form: Form) -> str:
+    """The grammar in llguidance's own form."""
+    match form:
+        case Pattern("regex", text):
+            return llguidance.LLMatcher.grammar_from_regex(text)
+        case Pattern("grammar", text):
+            return llguidance.LLMatcher.grammar_from_lark(any_to_lark(text))
+        case "json_object":
+            form = {"type": "object"}
+    return llguidance.LLMatcher.grammar_from_json_schema(json.dumps(_without_one_of(form)), overrides=_SPACING)
+
+
+def _without_one_of(schema: Any) -> Any:
+    """The schema with anyOf for each oneOf whose alternatives are different constants, where the two mean the same."""
+    if isinstance(schema, list):
+        return [_without_one_of(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    out = {}
+    for key, value in schema.items():
+        if key in ("properties", "patternProperties", "$defs", "definitions") and isinstance(value, dict):
+            out[key] = {name: _without_one_of(inner) for name, inner in value.items()}
+        else:  # the values of some keywords are no schemas
+            out[key] = value if key in ("const", "enum", "default", "examples") else _without_one_of(value)
+    if "anyOf" not in out and _are_different_constants(out.get("oneOf")):
+        out["anyOf"] = out.pop("oneOf")
+    return out
+
+
+def _are_different_constants(alternatives: Any) -> bool:
+    if not isinstance(alternatives, list) or not all(isinstance(one, dict) for one in alternatives):
+        return False
+    constants = [[one["const"]] if "const" in one else one.get("enum") for one in alternatives]
+    if not all(isinstance(some, list) and _are_scalars(some) for some in constants):
+        return False
+    # To Python, 1 is True.
+    sets: list[set[Any]] = [{(type(value) is bool, value) for value in some} for some in constants]
+    return len(set().union(*sets)) == sum(map(len, sets))
+
+
+def _are_scalars(values: list[Any]) -> bool:
+    return not any(isinstance(value, dict | list) for value in values)
 
 
 def _in_a_line(matcher: llguidance.LLMatcher) -> str:

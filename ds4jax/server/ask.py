@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
+from ds4jax.engine.form import Form
 from ds4jax.engine.types import Sampling
 
 Json = dict[str, Any]
@@ -20,7 +21,7 @@ class Ask:
     tools: those the model may call. custom_tools: names of those that take free text; namespaces: (namespace, name) of
         those that have one, by the name that the model sees (Responses).
     think: one of `ds4jax.chat.template.THINK_MODES`.
-    schema: what the reply must follow: a JSON schema or "json_object". max_tokens: None for all the room there is.
+    form: what the reply must be. max_tokens: None for all the room there is.
     logprobs: None, or how many of the likeliest tokens to report beside each token of the text.
     include_usage: a last chunk with the usage (Chat Completions, Completions). summary: thoughts are shown (Chat
         Completions, Responses).
@@ -36,7 +37,7 @@ class Ask:
     custom_tools: frozenset[str] = frozenset()
     namespaces: Mapping[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
     think: str = "on"
-    schema: Json | Literal["json_object"] | None = None
+    form: Form | None = None
     max_tokens: int | None = None
     stop: tuple[str, ...] = ()
     logprobs: int | None = None

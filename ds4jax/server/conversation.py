@@ -210,11 +210,12 @@ def _now() -> float:
 
 def _grammar(engine: AsyncEngine, ask: Ask) -> Any:
     """What the text must be, or None. Thoughts are free."""
-    if ask.schema is None:
+    if ask.form is None:
         return None
     if ask.tools:
-        raise ApiError("tools: found beside a JSON format, expected one of them: a format leaves no room for calls")
-    return engine.grammar(ask.schema, None if ask.think == "off" else engine.tokenizer.special(Special.THINK_CLOSE))
+        raise ApiError("tools: found beside a format, expected one of them: a format leaves no room for calls")
+    thinks = ask.prompt is None and ask.think != "off"
+    return engine.grammar(ask.form, engine.tokenizer.special(Special.THINK_CLOSE) if thinks else None)
 
 
 def render(engine: AsyncEngine, ask: Ask, replay: Replay) -> list[int]:
@@ -234,7 +235,7 @@ def render(engine: AsyncEngine, ask: Ask, replay: Replay) -> list[int]:
         profile=chat.effort_profile(tokenizer.chat_template),
         ctx=engine.ctx,
         tools=ask.tools,
-        response_format=ask.schema if isinstance(ask.schema, dict) else None,
+        response_format=ask.form if isinstance(ask.form, dict) else None,
         replay=replay.recall(ask.messages),
     )
     _check_size(engine, segments)

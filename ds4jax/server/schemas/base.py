@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from ds4jax.engine.form import Form, Pattern
 from ds4jax.engine.types import Sampling
 from ds4jax.server.ask import Json
 from ds4jax.server.errors import ApiError
@@ -100,8 +101,13 @@ class Thinking(Schema):
         return self.type != "disabled"
 
 
-class PlainFormat(Schema):
-    type: Literal["text", "json_object"]
+class TextFormat(Schema):
+    type: Literal["text"]
+
+
+class ObjectFormat(Schema):
+    type: Literal["json_object"]
+    schema_: Json | None = Field(None, alias="schema")
 
 
 class SchemaFormat(Schema):
@@ -109,14 +115,86 @@ class SchemaFormat(Schema):
     schema_: Json = Field(alias="schema")
 
 
-type Format = Annotated[PlainFormat | SchemaFormat, Field(discriminator="type")]
+type Format = Annotated[TextFormat | ObjectFormat | SchemaFormat, Field(discriminator="type")]
 
 
-def schema_of(format: PlainFormat | SchemaFormat | None) -> Json | Literal["json_object"] | None:
-    """The value of `Ask.schema` for a format."""
-    if isinstance(format, SchemaFormat):
-        return format.schema_
-    return None if format is None or format.type == "text" else format.type
+def form_of(format: TextFormat | ObjectFormat | SchemaFormat | None) -> Form | None:
+    """The value of `Ask.form` for a format."""
+    if format is None or isinstance(format, TextFormat):
+        return None
+    return "json_object" if format.schema_ is None else format.schema_
+
+
+type Choices = Some[str]
+
+
+class Structured(Schema):
+    """vLLM's structured_outputs."""
+
+    json_: Json | str | None = Field(None, alias="json")
+    json_object: bool = False
+    regex: str | None = None
+    choice: Choices | None = None
+    grammar: str | None = None
+    structural_tag: Unsupported = None
+    whitespace_pattern: Unsupported = None
+
+
+class Guided(Body):
+    """The fields by which clients of vLLM and llama.cpp say what an answer must be (Chat Completions, Completions)."""
+
+    guided_json: Json | str | None = None
+    guided_regex: str | None = None
+    guided_choice: Choices | None = None
+    guided_grammar: str | None = None
+    guided_whitespace_pattern: Unsupported = None
+    structured_outputs: Structured = Structured()
+    grammar: str | None = None
+    json_schema: Json | None = None
+
+    def form(self, response_format: Form | None = None) -> Form | None:
+        """The value of `Ask.form`. Raises ApiError if several fields give one."""
+        inner = self.structured_outputs
+        said = {
+            "response_format": response_format,
+            "json_schema": self.json_schema,
+            "guided_json": _read_json("guided_json", self.guided_json),
+            "structured_outputs.json": _read_json("structured_outputs.json", inner.json_),
+            "structured_outputs.json_object": "json_object" if inner.json_object else None,
+            "guided_regex": _pattern("regex", self.guided_regex),
+            "structured_outputs.regex": _pattern("regex", inner.regex),
+            "grammar": _pattern("grammar", self.grammar),
+            "guided_grammar": _pattern("grammar", self.guided_grammar),
+            "structured_outputs.grammar": _pattern("grammar", inner.grammar),
+            "guided_choice": _choice(self.guided_choice),
+            "structured_outputs.choice": _choice(inner.choice),
+        }
+        given = [name for name, form in said.items() if form is not None]
+        if len(given) > 1:
+            raise ApiError(f"{given[1]}: found beside {given[0]}, expected one of them", param=given[1])
+        return said[given[0]] if given else None
+
+
+def _pattern(kind: Literal["regex", "grammar"], text: str | None) -> Pattern | None:
+    return None if text is None else Pattern(kind, text)
+
+
+def _choice(texts: list[str] | None) -> Pattern | None:
+    """One of the texts, in Lark, whose strings are those of JSON."""
+    return texts and Pattern("grammar", "start: " + " | ".join(json.dumps(text, ensure_ascii=False) for text in texts))
+
+
+def _read_json(where: str, schema: Json | str | None) -> Json | None:
+    """A schema that may come as its text."""
+    if not isinstance(schema, str):
+        return schema
+    try:
+        value = json.loads(schema)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise wrong(where, schema, "a JSON schema")
+    return value
 
 
 def think(switch: bool | None, effort: Effort | None) -> str:

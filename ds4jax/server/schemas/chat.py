@@ -20,6 +20,9 @@ class NestedFormat(base.Schema):
     json_schema: JsonSchema
 
 
+type Format = Annotated[base.TextFormat | base.ObjectFormat | NestedFormat, Field(discriminator="type")]
+
+
 class TemplateKwargs(base.Schema):
     """What vLLM and llama.cpp hand to a chat template: the two names that templates have for the same switch."""
 
@@ -32,7 +35,7 @@ class Reasoning(base.Schema):
     enabled: bool | None = None
 
 
-class Chat(base.Body):
+class Chat(base.Guided):
     messages: base.Some[Any]
     tools: list[Any] = []
     tool_choice: Literal["auto", "none"] = "auto"
@@ -43,7 +46,7 @@ class Chat(base.Body):
     reasoning: Reasoning = Reasoning()
     reasoning_effort: base.Effort | None = None
     include_reasoning: bool = True
-    response_format: Annotated[base.PlainFormat | NestedFormat, Field(discriminator="type")] | None = None
+    response_format: Format | None = None
     max_tokens: base.Limit | None = None
     max_completion_tokens: base.Limit | None = None
     logprobs: bool = False
@@ -89,19 +92,13 @@ def _agreed[T](said: dict[str, T | None]) -> T | None:
 def read(body: Json) -> Ask:
     """The `Ask` of `POST /v1/chat/completions`. Raises Ds4Error."""
     chat = base.parse(Chat, body)
-    match chat.response_format:
-        case NestedFormat(json_schema=named):
-            schema = named.schema_
-        case base.PlainFormat(type="json_object"):
-            schema = "json_object"
-        case _:
-            schema = None
+    format = chat.response_format
     return Ask(
         messages=chat.messages,
         tools=chat.tools if chat.tools and chat.tool_choice != "none" else None,
         think=chat.thinks(),
         summary=chat.include_reasoning,
-        schema=schema,
+        form=chat.form(format.json_schema.schema_ if isinstance(format, NestedFormat) else base.form_of(format)),
         max_tokens=chat.max_completion_tokens or chat.max_tokens,
         stop=base.stops(chat.stop),
         logprobs=chat.top_logprobs if chat.logprobs else None,

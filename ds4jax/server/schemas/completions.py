@@ -19,13 +19,14 @@ def _only(prompt: Any) -> Any:
     return prompt[0]
 
 
-class Completions(base.Body):
+class Completions(base.Guided):
     prompt: Annotated[str | base.Some[int], BeforeValidator(_only)]
     max_tokens: base.Limit = 16  # as with OpenAI
     logprobs: base.TopLogprobs | None = None
     stop: base.Stops = []
     stream_options: base.StreamOptions = base.StreamOptions()
     n: Literal[1] = 1
+    response_format: base.Unsupported = None
     best_of: Literal[1] = 1
     echo: Literal[False] = False
     suffix: Literal[""] = ""
@@ -36,6 +37,7 @@ def read(body: Json) -> Ask:
     completions = base.parse(Completions, body)
     return Ask(
         prompt=completions.prompt,
+        form=completions.form(),
         max_tokens=completions.max_tokens,
         stop=base.stops(completions.stop),
         logprobs=completions.logprobs,

@@ -109,7 +109,7 @@ def read(body: Json) -> Ask:
         messages=history,
         tools=asked.tools if asked.tools and asked.tool_choice.type != "none" else None,
         think=base.think(asked.thinking and asked.thinking.on, asked.output_config.effort),
-        schema=base.schema_of(asked.output_config.format),
+        form=base.form_of(asked.output_config.format),
         max_tokens=asked.max_tokens,
         stop=base.stops(asked.stop_sequences),
         **asked.common(),

@@ -162,7 +162,7 @@ def read(body: Json) -> Ask:
         namespaces=namespaces,
         think=base.think(None, asked.reasoning.effort),
         summary=asked.reasoning.summary != "none",
-        schema=base.schema_of(asked.text.format),
+        form=base.form_of(asked.text.format),
         max_tokens=asked.max_output_tokens,
         echo={key: body[key] for key in _ECHOED if body.get(key) is not None},
         **asked.common(),
