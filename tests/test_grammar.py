@@ -5,8 +5,10 @@ import json
 import numpy as np
 import pytest
 
+from ds4jax.engine.constraints import Constraints, edits
 from ds4jax.engine.form import Pattern
 from ds4jax.engine.grammar import Grammar, GrammarError, Matcher, Vocabulary
+from ds4jax.engine.types import Sampling
 from ds4jax.io.tokenizer import Special, byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
@@ -87,6 +89,18 @@ def test_a_token_that_is_not_allowed_is_an_error():
     matcher.push(ord("x"))
     assert "x" in matcher.error
     assert len(allowed(matcher)) == 32 * 12  # it masks no more; who follows the answer reads the error
+
+
+def test_where_a_grammar_ends_the_answer_may_end():
+    """min_tokens forbade the only token that was allowed."""
+    start = Grammar(VOCABULARY, Pattern("grammar", 'start: "ab"'))
+    constraints = Constraints(Sampling(min_tokens=9), [], {TOKENIZER.eos_id}, Matcher(start))
+    for token in TOKENIZER.encode_text("ab"):
+        assert constraints.forbidden
+        constraints.push(token)
+    changes = edits([constraints], 12 * 32)
+    assert not constraints.forbidden and not np.isinf(changes.add).any()
+    assert allowed(constraints.matcher) == {TOKENIZER.eos_id}
 
 
 def test_requests_share_a_grammar_but_not_its_state():

@@ -42,7 +42,9 @@ class Constraints:
 
     @property
     def forbidden(self) -> list[int]:
-        """Which of the entries are tokens that must not come yet."""
+        """Which of the entries are tokens that must not come yet. Where a grammar ends, so does the answer."""
+        if self.matcher and self.matcher.ended:
+            return []
         return self._ends if self._ends and self._answer.total() < self._sampling.min_tokens else []
 
     def push(self, token: int) -> None:

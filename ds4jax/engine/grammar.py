@@ -73,6 +73,11 @@ class Matcher:
     def error(self) -> str:
         return _in_a_line(self._matcher)
 
+    @property
+    def ended(self) -> bool:
+        """Whether nothing but EOS can follow."""
+        return self._after is None and self._matcher.is_stopped()
+
     def push(self, token: int) -> None:
         """The answer goes on with this token."""
         if self._after is not None:
