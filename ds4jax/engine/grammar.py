@@ -13,10 +13,6 @@ from ds4jax.engine.form import Form, Pattern
 from ds4jax.errors import Ds4Error
 from ds4jax.io.tokenizer import Tokenizer
 
-# White space as Python's json writes it and no other: llguidance repeats any pattern, and an unsure model would write
-# spaces for ever.
-_SPACING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-
 
 class GrammarError(Ds4Error):
     """A schema that is not valid, or asks for what cannot be enforced."""
@@ -102,7 +98,12 @@ def _source(form: Form) -> str:
             return llguidance.LLMatcher.grammar_from_lark(any_to_lark(text))
         case "json_object":
             form = {"type": "object"}
-    return llguidance.LLMatcher.grammar_from_json_schema(json.dumps(_without_one_of(form)), overrides=_SPACING)
+    # White space as Python's json writes it and no other: llguidance repeats any pattern, and an unsure model would
+    # write spaces for ever.
+    return llguidance.LLMatcher.grammar_from_json_schema(
+        json.dumps(_without_one_of(form)),
+        overrides={"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "},
+    )
 
 
 def _without_one_of(schema: Any) -> Any:

@@ -131,7 +131,7 @@ type Choices = Some[str]
 class Structured(Schema):
     """vLLM's structured_outputs."""
 
-    json_: Json | str | None = Field(None, alias="json")
+    json_: Json | str | None = Field(default=None, alias="json")
     json_object: bool = False
     regex: str | None = None
     choice: Choices | None = None
@@ -181,7 +181,9 @@ def _pattern(kind: Literal["regex", "grammar"], text: str | None) -> Pattern | N
 
 def _choice(texts: list[str] | None) -> Pattern | None:
     """One of the texts, in Lark, whose strings are those of JSON."""
-    return texts and Pattern("grammar", "start: " + " | ".join(json.dumps(text, ensure_ascii=False) for text in texts))
+    if texts is None:
+        return None
+    return Pattern("grammar", "start: " + " | ".join(json.dumps(text, ensure_ascii=False) for text in texts))
 
 
 def _read_json(where: str, schema: Json | str | None) -> Json | None:
