@@ -14,12 +14,8 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
 
 import jax  # noqa: E402
 import jax.experimental.pallas.fuser  # noqa: E402
-from jaxtyping import install_import_hook  # noqa: E402
 
 # Interpreting a kernel imports `fuser`, which adds a setting to the key of every compiled function. Imported here, it
 # makes no test compile anything again.
 
-# Shapes and dtypes that the array functions say are checked in every call.
-TYPED = ["ds4jax.engine.sampling", "ds4jax.model", "ds4jax.numerics", "ds4jax.ops", "pallas_kernels.numerics"]
-install_import_hook(TYPED, "typed.check")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
