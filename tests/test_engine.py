@@ -9,7 +9,9 @@ from small import CFG, write
 
 from ds4jax.engine.engine import Engine
 from ds4jax.engine.model_runner import ModelRunner
-from ds4jax.engine.types import Finished, Request, Sampling, Token
+from ds4jax.engine.prefix_cache import PrefixCache
+from ds4jax.engine.types import Finished, Request, Sampling, Scored, Token
+from ds4jax.errors import Ds4Error
 from ds4jax.settings import Settings
 
 GREEDY = Sampling(temperature=0.0)
@@ -105,3 +107,30 @@ def test_a_sequence_ends_where_the_context_does(runner):
     request = Request(TOKENS + TOKENS[:116], 99, GREEDY)
     out = run(runner, [request])
     assert [finish for _, _, finish in out] == [None] * 5 + ["length"]  # 250 and 6 make 256
+
+
+def test_log_probabilities_of_a_prompt_are_those_of_its_logits(three):
+    """In any chunks, beside other sequences, from a warm cache too; and nothing need be sampled."""
+    engine, found = Engine(three, PrefixCache(1 << 30)), {}
+    for n, top, max_tokens in ((1, 2, 0), (29, 0, 1), (134, 3, 0), (134, None, 2), (134, 20, 2)):
+        events = found[n, top] = []
+        engine.add(Request(TOKENS[:n], max_tokens, GREEDY, prompt_logprobs=top), events.append)
+    while len(engine):
+        engine.step()
+    logits = three.logits(TOKENS).astype(np.float64)
+    true = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    for (n, top), events in found.items():
+        scored = [token for event in events if isinstance(event, Scored) for token in event.tokens]
+        assert [token.id for token in scored] == (TOKENS[1:n] if top is not None else [])
+        for token, row in zip(scored, true, strict=False):
+            assert token.logprob == pytest.approx(row[token.id], abs=1e-4)
+            assert [p for _, p in token.top] == pytest.approx(np.sort(row)[::-1][:top], abs=1e-4)
+            assert all(row[id] == pytest.approx(p, abs=1e-4) for id, p in token.top)
+        assert events[-1] == Finished("length")
+        assert sum(isinstance(event, Token) for event in events) == {(29, 0): 1, (134, None): 2, (134, 20): 2}.get(
+            (n, top), 0
+        )
+    with pytest.raises(Ds4Error, match="prompt_logprobs: found 21, expected 0 to 20"):
+        engine.check(Request(TOKENS, 1, GREEDY, prompt_logprobs=21))
+    with pytest.raises(Ds4Error, match="max_tokens: found -1, expected at least 0"):
+        engine.check(Request(TOKENS, -1, GREEDY))

@@ -25,7 +25,7 @@ from ds4jax import sharding
 from ds4jax.config import ModelConfig
 from ds4jax.engine import compile_cache, sampling
 from ds4jax.engine.chunks import pad
-from ds4jax.engine.types import Sampling
+from ds4jax.engine.types import MAX_LOGPROBS, Sampling
 from ds4jax.errors import ConfigError
 from ds4jax.implementation import Kernels
 from ds4jax.io.checkpoint import Checkpoint
@@ -36,11 +36,13 @@ from ds4jax.model.cache import Cache
 from ds4jax.model.compute import Compute
 from ds4jax.numerics import rows as numerics
 from ds4jax.numerics.precision import wide
+from ds4jax.ops.mhc import Streams
 from ds4jax.settings import Settings
 from pallas_kernels.common import Unsupported
 
 Array = jax.Array
 
+SCORED = 128  # tokens of a prompt whose logits are in memory at once, where their log-probabilities are asked for
 BLOCK = 16  # the most tokens of a sequence that one decoding call computes
 
 
@@ -104,7 +106,10 @@ class CompiledSteps:
     def calls(self, sizes: Iterable[int]) -> list[tuple[str, tuple]]:
         """The arguments of `get_all` for decoding, and for prefill of chunks padded to each of `sizes`."""
         one, every = sampling.batch([Sampling()]), sampling.batch([Sampling()] * self.batch)
-        prefills = [("prefill", (np.int32(0), np.array([True]), *pad([0], [size]), one)) for size in sizes]
+        prefills = [
+            ("prefill", (np.int32(0), np.array([True]), *pad([0], [size]), one, np.zeros(size, np.int32)))
+            for size in sizes
+        ]
         return [("decode", (self.results, *decode_args({}, 1, every))), *prefills]
 
     def _compile(self, name: str, args: tuple) -> Callable:
@@ -114,7 +119,7 @@ class CompiledSteps:
         args, options = (self.weights, self.cache, *args), compiler_options(name, self.compute.implementations)
         shapes = jax.tree.map(lambda x: (x.shape, np.dtype(x.dtype).name), args)
         what = name, self.cfg, self.compute, options, jax.tree.structure(args), jax.tree.leaves(shapes)
-        others = {"prefill": 2, "decode": 3}[name]  # results beside the cache
+        others = {"prefill": 5, "decode": 3}[name]  # results beside the cache
         if (program := compile_cache.load(what, args, (*range(others), self.cache))) is not None:
             return program
         if self._progress:
@@ -155,20 +160,44 @@ def _placed(x: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding | None) -> 
 
 
 # ---- the steps -------------------------------------------------------------------------------------------------------
-def prefill_step(w, cache: Cache, slot, fresh, tokens, n, params, *, cfg: ModelConfig, compute: Compute):
+def prefill_step(w, cache: Cache, slot, fresh, tokens, n, params, targets, *, cfg: ModelConfig, compute: Compute):
     """Append a chunk of a prompt to the sequence in one slot, and sample the token that follows.
 
     slot: () int32. fresh: (1,) bool, whether to empty the slot first. tokens: (1, T) int32, of which the first n (1,)
-    are real. params: `sampling.Batch` of one. → sampled (1,) int32, logits (1, vocab) of the last real token, cache.
+    are real. params: `sampling.Batch` of one. targets: (T,) int32, the tokens that really follow each one, or -1 where
+    nobody asks how likely they are.
+
+    → sampled (1,) int32; logits (1, vocab) of the last real token; `sampling.logprobs` of the targets (T, …), nothing
+    where there is none; cache.
     """
 
     def axis(x: Array) -> int:
         return min(1, x.ndim - 1)  # the axis of the sequences: 1, but 0 in `length`
 
     one = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, slot, 1, axis(x)), cache)
-    logits, one = transformer.prefill(w, kv.reset(one, fresh), tokens, n, cfg=cfg, compute=compute)
+    s, one = transformer.run(w, kv.reset(one, fresh), tokens, n, cfg, compute)
+    logits = transformer.head(transformer.last(s, n), w.head, cfg, compute)
     cache = jax.tree.map(lambda x, y: lax.dynamic_update_slice_in_dim(x, y, slot, axis(x)), cache, one)
-    return sampling.sample(logits, params, one.length), logits, cache
+    return sampling.sample(logits, params, one.length), logits, *_scores(w, s, targets, cfg, compute), cache
+
+
+def _scores(w, s: Streams, targets: Array, cfg: ModelConfig, compute: Compute) -> tuple[Array, Array, Array]:
+    """`sampling.logprobs` of the targets (T,), SCORED at a time, up to the last one that is not negative."""
+    T = len(targets)
+    size = min(T, SCORED)
+
+    def of(i: Array, out: tuple) -> tuple:
+        def part(x: Array) -> Array:
+            return lax.dynamic_slice_in_dim(x, i * size, size)
+
+        logits = transformer.head(jax.tree.map(part, s), w.head, cfg, compute)
+        new = sampling.logprobs(logits, jnp.maximum(part(targets), 0))
+        return tuple(lax.dynamic_update_slice_in_dim(x, y, i * size, 0) for x, y in zip(out, new, strict=True))
+
+    top = min(MAX_LOGPROBS, cfg.vocab_size)
+    shapes = ((T,), jnp.float32), ((T, top), jnp.int32), ((T, top), jnp.float32)
+    end = jnp.max(jnp.where(targets >= 0, jnp.arange(1, T + 1, dtype=jnp.int32), 0))
+    return lax.fori_loop(0, (end + size - 1) // size, of, tuple(jnp.zeros(*shape) for shape in shapes))
 
 
 def decode_step(w, cache: Cache, results, tokens, active, n, params, *, cfg: ModelConfig, compute: Compute):

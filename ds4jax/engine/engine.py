@@ -11,7 +11,7 @@ All of it happens in the thread that calls `step`. `AsyncEngine` serves callers 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,7 @@ from ds4jax.engine.types import (
     FinishReason,
     Prefilled,
     Request,
+    Scored,
     Started,
     Token,
 )
@@ -79,10 +80,11 @@ class Engine:
         vocab = self.runner.cfg.vocab_size
         if len(request.tokens) >= self.ctx:
             raise ContextOverflow(len(request.tokens), self.ctx)
-        if request.max_tokens < 1:
-            raise Ds4Error(f"max_tokens: found {request.max_tokens}, expected at least 1")
-        if (n := request.logprobs) is not None and not 0 <= n <= MAX_LOGPROBS:
-            raise Ds4Error(f"logprobs: found {n}, expected 0 to {MAX_LOGPROBS}")
+        if request.max_tokens < 0:
+            raise Ds4Error(f"max_tokens: found {request.max_tokens}, expected at least 0")
+        for name in ("logprobs", "prompt_logprobs"):
+            if (n := getattr(request, name)) is not None and not 0 <= n <= MAX_LOGPROBS:
+                raise Ds4Error(f"{name}: found {n}, expected 0 to {MAX_LOGPROBS}")
         for i, _ in request.sampling.logit_bias:
             if not 0 <= i < vocab:
                 raise Ds4Error(f"logit_bias: found token id {i}, expected 0 to {vocab - 1}")
@@ -173,9 +175,15 @@ class Engine:
     def _prefill(self, seq: Sequence, end: int) -> None:
         """The chunk of a prompt that ends at position `end`."""
         tokens = seq.tokens[seq.computed : end]
-        sampled = self.runner.prefill(seq.held_slot, tokens, seq.request.sampling, seq.computed > 0, self._sizes)
+        top = seq.request.prompt_logprobs
+        targets = () if top is None else seq.tokens[seq.computed + 1 : end + 1]
+        sampled = self.runner.prefill(
+            seq.held_slot, tokens, seq.request.sampling, seq.computed > 0, self._sizes, targets
+        )
         self.scheduler.advance(seq, end)
         seq.emit(Prefilled(end, seq.prompt_len))
+        if targets:
+            seq.emit(Scored(tuple(_scored(targets, sampled.scores, top))))
         self._reuse.prefilled(seq, sampled)
         if end == seq.prompt_len:
             self._first_token(seq, self._tokens({0: seq}, {0: sampled.token}, sampled.batch_logits))
@@ -229,17 +237,21 @@ class Engine:
         changes = edits([seq.constraints if seq else None for seq in rows], logits.shape[1])
         positions = [seq.computed + held if seq else 0 for seq in rows]
         chosen = self.runner.choose(logits, params, changes, positions)
-        ids, logprobs, top_ids, top = (x.tolist() for x in chosen)
-        tokens = {}
-        for row, seq in seqs.items():
-            n = seq.request.logprobs
-            best = () if n is None else tuple(zip(top_ids[row][:n], top[row][:n], strict=True))
-            tokens[row] = Token(ids[row], None if n is None else logprobs[row], best)
-        return tokens
+        ids = chosen[0].tolist()
+        return {
+            row: Token(ids[row])
+            if (top := seq.request.logprobs) is None
+            else _scored(ids[row : row + 1], [x[row : row + 1] for x in chosen[1:]], top)[0]
+            for row, seq in seqs.items()
+        }
 
     def _first_token(self, seq: Sequence, tokens: Mapping[int, Token]) -> None:
         self.counters.first_token(seq)
-        self._emit(seq, tokens[0])
+        if seq.request.max_tokens:
+            self._emit(seq, tokens[0])
+        else:
+            self._end(seq, "length")
+            seq.emit(Finished("length"))
 
     def _emit(self, seq: Sequence, token: Token) -> bool:
         """Append a token to its sequence; → whether that has ended."""
@@ -257,3 +269,10 @@ class Engine:
             self._end(seq, reason)
             seq.emit(Finished(reason))
         return bool(reason)
+
+
+def _scored(ids: list[int], scores: Iterable[np.ndarray], top: int) -> list[Token]:
+    """Tokens with what `sampling.logprobs` says of them, `top` of the likeliest beside each."""
+    own, best_ids, best = (x.tolist() for x in scores)
+    rows = zip(ids, own, best_ids, best, strict=True)
+    return [Token(id, logprob, tuple(zip(t[:top], p[:top], strict=True))) for id, logprob, t, p in rows]

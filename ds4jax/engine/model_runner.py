@@ -41,12 +41,14 @@ BLOCK_SECONDS = 0.125
 class Sampled:
     """One sampled token, and the logits it was sampled from (still on the device until asked for).
 
-    batch_logits: (B, vocab), of which `row` is this token's; None for tokens inside a block.
+    batch_logits: (B, vocab), of which `row` is this token's; None for tokens inside a block. scores: after a prefill
+    with targets, what `sampling.logprobs` says of them.
     """
 
     token: int
     batch_logits: Array | None
     row: int
+    scores: tuple[np.ndarray, ...] = ()
 
     @property
     def logits(self) -> np.ndarray:
@@ -141,26 +143,40 @@ class ModelRunner:
             self.choose(logits, [Sampling()] * rows, edits([None] * rows, self.cfg.vocab_size), [0] * rows)
 
     def prefill(
-        self, slot: int, tokens: Sequence[int], params: Sampling, append: bool = False, sizes: Sequence[int] = ()
+        self,
+        slot: int,
+        tokens: Sequence[int],
+        params: Sampling,
+        append: bool = False,
+        sizes: Sequence[int] = (),
+        targets: Sequence[int] = (),
     ) -> Sampled:
         """Start a sequence in `slot`, in place of what was there; → its first token, drawn as `params` say.
 
         append: continue the sequence that is there instead. sizes: what chunks are padded to, ascending, or buckets.
+        targets: what follows the first tokens, where it is to be said how likely that is.
         Raises Ds4Error unless there are 1 to ctx - 1 tokens (with those that are there), all in the vocabulary.
         """
         before = self.lengths[slot] if append else 0
         check_prompt(tokens, self.cfg, self.settings.ctx, before)
         self._sampling[slot], self.lengths[slot] = params, before
+        scores = []
         for start in range(0, len(tokens), self.settings.prefill_chunk):
             padded, n = pad(tokens[start : start + self.settings.prefill_chunk], sizes)
+            follows = np.full(padded.shape[1], -1, np.int32)
+            here = targets[start : start + int(n[0])]
+            follows[: len(here)] = here
             fresh = np.array([self.lengths[slot] == 0])
             begun = time.perf_counter() - self.stats.compile_seconds
-            sampled, logits = self._run("prefill", np.int32(slot), fresh, padded, n, sampling.batch([params]))
+            args = np.int32(slot), fresh, padded, n, sampling.batch([params]), follows
+            sampled, logits, *about = self._run("prefill", *args)
             sampled.block_until_ready()
             self.lengths[slot] += int(n[0])
             self.stats.prefill_tokens += int(n[0])
             self.stats.prefill_seconds += time.perf_counter() - self.stats.compile_seconds - begun
-        return Sampled(int(sampled[0]), logits, 0)
+            if here:
+                scores.append([np.asarray(x)[: len(here)] for x in about])
+        return Sampled(int(sampled[0]), logits, 0, tuple(map(np.concatenate, zip(*scores, strict=True))))
 
     def decode(self, tokens: Mapping[int, int]) -> dict[int, Sampled]:
         """Append to the sequence of each given slot its token; → what follows, by slot. Other slots rest.

@@ -55,6 +55,8 @@ class PrefixReuse:
         if self.cache is None:
             return
         seq.marks = positions(seq.prompt_len, self._scheduler.chunk, self.cache.shared(seq.key))
+        if seq.request.prompt_logprobs is not None:  # every token of it has to be computed
+            return
         found = self.cache.find(seq.key)
         seq.disk_read = self.cache.fetch(seq.key, found.length if found else 0)
         if seq.disk_read:
@@ -62,7 +64,7 @@ class PrefixReuse:
 
     def start(self, seq: Sequence) -> int | None:
         """How many tokens of its prompt a waiting sequence can start with now, or None if it had better wait."""
-        if self.cache is None:
+        if self.cache is None or seq.request.prompt_logprobs is not None:
             return 0
         if seq.disk_read:
             if not seq.disk_read.done():

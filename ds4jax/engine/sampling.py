@@ -93,9 +93,16 @@ def choose(
     → ids, their log-probability, and of the MAX_LOGPROBS likeliest the ids and log-probabilities, in order.
     """
     ids = sample(edited(logits, edits), params, position)
-    logprobs = jax.nn.log_softmax(logits.astype(jnp.float32))
-    top, top_ids = lax.top_k(logprobs, min(MAX_LOGPROBS, logits.shape[-1]))
-    return ids, jnp.take_along_axis(logprobs, ids[:, None], axis=-1)[:, 0], top_ids, top
+    return ids, *logprobs(logits, ids)
+
+
+def logprobs(
+    logits: Float[Array, "B V"], ids: Int32[Array, "B"]
+) -> tuple[Float32[Array, "B"], Int32[Array, "B top"], Float32[Array, "B top"]]:
+    """The log-probability of one token each, and the MAX_LOGPROBS likeliest ones with theirs, in order."""
+    every = jax.nn.log_softmax(logits.astype(jnp.float32))
+    top, top_ids = lax.top_k(every, min(MAX_LOGPROBS, logits.shape[-1]))
+    return jnp.take_along_axis(every, ids[:, None], axis=-1)[:, 0], top_ids, top
 
 
 def tempered(logits: Float[Array, "B V"], params: Batch) -> Float[Array, "B V"]:

@@ -78,9 +78,11 @@ class Sampling:
 class Request:
     """A prompt, BOS included, and how to continue it.
 
-    max_tokens: of the answer; the context may end it earlier. stop_ids: tokens that end the answer; None: the model's
-    EOS. logprobs: None, or how many of the likeliest tokens to report beside each token's own. grammar: what the
-    answer must be. logits: whether every `Token` comes with the logits that it was drawn from.
+    max_tokens: of the answer; the context may end it earlier. With 0 the prompt is computed and nothing sampled.
+    stop_ids: tokens that end the answer; None: the model's EOS. logprobs: None, or how many of the likeliest tokens to
+    report beside each token's own; prompt_logprobs: the same for the tokens of the prompt, which are then computed even
+    where a prefix is cached. grammar: what the answer must be. logits: whether every `Token` comes with the logits that
+    it was drawn from.
     """
 
     tokens: Sequence[int]
@@ -88,6 +90,7 @@ class Request:
     sampling: Sampling
     stop_ids: frozenset[int] | None = None
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     grammar: Grammar | None = None
     logits: bool = False
 
@@ -124,6 +127,13 @@ class Token:
 
 
 @dataclasses.dataclass(frozen=True)
+class Scored:
+    """The next tokens of the prompt with their log-probabilities. The first token of all has none, and never comes."""
+
+    tokens: tuple[Token, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class Finished:
     """The answer is complete. No event follows."""
 
@@ -137,7 +147,7 @@ class Failed:
     error: Exception
 
 
-Event = Started | Prefilled | Token | Finished | Failed
+Event = Started | Prefilled | Scored | Token | Finished | Failed
 
 
 # ---- errors ----------------------------------------------------------------------------------------------------------

@@ -115,11 +115,16 @@ def prefill(
     """
     B, T = tokens.shape
     s, cache = run(w, cache, tokens, n, cfg, compute)
-    if not all_positions and T > 1:
-        last = jnp.arange(B, dtype=jnp.int32) * T + jnp.maximum(n - 1, 0)
-        s = jax.tree.map(lambda x: x[last], s)
     lead = (B, T) if all_positions else (B,)
-    return head(s, w.head, cfg, compute).reshape(*lead, -1), cache
+    return head(s if all_positions else last(s, n), w.head, cfg, compute).reshape(*lead, -1), cache
+
+
+def last(s: mhc.Streams, n: Int32[Array, "B"]) -> mhc.Streams:
+    """The streams of each sequence's last real token, of those of all its tokens."""
+    B = len(n)
+    T = jax.tree.leaves(s)[0].shape[0] // B
+    at = jnp.arange(B, dtype=jnp.int32) * T + jnp.maximum(n - 1, 0)
+    return s if T == 1 else jax.tree.map(lambda x: x[at], s)
 
 
 def decode_step(

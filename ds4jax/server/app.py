@@ -50,7 +50,7 @@ class Options:
     bytes. max_depth: of nested JSON.
     """
 
-    keep_alive: float = 5.0
+    keep_alive: float = 10.0
     cors: bool = False
     api_key: str | None = None
     max_body: int = 64 << 20

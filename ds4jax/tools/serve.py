@@ -36,7 +36,7 @@ flags.DEFINE_string("kv_dir", None, "A folder for prefixes, so that a restart co
 flags.DEFINE_float("kv_budget_gb", 16.0, "GiB that --kv_dir may hold.", 0.0, flag_values=FLAGS)
 flags.DEFINE_float("prefix_budget_gb", 2.0, "GiB of memory for prefixes.", 0.0, flag_values=FLAGS)
 flags.DEFINE_string("trace", None, "A file to which a JSON line is appended for every request.", flag_values=FLAGS)
-flags.DEFINE_float("keep_alive", 5.0, "Seconds of silence before a stream says something.", 0.01, flag_values=FLAGS)
+flags.DEFINE_float("keep_alive", 10.0, "Seconds of silence before a stream says something.", 0.01, flag_values=FLAGS)
 flags.DEFINE_float("grace", 30.0, "Seconds that running answers have once asked to stop.", 0.0, flag_values=FLAGS)
 
 
