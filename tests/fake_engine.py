@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import uvicorn
 
 from ds4jax.engine.stream import Stream
-from ds4jax.engine.types import Failed, Finished, Prefilled, Request, Started, Token
+from ds4jax.engine.types import Failed, Finished, Prefilled, Request, Scored, Started, Token
 from ds4jax.io.tokenizer import Special, byte_tokenizer
 from ds4jax.server.app import Options, make_app
 
@@ -79,6 +79,8 @@ class FakeEngine:
         yield Started(min(self._cached, n), n)
         for i in range(self._chunks):
             yield Prefilled(n * (i + 1) // self._chunks, n)
+        if (top := request.prompt_logprobs) is not None:
+            yield Scored(tuple(Token(id, -1.5, ((66, -0.25), (id, -1.5))[:top]) for id in request.tokens[1:]))
         answer = ids(text) if text.endswith("…") else [*ids(text), TOKENIZER.eos_id]
         for id in answer[: request.max_tokens]:
             top = () if request.logprobs is None else ((id, -0.5), (65, -2.0))[: request.logprobs]

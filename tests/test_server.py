@@ -58,6 +58,13 @@ def sse(text: str) -> list[tuple[Any, Any]]:
     return out
 
 
+def wait_until_idle(engine: FakeEngine) -> None:
+    deadline = time.monotonic() + 10
+    while engine.running:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 # ---- Chat Completions ------------------------------------------------------------------------------------------------
 def test_chat_plain():
     with clients("I think.</think>Hello, world!", cached=3) as (o, _, _, engine):
@@ -244,6 +251,112 @@ def test_completions():
             and chunks[-1].choices[0].finish_reason == "stop"
         )
         assert last.usage.prompt_tokens == 2 and engine.requests[-1].max_tokens == 16
+
+
+def test_several_prompts_with_several_answers_each():
+    answers = iter("zero one two three".split())
+    with clients(lambda _: next(answers)) as (o, _, http, engine):
+        body = {"model": "m", "prompt": ["a", "bb"], "n": 2, "seed": 7, "max_tokens": 99}
+        done = o.completions.create(**body)
+        assert [(c.index, c.text) for c in done.choices] == list(enumerate("zero one two three".split()))
+        assert [len(r.tokens) for r in engine.requests] == [2, 2, 3, 3]
+        assert [r.sampling.seed for r in engine.requests] == [7, 8, 7, 8]
+        assert done.usage.prompt_tokens == 5  # each prompt once
+        assert done.usage.completion_tokens == sum(len(ids(c.text)) + 1 for c in done.choices)
+        answers = iter("zero one two three".split())
+        options = {"stream": True, "stream_options": {"include_usage": True}}
+        *chunks, last = o.completions.create(
+            **body | {"prompt": [[TOKENIZER.bos_id, 97], [TOKENIZER.bos_id, 98, 98]]}, **options
+        )
+        for i, text in enumerate("zero one two three".split()):
+            mine = [c.choices[0] for c in chunks if c.choices[0].index == i]
+            assert "".join(c.text for c in mine) == text
+            assert [c.finish_reason for c in mine] == [None] * (len(mine) - 1) + ["stop"]
+        assert last.usage == done.usage and not last.choices
+        answers = iter(["</think>zero", "</think>one"])
+        chat = o.chat.completions.create(model="m", messages=HI, n=2)
+        assert [c.message.content for c in chat.choices] == ["zero", "one"]
+        answers = iter(["</think>zero", "</think>one"])
+        *chunks, last = sse(http.post("/v1/chat/completions", json={"messages": HI, "n": 2, "stream": True}).text)
+        for i, text in enumerate(["zero", "one"]):
+            mine = [data["choices"][0] for _, data in chunks if data["choices"][0]["index"] == i]
+            assert mine[0]["delta"]["role"] == "assistant" and mine[-1]["finish_reason"] == "stop"
+            assert "".join(c["delta"].get("content", "") for c in mine) == text
+        assert (
+            last[1] == "[DONE]" and chunks[-1][1]["timings"]["predicted_n"] == len(ids("</think>zero</think>one")) + 2
+        )
+        for wrong in ({"n": 129}, {"n": 0}, {"best_of": 2}, {"prompt": ["a"] * 1025}, {"prompt": [["a"]]}):
+            assert http.post("/v1/completions", json={"prompt": "a"} | wrong).status_code == 400, wrong
+
+
+def test_one_of_several_answers_fails():
+    answers = iter(["x" * 100, Overloaded("too many")])
+    with clients(lambda _: next(answers), delay=0.01) as (_, _, http, engine):
+        assert http.post("/v1/completions", json={"prompt": ["a", "b"]}).status_code == 503
+        wait_until_idle(engine)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_the_prompt_echoed_with_its_log_probabilities(streamed):
+    """What lm-eval asks for: the text and its tokens, the prompt's and one more; characters of several tokens, too."""
+
+    def ask(http, **fields):
+        body = {"prompt": "aé€", "max_tokens": 2, "echo": True, "logprobs": 1} | fields
+        if not streamed:
+            return http.post("/v1/completions", json=body).json()["choices"][0]
+        parts = [e["choices"][0] for _, e in sse(http.post("/v1/completions", json=body | {"stream": True}).text)[:-1]]
+        logprobs = [p["logprobs"] for p in parts if p["logprobs"]]
+        together = {key: [x for part in logprobs for x in part[key]] for key in logprobs[0]} if logprobs else None
+        return parts[-1] | {"text": "".join(p["text"] for p in parts), "logprobs": together}
+
+    with clients("ü…") as (_, _, http, engine):
+        choice = ask(http)
+        assert choice["text"] == "aé€ü" and choice["finish_reason"] == "length"
+        tokens, offsets = choice["logprobs"]["tokens"], choice["logprobs"]["text_offset"]
+        assert tokens == ["", "a", "", "é", "", "", "€", "", "ü"]  # BOS is none of the text
+        assert offsets == [0, 0, 1, 1, 2, 2, 2, 3, 3]
+        assert choice["logprobs"]["token_logprobs"] == [None] + [-1.5] * 6 + [-0.5] * 2
+        assert choice["logprobs"]["top_logprobs"][0] is None
+        assert choice["logprobs"]["top_logprobs"][1] == {"a": -1.5, "B": -0.25}
+        assert all(t in top for t, top in list(zip(tokens, choice["logprobs"]["top_logprobs"], strict=True))[1:])
+        assert engine.requests[-1].prompt_logprobs == 1
+        choice = ask(http, max_tokens=0, prompt=[TOKENIZER.bos_id, 97, 0xE2])
+        assert choice["text"] == "a\ufffd" and choice["logprobs"]["tokens"] == ["", "a", "\ufffd"]
+        assert ask(http, logprobs=None, echo=True)["logprobs"] is None
+        assert engine.requests[-1].prompt_logprobs is None
+        assert ask(http, echo=False, max_tokens=0)["text"] == ""
+        assert ask(http, echo=False, logprobs=0)["logprobs"]["top_logprobs"] == [{"": -0.5}, {"ü": -0.5}]
+        assert ask(http, prompt=[97], max_tokens=0)["logprobs"]["tokens"] == ["a"]
+
+
+def test_the_end_of_an_answer_is_the_last_of_its_log_probabilities():
+    """Evaluations count on a token of the answer behind those of the prompt, whichever it is."""
+    with clients("") as (_, _, http, _):
+        body = {"prompt": "a", "max_tokens": 1, "echo": True, "logprobs": 1}
+        choice = http.post("/v1/completions", json=body).json()["choices"][0]
+        assert choice["logprobs"]["tokens"] == ["", "a", ""] and choice["finish_reason"] == "stop"
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize(
+    ("said", "stop", "shown"),
+    [
+        ("Hello STO…", ["STO…P"], "Hello STO…"),  # half a stop string, at the end
+        ("Hello STOP there", ["STOP"], "Hello "),
+        ("Hello  ", [], "Hello  "),  # space that is held back, in case calls follow
+        (f"Hello\n\n{CALL}", [], "Hello"),
+        ("H</think>i", [], "Hi"),
+    ],
+)
+def test_log_probabilities_spell_the_text(said, stop, shown, streamed):
+    with clients(f"</think>{said}") as (_, _, http, _):
+        body = {"messages": HI, "logprobs": True, "top_logprobs": 2, "stop": stop, "tools": [WEATHER]}
+        answer = http.post("/v1/chat/completions", json=body | {"stream": streamed})
+        parts = [answer.json()["choices"][0]] if not streamed else [e["choices"][0] for _, e in sse(answer.text)[:-1]]
+        tokens = [t for p in parts for t in p["logprobs"]["content"]]
+        spelled = bytes(byte for t in tokens for byte in t["bytes"]).decode().replace("</think>", "")
+        assert spelled == "".join(p.get("delta", p.get("message")).get("content") or "" for p in parts) == shown
+        assert all(t["token"] in [top["token"] for top in t["top_logprobs"]] for t in tokens)
 
 
 # ---- Messages --------------------------------------------------------------------------------------------------------
@@ -451,10 +564,7 @@ def test_a_disconnect_frees_the_engine(path, stream):
         with contextlib.suppress(httpx.ReadTimeout):
             with http.stream("POST", path, json=body | {"stream": stream}, timeout=0.5) as response:
                 next(response.iter_raw())
-        deadline = time.monotonic() + 10
-        while engine.running:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_until_idle(engine)
         assert http.get("/health").status_code == 200
 
 

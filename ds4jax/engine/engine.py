@@ -182,7 +182,7 @@ class Engine:
         )
         self.scheduler.advance(seq, end)
         seq.emit(Prefilled(end, seq.prompt_len))
-        if targets:
+        if top is not None and targets:
             seq.emit(Scored(tuple(_scored(targets, sampled.scores, top))))
         self._reuse.prefilled(seq, sampled)
         if end == seq.prompt_len:

@@ -113,22 +113,21 @@ class _Server:
         api, status = APIS[path], 200
         try:
             ask = api.read(await self._body(request))
-            started = Conversation.start(
+            started = conversation.start(
                 self.engine, ask, self.replay, id_prefix=api.reply.id_prefix, tick=self.options.keep_alive
             )
             try:
-                talk = await _unless_gone(request, started)
+                talks = await _unless_gone(request, started)
             except ApiError as error:
                 # Codex looks for this error among the events only.
                 if not (ask.stream and api.reply is ResponsesReply and error.code == "context_length_exceeded"):
                     raise
                 return _EventStream(self._failed(ResponsesReply.failed(ask, self._model_of(ask), error)), lambda: None)
-            reply = api.reply(talk, self._model_of(ask))
+            reply = api.reply(talks, self._model_of(ask))
             if ask.stream:
-                return _EventStream(self._events(reply), talk.cancel)
-            await _unless_gone(request, talk.run())
-            if talk.finish.reason == "error":
-                raise _unfinished()
+                return _EventStream(self._events(reply, talks), lambda: [talk.cancel() for talk in talks])
+            await _unless_gone(request, conversation.run(talks))
+            _check_end(talks)
             return _json(reply.whole())
         except ClientDisconnect:
             status = 499
@@ -152,22 +151,20 @@ class _Server:
     async def _failed(data: bytes) -> AsyncIterator[bytes]:
         yield data
 
-    async def _events(self, reply: Reply) -> AsyncIterator[bytes]:
-        talk = reply.conversation
+    async def _events(self, reply: Reply, talks: list[Conversation]) -> AsyncIterator[bytes]:
         try:
             if data := reply.begin():
                 yield data
             silent = False
-            async for event in talk:
+            async for i, event in conversation.together(talks):
                 if isinstance(event, Tick):
                     if silent:
                         yield reply.idle(event)
                     silent = True
-                elif data := reply.on(event):
+                elif data := reply.on(event, i):
                     yield data
                     silent = False
-            if talk.finish.reason == "error":
-                raise _unfinished()
+            _check_end(talks)
             yield reply.end()
         except Exception as error:
             yield reply.fail(self._note(error))
@@ -255,8 +252,10 @@ def _parse(body: bytes, max_depth: int) -> dict[str, Any]:
     raise ApiError(f"body: found JSON nested deeper than {max_depth}, expected at most that")
 
 
-def _unfinished() -> ApiError:
-    return ApiError("the model ended its turn inside a tool call", 500)
+def _check_end(talks: list[Conversation]) -> None:
+    """Raises ApiError if an answer is none."""
+    if any(talk.finish.reason == "error" for talk in talks):
+        raise ApiError("the model ended its turn inside a tool call", 500)
 
 
 async def _unless_gone[T](request: Request, work: Coroutine[Any, Any, T]) -> T:
@@ -280,7 +279,7 @@ async def _unless_gone[T](request: Request, work: Coroutine[Any, Any, T]) -> T:
 class _EventStream(StreamingResponse):
     """Server-sent events. However it ends, `done` is called: also when the client goes away while nothing is read."""
 
-    def __init__(self, events: AsyncIterator[bytes], done: Callable[[], None]):
+    def __init__(self, events: AsyncIterator[bytes], done: Callable[[], Any]):
         headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
         super().__init__(events, media_type="text/event-stream", headers=headers)
         self._done = done

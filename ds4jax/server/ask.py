@@ -23,6 +23,8 @@ class Ask:
     think: one of `ds4jax.chat.template.THINK_MODES`.
     form: what the reply must be. max_tokens: None for all the room there is.
     logprobs: None, or how many of the likeliest tokens to report beside each token of the text.
+    other_prompts: to be continued too; n: how many answers to each prompt; echo_prompt: whether these begin with the
+        prompt (Completions; n in Chat Completions, too).
     include_usage: a last chunk with the usage (Chat Completions, Completions). summary: thoughts are shown (Chat
         Completions, Responses).
     echo: fields that Responses repeats in its answer.
@@ -41,6 +43,17 @@ class Ask:
     max_tokens: int | None = None
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
+    other_prompts: tuple[str | list[int], ...] = ()
+    n: int = 1
+    echo_prompt: bool = False
     include_usage: bool = False
     summary: bool = False
     echo: Json = dataclasses.field(default_factory=dict)
+
+    def choices(self) -> list[Ask]:
+        """An `Ask` for every single answer: to one prompt after the other, each with a seed of its own."""
+        return [
+            dataclasses.replace(self, prompt=prompt, sampling=dataclasses.replace(self.sampling, seed=seed % 2**32))
+            for prompt in (self.prompt, *self.other_prompts)
+            for seed in range(self.sampling.seed, self.sampling.seed + self.n)
+        ]

@@ -1,7 +1,7 @@
 """One request from `Ask` to its last event: render, submit, parse, count. All that the APIs share; no HTTP here.
 
-    conversation = await Conversation.start(engine, ask, replay)     # raises ApiError while a status can still be sent
-    async for event in conversation: ...                     # ds4jax.chat.parser's events, and Tick
+    (conversation,) = await start(engine, ask, replay)     # raises ApiError while a status can still be sent
+    async for event in conversation: ...                   # ds4jax.chat.parser's events, and Tick
     conversation.finish, conversation.usage, conversation.message
 
 A conversation that is dropped or cancelled, at whatever point, gives its place in the engine back.
@@ -20,8 +20,8 @@ from ds4jax.chat import template as chat
 from ds4jax.chat.parser import Event, Finish, OutputParser, TextDelta
 from ds4jax.engine.async_engine import AsyncEngine
 from ds4jax.engine.types import Event as EngineEvent
-from ds4jax.engine.types import Failed, Finished, Prefilled, Request, Started, Token
-from ds4jax.io.tokenizer import Special, Tokenizer
+from ds4jax.engine.types import Failed, Finished, Prefilled, Request, Scored, Started, Token
+from ds4jax.io.tokenizer import Special, StreamDecoder, Tokenizer
 from ds4jax.server.ask import Ask
 from ds4jax.server.errors import ApiError, overflow
 from ds4jax.server.replay import Replay
@@ -52,19 +52,26 @@ class Usage:
     reasoning: int = 0
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Logprob:
-    """A token of the text: the bytes it stands for, its log-probability, and the likeliest ones in its place."""
+    """A token of the text.
+
+    token: the bytes it stands for. text: what it adds to the text, nothing if it ends inside a character. logprob: None
+    for the first token of a prompt. top: the likeliest ones in its place, with the token itself if any was asked for.
+    """
 
     token: bytes
-    logprob: float
+    text: str
+    logprob: float | None
     top: tuple[tuple[bytes, float], ...]
 
 
 class Conversation:
     """An async iterator over the events of one answer; see the module.
 
-    Attributes: ask; usage and logprobs (of the text, so far).
+    Attributes: ask; usage; prompt (token ids); logprobs (of the text, so far) and prompt_logprobs (of the prompt that
+    the text begins with); started, first, last: when the prompt began to be computed, and when the first and the last
+    token came.
     """
 
     def __init__(
@@ -74,38 +81,20 @@ class Conversation:
         self._finish: Finish | None = None
         self.logprobs: list[Logprob] = []
         self._pending: list[Logprob] = []  # of tokens read, whose text has not been shown
+        self._shown = self._spelled = 0  # characters of the text, and of those whose log-probabilities are out
+        tokenizer = engine.tokenizer
+        self._spell = StreamDecoder(tokenizer)
+        # Tokens that are nothing of the text; in a chat, marks are not.
+        self._silent = {tokenizer.bos_id, tokenizer.eos_id} | (
+            set() if ask.prompt is not None else tokenizer.control_ids
+        )
         self._engine, self._replay, self._parser, self._tick = engine, replay, parser, tick
+        self.prompt = request.tokens
+        self.prompt_logprobs = [] if request.prompt_logprobs is None else [self._logprob(Token(self.prompt[0]))]
         self._prefilled = 0
-        self._started = self._first = self._last = _now()  # the prompt's computation, the first token, the last
+        self.started = self.first = self.last = _now()
         self._events: list[Event] = []
         self._stream = engine.submit(request)
-
-    @classmethod
-    async def start(
-        cls,
-        engine: AsyncEngine,
-        ask: Ask,
-        replay: Replay | None = None,
-        *,
-        id_prefix: str = "call_",
-        tick: float = 5.0,
-    ) -> Conversation:
-        """Render, check and submit; returns once the engine has admitted the request, or after ADMISSION seconds.
-
-        replay: remembers turns with calls; without it, none is. id_prefix: of the ids of tool calls. tick: seconds
-        between `Tick` events.
-        Raises ApiError, or an error of the engine.
-        """
-        replay = Replay() if replay is None else replay
-        request, parser = await asyncio.to_thread(_prepare, engine, ask, replay, id_prefix)
-        conversation = cls(engine, ask, replay, request, parser, tick)
-        try:
-            if (event := await conversation._receive(_now() + ADMISSION)) is not None:
-                await conversation._on(event)
-        except BaseException:
-            conversation.cancel()
-            raise
-        return conversation
 
     @property
     def message(self) -> dict[str, Any]:
@@ -113,20 +102,12 @@ class Conversation:
         return chat_parser.message(self._events)
 
     @property
-    def timings(self) -> dict[str, float]:
-        """Tokens, milliseconds and rates of prompt and answer, under llama.cpp's names.
-
-        The prompt's time lasts to the first token, and has none of the wait for a place; the answer's begins there.
-        """
-        prompt, cached, predicted = self.usage.prompt - self.usage.cached, self.usage.cached, self.usage.completion
-
-        def rates(name: str, tokens: int, seconds: float, steps: int) -> dict[str, float]:
-            each, rate = (1e3 * seconds / steps, steps / seconds) if steps and seconds else (0.0, 0.0)
-            of = {"n": tokens, "ms": 1e3 * seconds, "per_token_ms": each, "per_second": rate}
-            return {f"{name}_{key}": value for key, value in of.items()}
-
-        before = rates("prompt", prompt, self._first - self._started, prompt)
-        return {"cache_n": cached} | before | rates("predicted", predicted, self._last - self._first, predicted - 1)
+    def prompt_text(self) -> str:
+        """The prompt as it was given; of token ids, their text without BOS."""
+        if isinstance(self.ask.prompt, str):
+            return self.ask.prompt
+        tokenizer = self._engine.tokenizer
+        return tokenizer.decode(id for id in self.prompt if id not in self._silent)
 
     @property
     def finish(self) -> Finish:
@@ -151,10 +132,10 @@ class Conversation:
         finally:
             self.cancel()
 
-    async def run(self) -> None:
-        """Go on to the end."""
-        async for _ in self:
-            pass
+    async def admitted(self) -> None:
+        """Wait until the engine has a place for it, for ADMISSION seconds at most."""
+        if (event := await self._receive(_now() + ADMISSION)) is not None:
+            await self._on(event)
 
     async def _receive(self, until: float) -> EngineEvent | None:
         """The engine's next event, or None if none comes before then; a stream may be given up while it waits."""
@@ -168,14 +149,19 @@ class Conversation:
         match event:
             case Started(cached):
                 self.usage = dataclasses.replace(self.usage, cached=cached)
-                self._started = self._first = self._last = _now()
+                self.started = self.first = self.last = _now()
                 return []
             case Prefilled(done):
                 self._prefilled = done
+                self.first = self.last = _now()
+                return []
+            case Scored(tokens):
+                self.prompt_logprobs += map(self._logprob, tokens)
                 return []
             case Token():
                 events = self._token(event)
             case Finished(reason):
+                self._flush()
                 events = self._parser.finish(reason)
             case Failed(error):
                 raise error
@@ -184,24 +170,118 @@ class Conversation:
             self._finish = events[-1]
             if turn := self._finish.turn:  # kept before the client can know of it
                 await asyncio.to_thread(self._replay.remember, turn)
+        self._shown += sum(len(said.text) for said in events if isinstance(said, TextDelta))
+        self._release()
         return events
 
     def _token(self, token: Token) -> list[Event]:
-        self._last = _now()
+        self.last = _now()
         if not self.usage.completion:
-            self._first = self._last
+            self.first = self.last
+            self._flush()
         thought = self._parser.reasoning_tokens
         events = self._parser.push(token.id)
         reasoning = self._parser.reasoning_tokens
         self.usage = dataclasses.replace(self.usage, completion=self.usage.completion + 1, reasoning=reasoning)
-        if token.logprob is not None and reasoning == thought and token.id != self._engine.tokenizer.eos_id:
-            spell = self._engine.tokenizer.id_to_bytes
-            top = tuple((spell(id), logprob) for id, logprob in token.top)
-            self._pending.append(Logprob(spell(token.id), token.logprob, top))
-        if any(isinstance(event, TextDelta) for event in events):  # tokens of a tool call never get here
-            self.logprobs += self._pending
-            self._pending = []
+        ends = token.id == self._engine.tokenizer.eos_id  # is a token of a raw text, but nothing of it
+        if token.logprob is not None and reasoning == thought and (self.ask.prompt is not None or not ends):
+            self._pending.append(self._logprob(token))
         return events
+
+    def _logprob(self, token: Token) -> Logprob:
+        tokenizer = self._engine.tokenizer
+        top = dict(token.top)
+        if top and token.logprob is not None:
+            top.setdefault(token.id, token.logprob)
+        return Logprob(
+            tokenizer.id_to_bytes(token.id),
+            "" if token.id in self._silent else self._spell.push(token.id),
+            token.logprob,
+            tuple((tokenizer.id_to_bytes(id), logprob) for id, logprob in top.items()),
+        )
+
+    def _flush(self) -> None:
+        """The prompt or the answer ends, perhaps inside a character: the last token gets what stands for it."""
+        last = self._pending[-1:] if self.usage.completion else self.prompt_logprobs[-1:]
+        if text := self._spell.flush():
+            for item in last:
+                item.text += text
+
+    def _release(self) -> None:
+        """Log-probabilities come with the last character of their token, at the end of the text with the first.
+
+        Tokens of a call, and what a stop string cuts off, stay behind.
+        """
+        n, spelled, end = 0, self._spelled, self._spelled
+        for i, item in enumerate(self._pending, 1):
+            begin, end = end, end + len(item.text)
+            if begin > self._shown or item.text and (begin if self._finish else end - 1) >= self._shown:
+                break
+            if item.text or self._finish:
+                n, spelled = i, end
+        self.logprobs += self._pending[:n]
+        self._pending, self._spelled = self._pending[n:], spelled
+
+
+async def start(
+    engine: AsyncEngine, ask: Ask, replay: Replay | None = None, *, id_prefix: str = "call_", tick: float = 5.0
+) -> list[Conversation]:
+    """Render, check and submit; returns once the engine has admitted the requests, or after ADMISSION seconds.
+
+    replay: remembers turns with calls; without it, none is. id_prefix: of the ids of tool calls. tick: seconds between
+    `Tick` events.
+    → a conversation for each of `ask.choices()`. Raises ApiError, or an error of the engine.
+    """
+    replay = Replay() if replay is None else replay
+    prepared = await asyncio.to_thread(_prepare, engine, ask, replay, id_prefix)
+    talks = [Conversation(engine, one, replay, request, parser, tick) for one, request, parser in prepared]
+    waiting = [asyncio.ensure_future(talk.admitted()) for talk in talks]
+    try:
+        await asyncio.gather(*waiting)
+    except BaseException:
+        for task, talk in zip(waiting, talks, strict=True):
+            task.cancel()
+            talk.cancel()
+        raise
+    return talks
+
+
+async def together(talks: Sequence[Conversation]) -> AsyncIterator[tuple[int, Event | Tick]]:
+    """The events of several conversations as they come, each with the conversation's place; of ticks only one's.
+
+    Ends all of them when one fails, or when this iterator is closed.
+    """
+    queue = asyncio.Queue[tuple[int, Event | Tick | BaseException | None]]()
+
+    async def read(i: int) -> None:
+        try:
+            async for event in talks[i]:
+                queue.put_nowait((i, event))
+            queue.put_nowait((i, None))
+        except Exception as error:
+            queue.put_nowait((i, error))
+
+    left = {i: asyncio.ensure_future(read(i)) for i in range(len(talks))}
+    tasks = list(left.values())
+    try:
+        while left:
+            i, event = await queue.get()
+            if isinstance(event, BaseException):
+                raise event
+            if event is None:
+                del left[i]
+            elif not isinstance(event, Tick) or i == min(left):
+                yield i, event
+    finally:
+        for task, talk in zip(tasks, talks, strict=True):
+            task.cancel()
+            talk.cancel()
+
+
+async def run(talks: Sequence[Conversation]) -> None:
+    """Go on to the end of all of them."""
+    async for _ in together(talks):
+        pass
 
 
 def _now() -> float:
@@ -255,24 +335,29 @@ def _longest(tokenizer: Tokenizer) -> int:
     return max(map(len, tokenizer.tokens))
 
 
-def _prepare(engine: AsyncEngine, ask: Ask, replay: Replay, id_prefix: str) -> tuple[Request, OutputParser]:
-    raw = ask.prompt is not None
-    parser = OutputParser(
-        engine.tokenizer,
-        thinking=not raw and ask.think != "off",
-        tools=ask.tools,
-        stop=ask.stop,
-        raw=raw,
-        new_id=lambda: chat_parser.new_call_id(id_prefix),
-    )
-    tokens = render(engine, ask, replay)
-    if len(tokens) >= engine.ctx:
-        raise overflow(len(tokens), engine.ctx)
-    request = Request(
-        tokens=tokens,
-        max_tokens=min(ask.max_tokens or engine.ctx, engine.ctx),
-        sampling=ask.sampling,
-        logprobs=ask.logprobs,
-        grammar=_grammar(engine, ask),
-    )
-    return request, parser
+def _prepare(engine: AsyncEngine, ask: Ask, replay: Replay, id_prefix: str) -> list[tuple[Ask, Request, OutputParser]]:
+    """What to submit for each of `ask.choices()`."""
+    raw, grammar, out = ask.prompt is not None, _grammar(engine, ask), []
+    for i, one in enumerate(ask.choices()):
+        if i % ask.n == 0:
+            tokens = render(engine, one, replay)
+            if len(tokens) >= engine.ctx:
+                raise overflow(len(tokens), engine.ctx)
+        parser = OutputParser(
+            engine.tokenizer,
+            thinking=not raw and ask.think != "off",
+            tools=ask.tools,
+            stop=ask.stop,
+            raw=raw,
+            new_id=lambda: chat_parser.new_call_id(id_prefix),
+        )
+        request = Request(
+            tokens=tokens,
+            max_tokens=engine.ctx if ask.max_tokens is None else min(ask.max_tokens, engine.ctx),
+            sampling=one.sampling,
+            logprobs=ask.logprobs,
+            prompt_logprobs=ask.logprobs if ask.echo_prompt else None,
+            grammar=grammar,
+        )
+        out.append((one, request, parser))
+    return out

@@ -175,11 +175,11 @@ class Session:
         """Print the answer as it comes; `said` becomes its message, even if this is cancelled."""
         from ds4jax.engine.types import Sampling
         from ds4jax.server.ask import Ask
-        from ds4jax.server.conversation import Conversation, Tick
+        from ds4jax.server.conversation import Tick, start
 
         sampling = Sampling(temperature=FLAGS.temperature, top_p=FLAGS.top_p, seed=FLAGS.seed)
         ask = Ask("", True, sampling, self.messages, think=self.think, max_tokens=FLAGS.max_tokens)
-        talk = await Conversation.start(self._engine, ask, tick=0.1)
+        (talk,) = await start(self._engine, ask, tick=0.1)
         dim, plain = (_DIM, _PLAIN) if sys.stdout.isatty() else ("", "")
         thinking, first = False, None
         bar = tqdm(total=talk.usage.prompt, desc="reading", unit="token", leave=False, delay=0.3)

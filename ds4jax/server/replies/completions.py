@@ -1,49 +1,68 @@
-"""The answers of Completions, `POST /v1/completions`: a raw prompt continued."""
+"""The answers of Completions, `POST /v1/completions`: raw prompts continued."""
 
 from __future__ import annotations
 
 import itertools
 from typing import Any
 
-from ds4jax.chat.parser import Event, TextDelta
+from ds4jax.chat.parser import Event, Finish, TextDelta
 from ds4jax.server.conversation import Conversation, Logprob
-from ds4jax.server.replies.chat import ending, finish_reason, measured
-from ds4jax.server.replies.sse import Reply, event, new_id
+from ds4jax.server.replies.choices import Choice, ChoicesReply
 
 
-class CompletionReply(Reply):
-    def __init__(self, conversation: Conversation, model: str):
-        super().__init__(conversation, model)
-        self.id, self._logprobs_sent, self._offset = new_id("cmpl-"), 0, 0
+class CompletionChoice(Choice):
+    """An answer of Completions; the prompt comes first if it was asked for, in a stream with the first token."""
 
-    def on(self, e: Event) -> bytes:
-        return event(self._object(e.text, None)) if isinstance(e, TextDelta) else b""
+    def __init__(self, conversation: Conversation, index: int):
+        super().__init__(conversation, index)
+        self._offset, self._echoes = 0, self.ask.echo_prompt
 
-    def end(self) -> bytes:
-        return ending(self, self._object("", finish_reason(self.conversation.finish)))
+    def on(self, e: Event) -> list[dict[str, Any]]:
+        if not isinstance(e, TextDelta | Finish):
+            return []
+        said, finish = (e.text, None) if isinstance(e, TextDelta) else ("", e)
+        return [*self._echo(), self._part(said, self.new_logprobs(), finish)]
 
     def whole(self) -> dict[str, Any]:
-        text, finish = self.conversation.message["content"], finish_reason(self.conversation.finish)
-        return self._object(text, finish) | measured(self)
+        text, finish = self.conversation.message["content"], self.conversation.finish
+        if self._echoes:
+            logprobs = self.conversation.prompt_logprobs + self.conversation.logprobs
+            return self._part(self.conversation.prompt_text + text, logprobs, finish)
+        return self._part(text, self.conversation.logprobs, finish)
 
-    def _object(self, text: str, finish: str | None) -> dict[str, Any]:
-        new = self.conversation.logprobs[self._logprobs_sent :]
-        self._logprobs_sent += len(new)
-        choice = {"text": text, "index": 0, "logprobs": self._logprobs(new), "finish_reason": finish}
-        return self.head(self.id, "text_completion") | {"choices": [choice]}
+    def _echo(self) -> list[dict[str, Any]]:
+        if not self._echoes:
+            return []
+        self._echoes = False
+        return [self._part(self.conversation.prompt_text, self.conversation.prompt_logprobs)]
+
+    def _part(self, text: str, logprobs: list[Logprob], finish: Finish | None = None) -> dict[str, Any]:
+        return self.part(self._logprobs(logprobs), finish, text=text)
 
     def _logprobs(self, logprobs: list[Logprob]) -> dict[str, Any] | None:
         if self.ask.logprobs is None:
             return None
-        tokens = [_text(item.token) for item in logprobs]
-        *offsets, self._offset = itertools.accumulate(map(len, tokens), initial=self._offset)
+        *offsets, self._offset = itertools.accumulate((len(item.text) for item in logprobs), initial=self._offset)
         return {
-            "tokens": tokens,
+            "tokens": [item.text for item in logprobs],
             "token_logprobs": [item.logprob for item in logprobs],
-            "top_logprobs": [{_text(token): logprob for token, logprob in item.top} for item in logprobs],
+            "top_logprobs": [_top(item) for item in logprobs],
             "text_offset": offsets,
         }
 
 
-def _text(token: bytes) -> str:
-    return token.decode("utf-8", "replace")
+class CompletionReply(ChoicesReply):
+    id_start, kind, chunk_kind, choice = "cmpl-", "text_completion", "text_completion", CompletionChoice
+
+
+def _top(item: Logprob) -> dict[str, float] | None:
+    """The likeliest tokens by their text, the token itself among them; as bytes where there is no such text."""
+    if item.logprob is None:
+        return None
+    out = {item.text: item.logprob}
+    for token, logprob in item.top:
+        if token != item.token:
+            text = token.decode("utf-8", "replace")
+            spelled = "bytes:" + "".join(f"\\x{byte:02x}" for byte in token)
+            out[spelled if "\ufffd" in text or text in out else text] = logprob
+    return out

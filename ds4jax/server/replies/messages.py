@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from ds4jax.chat.parser import Event, Finish, TextDelta, ThinkingDelta, ToolCallFinished
@@ -28,14 +29,14 @@ class MessagesReply(Reply):
 
     id_prefix = "toolu_"
 
-    def __init__(self, conversation: Conversation, model: str):
-        super().__init__(conversation, model)
+    def __init__(self, conversations: Sequence[Conversation], model: str):
+        super().__init__(conversations, model)
         self.id, self._index, self._open = new_id("msg_"), 0, None
 
     def begin(self) -> bytes:
         return _event("message_start", message=self._message([], None))
 
-    def on(self, e: Event) -> bytes:
+    def on(self, e: Event, index: int = 0) -> bytes:
         match e:
             case ThinkingDelta(text):
                 return self._enter("thinking") + self._delta("thinking_delta", thinking=text)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from ds4jax.chat.parser import Event, TextDelta, ThinkingDelta, ToolCallFinished
@@ -25,8 +26,8 @@ class ResponsesReply(Reply):
     one delta.
     """
 
-    def __init__(self, conversation: Conversation, model: str):
-        super().__init__(conversation, model)
+    def __init__(self, conversations: Sequence[Conversation], model: str):
+        super().__init__(conversations, model)
         self._head = _head(self.ask, model)
         self._events, self._output = _Numbered(), []
         self._item: Item | None = None  # the one that is being written
@@ -38,7 +39,7 @@ class ResponsesReply(Reply):
     def idle(self, tick: Tick) -> bytes:
         return self._events("response.in_progress", response=self._response("in_progress"))
 
-    def on(self, e: Event) -> bytes:
+    def on(self, e: Event, index: int = 0) -> bytes:
         match e:
             case ThinkingDelta(text) if self.ask.summary:
                 out = self._enter("reasoning")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 import time
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import ds4jax
@@ -37,9 +38,9 @@ class Reply:
 
     id_prefix: ClassVar[str] = "call_"  # of tool calls
 
-    def __init__(self, conversation: Conversation, model: str):
-        """model: the name to answer under."""
-        self.conversation, self.ask = conversation, conversation.ask
+    def __init__(self, conversations: Sequence[Conversation], model: str):
+        """conversations: one, except where an API has several choices. model: the name to answer under."""
+        self.conversation, self.ask = conversations[0], conversations[0].ask
         self.model, self.created = model, int(time.time())
 
     def head(self, id: str, kind: str) -> dict[str, Any]:
@@ -50,7 +51,8 @@ class Reply:
     def begin(self) -> bytes:
         return b""
 
-    def on(self, e: Event) -> bytes:
+    def on(self, e: Event, index: int = 0) -> bytes:
+        """index: of the conversation."""
         raise NotImplementedError
 
     def end(self) -> bytes:

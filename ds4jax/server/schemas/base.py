@@ -15,6 +15,8 @@ from ds4jax.server.errors import ApiError
 
 MAX_STOPS, MAX_STOP = 16, 1024  # stop strings, and characters of one
 MAX_TOP_LOGPROBS = 20
+MAX_ANSWERS = 128  # to one prompt
+MAX_CHOICES = 1024  # answers to all prompts of a request
 MAX_BIAS = 100.0  # as with OpenAI: the largest logit_bias
 
 type Items[T] = Annotated[list[T], Field(fail_fast=True)]
@@ -25,6 +27,9 @@ type Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP)]
 type Stops = Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS, fail_fast=True)]
 type Limit = Annotated[Annotated[int, Field(ge=1)] | None, BeforeValidator(lambda v: None if v == -1 else v)]
 """The longest answer, in tokens. -1 is all the room there is, as with llama.cpp."""
+type LimitOrZero = Annotated[Annotated[int, Field(ge=0)] | None, BeforeValidator(lambda v: None if v == -1 else v)]
+"""The same; with 0 nothing is said."""
+type Answers = Annotated[int, Field(ge=1, le=MAX_ANSWERS)]
 type TopLogprobs = Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)]
 type Effort = Literal["minimal", "low", "medium", "high", "xhigh", "max", "none"]
 type Unsupported = None
@@ -209,6 +214,15 @@ def think(switch: bool | None, effort: Effort | None) -> str:
 def stops(value: str | list[str]) -> tuple[str, ...]:
     """The value of `Ask.stop` for one stop string or several."""
     return (value,) if isinstance(value, str) else tuple(value)
+
+
+def answers(n: int, prompts: int) -> int:
+    """n, the number of answers to each prompt. Raises ApiError if they are too many."""
+    if n * prompts > MAX_CHOICES:
+        raise ApiError(
+            f"n: found {prompts} prompts, {n} answers each, expected {MAX_CHOICES} answers at most", param="n"
+        )
+    return n
 
 
 # ---- errors ----------------------------------------------------------------------------------------------------------

@@ -53,7 +53,7 @@ class Chat(base.Guided):
     top_logprobs: base.TopLogprobs = 0
     stop: base.Stops = []
     stream_options: base.StreamOptions = base.StreamOptions()
-    n: Literal[1] = 1
+    n: base.Answers = 1
     modalities: list[Literal["text"]] = []
     audio: base.Unsupported = None
     functions: base.Unsupported = None
@@ -95,6 +95,7 @@ def read(body: Json) -> Ask:
     format = chat.response_format
     return Ask(
         messages=chat.messages,
+        n=chat.n,
         tools=chat.tools if chat.tools and chat.tool_choice != "none" else None,
         think=chat.thinks(),
         summary=chat.include_reasoning,

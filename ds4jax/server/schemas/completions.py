@@ -1,4 +1,4 @@
-"""The body of Completions: a raw prompt, text after BOS, or token ids as they are."""
+"""The body of Completions: raw prompts, text after BOS, or token ids as they are."""
 
 from __future__ import annotations
 
@@ -10,25 +10,23 @@ from ds4jax.server.ask import Ask, Json
 from ds4jax.server.schemas import base
 
 
-def _only(prompt: Any) -> Any:
-    """The prompt in a list of one prompt. Raises ApiError for several."""
-    if not isinstance(prompt, list) or (prompt and all(type(id) is int for id in prompt)):
-        return prompt
-    if len(prompt) != 1:
-        raise base.wrong("prompt", prompt, "one prompt: a string or a list of token ids")
-    return prompt[0]
+def _several(prompt: Any) -> Any:
+    """A list of prompts, of which a string or a list of token ids is one."""
+    if isinstance(prompt, str) or isinstance(prompt, list) and prompt and all(type(id) is int for id in prompt):
+        return [prompt]
+    return prompt
 
 
 class Completions(base.Guided):
-    prompt: Annotated[str | base.Some[int], BeforeValidator(_only)]
-    max_tokens: base.Limit = 16  # as with OpenAI
+    prompt: Annotated[base.Some[str | base.Some[int]], BeforeValidator(_several)]
+    max_tokens: base.LimitOrZero = 16  # as with OpenAI
     logprobs: base.TopLogprobs | None = None
     stop: base.Stops = []
     stream_options: base.StreamOptions = base.StreamOptions()
-    n: Literal[1] = 1
+    n: base.Answers = 1
     response_format: base.Unsupported = None
     best_of: Literal[1] = 1
-    echo: Literal[False] = False
+    echo: bool = False
     suffix: Literal[""] = ""
 
 
@@ -36,7 +34,10 @@ def read(body: Json) -> Ask:
     """The `Ask` of `POST /v1/completions`. Raises Ds4Error."""
     completions = base.parse(Completions, body)
     return Ask(
-        prompt=completions.prompt,
+        prompt=completions.prompt[0],
+        other_prompts=tuple(completions.prompt[1:]),
+        n=base.answers(completions.n, len(completions.prompt)),
+        echo_prompt=completions.echo,
         form=completions.form(),
         max_tokens=completions.max_tokens,
         stop=base.stops(completions.stop),
