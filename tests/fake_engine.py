@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 
 import uvicorn
 
+from ds4jax.engine.sequence import Sequence
 from ds4jax.engine.stream import Stream
 from ds4jax.engine.types import Failed, Finished, Prefilled, Request, Scored, Started, Token
 from ds4jax.io.tokenizer import Special, byte_tokenizer
@@ -86,6 +87,9 @@ class FakeEngine:
             top = () if request.logprobs is None else ((id, -0.5), (65, -2.0))[: request.logprobs]
             yield Token(id, None if request.logprobs is None else -0.5, top)
         yield Finished("stop" if len(answer) <= request.max_tokens and answer[-1] == TOKENIZER.eos_id else "length")
+
+    def slots(self) -> list:
+        return [None, Sequence(self.requests[-1]) if self.requests else None]
 
     def metrics(self) -> dict:
         return {"waiting": 0, "decoding": len(self.running), "ttft_seconds": 0.5, "ttft_count": 1} | {

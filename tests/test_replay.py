@@ -18,7 +18,7 @@ CALL = {"role": "assistant", "tool_calls": [{"id": "call_1", "function": {"name"
 def opened(folder, room=MAX_BYTES):
     """The log beside a store."""
     with KVStore(folder, BIG, FP) as store:
-        yield Replay.beside(store, room)._notes
+        yield Replay.beside(store, room).notes
 
 
 @pytest.mark.parametrize("on_disk", [False, True])

@@ -516,6 +516,119 @@ def test_responses_namespaces():
         assert f"{call}<｜end▁of▁sentence｜><｜User｜><tool_result>ok</tool_result>" in prompt(engine)
 
 
+def test_stored_responses_are_gone_on_from():
+    answers = iter(["I think.</think>One.", "</think>Two.", "</think>Three.", "</think>Four."])
+    with clients(lambda _: next(answers)) as (o, _, http, engine):
+        first = o.responses.create(model="m", input="1?", instructions="Be brief.", reasoning={"summary": "auto"})
+        assert o.responses.retrieve(first.id) == first and first.store and first.completed_at >= first.created_at
+        second = o.responses.create(model="m", input="2?", previous_response_id=first.id)
+        assert second.previous_response_id == first.id and "Be brief." not in prompt(engine)
+        said = "<｜begin▁of▁sentence｜><｜User｜>1?<｜Assistant｜></think>One.<｜end▁of▁sentence｜><｜User｜>2?"
+        assert prompt(engine).startswith(said)
+        (stream,) = [e for e in o.responses.create(model="m", input="3?", previous_response_id=second.id, stream=True)][
+            -1:
+        ]
+        assert "Two.<｜end▁of▁sentence｜><｜User｜>3?" in prompt(engine)
+        assert o.responses.retrieve(stream.response.id).output_text == "Three."
+        (item,) = o.responses.input_items.list(second.id).data
+        assert item.content[0].text == "2?" and item.id
+        references = [
+            {"type": "item_reference", "id": item["id"]} for item in (item.to_dict(), *first.to_dict()["output"])
+        ]
+        o.responses.create(model="m", input=[*references, {"role": "user", "content": "4?"}], store=False)
+        assert "<｜User｜>2?<｜Assistant｜></think>One.<｜end▁of▁sentence｜><｜User｜>4?" in prompt(engine)
+        o.responses.delete(first.id)
+        with pytest.raises(openai.NotFoundError):
+            o.responses.retrieve(first.id)
+        with pytest.raises(openai.BadRequestError, match="expected that of a response that is stored"):
+            o.responses.create(model="m", input="?", previous_response_id=second.id)
+        assert http.get(f"/responses/{second.id}").json()["id"] == second.id
+        assert http.get(f"/v1/responses/{second.id}?stream=true").status_code == 400
+
+
+def test_a_response_that_is_not_to_be_stored_is_not():
+    with clients("</think>x") as (o, _, _, _):
+        done = o.responses.create(model="m", input="Hi", store=False)
+        assert not done.store
+        with pytest.raises(openai.NotFoundError):
+            o.responses.retrieve(done.id)
+
+
+def test_responses_have_every_field():
+    """Those that the schema of Open Responses requires, whatever the request has of an object."""
+    required = (
+        "id object created_at completed_at status incomplete_details model previous_response_id instructions output "
+        "error tools tool_choice truncation parallel_tool_calls text top_p presence_penalty frequency_penalty "
+        "top_logprobs temperature reasoning user usage max_output_tokens max_tool_calls store background service_tier "
+        "metadata safety_identifier prompt_cache_key"
+    ).split()
+    with clients("</think>x") as (_, _, http, _):
+        body = {
+            "input": "Hi",
+            "tools": [RESPONSES_WEATHER],
+            "text": {"verbosity": "low"},
+            "reasoning": {"effort": "low"},
+        }
+        bodies = [http.post("/v1/responses", json=body | {"metadata": {"a": "b"}}).json()]
+        events = sse(http.post("/v1/responses", json=body | {"stream": True, "user": "me"}).text)
+        bodies += [data["response"] for _, data in events if "response" in data]
+        for response in bodies:
+            assert response.keys() >= set(required)
+            assert response["text"] == {"format": {"type": "text"}, "verbosity": "low"}
+            assert response["reasoning"] == {"effort": "low", "summary": None}
+            assert response["tools"][0].keys() >= {"type", "name", "description", "parameters", "strict"}
+        assert bodies[0]["metadata"] == {"a": "b"} and bodies[-1]["user"] == "me" and bodies[1]["completed_at"] is None
+
+
+def test_what_responses_send_comes_back():
+    """Items of any status, cut calls, refusals; what the model cannot see leaves a trace."""
+    items = [
+        {"role": "user", "content": [{"type": "input_text", "text": "A"}, {"type": "input_image", "image_url": "x"}]},
+        {"type": "reasoning", "id": "rs_1", "summary": [], "status": "incomplete", "encrypted_content": None},
+        {"role": "assistant", "status": "incomplete", "content": [{"type": "refusal", "refusal": "No"}]},
+        {"type": "function_call", "call_id": "c", "name": "f", "arguments": '{"a', "status": "incomplete"},
+        {"type": "function_call_output", "call_id": "c", "status": "in_progress",
+         "output": [{"type": "input_text", "text": "R"}, {"type": "input_file", "file_id": "f"}]},
+    ]  # fmt: skip
+    with clients("</think>x") as (o, _, _, engine):
+        o.responses.create(model="m", input=items)
+        text = prompt(engine)
+        assert "A\n\n[Unsupported image]<｜Assistant｜>" in text and "</think>No" in text and '{"a</｜DSML' in text
+        assert "<tool_result>R\n\n[Unsupported file]</tool_result>" in text
+        o.chat.completions.create(
+            model="m", messages=[*HI, {"role": "assistant", "content": [items[2]["content"][0]]}, *HI]
+        )
+        assert "</think>No<｜end▁of▁sentence｜>" in prompt(engine)
+
+
+def test_documents_of_text_are_read():
+    found = {
+        "type": "search_result",
+        "source": "https://x",
+        "title": "T",
+        "content": [{"type": "text", "text": "found"}],
+    }
+    plain = {
+        "type": "document",
+        "title": "D",
+        "source": {"type": "text", "media_type": "text/plain", "data": "written"},
+    }
+    blocks = {"type": "content", "content": [{"type": "text", "text": "inner"}, {"type": "image", "source": {}}]}
+    scan = {"type": "document", "source": {"type": "base64", "media_type": "application/pdf", "data": ""}}
+    with clients("</think>x") as (_, a, http, engine):
+        result = {"type": "tool_result", "tool_use_id": "t", "content": [found, {"type": "image", "source": {}}]}
+        asked = [plain, {"type": "document", "source": blocks}, scan, found, result]
+        call = {"type": "tool_use", "id": "t", "name": "f", "input": {}}
+        a.messages.create(
+            model="m", max_tokens=9,
+            messages=[*HI, {"role": "assistant", "content": [call]}, {"role": "user", "content": asked}],
+        )  # fmt: skip
+        said = "D\n\nwritten\n\ninner\n\n[Unsupported image]\n\n[Unsupported document]\n\nT\nhttps://x\n\nfound\n\n"
+        assert f"{said}<tool_result>T\nhttps://x\n\nfound\n\n[Unsupported image]</tool_result>" in prompt(engine)
+        wrong = {"messages": [{"role": "user", "content": [found | {"content": [{"type": "text"}]}]}], "max_tokens": 9}
+        assert http.post("/v1/messages", json=wrong).status_code == 400
+
+
 # ---- streams: first event, keep-alives, disconnects, failures --------------------------------------------------------
 STREAMS = {  # a body, what the first event says, a sign of life
     "/v1/chat/completions": ({"messages": HI}, b'"role":"assistant"', b": prefill "),
@@ -641,6 +754,46 @@ def test_paths_of_other_base_urls():
         (model,) = http.get("/models").json()["data"]
         assert model["max_model_len"] == 4096 and model["root"] == model["id"]
         assert http.get("/ping").status_code == 200 and http.get("/version").json()["version"]
+
+
+def test_tokens():
+    with clients("Hi") as (o, _, http, engine):
+        bos, eos = TOKENIZER.bos_id, TOKENIZER.eos_id
+        end = "<｜end▁of▁sentence｜>"
+        told = http.get("/tokenizer_info").json()
+        assert told["eos_token"] == end and told["bos_token"] == "<｜begin▁of▁sentence｜>"
+
+        def tokenize(**body):
+            return http.post("/tokenize", json=body).json()["tokens"]
+
+        assert tokenize(prompt="a") == [bos, 97] == tokenize(content="a", add_special=True)  # vLLM's and llama.cpp's
+        assert tokenize(prompt="a", add_special_tokens=False) == [97] == tokenize(content="a")
+        assert tokenize(content=f"a{end}") == [97, eos] and eos not in tokenize(content=end, parse_special=False)
+        assert tokenize(content="é", with_pieces=True) == [{"id": 0xC3, "piece": [0xC3]}, {"id": 0xA9, "piece": [0xA9]}]
+        full = http.post("/tokenize", json={"messages": HI, "return_token_strs": True}).json()
+        o.chat.completions.create(model="m", messages=HI)
+        assert full["tokens"] == list(engine.requests[-1].tokens) and full["count"] == len(full["tokens"])
+        assert "".join(full["token_strs"]) == prompt(engine) and full["max_model_len"] == 4096
+        assert http.post("/apply-template", json={"messages": HI}).json()["prompt"] == prompt(engine)
+        assert http.post("/detokenize", json={"tokens": full["tokens"]}).json()["prompt"] == prompt(engine)
+        counted = http.post("/v1/responses/input_tokens", json={"input": "Hi"}).json()
+        assert counted == {"object": "response.input_tokens", "input_tokens": full["count"]}
+        for path, body in (
+            ("tokenize", {}),
+            ("tokenize", {"prompt": "a", "content": "a"}),
+            ("detokenize", {"tokens": [-1]}),
+        ):
+            assert http.post(f"/{path}", json=body).status_code == 400
+
+
+def test_properties_and_slots_as_llama_cpp_shows_them():
+    with clients("Hi") as (o, _, http, engine):
+        o.chat.completions.create(model="m", messages=HI, temperature=0.5, max_tokens=9)
+        props = http.get("/props").json()
+        assert props["total_slots"] == 2 and props["default_generation_settings"]["n_ctx"] == 4096
+        free, busy = http.get("/slots").json()
+        assert not free["is_processing"] and busy["is_processing"] and busy["params"]["temperature"] == 0.5
+        assert busy["n_prompt_tokens"] == len(engine.requests[-1].tokens)
 
 
 def test_api_key_and_cors():

@@ -317,9 +317,9 @@ def _text(message: Mapping[str, Any], where: str, optional: bool = False) -> str
     for i, part in enumerate(content):
         _check(f"{where}[{i}]", part, Mapping, "an object")
         _check(f"{where}[{i}].type", part.get("type"), str, "a string")
-        if part["type"] == "text":
-            _check(f"{where}[{i}].text", part.get("text"), str, "a string")
-        texts.append(part["text"] if part["type"] == "text" else f"[Unsupported {part['type']}]")
+        if (kind := part["type"]) in ("text", "refusal"):
+            _check(f"{where}[{i}].{kind}", part.get(kind), str, "a string")
+        texts.append(part[kind] if kind in ("text", "refusal") else f"[Unsupported {kind}]")
     return "\n\n".join(texts)
 
 

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from ds4jax.engine.commands import Cancel, Command, Stop, Submit, Wake
 from ds4jax.engine.form import Form
+from ds4jax.engine.sequence import Sequence
 from ds4jax.engine.stream import Stream
 from ds4jax.engine.types import EngineFailed, Event, Failed, Overloaded, Request, Stopping
 from ds4jax.errors import Ds4Error
@@ -150,6 +151,10 @@ class AsyncEngine:
         if (cache := self._engine.prefix_cache) is not None:
             await asyncio.to_thread(cache.close, save)
         self._engine.counters.close()
+
+    def slots(self) -> list[Sequence | None]:
+        """See `Engine.slots`."""
+        return self._engine.slots()
 
     def metrics(self) -> dict[str, Any]:
         """See `Engine.metrics`."""

@@ -118,6 +118,11 @@ class Engine:
         while self._reuse.take_piece():
             pass
 
+    def slots(self) -> list[Sequence | None]:
+        """Who has each slot. Thread-safe."""
+        by_slot = {seq.slot: seq for seq in self.scheduler}
+        return [by_slot.get(slot) for slot in range(self.runner.batch)]
+
     def metrics(self) -> dict[str, Any]:
         """Counters since the start, and the present state. Thread-safe."""
         stats, plan, cache = self.runner.stats, self.runner.plan, self.prefix_cache

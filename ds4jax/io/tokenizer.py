@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import codecs
 import enum
+import functools
 import itertools
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -201,6 +203,16 @@ class Tokenizer:
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         # Unlike `encode`, this lets other threads run: a long prompt takes a while, and others are being answered.
         return self._bpe.encode_batch_fast([text], add_special_tokens=False)[0].ids
+
+    def encode_spelled(self, text: str) -> list[int]:
+        """Ids of text in which control tokens are spelled: for counting and looking, never for what a user wrote."""
+        parts = self._spellings.split(text)
+        return self.encode_segments(self._control[part] if i % 2 else part for i, part in enumerate(parts) if part)
+
+    @functools.cached_property
+    def _spellings(self) -> re.Pattern[str]:
+        longest_first = sorted(filter(None, self._control), key=len, reverse=True)
+        return re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
 
     def encode_raw(self, text: str) -> list[int]:
         """Ids of a prompt without a chat template: BOS (unless the file says add_bos_token = false), then the text."""

@@ -25,7 +25,7 @@ from ds4jax.chat import template as prompt
 from ds4jax.engine.async_engine import AsyncEngine
 from ds4jax.engine.types import EngineFailed, Stopping
 from ds4jax.errors import Ds4Error
-from ds4jax.server import conversation
+from ds4jax.server import conversation, tokens
 from ds4jax.server.ask import Ask
 from ds4jax.server.conversation import Conversation, Tick
 from ds4jax.server.errors import ApiError
@@ -37,6 +37,7 @@ from ds4jax.server.replies.messages import MessagesReply
 from ds4jax.server.replies.responses import ResponsesReply
 from ds4jax.server.replies.sse import Reply, dumps
 from ds4jax.server.schemas import chat, completions, messages, responses
+from ds4jax.server.stored import Stored
 
 MAX_COMPLETION = 393216  # tokens: the longest answer that the model was trained for
 
@@ -55,6 +56,9 @@ class Options:
     api_key: str | None = None
     max_body: int = 64 << 20
     max_depth: int = 256
+
+
+type Work = Callable[[AsyncEngine, Replay, dict[str, Any]], dict[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,17 +88,34 @@ def make_app(engine: AsyncEngine, options: Options | None = None, replay: Replay
     routes = [
         Route("/", server.page),
         Route("/health", server.health),
-        Route("/ping", server.health),
-        Route("/version", server.version),
+        Route("/v1/health", server.health),
+        Route("/ping", server.health, methods=["GET", "POST"]),
+        Route("/version", server.show(lambda engine: {"version": ds4jax.__version__})),
+        Route("/tokenizer_info", server.show(tokens.tokenizer_info)),
+        Route("/props", server.show(tokens.props)),
+        Route("/slots", server.show(tokens.slots)),
+        Route("/tokenize", server.call(tokens.tokenize), methods=["POST"]),
+        Route("/detokenize", server.call(tokens.detokenize), methods=["POST"]),
+        Route("/apply-template", server.call(tokens.apply_template), methods=["POST"]),
         Route("/metrics", server.show_metrics),
         *(Route(f"{start}/models", server.models) for start in ("/v1", "")),
         *(Route(f"{start}/models/{{id:path}}", server.model) for start in ("/v1", "")),
-        *(Route(f"{alias}/count_tokens", server.count_tokens, methods=["POST"]) for alias in _aliases("/v1/messages")),
+        *(Route(f"{alias}/count_tokens", server.call(_count), methods=["POST"]) for alias in _aliases("/v1/messages")),
+        *(
+            Route(f"{alias}{rest}", endpoint, methods=[method])
+            for alias in _aliases("/v1/responses")
+            for rest, endpoint, method in (
+                ("/input_tokens", server.call(server.input_tokens), "POST"),
+                ("/{id}", server.stored_response, "GET"),
+                ("/{id}", server.delete_response, "DELETE"),
+                ("/{id}/input_items", server.input_items, "GET"),
+            )
+        ),
         *(Route(alias, server.answer, methods=["POST"], name=path) for path in APIS for alias in _aliases(path)),
     ]
     middleware = [Middleware(_KeyCheck, key=server.options.api_key)] if server.options.api_key else []
     if server.options.cors:  # outermost: preflights carry no key
-        methods, headers = ("GET", "POST", "OPTIONS"), ("*",)
+        methods, headers = ("GET", "POST", "DELETE", "OPTIONS"), ("*",)
         cors = Middleware(CORSMiddleware, allow_origins=("*",), allow_methods=methods, allow_headers=headers)
         middleware.insert(0, cors)
     return Starlette(routes=routes, middleware=middleware, exception_handlers={HTTPException: _http_error})
@@ -104,6 +125,7 @@ class _Server:
     def __init__(self, engine: AsyncEngine, options: Options, replay: Replay):
         self.engine, self.options, self.replay = engine, options, replay
         self.metrics, self._started = Metrics(engine, replay), int(time.time())
+        self.stored = Stored(replay.notes)
         self._down: Ds4Error | None = None  # why nothing will be answered any more
 
     # ---- answers -----------------------------------------------------------------------------------------------------
@@ -112,7 +134,7 @@ class _Server:
         path = request.scope["route"].name
         api, status = APIS[path], 200
         try:
-            ask = api.read(await self._body(request))
+            ask = await self._read(api, await self._body(request))
             started = conversation.start(
                 self.engine, ask, self.replay, id_prefix=api.reply.id_prefix, tick=self.options.keep_alive
             )
@@ -128,7 +150,9 @@ class _Server:
                 return _EventStream(self._events(reply, talks), lambda: [talk.cancel() for talk in talks])
             await _unless_gone(request, conversation.run(talks))
             _check_end(talks)
-            return _json(reply.whole())
+            value = reply.whole()
+            await asyncio.to_thread(reply.keep, self.stored)
+            return _json(value)
         except ClientDisconnect:
             status = 499
             return Response(status_code=status)
@@ -165,17 +189,66 @@ class _Server:
                     yield data
                     silent = False
             _check_end(talks)
-            yield reply.end()
+            data = reply.end()
+            await asyncio.to_thread(reply.keep, self.stored)
+            yield data
         except Exception as error:
             yield reply.fail(self._note(error))
 
-    async def count_tokens(self, request: Request) -> Response:
+    async def _read(self, api: Api, body: dict[str, Any]) -> Ask:
+        if api.reply is ResponsesReply:
+            return await asyncio.to_thread(responses.read, body, self.stored)
+        return api.read(body)
+
+    def show(self, what: Callable[[AsyncEngine], Any]) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """An endpoint that tells something of the engine."""
+
+        async def endpoint(request: Request) -> Response:
+            return _json(what(self.engine))
+
+        return endpoint
+
+    def call(self, work: Work) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """An endpoint that answers the object that was sent by another."""
+
+        async def endpoint(request: Request) -> Response:
+            try:
+                body = await self._body(request)
+                return _json(await asyncio.to_thread(work, self.engine, self.replay, body))
+            except ClientDisconnect:
+                return Response(status_code=499)
+            except Exception as error:
+                return _error(request, ApiError.of(error))
+
+        return endpoint
+
+    def input_tokens(self, engine: AsyncEngine, replay: Replay, body: dict[str, Any]) -> dict[str, Any]:
+        ids = conversation.render(engine, responses.read(body, self.stored), replay)
+        return {"object": "response.input_tokens", "input_tokens": len(ids)}
+
+    async def stored_response(self, request: Request) -> Response:
+        return await self._stored(request, self.stored.response)
+
+    async def delete_response(self, request: Request) -> Response:
+        def delete(id: str) -> dict[str, Any]:
+            self.stored.delete(id)
+            return {"id": id, "object": "response", "deleted": True}
+
+        return await self._stored(request, delete)
+
+    async def input_items(self, request: Request) -> Response:
+        def listed(id: str) -> dict[str, Any]:
+            items = self.stored.items(id)
+            ends = {"first_id": items[0]["id"] if items else None, "last_id": items[-1]["id"] if items else None}
+            return {"object": "list", "data": items, **ends, "has_more": False}
+
+        return await self._stored(request, listed)
+
+    async def _stored(self, request: Request, work: Callable[[str], dict[str, Any]]) -> Response:
         try:
-            ask = messages.read(await self._body(request))
-            tokens = await asyncio.to_thread(conversation.render, self.engine, ask, self.replay)
-            return _json({"input_tokens": len(tokens)})
-        except ClientDisconnect:
-            return Response(status_code=499)
+            if request.query_params.get("stream") == "true":
+                raise ApiError("stream: found true, expected false: the events of a stored response are not kept")
+            return _json(await asyncio.to_thread(work, request.path_params["id"]))
         except Exception as error:
             return _error(request, ApiError.of(error))
 
@@ -217,15 +290,16 @@ class _Server:
             return _json({"status": "ok", "model": self.engine.model_name})
         return _json({"status": "error", "error": str(self._down)}, 503)
 
-    async def version(self, request: Request) -> Response:
-        return _json({"version": ds4jax.__version__})
-
     async def show_metrics(self, request: Request) -> Response:
         return Response(self.metrics.text(), media_type=prometheus_client.CONTENT_TYPE_PLAIN_0_0_4)
 
     async def page(self, request: Request) -> Response:
         policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
         return HTMLResponse(_page(), headers={"content-security-policy": f"{policy}; img-src data:"})
+
+
+def _count(engine: AsyncEngine, replay: Replay, body: dict[str, Any]) -> dict[str, Any]:
+    return {"input_tokens": len(conversation.render(engine, messages.read(body), replay))}
 
 
 def _page() -> str:

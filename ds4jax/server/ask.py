@@ -27,7 +27,7 @@ class Ask:
         prompt (Completions; n in Chat Completions, too).
     include_usage: a last chunk with the usage (Chat Completions, Completions). summary: thoughts are shown (Chat
         Completions, Responses).
-    echo: fields that Responses repeats in its answer.
+    echo: fields that Responses repeats in its answer. keep: the input that is to be kept with it, or None.
     """
 
     model: str
@@ -49,6 +49,7 @@ class Ask:
     include_usage: bool = False
     summary: bool = False
     echo: Json = dataclasses.field(default_factory=dict)
+    keep: list[Json] | None = None
 
     def choices(self) -> list[Ask]:
         """An `Ask` for every single answer: to one prompt after the other, each with a seed of its own."""

@@ -302,8 +302,7 @@ def render(engine: AsyncEngine, ask: Ask, replay: Replay) -> list[int]:
     """The token ids of a request's prompt. Raises Ds4Error."""
     tokenizer = engine.tokenizer
     if isinstance(ask.prompt, list):
-        if wrong := [id for id in ask.prompt if not 0 <= id < tokenizer.vocab_size]:
-            raise ApiError(f"prompt: found token id {wrong[0]}, expected 0 to {tokenizer.vocab_size - 1}")
+        check_ids(engine, ask.prompt, "prompt")
         return ask.prompt
     if ask.prompt is not None:
         _check_size(engine, [ask.prompt])
@@ -320,6 +319,13 @@ def render(engine: AsyncEngine, ask: Ask, replay: Replay) -> list[int]:
     )
     _check_size(engine, segments)
     return chat.to_ids(tokenizer, segments)
+
+
+def check_ids(engine: AsyncEngine, ids: Sequence[int], where: str) -> None:
+    """Raises ApiError if an id is none of the vocabulary's."""
+    end = engine.tokenizer.vocab_size
+    if wrong := next((id for id in ids if not 0 <= id < end), None):
+        raise ApiError(f"{where}: found token id {wrong}, expected 0 to {end - 1}", param=where)
 
 
 def _check_size(engine: AsyncEngine, segments: Sequence[chat.Segment]) -> None:

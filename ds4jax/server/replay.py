@@ -37,11 +37,11 @@ def split_budget(nbytes: int) -> tuple[int, int]:
 
 
 class Replay:
-    """Remembers turns with tool calls by the id of their first call. Thread-safe."""
+    """Remembers turns with tool calls by the id of their first call. Thread-safe. notes: where it does."""
 
     def __init__(self, notes: NoteLog | None = None):
         """notes: where turns are kept, by default in memory."""
-        self._notes = NoteLog(None, MAX_BYTES) if notes is None else notes
+        self.notes = NoteLog(None, MAX_BYTES) if notes is None else notes
 
     @classmethod
     def beside(cls, store: KVStore | None, room: int) -> Self:
@@ -53,12 +53,12 @@ class Replay:
     @property
     def nbytes(self) -> int:
         """Bytes on disk."""
-        return self._notes.nbytes
+        return self.notes.nbytes
 
     def remember(self, turn: SampledTurn) -> None:
         """Keep a turn. On disk, if it is to be there, when this returns."""
         value = {"thinking": turn.thinking, "message": turn.message, "ids": list(turn.ids)}
-        self._notes.put(f"turn:{turn.message['tool_calls'][0]['id']}", value)
+        self.notes.put(f"turn:{turn.message['tool_calls'][0]['id']}", value)
 
     def recall(self, messages: list[Any]) -> dict[str, SampledTurn]:
         """What is remembered of the turns with calls in `messages`, by the id of each one's first call."""
@@ -68,7 +68,7 @@ class Replay:
                 id = message["tool_calls"][0]["id"]
             except (TypeError, LookupError):  # no calls, or nothing the renderer will take
                 continue
-            if isinstance(id, str) and (note := self._notes.get(f"turn:{id}")):
+            if isinstance(id, str) and (note := self.notes.get(f"turn:{id}")):
                 out[id] = SampledTurn(note["thinking"], note["message"], tuple(note["ids"]))
         return out
 

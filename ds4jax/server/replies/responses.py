@@ -1,7 +1,4 @@
-"""The answers of OpenAI's Responses, `POST /v1/responses`.
-
-Nothing is stored: every request brings its whole history.
-"""
+"""The answers of OpenAI's Responses, `POST /v1/responses`."""
 
 from __future__ import annotations
 
@@ -15,6 +12,7 @@ from ds4jax.server.ask import Ask
 from ds4jax.server.conversation import Conversation, Tick, Usage
 from ds4jax.server.errors import ApiError
 from ds4jax.server.replies.sse import Reply, event, new_id
+from ds4jax.server.stored import Stored
 
 Item = dict[str, Any]
 
@@ -55,8 +53,8 @@ class ResponsesReply(Reply):
 
     def end(self) -> bytes:
         out = self._close("incomplete" if self.conversation.finish.reason == "length" else "completed")
-        response = self._final()
-        return out + self._events(f"response.{response['status']}", response=response)
+        self._whole = self._final()
+        return out + self._events(f"response.{self._whole['status']}", response=self._whole)
 
     def fail(self, error: ApiError) -> bytes:
         return self._events("response.failed", response=_failed(self._response("failed"), error))
@@ -70,7 +68,7 @@ class ResponsesReply(Reply):
         for i, call in enumerate(message.get("tool_calls", ())):
             self.on(ToolCallFinished(i, call["id"], **call["function"]))
         self.end()
-        return self._final()
+        return self._whole
 
     @classmethod
     def failed(cls, ask: Ask, model: str, error: ApiError) -> bytes:
@@ -86,7 +84,13 @@ class ResponsesReply(Reply):
     def _final(self) -> dict[str, Any]:
         cut = self.conversation.finish.reason == "length"
         response = self._response("incomplete" if cut else "completed", _usage(self.conversation.usage))
-        return response | ({"incomplete_details": {"reason": "max_output_tokens"}} if cut else {})
+        if cut:
+            return response | {"incomplete_details": {"reason": "max_output_tokens"}}
+        return response | {"completed_at": int(time.time())}
+
+    def keep(self, stored: Stored) -> None:
+        if self.ask.keep is not None:
+            stored.keep(self._whole, self.ask.keep)
 
     # Items.
 
@@ -177,25 +181,40 @@ class _Numbered:
 
 def _head(ask: Ask, model: str) -> dict[str, Any]:
     """The fields that a response has from the beginning; those that the request gave are repeated."""
-    defaults = {
+    sampling, echo = ask.sampling, ask.echo
+    tool = {"description": None, "parameters": None, "strict": False}
+    fields = {
+        "background": False,
+        "completed_at": None,
+        "conversation": None,
         "error": None,
+        "frequency_penalty": sampling.frequency_penalty,
         "incomplete_details": None,
         "instructions": None,
         "max_output_tokens": None,
+        "max_tool_calls": None,
         "metadata": {},
         "parallel_tool_calls": True,
+        "presence_penalty": sampling.presence_penalty,
         "previous_response_id": None,
-        "reasoning": {"effort": None, "summary": None},
-        "store": False,
-        "temperature": ask.sampling.temperature,
-        "text": {"format": {"type": "text"}},
+        "prompt": None,
+        "prompt_cache_key": None,
+        "prompt_cache_retention": None,
+        "safety_identifier": None,
+        "service_tier": "default",
+        "store": True,
+        "temperature": sampling.temperature,
         "tool_choice": "auto",
-        "tools": [],
-        "top_p": ask.sampling.top_p,
+        "top_logprobs": 0,
+        "top_p": sampling.top_p,
         "truncation": "disabled",
+        "user": None,
+        **echo,
+        "reasoning": {"effort": None, "summary": None} | echo.get("reasoning", {}),
+        "text": {"format": {"type": "text"}, "verbosity": "medium"} | echo.get("text", {}),
+        "tools": [tool | given if given["type"] == "function" else given for given in echo.get("tools", [])],
     }
-    head = {"id": new_id("resp_"), "object": "response", "created_at": int(time.time()), "model": model}
-    return {**head, **defaults, **ask.echo}
+    return {"id": new_id("resp_"), "object": "response", "created_at": int(time.time()), "model": model} | fields
 
 
 def _failed(response: dict[str, Any], error: ApiError) -> dict[str, Any]:

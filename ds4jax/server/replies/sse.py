@@ -6,12 +6,15 @@ import json
 import secrets
 import time
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import ds4jax
 from ds4jax.chat.parser import Event
 from ds4jax.server.conversation import Conversation, Tick
 from ds4jax.server.errors import ApiError
+
+if TYPE_CHECKING:
+    from ds4jax.server.stored import Stored
 
 
 def dumps(value: Any) -> str:
@@ -64,6 +67,9 @@ class Reply:
 
     def fail(self, error: ApiError) -> bytes:
         return event(error.openai())
+
+    def keep(self, stored: Stored) -> None:
+        """Keep the answer, where the API has such a thing, after `end` or `whole` and before the client has it."""
 
     def whole(self) -> dict[str, Any]:
         raise NotImplementedError

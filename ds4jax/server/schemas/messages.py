@@ -21,10 +21,33 @@ class SystemText(base.Schema):
     text: str
 
 
-class Attachment(base.Schema):
+class Image(base.Schema):
     """Something that the model cannot see. The prompt says that it was there."""
 
-    type: Literal["image", "document", "search_result"]
+    type: Literal["image"]
+
+
+class Document(base.Schema):
+    """A document. The model reads it if it is text."""
+
+    type: Literal["document"]
+    source: dict[str, Any] = {}
+    title: str = ""
+    context: str = ""
+
+
+class SearchResult(base.Schema):
+    type: Literal["search_result"]
+    source: str
+    title: str
+    content: base.Items[Text]
+
+
+type Readable = Annotated[Text | Image | Document | SearchResult, Field(discriminator="type")]
+
+
+class Blocks(base.Schema):
+    content: base.Items[Readable]
 
 
 class ToolResult(base.Schema):
@@ -52,7 +75,9 @@ class ToolUse(base.Schema):
 # ---- messages --------------------------------------------------------------------------------------------------------
 class User(base.Schema):
     role: Literal["user"]
-    content: str | base.Items[Annotated[Text | Attachment | ToolResult, Field(discriminator="type")]]
+    content: (
+        str | base.Items[Annotated[Text | Image | Document | SearchResult | ToolResult, Field(discriminator="type")]]
+    )
 
 
 class Assistant(base.Schema):
@@ -138,13 +163,51 @@ def _as_chat(message: User | Assistant | System) -> list[Json]:
     return [out | ({"reasoning_content": "".join(thoughts)} if thoughts else {})]
 
 
-def _user(content: list[Text | Attachment | ToolResult]) -> list[Json]:
+def _user(content: list[Text | Image | Document | SearchResult | ToolResult]) -> list[Json]:
     out: list[Json] = []
     for block in content:
         if isinstance(block, ToolResult):
-            out.append({"role": "tool", "tool_call_id": block.tool_use_id, "content": block.content})
+            out.append({"role": "tool", "tool_call_id": block.tool_use_id, "content": _result(block.content)})
         elif out and out[-1]["role"] == "user":
-            out[-1]["content"].append(block.model_dump())
+            out[-1]["content"].append(_part(block))
         else:
-            out.append({"role": "user", "content": [block.model_dump()]})
+            out.append({"role": "user", "content": [_part(block)]})
     return out or [{"role": "user", "content": []}]
+
+
+def _result(content: str | list[Any]) -> str | list[Any]:
+    """A tool's result: parts in Chat Completions' form, which are checked where they are rendered."""
+    if isinstance(content, str):
+        return content
+    readable = "document", "search_result"
+    return [
+        _part(base.parse(Blocks, {"content": [part]}).content[0])
+        if isinstance(part, dict) and part.get("type") in readable
+        else part
+        for part in content
+    ]
+
+
+def _part(block: Text | Image | Document | SearchResult) -> Json:
+    """A block in Chat Completions' form: as text, if it has any."""
+    match block:
+        case Document(title=title, context=context):
+            if (text := _written(block.source)) is None:
+                return {"type": block.type}
+            texts = [title, context, text]
+        case SearchResult(title=title, source=source):
+            texts = [f"{title}\n{source}".strip(), *(inner.text for inner in block.content)]
+        case _:
+            return block.model_dump()
+    return {"type": "text", "text": "\n\n".join(filter(None, texts))}
+
+
+def _written(source: Json) -> str | None:
+    """The text of a document, if it is one of text."""
+    match source:
+        case {"type": "text", "data": str(text)} | {"type": "content", "content": str(text)}:
+            return text
+        case {"type": "content", "content": list(blocks)}:
+            parts = map(_part, base.parse(Blocks, {"content": blocks}).content)
+            return "\n\n".join(part.get("text", f"[Unsupported {part['type']}]") for part in parts)
+    return None

@@ -9,7 +9,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from ds4jax.server.ask import Ask, Json
+from ds4jax.server.replay import NoteLog
 from ds4jax.server.schemas import base
+from ds4jax.server.stored import Stored
 
 
 # ---- input items -----------------------------------------------------------------------------------------------------
@@ -18,11 +20,25 @@ class TextPart(base.Schema):
     text: str
 
 
-type Content = str | base.Items[TextPart]
+class Refusal(base.Schema):
+    type: Literal["refusal"]
+    refusal: str
+
+
+class Attachment(base.Schema):
+    """Something that the model cannot see. The prompt says that it was there."""
+
+    type: Literal["input_image", "input_file", "input_audio", "input_video"]
+
+
+type Part = Annotated[TextPart | Refusal | Attachment, Field(discriminator="type")]
+type Content = str | base.Items[Part]
 
 
 class Item(base.Schema):
-    status: Literal["completed"] = "completed"
+    """Items come back as they were sent, finished or not."""
+
+    status: str = "completed"
 
 
 class Message(Item):
@@ -124,14 +140,15 @@ class TextOptions(base.Schema):
 
 
 class Responses(base.Body):
-    input: str | base.Some[AnyItem]
+    input: base.Some[AnyItem]
     instructions: str = ""
     tools: base.Items[Tool] = []
     tool_choice: Literal["auto", "none"] = "auto"
     reasoning: ReasoningOptions = ReasoningOptions()
     text: TextOptions = TextOptions()
     max_output_tokens: base.Limit | None = None
-    previous_response_id: base.Unsupported = None
+    previous_response_id: str | None = None
+    store: bool = True
     conversation: base.Unsupported = None
     prompt: base.Unsupported = None
     background: Literal[False] = False
@@ -139,21 +156,26 @@ class Responses(base.Body):
 
 
 _ECHOED = (
-    "instructions", "max_output_tokens", "metadata", "parallel_tool_calls", "reasoning", "temperature", "text",
-    "tool_choice", "tools", "top_p", "truncation", "user",
+    "instructions", "max_output_tokens", "max_tool_calls", "metadata", "parallel_tool_calls", "previous_response_id",
+    "prompt_cache_key", "prompt_cache_retention", "reasoning", "safety_identifier", "service_tier", "store",
+    "temperature", "text", "tool_choice", "tools", "top_logprobs", "top_p", "truncation", "user",
 )  # fmt: skip
 
 
-def read(body: Json) -> Ask:
-    """The `Ask` of `POST /v1/responses`. Raises Ds4Error."""
+def read(body: Json, stored: Stored | None = None) -> Ask:
+    """The `Ask` of `POST /v1/responses`. stored: earlier responses and items. Raises Ds4Error."""
+    stored = Stored(NoteLog(None, 0)) if stored is None else stored
+    new = body.get("input")
+    if isinstance(new, str):
+        new = [{"type": "message", "role": "user", "content": new}] if new else []
+    if isinstance(new, list):
+        earlier = (
+            stored.history(body["previous_response_id"]) if isinstance(body.get("previous_response_id"), str) else []
+        )
+        body = body | {"input": [*earlier, *(new := list(stored.resolved(new)))]}
     asked = base.parse(Responses, body)
-    if not asked.input:
-        raise base.wrong("input", asked.input, "at least 1 item")
     history: list[Json] = [{"role": "system", "content": asked.instructions}] if asked.instructions else []
-    if isinstance(asked.input, str):
-        history.append({"role": "user", "content": asked.input})
-    else:
-        history += _as_chat(asked.input)
+    history += _as_chat(asked.input)
     tools, custom, namespaces = _tools(asked.tools)
     return Ask(
         messages=history,
@@ -165,6 +187,7 @@ def read(body: Json) -> Ask:
         form=base.form_of(asked.text.format),
         max_tokens=asked.max_output_tokens,
         echo={key: body[key] for key in _ECHOED if body.get(key) is not None},
+        keep=new if asked.store and isinstance(new, list) else None,
         **asked.common(),
     )
 
@@ -252,5 +275,14 @@ def _arguments(call: FunctionCall | CustomCall) -> str:
     return json.dumps({"input": call.input}, ensure_ascii=False)
 
 
-def _text(content: str | list[TextPart]) -> str:
-    return content if isinstance(content, str) else "\n\n".join(part.text for part in content)
+def _text(content: Content) -> str:
+    if isinstance(content, str):
+        return content
+    texts = []
+    for part in content:
+        match part:
+            case TextPart(text=text) | Refusal(refusal=text):
+                texts.append(text)
+            case Attachment(type=kind):
+                texts.append(f"[Unsupported {kind.removeprefix('input_')}]")
+    return "\n\n".join(texts)

@@ -1,0 +1,78 @@
+"""Responses that can be read again and gone on from, in the log of notes that tool calls are kept in."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator
+from typing import Any
+
+from ds4jax.server.errors import ApiError
+from ds4jax.server.replay import NoteLog
+
+type Json = dict[str, Any]
+
+
+class Stored:
+    """Responses by id, each with what was new in its input. Thread-safe; those used longest ago may be forgotten."""
+
+    def __init__(self, notes: NoteLog):
+        self._notes = notes
+
+    def keep(self, response: Json, items: list[Json]) -> None:
+        """Keep a response and the input items that it answers, those of earlier responses apart."""
+        items = [{"id": f"item_{secrets.token_hex(12)}"} | _in_parts(item) for item in items]
+        for item in [*items, *response["output"]]:
+            self._notes.put(f"item:{item['id']}", response["id"])
+        self._notes.put(f"response:{response['id']}", {"response": response, "input": items})
+
+    def response(self, id: str) -> Json:
+        """Raises ApiError if it is not kept."""
+        return self._note(id)["response"]
+
+    def items(self, id: str) -> list[Json]:
+        """The input items that were new then. Raises ApiError."""
+        return self._note(id)["input"]
+
+    def delete(self, id: str) -> None:
+        """Raises ApiError if it is not kept."""
+        self._note(id)
+        self._notes.put(f"response:{id}", None)
+
+    def history(self, previous: str) -> list[Json]:
+        """Input and output up to the end of a response, in order. Raises ApiError if a part of it is not kept."""
+        turns = []
+        while previous is not None:
+            if (note := self._notes.get(f"response:{previous}")) is None:
+                text = f"previous_response_id: found {previous!r}, expected that of a response that is stored"
+                raise ApiError(text, param="previous_response_id", code="previous_response_not_found")
+            turns.append([*note["input"], *note["response"]["output"]])
+            previous = note["response"]["previous_response_id"]
+        return [item for turn in reversed(turns) for item in turn]
+
+    def resolved(self, items: list[Any]) -> Iterator[Any]:
+        """The items, with those that are named by id in the place of their references. Raises ApiError."""
+        for i, item in enumerate(items):
+            if isinstance(item, dict) and (item.get("type") == "item_reference" or item.keys() == {"id"}):
+                yield self._item(item.get("id"), f"input[{i}].id")
+            else:
+                yield item
+
+    def _item(self, id: Any, where: str) -> Json:
+        note = self._notes.get(f"response:{self._notes.get(f'item:{id}')}")
+        for item in [*note["input"], *note["response"]["output"]] if note else ():
+            if item["id"] == id:
+                return item
+        raise ApiError(f"{where}: found {id!r:.80}, expected the id of an item that is stored", param=where)
+
+    def _note(self, id: str) -> Json:
+        if (note := self._notes.get(f"response:{id}")) is None:
+            raise ApiError(f"found no response {id:.80}", 404)
+        return note
+
+
+def _in_parts(item: Json) -> Json:
+    """An item as it is shown: the text of a message is a list of parts."""
+    if not isinstance(text := item.get("content"), str):
+        return item
+    kind = "output_text" if item["role"] == "assistant" else "input_text"
+    return item | {"type": "message", "content": [{"type": kind, "text": text}]}
