@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 
 import uvicorn
 
+from ds4jax.engine.counters import Histogram
 from ds4jax.engine.sequence import Sequence
 from ds4jax.engine.stream import Stream
 from ds4jax.engine.types import Failed, Finished, Prefilled, Request, Scored, Started, Token
@@ -92,10 +93,10 @@ class FakeEngine:
         return [None, Sequence(self.requests[-1]) if self.requests else None]
 
     def metrics(self) -> dict:
-        return {"waiting": 0, "decoding": len(self.running), "ttft_seconds": 0.5, "ttft_count": 1} | {
-            "generated_tokens": 7,
-            "ttft_counts": [1] + [0] * 10,
-        }
+        first = Histogram("First tokens", (0.1, 1.0))
+        first.observe(0.5)
+        state = {"waiting": 0, "decoding": len(self.running), "generated_tokens": 7}
+        return state | {"histograms": {"time_to_first_token_seconds": first}}
 
     def grammar(self, schema, after=None):
         return schema, after

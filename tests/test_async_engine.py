@@ -4,6 +4,8 @@ import asyncio
 import dataclasses
 import json
 import random
+import re
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -28,8 +30,11 @@ from ds4jax.engine.types import (
 )
 from ds4jax.errors import Ds4Error
 from ds4jax.io import synthetic
+from ds4jax.server.metrics import Metrics
+from ds4jax.server.replay import Replay
 from ds4jax.settings import Settings
 
+ROOT = Path(__file__).parents[1]
 GREEDY = Sampling(temperature=0.0)
 TOKENS = np.random.default_rng(5).integers(2, CFG.vocab_size, 700).tolist()
 
@@ -256,15 +261,45 @@ def test_a_failure_while_closing_reaches_its_stream(runner, monkeypatch):
     asyncio.run(main())
 
 
+def test_running_sequences_use_the_cache(engine):
+    async def main():
+        stream = engine.submit(request(100, 400))
+        while not isinstance(await anext(stream), Token):
+            pass
+        busy = engine.metrics()
+        assert (busy["running"], busy["waiting"]) == (1, 0)
+        assert 100 * 100 / (3 * 512) <= busy["cache_use_percent"] < 100
+        assert [seq is None for seq in engine.slots()] == [False, True, True]
+        stream.cancel()
+
+    asyncio.run(main())
+
+
+def test_the_dashboard_names_metrics_that_there_are(engine):
+    shown = set(re.findall(r"\b(?:ds4jax|process)_\w+", (ROOT / "docs/grafana.json").read_text()))
+    metrics = Metrics(engine, Replay())
+    metrics.request("/v1/chat/completions", 200)
+    metrics._successes.labels("stop")
+    text = metrics.text().decode()
+    assert len(shown) > 20 and not [name for name in shown if not re.search(rf"^{name}[ {{]", text, re.MULTILINE)]
+    gauges = re.findall(r"^# TYPE (\S+) gauge$", text, re.MULTILINE)
+    assert gauges and not [name for name in gauges if name.endswith("_count")]
+
+
 def test_metrics_and_trace(runner, tmp_path):
     engine = AsyncEngine(runner, PrefixCache(2 << 30), trace=tmp_path / "trace")
     before = engine.metrics()
     for _ in range(2):
         asyncio.run(collect(engine, request(9, 4)))
     after = engine.metrics()
-    assert after["requests"] == after["finished"] == after["ttft_count"] == sum(after["ttft_counts"]) == 2
+    assert after["requests"] == after["finished"] == 2
+    times = {name: (sum(found.counts), found.total) for name, found in after["histograms"].items()}
+    assert times["time_to_first_token_seconds"][0] == times["request_queue_time_seconds"][0] == 2
+    assert times["inter_token_latency_seconds"][0] == 2 * 3  # behind the first token
+    assert 0 < times["request_queue_time_seconds"][1] < times["time_to_first_token_seconds"][1]
+    assert times["inter_token_latency_seconds"][1] > 0
     assert after["prompt_tokens"] == 18 and after["generated_tokens"] == 8
-    assert after["decode_tokens"] - before["decode_tokens"] == 6 and len(after["ttft_counts"]) == 11
+    assert after["decode_tokens"] - before["decode_tokens"] == 6
     asyncio.run(engine.close())
     lines = [json.loads(line) for line in (tmp_path / "trace").read_text().splitlines()]
     assert [(x["reason"], x["prompt_tokens"], x["generated_tokens"]) for x in lines] == [("length", 9, 4)] * 2
@@ -353,7 +388,7 @@ def test_nothing_is_compiled_once_it_is_open(path, tmp_path, caplog, monkeypatch
         asyncio.run(engine.close())
     assert "Compiling" not in caplog.text
     assert [events[0].cached_tokens for events in found[5:]] == [0, 0, 140, 500, 1400]
-    assert engine.metrics()["disk_count"] > 0
+    assert engine.metrics()["disk_prefixes"] > 0
     with pytest.raises(Stopping):
         asyncio.run(collect(engine, request(1, 1)))
 

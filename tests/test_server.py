@@ -722,7 +722,7 @@ def test_overflow_is_named_as_agents_expect():
 
 # ---- the rest --------------------------------------------------------------------------------------------------------
 def test_models_health_metrics():
-    with clients("Hi") as (o, a, http, _):
+    with clients("Hi") as (o, a, http, engine):
         (model,) = o.models.list()
         assert model.id == "fake" and model.context_length == 4096 and o.models.retrieve("any/name").id == "any/name"
         assert a.models.list().data[0].id == "fake"
@@ -733,7 +733,14 @@ def test_models_health_metrics():
             'ds4jax_http_requests_total{path="/v1/chat/completions",status="200"} 1.0',
             "ds4jax_waiting 0.0",
             "ds4jax_generated_tokens_total 7.0",
+            'ds4jax_time_to_first_token_seconds_bucket{le="0.1"} 0.0',
+            'ds4jax_time_to_first_token_seconds_bucket{le="1.0"} 1.0',
             'ds4jax_time_to_first_token_seconds_bucket{le="+Inf"} 1.0',
+            "ds4jax_time_to_first_token_seconds_sum 0.5",
+            'ds4jax_request_success_total{finished_reason="stop"} 1.0',
+            f"ds4jax_request_prompt_tokens_sum {len(engine.requests[0].tokens)}.0",
+            "ds4jax_request_generation_tokens_sum 3.0",
+            "ds4jax_e2e_request_latency_seconds_count 1.0",
         ):
             assert line in text
 

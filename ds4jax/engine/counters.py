@@ -1,7 +1,9 @@
-"""What an engine counts: requests, tokens, the time to the first token; and a trace of its requests. No JAX."""
+"""What an engine counts: requests, tokens and times; and a trace of its requests. No JAX."""
 
 from __future__ import annotations
 
+import bisect
+import dataclasses
 import json
 import time
 from collections import defaultdict
@@ -11,13 +13,29 @@ from typing import Any
 from ds4jax.engine.sequence import Sequence
 from ds4jax.errors import Ds4Error
 
-TTFT_BOUNDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
-"""Upper bounds of the time-to-first-token histogram, in seconds."""
+_TOTALS = ("requests", "finished", "cancelled", "failed", "prompt_tokens", "cached_tokens", "generated_tokens")
+_SECONDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+_TOKEN_SECONDS = (0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 5.0)
 
-_TOTALS = (
-    *("requests", "finished", "cancelled", "failed", "prompt_tokens", "cached_tokens", "generated_tokens"),
-    *("ttft_seconds", "ttft_count"),
-)
+
+@dataclasses.dataclass
+class Histogram:
+    """How often which values came.
+
+    bounds: upper ones, of all counts but the last. total: the sum of the values.
+    """
+
+    text: str
+    bounds: tuple[float, ...]
+    counts: list[int] = dataclasses.field(default_factory=list)
+    total: float = 0.0
+
+    def __post_init__(self):
+        self.counts = self.counts or [0] * (len(self.bounds) + 1)
+
+    def observe(self, value: float, times: int = 1) -> None:
+        self.counts[bisect.bisect_left(self.bounds, value)] += times
+        self.total += value * times
 
 
 class Counters:
@@ -29,15 +47,24 @@ class Counters:
         Raises Ds4Error if it cannot be written.
         """
         self._totals: dict[str, float] = defaultdict(int)
-        self._ttft = [0] * (len(TTFT_BOUNDS) + 1)
+        self._first = Histogram("Seconds from a request's arrival to its first token", _SECONDS)
+        self._queued = Histogram("Seconds that a request waited for a slot", _SECONDS)
+        self._token = Histogram(
+            "Seconds from token to token of an answer; of a block of tokens, the mean", _TOKEN_SECONDS
+        )
         try:
             self._trace = open(trace, "a", encoding="utf-8") if trace else None
         except OSError as error:
             raise Ds4Error(f"trace: {trace} cannot be written: {error.strerror}") from None
 
     def report(self) -> dict[str, Any]:
-        """All totals. ttft_counts: requests per bound of TTFT_BOUNDS, and above the last."""
-        return {**{name: self._totals[name] for name in _TOTALS}, "ttft_counts": list(self._ttft)}
+        """All totals, and the histograms under "histograms", by name."""
+        histograms = {
+            "time_to_first_token_seconds": self._first,
+            "request_queue_time_seconds": self._queued,
+            "inter_token_latency_seconds": self._token,
+        }
+        return {**{name: self._totals[name] for name in _TOTALS}, "histograms": histograms}
 
     def arrived(self) -> None:
         """A request has come."""
@@ -46,20 +73,24 @@ class Counters:
     def started(self, seq: Sequence) -> None:
         """A sequence has a slot."""
         seq.started_at = time.perf_counter()
+        self._queued.observe(seq.started_at - seq.submitted_at)
         self._totals["prompt_tokens"] += seq.prompt_len
         self._totals["cached_tokens"] += seq.cached
 
     def first_token(self, seq: Sequence) -> None:
         """The prompt of a sequence is computed."""
-        seq.first_token_at = time.perf_counter()
-        seconds = seq.first_token_at - seq.submitted_at
-        self._ttft[sum(seconds > bound for bound in TTFT_BOUNDS)] += 1
-        self._totals["ttft_seconds"] += seconds
-        self._totals["ttft_count"] += 1
+        seq.first_token_at = seq.token_at = time.perf_counter()
+        self._first.observe(seq.first_token_at - seq.submitted_at)
 
     def token(self) -> None:
         """A token of an answer is there."""
         self._totals["generated_tokens"] += 1
+
+    def block(self, seq: Sequence, tokens: int) -> None:
+        """A block of tokens of an answer has come, behind the first one."""
+        now = time.perf_counter()
+        self._token.observe((now - seq.token_at) / tokens, tokens)
+        seq.token_at = now
 
     def ended(self, seq: Sequence, reason: str) -> None:
         """A sequence has ended: "stop", "length", "cancelled", "failed" or "stopped"."""

@@ -127,11 +127,15 @@ class Engine:
         """Counters since the start, and the present state. Thread-safe."""
         stats, plan, cache = self.runner.stats, self.runner.plan, self.prefix_cache
         store = None if cache is None else cache.store
+        slots = self.slots()
+        held = sum(seq.computed for seq in slots if seq)
         return {
             "waiting": len(self.scheduler.waiting),
+            "running": sum(seq is not None for seq in slots),
             "prefilling": len(self.scheduler.prefilling),
             "decoding": len(self.scheduler.decoding),
             "slots": self.runner.batch,
+            "cache_use_percent": 100 * held / (self.runner.batch * self.ctx),
             **self.counters.report(),
             "prefill_tokens": stats.prefill_tokens,
             "prefill_seconds": stats.prefill_seconds,
@@ -141,9 +145,9 @@ class Engine:
             "weights_bytes": plan.weights,
             "cache_bytes": plan.cache,
             "prefix_bytes": 0 if cache is None else cache.nbytes,
-            "prefix_count": 0 if cache is None else len(cache),
+            "prefixes": 0 if cache is None else len(cache),
             "disk_bytes": 0 if store is None else store.nbytes,
-            "disk_count": 0 if store is None else len(store),
+            "disk_prefixes": 0 if store is None else len(store),
         }
 
     def _end(self, seq: Sequence, reason: FinishReason | str) -> None:
@@ -209,6 +213,7 @@ class Engine:
         block = self.runner.decode_block(last, n)
         ids = block.tokens()
         by_slot = {seq.held_slot: seq for seq in seqs}
+        before = {slot: len(seq.tokens) for slot, seq in by_slot.items()}
         final = self._tokens(by_slot, {slot: row[-1] for slot, row in ids.items()}, block.batch_logits, held=1)
         self._on_device = {seq for seq in seqs if not seq.constraints}
         for slot, seq in by_slot.items():
@@ -217,6 +222,8 @@ class Engine:
                 self._reuse.decoded(seq)
                 if self._emit(seq, token):
                     break  # what the block has beyond the end is dropped
+            if new := len(seq.tokens) - before[slot]:
+                self.counters.block(seq, new)
 
     def _tokens(
         self, seqs: Mapping[int, Sequence], sampled: Mapping[int, int], logits: Any, held: int = 0

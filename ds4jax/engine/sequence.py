@@ -62,10 +62,12 @@ class Sequence:
         default_factory=lambda: collections.deque(maxlen=2)
     )
 
-    # Times, of `time.perf_counter`; cached: tokens of the prompt that did not have to be computed.
+    # Times, of `time.perf_counter`; token_at: of the last token. cached: tokens of the prompt that did not have to be
+    # computed.
     submitted_at: float = dataclasses.field(default_factory=time.perf_counter)
     started_at: float | None = None
     first_token_at: float | None = None
+    token_at: float = 0.0
     cached: int = 0
 
     def __post_init__(self):

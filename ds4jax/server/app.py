@@ -150,6 +150,7 @@ class _Server:
                 return _EventStream(self._events(reply, talks), lambda: [talk.cancel() for talk in talks])
             await _unless_gone(request, conversation.run(talks))
             _check_end(talks)
+            self.metrics.ended(talks)
             value = reply.whole()
             await asyncio.to_thread(reply.keep, self.stored)
             return _json(value)
@@ -189,6 +190,7 @@ class _Server:
                     yield data
                     silent = False
             _check_end(talks)
+            self.metrics.ended(talks)
             data = reply.end()
             await asyncio.to_thread(reply.keep, self.stored)
             yield data

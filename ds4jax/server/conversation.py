@@ -70,8 +70,8 @@ class Conversation:
     """An async iterator over the events of one answer; see the module.
 
     Attributes: ask; usage; prompt (token ids); logprobs (of the text, so far) and prompt_logprobs (of the prompt that
-    the text begins with); started, first, last: when the prompt began to be computed, and when the first and the last
-    token came.
+    the text begins with); arrived, started, first, last: when it was submitted, when the prompt began to be computed,
+    and when the first and the last token came.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class Conversation:
         self.prompt = request.tokens
         self.prompt_logprobs = [] if request.prompt_logprobs is None else [self._logprob(Token(self.prompt[0]))]
         self._prefilled = 0
-        self.started = self.first = self.last = _now()
+        self.arrived = self.started = self.first = self.last = _now()
         self._events: list[Event] = []
         self._stream = engine.submit(request)
 
