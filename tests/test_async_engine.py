@@ -186,7 +186,7 @@ def test_an_answer_waits_for_a_chunk_or_for_a_snapshot(engine, runner, monkeypat
         ([1] * 512, 1, ContextOverflow, r"prompt: found 512 tokens, expected at most 511 \(ctx is 512\)"),
         ([], 1, Ds4Error, "prompt: found 0 tokens"),
         ([1, CFG.vocab_size], 1, Ds4Error, f"found token id {CFG.vocab_size}"),
-        ([1], 0, Ds4Error, "max_tokens: found 0"),
+        ([1], -1, Ds4Error, "max_tokens: found -1"),
     ],
 )
 def test_requests_that_cannot_run(engine, tokens, max_tokens, kind, problem):
