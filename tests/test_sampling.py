@@ -133,7 +133,7 @@ def told(params, prompt=(), answer=(), stop_ids=(), matcher=None):
 class Only:
     """A grammar that allows some tokens."""
 
-    error = ""
+    error, ended = "", False
 
     def __init__(self, *ids):
         self.ids = ids
