@@ -98,8 +98,8 @@ class FakeEngine:
         state = {"waiting": 0, "decoding": len(self.running), "generated_tokens": 7}
         return state | {"histograms": {"time_to_first_token_seconds": first}}
 
-    def grammar(self, schema, after=None):
-        return schema, after
+    def grammar(self, form, begin):
+        return form, begin
 
     async def close(self, grace: float = 0.0, save: bool = True) -> None:
         self.closed = True

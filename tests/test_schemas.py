@@ -55,7 +55,9 @@ def test_json_object_with_a_schema():
         (chat, HI | {"thinking": {"type": "x"}},
          "thinking.type: found \"x\", expected 'enabled', 'disabled' or 'adaptive'"),
         (chat, HI | {"tool_choice": {"type": "function"}},
-         "tool_choice: found {\"type\": \"function\"}, expected 'auto' or 'none'"),
+         "tool_choice.function: found nothing, expected a value"),
+        (chat, HI | {"tool_choice": "any"},
+         "tool_choice: found \"any\", expected 'auto', 'none' or 'required' or an object"),
         (chat, HI | {"response_format": {"type": "json_schema", "json_schema": {"schema": 1}}},
          "response_format.json_schema.schema: found 1, expected an object"),
         (chat, HI | {"logit_bias": {"1": 200}}, "logit_bias: found 200, expected a number from -100 to 100"),
@@ -110,7 +112,7 @@ def test_a_long_list_of_wrong_values_is_one_error():
 @pytest.mark.parametrize(
     ("fields", "think"),
     [
-        ({}, "on"),
+        ({}, ""),
         ({"enable_thinking": False}, "off"),
         ({"chat_template_kwargs": {"thinking": False}}, "off"),
         ({"chat_template_kwargs": {"enable_thinking": True}, "enable_thinking": True}, "on"),

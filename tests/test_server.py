@@ -14,8 +14,10 @@ import openai
 import pytest
 from fake_engine import CALL, TOKENIZER, FakeEngine, ids, serving
 
-from ds4jax.engine.form import Pattern
-from ds4jax.engine.types import EngineFailed, Overloaded, Stopping
+from ds4jax.chat import calls
+from ds4jax.chat.calls import Calling
+from ds4jax.engine.form import Begin, Either, Pattern
+from ds4jax.engine.types import Budget, EngineFailed, Overloaded, Stopping
 from ds4jax.server.app import Options
 
 WEATHER = {
@@ -204,7 +206,7 @@ def test_chat_options_reach_the_engine():
 
 def test_json_formats():
     schema = {"type": "object", "properties": {"x": {"type": "integer"}}}
-    end = TOKENIZER.special("think_close")
+    end = Begin((TOKENIZER.special("think_close"),))
     with clients("t</think>{}") as (o, a, http, engine):
         named = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
         o.chat.completions.create(model="m", messages=HI, response_format=named)
@@ -212,7 +214,7 @@ def test_json_formats():
         o.chat.completions.create(
             model="m", messages=HI, response_format={"type": "json_object"}, reasoning_effort="none"
         )
-        assert engine.requests[-1].grammar == ("json_object", None) and "Response Format" not in prompt(engine)
+        assert engine.requests[-1].grammar == ("json_object", Begin()) and "Response Format" not in prompt(engine)
         flat = {"format": {"type": "json_schema", "name": "n", "schema": schema}}
         o.responses.create(model="m", input="Hi", text=flat)
         assert engine.requests[-1].grammar == (schema, end)
@@ -220,9 +222,134 @@ def test_json_formats():
         assert engine.requests[-1].grammar == (schema, end)
         raw = {"prompt": "x", "guided_regex": "a+"}
         assert http.post("/v1/completions", json=raw).status_code == 200
-        assert engine.requests[-1].grammar == (Pattern("regex", "a+"), None)  # a raw prompt has no thoughts
+        assert engine.requests[-1].grammar == (Pattern("regex", "a+"), Begin())  # a raw prompt has no thoughts
         body = {"messages": HI, "tools": [WEATHER], "response_format": named}
-        assert http.post("/v1/chat/completions", json=body).status_code == 400
+        assert http.post("/v1/chat/completions", json=body).status_code == 200
+        block = calls.grammar(TOKENIZER, [WEATHER], Calling(), begun=False)
+        assert engine.requests[-1].grammar == (Either(schema, block), end)
+
+
+TIME = {"name": "time", "parameters": {"type": "object", "properties": {"zone": {"enum": ["UTC", "CET"]}}}}
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "calling"),
+    [
+        ("chat/completions", {"tool_choice": "required"}, Calling(required=True)),
+        ("chat/completions", {"tool_choice": "required", "parallel_tool_calls": False},
+         Calling(required=True, single=True)),
+        ("chat/completions", {"tool_choice": {"type": "function", "function": {"name": "time"}}},
+         Calling(required=True, single=True, only=frozenset({"time"}))),
+        ("chat/completions", {"tool_choice": {"type": "allowed_tools", "allowed_tools": {
+            "mode": "auto", "tools": [{"type": "function", "function": {"name": "time"}}]}}},
+         Calling(only=frozenset({"time"}))),
+        ("chat/completions", {"parallel_tool_calls": False}, Calling(single=True)),
+        ("chat/completions", {"strict": True}, Calling(strict=frozenset({"time"}))),
+        ("responses", {"tool_choice": "required"}, Calling(required=True)),
+        ("responses", {"tool_choice": {"type": "function", "name": "time"}},
+         Calling(required=True, single=True, only=frozenset({"time"}))),
+        ("responses", {"tool_choice": {"type": "allowed_tools", "mode": "required",
+                                       "tools": [{"type": "function", "name": "time"}]}},
+         Calling(required=True, only=frozenset({"time"}))),
+        ("responses", {"strict": True, "parallel_tool_calls": False},
+         Calling(single=True, strict=frozenset({"time"}))),
+        ("messages", {"tool_choice": {"type": "any"}}, Calling(required=True)),
+        ("messages", {"tool_choice": {"type": "any", "disable_parallel_tool_use": True}},
+         Calling(required=True, single=True)),
+        ("messages", {"tool_choice": {"type": "auto", "disable_parallel_tool_use": True}}, Calling(single=True)),
+        ("messages", {"tool_choice": {"type": "tool", "name": "time"}},
+         Calling(required=True, single=True, only=frozenset({"time"}))),
+        ("messages", {"strict": True}, Calling(strict=frozenset({"time"}))),
+    ],
+)  # fmt: skip
+def test_which_calls_are_asked_for(path, fields, calling):
+    """Each becomes a grammar: of the whole answer, or from the sampled mark on where a call is the model's choice."""
+    functions = [TIME | ({"strict": True} if fields.get("strict") else {}), {"name": "other"}]
+    fields = {key: value for key, value in fields.items() if key != "strict"}
+    match path:
+        case "chat/completions":
+            tools = [{"type": "function", "function": function} for function in functions]
+            fields |= {"messages": HI}
+        case "responses":
+            tools = [{"type": "function", **function} for function in functions]
+            fields |= {"input": "Hi"}
+        case _:
+            names = {"name": "name", "parameters": "input_schema", "strict": "strict"}
+            tools = [{names[key]: value for key, value in function.items()} for function in functions]
+            fields |= {"messages": HI, "max_tokens": 9}
+    with clients("t</think>Hi") as (_, _, http, engine):
+        assert http.post(f"/v1/{path}", json=fields | {"tools": tools}).status_code == 200
+        end, mark = TOKENIZER.special("think_close"), TOKENIZER.special("dsml")
+        begin = Begin((end,)) if calling.required else Begin((end, mark), must=False)
+        block = calls.grammar(TOKENIZER, tools, calling, begun=not calling.required)
+        assert engine.requests[-1].grammar == (block, begin)
+
+
+def test_tool_choices_that_cannot_be():
+    with clients("t</think>Hi") as (_, _, http, _):
+        for fields, found in [
+            ({"tool_choice": "required"}, "tool_choice: found that a call is required, expected it only with tools"),
+            ({"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "x"}}},
+             "tool_choice: found 'x', expected the name of one of the tools"),
+            ({"tools": [WEATHER], "function_call": "auto"},
+             'function_call: found "auto", expected nothing: it is not supported'),
+        ]:  # fmt: skip
+            answer = http.post("/v1/chat/completions", json={"messages": HI} | fields)
+            assert (answer.status_code, answer.json()["error"]["message"]) == (400, found)
+
+
+def test_budgets_of_thoughts_and_tokens_that_end_an_answer():
+    close = TOKENIZER.special("think_close")
+    for path, fields in [
+        ("messages", {"messages": HI, "max_tokens": 9, "thinking": {"type": "enabled", "budget_tokens": 5}}),
+        ("chat/completions", {"messages": HI, "thinking": {"type": "enabled", "budget_tokens": 5}}),
+        ("chat/completions", {"messages": HI, "reasoning": {"max_tokens": 5}}),
+        ("chat/completions", {"messages": HI, "thinking_token_budget": 5, "thinking_budget_tokens": 5}),
+    ]:
+        with clients("t</think>Hi") as (_, _, http, engine):
+            assert http.post(f"/v1/{path}", json=fields).status_code == 200
+            assert engine.requests[-1].budget == Budget(5, close)
+            off = fields | {"thinking": {"type": "disabled", "budget_tokens": 5}}
+            assert http.post(f"/v1/{path}", json=off).status_code == 200 and engine.requests[-1].budget is None
+    with clients("t</think>Hi!") as (_, _, http, engine):
+        stop = TOKENIZER.encode_text("!")
+        body = {"messages": HI, "stop_token_ids": stop}
+        answer = http.post("/v1/chat/completions", json=body).json()
+        assert answer["choices"][0]["message"]["content"] == "Hi" and answer["choices"][0]["finish_reason"] == "stop"
+        assert engine.requests[-1].stop_ids == {TOKENIZER.eos_id, *stop}
+        answer = http.post("/v1/chat/completions", json={"messages": HI, "stop_token_ids": [10**9]})
+        assert answer.status_code == 400 and "stop_token_ids: found token id 1000000000" in answer.text
+
+
+def test_fields_that_nobody_knows(caplog):
+    body = {"messages": HI, "user": "me", "mirostat": 2, "dry_multiplier": 0.5}
+    with clients("t</think>Hi") as (_, _, http, _):
+        for stream in (False, True):
+            answer = http.post("/v1/chat/completions", json=body | {"stream": stream})
+            assert answer.headers["warning"] == '199 ds4jax "not known, and ignored: dry_multiplier, mirostat"'
+        assert "dry_multiplier" in caplog.text
+        assert "warning" not in http.post("/v1/chat/completions", json={"messages": HI, "user": "me"}).headers
+    with clients("t</think>Hi", Options(strict=True)) as (_, _, http, _):
+        answer = http.post("/v1/chat/completions", json=body)
+        assert answer.status_code == 400 and "dry_multiplier: found 0.5, expected nothing" in answer.text
+        assert http.post("/v1/chat/completions", json={"messages": HI, "user": "me"}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("default", "thinks"),
+    [("on", (True, True, True)), ("off", (False, False, False)), ("asked", (True, False, True))],
+)
+def test_who_thinks_where_nobody_says(default, thinks):
+    with clients("t</think>Hi", Options(think_default=default)) as (_, _, http, engine):
+        silent = ("chat/completions", {"messages": HI}), ("messages", {"messages": HI, "max_tokens": 9}), (
+            "responses", {"input": "Hi"})  # fmt: skip
+        for (path, body), expected in zip(silent, thinks, strict=True):
+            assert http.post(f"/v1/{path}", json=body).status_code == 200
+            assert prompt(engine).endswith("<think>" if expected else "</think>")
+        asked = {"messages": HI, "max_tokens": 9, "thinking": {"type": "adaptive"}}
+        assert http.post("/v1/messages", json=asked).status_code == 200 and prompt(engine).endswith("<think>")
+        rendered = http.post("/apply-template", json={"messages": HI}).json()["prompt"]
+        assert rendered.endswith("<think>" if thinks[0] else "</think>")
 
 
 def test_stop_strings():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -144,6 +145,64 @@ def test_tools_messages(a):
         assert done.stop_reason == "end_turn" and done.usage.cache_read_input_tokens >= 256
         messages.append({"role": "assistant", "content": done.content})
         messages.append({"role": "user", "content": ALARM["request"]})
+
+
+WEATHER = {
+    "name": "weather",
+    "parameters": {
+        "type": "object",
+        "properties": {
+            "city": {"type": "string", "maxLength": 20},
+            "unit": {"enum": ["C", "F"]},
+            "days": {"type": "integer", "minimum": 1, "maximum": 9},
+        },
+        "required": ["city", "unit"],
+        "additionalProperties": False,
+    },
+}
+
+
+def is_weather(arguments: Any) -> bool:
+    arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+    return arguments.keys() - {"days"} == {"city", "unit"} and arguments["unit"] in ("C", "F")
+
+
+def test_calls_that_are_forced(o, a):
+    """The question asks for none of the tools; the temperature is that of a user who sets none."""
+    chat_tools: Any = [{"type": "function", "function": f} for f in [WEATHER, *FUNCTIONS]]
+    for choice, effort in itertools.product(
+        ("required", {"type": "function", "function": {"name": "weather"}}), ("none", "low")
+    ):
+        done = o.chat.completions.create(
+            model="m", messages=FRANCE, tools=chat_tools, tool_choice=choice, reasoning_effort=effort, max_tokens=700
+        )
+        calls = done.choices[0].message.tool_calls or []
+        assert calls and done.choices[0].finish_reason == "tool_calls", done
+        assert all(is_weather(call.function.arguments) for call in calls if call.function.name == "weather")
+        assert choice == "required" or [call.function.name for call in calls] == ["weather"]
+        assert not done.choices[0].message.content
+    flat: Any = [{"type": "function", "strict": True, **f} for f in [WEATHER, *FUNCTIONS]]
+    with o.responses.stream(
+        model="m", input="Hi", tools=flat, tool_choice={"type": "function", "name": "weather"}
+    ) as stream:
+        (call,) = [item for item in stream.until_done().get_final_response().output if item.type == "function_call"]
+    assert call.name == "weather" and is_weather(call.arguments)
+    theirs: Any = [{"name": f["name"], "input_schema": f["parameters"]} for f in [WEATHER, *FUNCTIONS]]
+    with a.messages.stream(
+        model="m", max_tokens=700, messages=FRANCE, tools=theirs, tool_choice={"type": "tool", "name": "weather"}
+    ) as stream:
+        said = stream.get_final_message()
+    (use,) = [block for block in said.content if block.type == "tool_use"]
+    assert said.stop_reason == "tool_use" and use.name == "weather" and is_weather(use.input)
+
+
+def test_a_thought_within_its_budget(o):
+    for budget in (0, 5):
+        done = o.chat.completions.create(
+            model="m", messages=FRANCE, max_tokens=60, extra_body={"thinking_token_budget": budget}, temperature=0
+        )
+        assert done.usage.completion_tokens_details.reasoning_tokens <= budget + 1  # and the token that ends it
+        assert done.choices[0].message.content
 
 
 def test_json_schema(o):

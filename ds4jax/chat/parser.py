@@ -18,6 +18,7 @@ import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
+from ds4jax.chat import calls
 from ds4jax.chat import template as chat
 from ds4jax.errors import Ds4Error
 from ds4jax.io.tokenizer import Special, StreamDecoder, Tokenizer
@@ -40,7 +41,6 @@ _SPACE = " \t\r\n"
 # Limits on what is held back, so that a model that repeats itself forever costs no more than linear time.
 _MAX_SPACE = 256  # characters of white space before a tag
 _MAX_TAG = 1024  # characters of a tag
-_WRAPPERS = ("arguments", "input")  # names under which a model may pass all arguments as one JSON object
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,7 +161,7 @@ class OutputParser:
         self._empty: list[bool] = []  # for each JSON object that is open: whether nothing is in it yet
         self._is_string = True  # the current value: without string= it is one, unless it is an object
         self._value: list[str] = []  # pieces of a value that cannot be streamed
-        self._wrapper: tuple[str, str, str] | None = None  # first parameter, named in _WRAPPERS: key, string=, value
+        self._wrapper: tuple[str, str, str] | None = None  # first parameter, may hold all: key, string=, value
         self._closing: list[Event] | None = None  # from the end of the first call on: to be out when the block is whole
 
     def push(self, id: int) -> list[Event]:
@@ -301,7 +301,7 @@ class OutputParser:
 
     def _open_parameter(self, key: str, string: str) -> None:
         self._settle()
-        if self._empty == [True] and string and key in _WRAPPERS and self._undeclared(key):
+        if self._empty == [True] and string and self._undeclared(key):
             self._wrapper, self._state = (key, string, ""), self._buffered
             return
         self._key(key)
@@ -403,11 +403,9 @@ class OutputParser:
         return self._state != self._buffered
 
     def _undeclared(self, key: str) -> bool:
-        """Whether the tool declares parameters, and `key` is not among them."""
+        """Whether the tool declares parameters, and `key`, which may hold all arguments, is not among them."""
         assert self._call is not None
-        schema = self._schemas.get(self._call.name)
-        properties = schema.get("properties") if isinstance(schema, Mapping) else None
-        return isinstance(properties, Mapping) and bool(properties) and key not in properties
+        return calls.wraps(self._schemas.get(self._call.name), key)
 
     def _settle(self) -> None:
         """Emit a parameter named "arguments" or "input" as an ordinary one: it did not hold all arguments after all."""

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from ds4jax.engine.commands import Cancel, Command, Stop, Submit, Wake
-from ds4jax.engine.form import Form
+from ds4jax.engine.form import Begin, Form
 from ds4jax.engine.sequence import Sequence
 from ds4jax.engine.stream import Stream
 from ds4jax.engine.types import EngineFailed, Event, Failed, Overloaded, Request, Stopping
@@ -160,17 +160,14 @@ class AsyncEngine:
         """See `Engine.metrics`."""
         return self._engine.metrics()
 
-    def grammar(self, form: Form, after: int | None = None) -> Grammar:
-        """The grammar of a form. Raises GrammarError (a Ds4Error).
-
-        after: the answer is free up to this token, such as the end of the model's thoughts.
-        """
+    def grammar(self, form: Form, begin: Begin) -> Grammar:
+        """The grammar of a form. Raises GrammarError (a Ds4Error)."""
         from ds4jax.engine import grammar
 
         with self._lock:
             if self._vocabulary is None:
                 self._vocabulary = grammar.Vocabulary(self.tokenizer)
-        return grammar.Grammar(self._vocabulary, form, after)
+        return grammar.Grammar(self._vocabulary, form, begin)
 
     # ---- the thread that owns the model ------------------------------------------------------------------------------
     def _run(self) -> None:

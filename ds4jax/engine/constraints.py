@@ -11,7 +11,7 @@ import numpy as np
 if TYPE_CHECKING:
     from ds4jax.engine.grammar import Matcher
     from ds4jax.engine.sampling import Edits
-    from ds4jax.engine.types import Request, Sampling
+    from ds4jax.engine.types import Budget, Request, Sampling
 
 
 class Constraints:
@@ -20,8 +20,16 @@ class Constraints:
     ids, repeat, add: tokens, by what their logits are to be divided (see `sampling.Edits`), and what is to be added.
     """
 
-    def __init__(self, sampling: Sampling, prompt: Iterable[int], stop_ids: Iterable[int], matcher: Matcher | None):
+    def __init__(
+        self,
+        sampling: Sampling,
+        prompt: Iterable[int],
+        stop_ids: Iterable[int],
+        matcher: Matcher | None,
+        budget: Budget | None = None,
+    ):
         self._sampling, self.matcher = sampling, matcher
+        self._budget = budget  # of the thought, while it goes on
         self.ids: list[int] = []
         self.repeat: list[float] = []
         self.add: list[float] = []
@@ -56,8 +64,19 @@ class Constraints:
             self.add[place] -= self._sampling.frequency_penalty
             if self._answer[token] == 1:
                 self.add[place] -= self._sampling.presence_penalty
+        if self._budget and token == self._budget.close:
+            self._budget = None
         if self.matcher:
             self.matcher.push(token)
+
+    def fill(self, allowed: np.ndarray) -> None:
+        """Clear the bits of tokens that may not come next: uint32 (⌈V / 32⌉,), all ones."""
+        if self._budget and self._answer.total() >= self._budget.tokens:
+            word, bit = divmod(self._budget.close, 32)
+            allowed[:] = 0
+            allowed[word] = 1 << bit
+        elif self.matcher:
+            self.matcher.fill(allowed)
 
     def _entry(self, token: int) -> int:
         if token not in self._place:
@@ -70,14 +89,15 @@ class Constraints:
 
 def constraints_of(request: Request, prompt: Iterable[int], stop_ids: Iterable[int]) -> Constraints | None:
     """The constraints of a request, or None if the tokens that are sampled on the device will do."""
-    if not request.sampling.edits_logits and request.logprobs is None and not request.grammar:
+    asked = request.sampling.edits_logits, request.logprobs is not None, request.grammar, request.budget
+    if not any(asked):
         return None
     matcher = None
     if request.grammar:
         from ds4jax.engine.grammar import Matcher
 
         matcher = Matcher(request.grammar)
-    return Constraints(request.sampling, prompt, stop_ids, matcher)
+    return Constraints(request.sampling, prompt, stop_ids, matcher, request.budget)
 
 
 def edits(rows: Sequence[Constraints | None], vocab: int) -> Edits:
@@ -95,6 +115,5 @@ def edits(rows: Sequence[Constraints | None], vocab: int) -> Edits:
             n = len(row.ids)
             ids[i, :n], repeat[i, :n], add[i, :n] = row.ids, row.repeat, row.add
             add[i, row.forbidden] = -np.inf
-            if row.matcher:
-                row.matcher.fill(allowed[i])
+            row.fill(allowed[i])
     return Edits(ids, repeat, add, allowed)

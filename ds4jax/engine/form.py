@@ -9,11 +9,76 @@ from typing import Any, Literal
 
 @dataclasses.dataclass(frozen=True)
 class Pattern:
-    """What a text must match from end to end: a regular expression (Rust's syntax), or a grammar in Lark or GBNF."""
+    """What a text must match from end to end: a regular expression (Rust's syntax), or a grammar in Lark or GBNF.
 
-    kind: Literal["regex", "grammar"]
+    kind: "grammar" finds out which of the two it is; "lark" is a grammar that llguidance reads as it is.
+    """
+
+    kind: Literal["regex", "grammar", "lark"]
     text: str
 
 
-type Form = Mapping[str, Any] | Literal["json_object"] | Pattern
-"""What an answer must be: JSON of a schema, any JSON object, or text that matches a pattern."""
+@dataclasses.dataclass(frozen=True)
+class Either:
+    """One form or the other."""
+
+    first: Form
+    second: Form
+
+
+type Form = Mapping[str, Any] | Literal["json_object"] | Pattern | Either
+"""What an answer must be: JSON of a schema, any JSON object, text that matches a pattern, or one of two forms."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Begin:
+    """Where in an answer its form begins.
+
+    after: tokens that must have come, one after the other, with anything around them: the end of a thought, say. Until
+    then the answer is free. must: whether the form must begin, so that the answer cannot end before.
+    """
+
+    after: tuple[int, ...] = ()
+    must: bool = True
+
+
+def spaced(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """A schema in llguidance's dialect.
+
+    White space is as Python's json writes it and no other: llguidance repeats any pattern, and an unsure model would
+    write spaces for ever.
+    """
+    spaces = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+    return _without_one_of(schema) | {"x-guidance": spaces}
+
+
+def _without_one_of(schema: Any) -> Any:
+    """The schema with anyOf for each oneOf whose alternatives are different constants, where the two mean the same."""
+    if isinstance(schema, list):
+        return [_without_one_of(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    out = {}
+    for key, value in schema.items():
+        if key in ("properties", "patternProperties", "$defs", "definitions") and isinstance(value, dict):
+            out[key] = {name: _without_one_of(inner) for name, inner in value.items()}
+        else:  # the values of some keywords are no schemas
+            out[key] = value if key in ("const", "enum", "default", "examples") else _without_one_of(value)
+    if "anyOf" not in out and _are_different_constants(out.get("oneOf")):
+        out["anyOf"] = out.pop("oneOf")
+    return out
+
+
+def _are_different_constants(alternatives: Any) -> bool:
+    if not isinstance(alternatives, list) or not all(isinstance(one, dict) for one in alternatives):
+        return False
+    constants = [[one["const"]] if "const" in one else one.get("enum") for one in alternatives]
+    if not all(isinstance(some, list) and _are_scalars(some) for some in constants):
+        return False
+    # To Python, 1 is True.
+    sets: list[set[Any]] = [{(type(value) is bool, value) for value in some} for some in constants]
+    return len(set().union(*sets)) == sum(map(len, sets))
+
+
+def _are_scalars(values: list[Any]) -> bool:
+    return not any(isinstance(value, dict | list) for value in values)

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import llguidance
 import numpy as np
 from llguidance.gbnf_to_lark import any_to_lark
 
-from ds4jax.engine.form import Form, Pattern
+from ds4jax.engine.form import Begin, Either, Form, Pattern, spaced
 from ds4jax.errors import Ds4Error
 from ds4jax.io.tokenizer import Tokenizer
 
 
 class GrammarError(Ds4Error):
     """A schema that is not valid, or asks for what cannot be enforced."""
+
+
+_AT_ONCE = Begin()
 
 
 class Vocabulary:
@@ -36,18 +40,15 @@ class Vocabulary:
 class Grammar:
     """What an answer must be; any number of requests may use it."""
 
-    def __init__(
-        self,
-        vocabulary: Vocabulary,
-        form: Form,
-        after: int | None = None,
-    ):
-        """form: see `ds4jax.engine.form.Form`. Raises GrammarError.
-
-        after: the answer is free up to this token, such as the end of the model's thoughts.
-        """
-        self.after = after
-        name = form.kind if isinstance(form, Pattern) else "json_schema"
+    def __init__(self, vocabulary: Vocabulary, form: Form, begin: Begin = _AT_ONCE):
+        """Raises GrammarError."""
+        self.begin, self.eos_id = begin, vocabulary.eos_token_id
+        if isinstance(form, Either):  # an error should name the one that is wrong
+            for one in (form.first, form.second):
+                Grammar(vocabulary, one)
+        name = "json_schema"
+        if isinstance(form, Pattern):
+            name = "regex" if form.kind == "regex" else "grammar"
         try:
             text = _source(form)
         except Exception as error:  # the reader of GBNF raises these
@@ -63,7 +64,8 @@ class Matcher:
     """Follows one answer through a grammar. error: why it cannot go on, or ''."""
 
     def __init__(self, grammar: Grammar):
-        self._matcher, self._after = grammar.start.deep_copy(), grammar.after
+        self.grammar, self._matcher = grammar, grammar.start.deep_copy()
+        self._awaited = list(grammar.begin.after)  # tokens that must come before the grammar begins
 
     @property
     def error(self) -> str:
@@ -72,18 +74,23 @@ class Matcher:
     @property
     def ended(self) -> bool:
         """Whether nothing but EOS can follow."""
-        return self._after is None and self._matcher.is_stopped()
+        return not self._awaited and self._matcher.is_stopped()
 
     def push(self, token: int) -> None:
         """The answer goes on with this token."""
-        if self._after is not None:
-            self._after = None if token == self._after else self._after
+        if self._awaited:
+            if token == self._awaited[0]:
+                self._awaited.pop(0)
         elif not self._matcher.is_stopped():
             self._matcher.consume_token(token)
 
     def fill(self, allowed: np.ndarray) -> None:
         """Clear the bits of tokens that may not come next: uint32 (⌈V / 32⌉,), all ones. At the end only EOS may."""
-        if self._after is None and not self.error:
+        if self._awaited:
+            if self.grammar.begin.must:
+                eos = self.grammar.eos_id
+                allowed[eos // 32] &= ~np.uint32(1 << eos % 32)
+        elif not self.error:
             mask = np.frombuffer(self._matcher.compute_bitmask(), np.uint32)[: len(allowed)]
             allowed[: len(mask)] &= mask
             allowed[len(mask) :] = 0
@@ -96,46 +103,22 @@ def _source(form: Form) -> str:
             return llguidance.LLMatcher.grammar_from_regex(text)
         case Pattern("grammar", text):
             return llguidance.LLMatcher.grammar_from_lark(any_to_lark(text))
+        case Pattern("lark", text):
+            return llguidance.LLMatcher.grammar_from_lark(text)
+        case Either(first, second):
+            parts = [_part(first) | {"name": "first"}, _part(second) | {"name": "second"}]
+            return json.dumps({"grammars": [{"lark_grammar": "start: @first | @second"}, *parts]})
         case "json_object":
-            form = {"type": "object"}
-    # White space as Python's json writes it and no other: llguidance repeats any pattern, and an unsure model would
-    # write spaces for ever.
-    return llguidance.LLMatcher.grammar_from_json_schema(
-        json.dumps(_without_one_of(form)),
-        overrides={"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "},
-    )
+            return _source({"type": "object"})
+        case Mapping():
+            return llguidance.LLMatcher.grammar_from_json_schema(json.dumps(spaced(form)))
+    raise TypeError(form)
 
 
-def _without_one_of(schema: Any) -> Any:
-    """The schema with anyOf for each oneOf whose alternatives are different constants, where the two mean the same."""
-    if isinstance(schema, list):
-        return [_without_one_of(item) for item in schema]
-    if not isinstance(schema, dict):
-        return schema
-    out = {}
-    for key, value in schema.items():
-        if key in ("properties", "patternProperties", "$defs", "definitions") and isinstance(value, dict):
-            out[key] = {name: _without_one_of(inner) for name, inner in value.items()}
-        else:  # the values of some keywords are no schemas
-            out[key] = value if key in ("const", "enum", "default", "examples") else _without_one_of(value)
-    if "anyOf" not in out and _are_different_constants(out.get("oneOf")):
-        out["anyOf"] = out.pop("oneOf")
-    return out
-
-
-def _are_different_constants(alternatives: Any) -> bool:
-    if not isinstance(alternatives, list) or not all(isinstance(one, dict) for one in alternatives):
-        return False
-    constants = [[one["const"]] if "const" in one else one.get("enum") for one in alternatives]
-    if not all(isinstance(some, list) and _are_scalars(some) for some in constants):
-        return False
-    # To Python, 1 is True.
-    sets: list[set[Any]] = [{(type(value) is bool, value) for value in some} for some in constants]
-    return len(set().union(*sets)) == sum(map(len, sets))
-
-
-def _are_scalars(values: list[Any]) -> bool:
-    return not any(isinstance(value, dict | list) for value in values)
+def _part(form: Form) -> dict[str, Any]:
+    """A grammar as one of several: as an object, which some come as, and others as text in Lark."""
+    text = _source(form)
+    return json.loads(text)["grammars"][0] if text.startswith("{") else {"lark_grammar": text}
 
 
 def _in_a_line(matcher: llguidance.LLMatcher) -> str:

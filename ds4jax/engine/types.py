@@ -74,6 +74,14 @@ class Sampling:
         return any(penalties) or bool(self.logit_bias) or self.min_tokens > 0
 
 
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """An answer begins with a thought of at most so many tokens; then `close`, the token that ends it, is forced."""
+
+    tokens: int
+    close: int
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Request:
     """A prompt, BOS included, and how to continue it.
@@ -81,8 +89,8 @@ class Request:
     max_tokens: of the answer; the context may end it earlier. With 0 the prompt is computed and nothing sampled.
     stop_ids: tokens that end the answer; None: the model's EOS. logprobs: None, or how many of the likeliest tokens to
     report beside each token's own; prompt_logprobs: the same for the tokens of the prompt, which are then computed even
-    where a prefix is cached. grammar: what the answer must be. logits: whether every `Token` comes with the logits that
-    it was drawn from.
+    where a prefix is cached. grammar: what the answer must be. budget: of its thought. logits: whether every `Token`
+    comes with the logits that it was drawn from.
     """
 
     tokens: Sequence[int]
@@ -92,6 +100,7 @@ class Request:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     grammar: Grammar | None = None
+    budget: Budget | None = None
     logits: bool = False
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import hmac
+import json
+import logging
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from importlib import resources
-from typing import Any
+from typing import Any, Literal
 
 import prometheus_client
 from starlette.applications import Starlette
@@ -36,8 +38,10 @@ from ds4jax.server.replies.completions import CompletionReply
 from ds4jax.server.replies.messages import MessagesReply
 from ds4jax.server.replies.responses import ResponsesReply
 from ds4jax.server.replies.sse import Reply, dumps
-from ds4jax.server.schemas import chat, completions, messages, responses
+from ds4jax.server.schemas import base, chat, completions, messages, responses
 from ds4jax.server.stored import Stored
+
+_LOG = logging.getLogger(__name__)
 
 MAX_COMPLETION = 393216  # tokens: the longest answer that the model was trained for
 
@@ -48,7 +52,9 @@ class Options:
 
     keep_alive: a stream that was silent for so many seconds, or up to twice that, shows that it is alive. cors: whether
     pages of any origin may call. api_key: what clients must send as `Authorization: Bearer` or `x-api-key`. max_body:
-    bytes. max_depth: of nested JSON.
+    bytes. max_depth: of nested JSON. think_default: whether the model thinks where a request does not say; "asked" is
+    "on", but "off" for Messages, as with Anthropic. strict: fields that are not known are refused; otherwise a header
+    and the log name them.
     """
 
     keep_alive: float = 10.0
@@ -56,9 +62,11 @@ class Options:
     api_key: str | None = None
     max_body: int = 64 << 20
     max_depth: int = 256
+    think_default: Literal["on", "off", "asked"] = "on"
+    strict: bool = False
 
 
-type Work = Callable[[AsyncEngine, Replay, dict[str, Any]], dict[str, Any]]
+type Work = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,13 +102,16 @@ def make_app(engine: AsyncEngine, options: Options | None = None, replay: Replay
         Route("/tokenizer_info", server.show(tokens.tokenizer_info)),
         Route("/props", server.show(tokens.props)),
         Route("/slots", server.show(tokens.slots)),
-        Route("/tokenize", server.call(tokens.tokenize), methods=["POST"]),
-        Route("/detokenize", server.call(tokens.detokenize), methods=["POST"]),
-        Route("/apply-template", server.call(tokens.apply_template), methods=["POST"]),
+        Route("/tokenize", server.call(server.tokenize), methods=["POST"]),
+        Route("/detokenize", server.call(lambda body: tokens.detokenize(engine, body)), methods=["POST"]),
+        Route("/apply-template", server.call(server.apply_template), methods=["POST"]),
         Route("/metrics", server.show_metrics),
         *(Route(f"{start}/models", server.models) for start in ("/v1", "")),
         *(Route(f"{start}/models/{{id:path}}", server.model) for start in ("/v1", "")),
-        *(Route(f"{alias}/count_tokens", server.call(_count), methods=["POST"]) for alias in _aliases("/v1/messages")),
+        *(
+            Route(f"{alias}/count_tokens", server.call(server.count_tokens), methods=["POST"])
+            for alias in _aliases("/v1/messages")
+        ),
         *(
             Route(f"{alias}{rest}", endpoint, methods=[method])
             for alias in _aliases("/v1/responses")
@@ -134,7 +145,8 @@ class _Server:
         path = request.scope["route"].name
         api, status = APIS[path], 200
         try:
-            ask = await self._read(api, await self._body(request))
+            ask = await asyncio.to_thread(self._read, path, await self._body(request))
+            headers = self._warn(ask)
             started = conversation.start(
                 self.engine, ask, self.replay, id_prefix=api.reply.id_prefix, tick=self.options.keep_alive
             )
@@ -144,16 +156,17 @@ class _Server:
                 # Codex looks for this error among the events only.
                 if not (ask.stream and api.reply is ResponsesReply and error.code == "context_length_exceeded"):
                     raise
-                return _EventStream(self._failed(ResponsesReply.failed(ask, self._model_of(ask), error)), lambda: None)
+                failed = self._failed(ResponsesReply.failed(ask, self._model_of(ask), error))
+                return _EventStream(failed, lambda: None, headers)
             reply = api.reply(talks, self._model_of(ask))
             if ask.stream:
-                return _EventStream(self._events(reply, talks), lambda: [talk.cancel() for talk in talks])
+                return _EventStream(self._events(reply, talks), lambda: [talk.cancel() for talk in talks], headers)
             await _unless_gone(request, conversation.run(talks))
             _check_end(talks)
             self.metrics.ended(talks)
             value = reply.whole()
             await asyncio.to_thread(reply.keep, self.stored)
-            return _json(value)
+            return _json(value, headers=headers)
         except ClientDisconnect:
             status = 499
             return Response(status_code=status)
@@ -197,10 +210,24 @@ class _Server:
         except Exception as error:
             yield reply.fail(self._note(error))
 
-    async def _read(self, api: Api, body: dict[str, Any]) -> Ask:
-        if api.reply is ResponsesReply:
-            return await asyncio.to_thread(responses.read, body, self.stored)
-        return api.read(body)
+    def _read(self, path: str, body: dict[str, Any]) -> Ask:
+        """What a body of one of `APIS` asks for, as this server's options complete it. Raises Ds4Error."""
+        api = APIS[path]
+        ask = responses.read(body, self.stored) if api.reply is ResponsesReply else api.read(body)
+        if ask.ignored and self.options.strict:
+            name = ask.ignored[0]
+            raise base.wrong(name, body[name], "nothing: it is not known")
+        silent = {"on": "on", "off": "off", "asked": "off" if api.reply is MessagesReply else "on"}
+        return dataclasses.replace(ask, think=ask.think or silent[self.options.think_default])
+
+    @staticmethod
+    def _warn(ask: Ask) -> dict[str, str]:
+        """Headers that name fields that nothing here knows; the log does so, too."""
+        if not ask.ignored:
+            return {}
+        text = "not known, and ignored: " + ", ".join(name[:40] for name in ask.ignored[:20])
+        _LOG.warning("fields of a request: %s", text)
+        return {"warning": f"199 ds4jax {json.dumps(text)}"}
 
     def show(self, what: Callable[[AsyncEngine], Any]) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """An endpoint that tells something of the engine."""
@@ -216,7 +243,7 @@ class _Server:
         async def endpoint(request: Request) -> Response:
             try:
                 body = await self._body(request)
-                return _json(await asyncio.to_thread(work, self.engine, self.replay, body))
+                return _json(await asyncio.to_thread(work, body))
             except ClientDisconnect:
                 return Response(status_code=499)
             except Exception as error:
@@ -224,9 +251,25 @@ class _Server:
 
         return endpoint
 
-    def input_tokens(self, engine: AsyncEngine, replay: Replay, body: dict[str, Any]) -> dict[str, Any]:
-        ids = conversation.render(engine, responses.read(body, self.stored), replay)
-        return {"object": "response.input_tokens", "input_tokens": len(ids)}
+    def prompt(self, path: str, body: dict[str, Any]) -> list[int]:
+        """The token ids of the prompt that a body of one of `APIS` makes. Raises Ds4Error."""
+        return conversation.render(self.engine, self._read(path, body), self.replay)
+
+    def count_tokens(self, body: dict[str, Any]) -> dict[str, Any]:
+        return {"input_tokens": len(self.prompt("/v1/messages", body))}
+
+    def input_tokens(self, body: dict[str, Any]) -> dict[str, Any]:
+        return {"object": "response.input_tokens", "input_tokens": len(self.prompt("/v1/responses", body))}
+
+    def tokenize(self, body: dict[str, Any]) -> dict[str, Any]:
+        return tokens.tokenize(self.engine, body, self.chat_prompt)
+
+    def apply_template(self, body: dict[str, Any]) -> dict[str, Any]:
+        """The prompt of a chat, with control tokens spelled."""
+        return {"prompt": self.engine.tokenizer.decode(self.chat_prompt(body))}
+
+    def chat_prompt(self, body: dict[str, Any]) -> list[int]:
+        return self.prompt("/v1/chat/completions", body)
 
     async def stored_response(self, request: Request) -> Response:
         return await self._stored(request, self.stored.response)
@@ -300,10 +343,6 @@ class _Server:
         return HTMLResponse(_page(), headers={"content-security-policy": f"{policy}; img-src data:"})
 
 
-def _count(engine: AsyncEngine, replay: Replay, body: dict[str, Any]) -> dict[str, Any]:
-    return {"input_tokens": len(conversation.render(engine, messages.read(body), replay))}
-
-
 def _page() -> str:
     return resources.files("ds4jax.server").joinpath("page.html").read_text(encoding="utf-8")
 
@@ -355,8 +394,8 @@ async def _unless_gone[T](request: Request, work: Coroutine[Any, Any, T]) -> T:
 class _EventStream(StreamingResponse):
     """Server-sent events. However it ends, `done` is called: also when the client goes away while nothing is read."""
 
-    def __init__(self, events: AsyncIterator[bytes], done: Callable[[], Any]):
-        headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+    def __init__(self, events: AsyncIterator[bytes], done: Callable[[], Any], headers: Mapping[str, str]):
+        headers = {"cache-control": "no-cache", "x-accel-buffering": "no", **headers}
         super().__init__(events, media_type="text/event-stream", headers=headers)
         self._done = done
 
@@ -386,8 +425,8 @@ class _KeyCheck:
         return any(hmac.compare_digest(value.encode("latin-1"), self._key.encode()) for value in sent)
 
 
-def _json(value: Any, status: int = 200) -> Response:
-    return Response(dumps(value), status, media_type="application/json")
+def _json(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(dumps(value), status, headers, media_type="application/json")
 
 
 def _error(request: Request, error: ApiError) -> Response:

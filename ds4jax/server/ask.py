@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from ds4jax.chat.calls import Calling
 from ds4jax.engine.form import Form
 from ds4jax.engine.types import Sampling
 
@@ -20,14 +21,17 @@ class Ask:
     messages: in Chat Completions' form, for `template.render`; or None for a raw `prompt`, text or token ids.
     tools: those the model may call. custom_tools: names of those that take free text; namespaces: (namespace, name) of
         those that have one, by the name that the model sees (Responses).
-    think: one of `ds4jax.chat.template.THINK_MODES`.
-    form: what the reply must be. max_tokens: None for all the room there is.
+    think: one of `ds4jax.chat.template.THINK_MODES`, or "" where the request does not say. budget: the most tokens of
+        the thought, or None.
+    form: what the reply must be, unless it is calls; calling: which calls it may have. max_tokens: None for all the
+        room there is. stop_ids: tokens that end the reply, beside EOS, and are nothing of it.
     logprobs: None, or how many of the likeliest tokens to report beside each token of the text.
     other_prompts: to be continued too; n: how many answers to each prompt; echo_prompt: whether these begin with the
         prompt (Completions; n in Chat Completions, too).
     include_usage: a last chunk with the usage (Chat Completions, Completions). summary: thoughts are shown (Chat
         Completions, Responses).
     echo: fields that Responses repeats in its answer. keep: the input that is to be kept with it, or None.
+    ignored: names of fields in the body that nothing here knows, and which may have been meant to change the reply.
     """
 
     model: str
@@ -38,9 +42,12 @@ class Ask:
     tools: list[Json] | None = None
     custom_tools: frozenset[str] = frozenset()
     namespaces: Mapping[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
-    think: str = "on"
+    think: str = ""
+    budget: int | None = None
     form: Form | None = None
+    calling: Calling = Calling()
     max_tokens: int | None = None
+    stop_ids: frozenset[int] = frozenset()
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
     other_prompts: tuple[str | list[int], ...] = ()
@@ -50,6 +57,7 @@ class Ask:
     summary: bool = False
     echo: Json = dataclasses.field(default_factory=dict)
     keep: list[Json] | None = None
+    ignored: tuple[str, ...] = ()
 
     def choices(self) -> list[Ask]:
         """An `Ask` for every single answer: to one prompt after the other, each with a seed of its own."""

@@ -12,19 +12,26 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import functools
-from collections.abc import AsyncIterator, Sequence
-from typing import Any
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
+from ds4jax.chat import calls
 from ds4jax.chat import parser as chat_parser
 from ds4jax.chat import template as chat
+from ds4jax.chat.calls import Calling
 from ds4jax.chat.parser import Event, Finish, OutputParser, TextDelta
 from ds4jax.engine.async_engine import AsyncEngine
+from ds4jax.engine.form import Begin, Either
+from ds4jax.engine.types import Budget, Failed, Finished, Prefilled, Request, Scored, Started, Token
 from ds4jax.engine.types import Event as EngineEvent
-from ds4jax.engine.types import Failed, Finished, Prefilled, Request, Scored, Started, Token
+from ds4jax.errors import Ds4Error
 from ds4jax.io.tokenizer import Special, StreamDecoder, Tokenizer
 from ds4jax.server.ask import Ask
 from ds4jax.server.errors import ApiError, overflow
 from ds4jax.server.replay import Replay
+
+if TYPE_CHECKING:  # llguidance takes a while to import
+    from ds4jax.engine.grammar import Grammar
 
 ADMISSION = 1.0
 """Seconds to wait for a place in the engine before the first event goes out without the number of cached tokens."""
@@ -179,6 +186,9 @@ class Conversation:
         if not self.usage.completion:
             self.first = self.last
             self._flush()
+        if token.id in self.ask.stop_ids:  # ends the answer, and is nothing of it
+            self.usage = dataclasses.replace(self.usage, completion=self.usage.completion + 1)
+            return []
         thought = self._parser.reasoning_tokens
         events = self._parser.push(token.id)
         reasoning = self._parser.reasoning_tokens
@@ -288,14 +298,30 @@ def _now() -> float:
     return asyncio.get_running_loop().time()
 
 
-def _grammar(engine: AsyncEngine, ask: Ask) -> Any:
-    """What the text must be, or None. Thoughts are free."""
-    if ask.form is None:
-        return None
-    if ask.tools:
-        raise ApiError("tools: found beside a format, expected one of them: a format leaves no room for calls")
-    thinks = ask.prompt is None and ask.think != "off"
-    return engine.grammar(ask.form, engine.tokenizer.special(Special.THINK_CLOSE) if thinks else None)
+def _grammar(engine: AsyncEngine, ask: Ask) -> Grammar | None:
+    """What the text or the calls must be, or None. Thoughts are free. Raises Ds4Error."""
+    tokenizer, calling, form = engine.tokenizer, ask.calling, ask.form
+    after = (tokenizer.special(Special.THINK_CLOSE),) if ask.prompt is None and ask.think != "off" else ()
+    if not ask.tools or calling == Calling() and form is None:
+        return None if form is None else engine.grammar(form, Begin(after))
+    free = form is None and not calling.required  # to call or not
+    begin = Begin((*after, tokenizer.special(Special.DSML)), must=False) if free else Begin(after)
+
+    def grammar(tools: Sequence[Mapping[str, Any]], calling: Calling) -> Grammar:
+        block = calls.grammar(tokenizer, tools, calling, begun=free)
+        return engine.grammar(block if form is None or calling.required else Either(form, block), begin)
+
+    try:
+        return grammar(ask.tools, calling)
+    except Ds4Error:
+        for tool in ask.tools:  # the error names the one that is wrong
+            name = chat.normalise_tools([tool])[0]["name"]
+            if calling.only is None or name in calling.only:
+                try:
+                    grammar([tool], dataclasses.replace(calling, only=None))
+                except Ds4Error as error:
+                    raise ApiError(f"tools: {name}: {error}", param="tools") from None
+        raise
 
 
 def render(engine: AsyncEngine, ask: Ask, replay: Replay) -> list[int]:
@@ -344,6 +370,10 @@ def _longest(tokenizer: Tokenizer) -> int:
 def _prepare(engine: AsyncEngine, ask: Ask, replay: Replay, id_prefix: str) -> list[tuple[Ask, Request, OutputParser]]:
     """What to submit for each of `ask.choices()`."""
     raw, grammar, out = ask.prompt is not None, _grammar(engine, ask), []
+    check_ids(engine, sorted(ask.stop_ids), "stop_token_ids")
+    budget = None
+    if ask.budget is not None and not raw and ask.think != "off":
+        budget = Budget(ask.budget, engine.tokenizer.special(Special.THINK_CLOSE))
     for i, one in enumerate(ask.choices()):
         if i % ask.n == 0:
             tokens = render(engine, one, replay)
@@ -363,7 +393,9 @@ def _prepare(engine: AsyncEngine, ask: Ask, replay: Replay, id_prefix: str) -> l
             sampling=one.sampling,
             logprobs=ask.logprobs,
             prompt_logprobs=ask.logprobs if ask.echo_prompt else None,
+            stop_ids=frozenset({engine.tokenizer.eos_id}) | ask.stop_ids if ask.stop_ids else None,
             grammar=grammar,
+            budget=budget,
         )
         out.append((one, request, parser))
     return out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import ds4jax
@@ -11,8 +12,7 @@ from ds4jax.engine.types import Sampling
 from ds4jax.server import conversation
 from ds4jax.server.ask import Json
 from ds4jax.server.errors import ApiError
-from ds4jax.server.replay import Replay
-from ds4jax.server.schemas import base, chat
+from ds4jax.server.schemas import base
 
 
 class Tokenize(base.Schema):
@@ -33,14 +33,14 @@ class Detokenize(base.Schema):
     tokens: base.Items[int]
 
 
-def tokenize(engine: AsyncEngine, replay: Replay, body: Json) -> Json:
+def tokenize(engine: AsyncEngine, body: Json, chat_prompt: Callable[[Json], list[int]]) -> Json:
     """The ids of a text, in which control tokens are spelled unless parse_special is false, or of a chat's prompt."""
     asked, tokenizer = base.parse(Tokenize, body), engine.tokenizer
     given = [name for name in ("prompt", "content", "messages") if getattr(asked, name) is not None]
     if len(given) != 1:
         raise ApiError(f"body: found {' and '.join(given) or 'none'}, expected one of prompt, content and messages")
     if asked.messages is not None:
-        ids = prompt_of(engine, replay, body)
+        ids = chat_prompt(body)
     else:
         text = asked.prompt if asked.content is None else asked.content
         assert text is not None
@@ -62,23 +62,11 @@ def tokenize(engine: AsyncEngine, replay: Replay, body: Json) -> Json:
     }
 
 
-def detokenize(engine: AsyncEngine, replay: Replay, body: Json) -> Json:
+def detokenize(engine: AsyncEngine, body: Json) -> Json:
     ids = base.parse(Detokenize, body).tokens
     conversation.check_ids(engine, ids, "tokens")
     text = engine.tokenizer.decode(ids)
     return {"content": text, "prompt": text}
-
-
-def apply_template(engine: AsyncEngine, replay: Replay, body: Json) -> Json:
-    """The prompt of a chat, with control tokens spelled."""
-    return {"prompt": engine.tokenizer.decode(prompt_of(engine, replay, body))}
-
-
-def prompt_of(engine: AsyncEngine, replay: Replay, body: Json) -> list[int]:
-    """The token ids of a chat's prompt."""
-    if not base.parse(Tokenize, body).add_generation_prompt:
-        raise base.wrong("add_generation_prompt", False, "true: the model's turn is part of a prompt")
-    return conversation.render(engine, chat.read(body), replay)
 
 
 def tokenizer_info(engine: AsyncEngine) -> Json:

@@ -36,6 +36,16 @@ flags.DEFINE_string("kv_dir", None, "A folder for prefixes, so that a restart co
 flags.DEFINE_float("kv_budget_gb", 16.0, "GiB that --kv_dir may hold.", 0.0, flag_values=FLAGS)
 flags.DEFINE_float("prefix_budget_gb", 2.0, "GiB of memory for prefixes.", 0.0, flag_values=FLAGS)
 flags.DEFINE_string("trace", None, "A file to which a JSON line is appended for every request.", flag_values=FLAGS)
+flags.DEFINE_enum(
+    "think_default",
+    "on",
+    ["on", "off", "asked"],
+    "Whether the model thinks where a request does not say; asked: on, but off for Messages, as with Anthropic.",
+    flag_values=FLAGS,
+)
+flags.DEFINE_bool(
+    "strict", False, "Refuse requests with fields that are not known; else a header names them.", flag_values=FLAGS
+)
 flags.DEFINE_float("keep_alive", 10.0, "Seconds of silence before a stream says something.", 0.01, flag_values=FLAGS)
 flags.DEFINE_float("grace", 30.0, "Seconds that running answers have once asked to stop.", 0.0, flag_values=FLAGS)
 
@@ -50,7 +60,13 @@ def main() -> int:
 
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     listener = bind(FLAGS.host, FLAGS.port)  # a port in use is not to be found out after minutes of loading
-    options = Options(keep_alive=FLAGS.keep_alive, cors=FLAGS.cors, api_key=FLAGS.api_key)
+    options = Options(
+        keep_alive=FLAGS.keep_alive,
+        cors=FLAGS.cors,
+        api_key=FLAGS.api_key,
+        think_default=FLAGS.think_default,
+        strict=FLAGS.strict,
+    )
     prefixes, turns = split_budget(int(FLAGS.kv_budget_gb * 2**30))
     engine = AsyncEngine.open(
         settings,

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import secrets
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from ds4jax.chat.calls import Calling
 from ds4jax.engine.form import Form, Pattern
 from ds4jax.engine.types import Sampling
 from ds4jax.server.ask import Json
@@ -29,10 +31,22 @@ type Limit = Annotated[Annotated[int, Field(ge=1)] | None, BeforeValidator(lambd
 """The longest answer, in tokens. -1 is all the room there is, as with llama.cpp."""
 type LimitOrZero = Annotated[Annotated[int, Field(ge=0)] | None, BeforeValidator(lambda v: None if v == -1 else v)]
 """The same; with 0 nothing is said."""
+type BudgetTokens = Annotated[int, Field(ge=0)]
+"""Tokens that a thought may have."""
 type Answers = Annotated[int, Field(ge=1, le=MAX_ANSWERS)]
 type TopLogprobs = Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)]
+type TokenId = Annotated[int, Field(ge=0)]
 type Effort = Literal["minimal", "low", "medium", "high", "xhigh", "max", "none"]
 type Unsupported = None
+
+
+# Fields of clients that change no reply.
+_WITHOUT_EFFECT = {
+    "user", "metadata", "store", "service_tier", "prompt_cache_key", "prompt_cache_retention", "safety_identifier",
+    "prediction", "include", "client_metadata", "request_id", "priority", "cache_prompt", "id_slot", "cache_salt",
+    "return_progress", "timings_per_token", "cache_control", "container", "inference_geo", "stream_options", "user_id",
+    "parallel_tool_calls", "truncation", "max_tool_calls", "return_token_ids",
+}  # fmt: skip
 
 
 class Schema(BaseModel):
@@ -66,10 +80,19 @@ class Body(Schema):
     seed: int | None = None
     min_tokens: int = Field(0, ge=0, lt=2**31)
     ignore_eos: bool = False
+    stop_token_ids: Items[TokenId] = []
+
+    model_config = ConfigDict(extra="allow")
 
     def common(self) -> dict[str, Any]:
         """The arguments of `Ask` that these fields give. Raises ApiError or ConfigError."""
-        return {"model": self.model, "stream": self.stream, "sampling": self._sampling()}
+        return {
+            "model": self.model,
+            "stream": self.stream,
+            "sampling": self._sampling(),
+            "stop_ids": frozenset(self.stop_token_ids),
+            "ignored": tuple(sorted((self.model_extra or {}).keys() - _WITHOUT_EFFECT)),
+        }
 
     def _sampling(self) -> Sampling:
         numbers = {"temperature", "top_p", "top_k", "min_p"}
@@ -100,6 +123,7 @@ class StreamOptions(Schema):
 
 class Thinking(Schema):
     type: Literal["enabled", "disabled", "adaptive"]
+    budget_tokens: BudgetTokens | None = None
 
     @property
     def on(self) -> bool:
@@ -208,7 +232,36 @@ def think(switch: bool | None, effort: Effort | None) -> str:
     """The value of `Ask.think` for a switch and an effort, either of which may be absent."""
     if switch is False:
         return "off"
-    return {"high": "high", "xhigh": "high", "max": "max", "none": "off"}.get(effort or "low", "on")
+    if effort is None:
+        return "" if switch is None else "on"
+    return {"high": "high", "xhigh": "high", "max": "max", "none": "off"}.get(effort, "on")
+
+
+class Named(Schema):
+    name: str
+
+
+def calling(
+    tools: Sequence[Any],
+    choice: str,
+    only: Iterable[str] | None = None,
+    single: bool = False,
+) -> Calling:
+    """The value of `Ask.calling`.
+
+    choice: "auto", "required" or "none". only: the names of the tools that may be called. single: at most one call.
+    Raises ApiError if a call is required and there are no tools.
+    """
+    if choice == "required" and not tools:
+        raise ApiError("tool_choice: found that a call is required, expected it only with tools", param="tool_choice")
+    functions = [tool.get("function", tool) for tool in tools if isinstance(tool, dict)]
+    strict = {f.get("name") for f in functions if isinstance(f, dict) and f.get("strict") is True}
+    return Calling(
+        required=choice == "required",
+        only=None if only is None else frozenset(only),
+        single=single,
+        strict=frozenset(name for name in strict if isinstance(name, str)),
+    )
 
 
 def stops(value: str | list[str]) -> tuple[str, ...]:

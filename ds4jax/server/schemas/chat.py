@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from ds4jax.chat.calls import Calling
 from ds4jax.server.ask import Ask, Json
 from ds4jax.server.schemas import base
 
@@ -33,18 +34,40 @@ class TemplateKwargs(base.Schema):
 class Reasoning(base.Schema):
     effort: base.Effort | None = None
     enabled: bool | None = None
+    max_tokens: base.BudgetTokens | None = None
+
+
+class Function(base.Schema):
+    type: Literal["function"]
+    function: base.Named
+
+
+class AllowedTools(base.Schema):
+    mode: Literal["auto", "required"]
+    tools: base.Some[Function]
+
+
+class Allowed(base.Schema):
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
+
+
+type ToolChoice = Annotated[Function | Allowed, Field(discriminator="type")]
 
 
 class Chat(base.Guided):
     messages: base.Some[Any]
     tools: list[Any] = []
-    tool_choice: Literal["auto", "none"] = "auto"
+    tool_choice: Literal["auto", "none", "required"] | ToolChoice = "auto"
+    parallel_tool_calls: bool = True
     thinking: bool | base.Thinking | None = None
     think: bool | None = None
     enable_thinking: bool | None = None
     chat_template_kwargs: TemplateKwargs = TemplateKwargs()
     reasoning: Reasoning = Reasoning()
     reasoning_effort: base.Effort | None = None
+    thinking_token_budget: base.BudgetTokens | None = None
+    thinking_budget_tokens: base.BudgetTokens | None = None
     include_reasoning: bool = True
     response_format: Format | None = None
     max_tokens: base.Limit | None = None
@@ -79,6 +102,30 @@ class Chat(base.Guided):
             switch = False
         return base.think(switch, effort)
 
+    def budget(self) -> int | None:
+        """The value of `Ask.budget`. Raises ApiError if the fields for it contradict each other."""
+        inner = self.thinking.budget_tokens if isinstance(self.thinking, base.Thinking) else None
+        return _agreed(
+            {
+                "thinking.budget_tokens": inner,
+                "reasoning.max_tokens": self.reasoning.max_tokens,
+                "thinking_token_budget": self.thinking_token_budget,
+                "thinking_budget_tokens": self.thinking_budget_tokens,
+            }
+        )
+
+    def calling(self) -> Calling:
+        """The value of `Ask.calling`. Raises ApiError."""
+        single = not self.parallel_tool_calls
+        match self.tool_choice:
+            case Function(function=function):
+                return base.calling(self.tools, "required", [function.name], single=True)
+            case Allowed(allowed_tools=allowed):
+                names = [tool.function.name for tool in allowed.tools]
+                return base.calling(self.tools, allowed.mode, names, single)
+            case choice:
+                return base.calling(self.tools, choice, None, single)
+
 
 def _agreed[T](said: dict[str, T | None]) -> T | None:
     """What the fields that are given say. Raises ApiError unless it is one thing."""
@@ -97,7 +144,9 @@ def read(body: Json) -> Ask:
         messages=chat.messages,
         n=chat.n,
         tools=chat.tools if chat.tools and chat.tool_choice != "none" else None,
+        calling=chat.calling(),
         think=chat.thinks(),
+        budget=chat.budget(),
         summary=chat.include_reasoning,
         form=chat.form(format.json_schema.schema_ if isinstance(format, NestedFormat) else base.form_of(format)),
         max_tokens=chat.max_completion_tokens or chat.max_tokens,

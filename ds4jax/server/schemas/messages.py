@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from ds4jax.chat.calls import Calling
 from ds4jax.server.ask import Ask, Json
 from ds4jax.server.schemas import base
 
@@ -98,15 +99,25 @@ class OutputConfig(base.Schema):
     format: base.Format | None = None
 
 
-class ToolChoice(base.Schema):
-    type: Literal["auto", "none"]
+class Choice(base.Schema):
+    type: Literal["auto", "any", "none"]
+    disable_parallel_tool_use: bool = False
+
+
+class OneTool(base.Schema):
+    type: Literal["tool"]
+    name: str
+    disable_parallel_tool_use: bool = False
+
+
+type ToolChoice = Annotated[Choice | OneTool, Field(discriminator="type")]
 
 
 class Messages(base.Body):
     messages: base.Some[Message]
     system: str | base.Items[SystemText] = ""
     tools: list[Any] = []
-    tool_choice: ToolChoice = ToolChoice(type="auto")
+    tool_choice: ToolChoice = Choice(type="auto")
     thinking: base.Thinking | None = None
     output_config: OutputConfig = OutputConfig()
     max_tokens: base.Limit | None = None
@@ -122,6 +133,14 @@ class Messages(base.Body):
             return self.system
         return "\n\n".join(block.text for block in self.system if not block.text.startswith("x-anthropic-"))
 
+    def calling(self) -> Calling:
+        """The value of `Ask.calling`. Raises ApiError."""
+        choice = self.tool_choice
+        if isinstance(choice, OneTool):
+            return base.calling(self.tools, "required", [choice.name], single=True)
+        kind = "required" if choice.type == "any" else choice.type
+        return base.calling(self.tools, kind, None, choice.disable_parallel_tool_use)
+
 
 def read(body: Json) -> Ask:
     """The `Ask` of `POST /v1/messages`. Raises Ds4Error."""
@@ -133,7 +152,9 @@ def read(body: Json) -> Ask:
     return Ask(
         messages=history,
         tools=asked.tools if asked.tools and asked.tool_choice.type != "none" else None,
+        calling=asked.calling(),
         think=base.think(asked.thinking and asked.thinking.on, asked.output_config.effort),
+        budget=asked.thinking.budget_tokens if asked.thinking else None,
         form=base.form_of(asked.output_config.format),
         max_tokens=asked.max_tokens,
         stop=base.stops(asked.stop_sequences),

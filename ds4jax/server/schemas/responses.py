@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
+from ds4jax.chat.calls import Calling
 from ds4jax.server.ask import Ask, Json
 from ds4jax.server.replay import NoteLog
 from ds4jax.server.schemas import base
@@ -101,6 +102,7 @@ class Function(base.Schema):
     name: str
     description: Any = None
     parameters: Any = None
+    strict: bool = False
 
 
 class Custom(base.Schema):
@@ -135,6 +137,25 @@ class ReasoningOptions(base.Schema):
     summary: str = "none"
 
 
+class OneTool(base.Schema):
+    type: Literal["function", "custom"]
+    name: str
+    namespace: str = ""
+
+    def called(self) -> str:
+        """Its name in the prompt."""
+        return _in_namespace(self.namespace, self.name)
+
+
+class Allowed(base.Schema):
+    type: Literal["allowed_tools"]
+    mode: Literal["auto", "required"]
+    tools: base.Some[OneTool]
+
+
+type ToolChoice = Annotated[OneTool | Allowed, Field(discriminator="type")]
+
+
 class TextOptions(base.Schema):
     format: base.Format | None = None
 
@@ -143,7 +164,8 @@ class Responses(base.Body):
     input: base.Some[AnyItem]
     instructions: str = ""
     tools: base.Items[Tool] = []
-    tool_choice: Literal["auto", "none"] = "auto"
+    tool_choice: Literal["auto", "none", "required"] | ToolChoice = "auto"
+    parallel_tool_calls: bool = True
     reasoning: ReasoningOptions = ReasoningOptions()
     text: TextOptions = TextOptions()
     max_output_tokens: base.Limit | None = None
@@ -184,6 +206,7 @@ def read(body: Json, stored: Stored | None = None) -> Ask:
         namespaces=namespaces,
         think=base.think(None, asked.reasoning.effort),
         summary=asked.reasoning.summary != "none",
+        calling=_calling(asked, tools),
         form=base.form_of(asked.text.format),
         max_tokens=asked.max_output_tokens,
         echo={key: body[key] for key in _ECHOED if body.get(key) is not None},
@@ -215,6 +238,18 @@ def _tools(
             shown["parameters"] = text
         out.append(shown)
     return out, frozenset(custom), namespaces
+
+
+def _calling(asked: Responses, tools: list[Json]) -> Calling:
+    """The value of `Ask.calling`. Raises ApiError."""
+    single = not asked.parallel_tool_calls
+    match asked.tool_choice:
+        case OneTool() as tool:
+            return base.calling(tools, "required", [tool.called()], single=True)
+        case Allowed(mode=mode, tools=allowed):
+            return base.calling(tools, mode, [tool.called() for tool in allowed], single)
+        case choice:
+            return base.calling(tools, choice, None, single)
 
 
 def _one_by_one(
