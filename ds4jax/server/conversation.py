@@ -168,7 +168,8 @@ class Conversation:
         self._events += events
         if events and isinstance(events[-1], Finish):
             self._finish = events[-1]
-            if turn := self._finish.turn:  # kept before the client can know of it
+            # Kept before the client can know of it. Of a turn that was continued these are not all its tokens.
+            if (turn := self._finish.turn) and not self.ask.continues:
                 await asyncio.to_thread(self._replay.remember, turn)
         self._shown += sum(len(said.text) for said in events if isinstance(said, TextDelta))
         self._release()
@@ -294,8 +295,12 @@ def _grammar(engine: AsyncEngine, ask: Ask) -> Any:
         return None
     if ask.tools:
         raise ApiError("tools: found beside a format, expected one of them: a format leaves no room for calls")
-    thinks = ask.prompt is None and ask.think != "off"
-    return engine.grammar(ask.form, engine.tokenizer.special(Special.THINK_CLOSE) if thinks else None)
+    return engine.grammar(ask.form, engine.tokenizer.special(Special.THINK_CLOSE) if _thinks(ask) else None)
+
+
+def _thinks(ask: Ask) -> bool:
+    """Whether the answer begins inside a thought."""
+    return ask.messages is not None and chat.opens_thought(ask.messages, think=ask.think, continues=ask.continues)
 
 
 def render(engine: AsyncEngine, ask: Ask, replay: Replay) -> list[int]:
@@ -315,6 +320,7 @@ def render(engine: AsyncEngine, ask: Ask, replay: Replay) -> list[int]:
         ctx=engine.ctx,
         tools=ask.tools,
         response_format=ask.form if isinstance(ask.form, dict) else None,
+        continues=ask.continues,
         replay=replay.recall(ask.messages),
     )
     _check_size(engine, segments)
@@ -343,7 +349,7 @@ def _longest(tokenizer: Tokenizer) -> int:
 
 def _prepare(engine: AsyncEngine, ask: Ask, replay: Replay, id_prefix: str) -> list[tuple[Ask, Request, OutputParser]]:
     """What to submit for each of `ask.choices()`."""
-    raw, grammar, out = ask.prompt is not None, _grammar(engine, ask), []
+    thinking, grammar, out = _thinks(ask), _grammar(engine, ask), []
     for i, one in enumerate(ask.choices()):
         if i % ask.n == 0:
             tokens = render(engine, one, replay)
@@ -351,10 +357,10 @@ def _prepare(engine: AsyncEngine, ask: Ask, replay: Replay, id_prefix: str) -> l
                 raise overflow(len(tokens), engine.ctx)
         parser = OutputParser(
             engine.tokenizer,
-            thinking=not raw and ask.think != "off",
+            thinking=thinking,
             tools=ask.tools,
             stop=ask.stop,
-            raw=raw,
+            raw=ask.prompt is not None,
             new_id=lambda: chat_parser.new_call_id(id_prefix),
         )
         request = Request(

@@ -24,7 +24,6 @@ class Tokenize(base.Schema):
     add_special_tokens: bool | None = None
     add_special: bool | None = None
     parse_special: bool = True
-    add_generation_prompt: bool = True
     return_token_strs: bool = False
     with_pieces: bool = False
 
@@ -76,8 +75,6 @@ def apply_template(engine: AsyncEngine, replay: Replay, body: Json) -> Json:
 
 def prompt_of(engine: AsyncEngine, replay: Replay, body: Json) -> list[int]:
     """The token ids of a chat's prompt."""
-    if not base.parse(Tokenize, body).add_generation_prompt:
-        raise base.wrong("add_generation_prompt", False, "true: the model's turn is part of a prompt")
     return conversation.render(engine, chat.read(body), replay)
 
 
