@@ -13,6 +13,7 @@ from ds4jax.chat.template import (
     effort_prefix,
     effort_profile,
     normalise_tools,
+    opens_thought,
     render,
     render_ids,
     to_text,
@@ -137,6 +138,7 @@ BENIGN = {
     ),
     "later system": ([user("a"), assistant("b"), system("Be terse."), user("c")], {}),
     "no header": ([user("a"), assistant("b", "r")], {"add_generation_header": False}),
+    "continued": ([user("a"), assistant("b\n", "r")], {"continues": True}),
 }
 
 EXAMPLES = {
@@ -197,6 +199,8 @@ PLACES = {
     "reminder": lambda t: ([reminder(t), user("Q")], {}),
     "content": lambda t: ([user("Q"), assistant(t), user("Q")], {}),
     "reasoning": lambda t: ([user("Q"), assistant("A", t)], {}),
+    "continued content": lambda t: ([user("Q"), assistant(t, t)], {"continues": True}),
+    "continued reasoning": lambda t: ([user("Q"), assistant(None, t)], {"continues": True}),
     "result": lambda t: ([user("Q"), assistant(calls=[call("a", "f")]), result("a", t)], {}),
     "call id": lambda t: ([user("Q"), assistant(calls=[call(t, "f")]), result(t, "A")], {}),
     "function": lambda t: ([user("Q"), assistant(calls=[call("a", t)])], {}),
@@ -371,6 +375,66 @@ def test_reasoning_is_kept_with_tools_declared_or_used():
 def test_reasoning_is_dropped_when_thinking_is_off():
     messages = [user("a"), assistant("b", "R1"), user("c"), assistant("d", "R2")]
     assert reasonings(messages, think="off", tools=[tool("f")]) == ["</think>", "</think>"]
+
+
+C, R, A = Special.THINK_CLOSE, Special.THINK_OPEN, Special.ASSISTANT
+
+
+@pytest.mark.parametrize(
+    ("message", "think", "end"),
+    [
+        (assistant("b"), "off", [A, C, "b"]),
+        (assistant("b"), "on", [A, C, "b"]),  # the answer has begun, without a thought
+        (assistant("b", "r"), "on", [A, R, "r", C, "b"]),
+        (assistant("b", "r"), "max", [A, R, "r", C, "b"]),
+        (assistant("b", ""), "on", [A, C, "b"]),
+        (assistant(None, "r"), "on", [A, R, "r"]),
+        (assistant("", "r"), "on", [A, R, "r"]),
+        ({"role": "assistant", "reasoning": "r"}, "on", [A, R, "r"]),
+        (assistant(), "on", [A, R]),
+        (assistant(""), "off", [A, C]),
+        (assistant([{"type": "text", "text": "b "}, {"type": "text", "text": "c"}]), "off", [A, C, "b \n\nc"]),
+    ],
+)
+def test_the_last_message_is_continued(message, think, end):
+    history = [user("a"), assistant("z", "y"), user("Q")]
+    begin = render(history, think=think, add_generation_header=False)
+    for header in (True, False):
+        options = {"think": think, "continues": True}
+        assert render([*history, message], add_generation_header=header, **options) == begin + end
+    assert opens_thought([*history, message], think=think, continues=True) == (end[-1] is R or end[-2] is R)
+    assert opens_thought([*history, message], think=think) == (think != "off")
+    # What the model adds is the rest of the turn as history has it, if that has its thought.
+    if C in end and len(end) != 2 and (R in end or think == "off"):
+        whole = render([*history, message], think=think, add_generation_header=False)
+        assert whole == [*begin, *end, Special.EOS]
+
+
+def test_only_the_last_of_the_assistants_messages_is_continued():
+    messages = [user("Q"), assistant("a", "r"), assistant("b")]
+    assert text(messages, continues=True) == (
+        f"{BOS}<｜User｜>Q<｜Assistant｜><think>r</think>a{EOS}<｜Assistant｜></think>b"
+    )
+    assert text([assistant("b")], continues=True) == f"{BOS}<｜Assistant｜></think>b"
+
+
+@pytest.mark.parametrize(
+    ("message", "think", "error"),
+    [
+        (user("Q"), "on", r"messages\[1\].role: found 'user', expected 'assistant', to be continued"),
+        (assistant("A", "R"), "off", r"messages\[1\].reasoning_content: found a thought to go on from, expected none"),
+        ({"role": "assistant", "reasoning": "R"}, "off", r"messages\[1\].reasoning: found a thought to go on from"),
+        (
+            assistant("A", calls=[call("a", "f")]),
+            "on",
+            r"messages\[1\].tool_calls: found 1, expected none in a message",
+        ),
+    ],
+)
+def test_what_cannot_be_continued_is_named(message, think, error):
+    for function in (render, opens_thought):
+        with pytest.raises(Ds4Error, match=error):
+            function([user("Q"), message], think=think, continues=True)
 
 
 @pytest.mark.parametrize(("profile", "prefixes"), [("original", ["", "", "", P1]), ("0731", ["", "", P1, P2])])

@@ -8,6 +8,13 @@ from ds4jax.server.schemas import chat, completions, messages, responses
 
 HI = {"messages": [{"role": "user", "content": "Hi"}]}
 BLOCKS = [{"type": "thinking", "thinking": "r"}, {"type": "tool_use", "id": "1", "name": "f", "input": "x"}]
+PREFIX = {"role": "assistant", "content": "A", "prefix": True}
+CALLS = [{"type": "text", "text": "A"}, {"type": "tool_use", "id": "1", "name": "f", "input": {}}]
+
+
+def begun(content, **fields):
+    """A body that ends in an assistant's message."""
+    return {"messages": [*HI["messages"], {"role": "assistant", "content": content}]} | fields
 
 
 S = {"type": "object"}
@@ -83,6 +90,28 @@ def test_json_object_with_a_schema():
          "messages[0].content[0].type: found nothing, expected a value"),
         (messages, HI | {"output_config": {"effort": 1}},
          "output_config.effort: found 1, expected 'minimal', 'low', 'medium', 'high', 'xhigh', 'max' or 'none'"),
+        (chat, {"messages": [PREFIX, *HI["messages"]]},
+         "messages[0].prefix: found true, expected it on the last message only, if that is the assistant's"),
+        (chat, {"messages": [HI["messages"][0] | {"prefix": True}]},
+         "messages[0].prefix: found true, expected it on the last message only, if that is the assistant's"),
+        (chat, {"messages": [PREFIX | {"prefix": 1}]}, "messages[0].prefix: found 1, expected true or false"),
+        (chat, HI | {"continue_final_message": True},
+         "continue_final_message: found true, expected false: the last message is not the assistant's"),
+        (chat, begun("A", continue_final_message=True, add_generation_prompt=True),
+         "add_generation_prompt: found true, expected false: the last message is continued"),
+        (chat, {"messages": [PREFIX], "add_generation_prompt": True},
+         "add_generation_prompt: found true, expected false: the last message is continued"),
+        (chat, begun("A", add_generation_prompt=False),
+         "add_generation_prompt: found false, expected true, or continue_final_message"),
+        (chat, HI | {"add_generation_prompt": "x"}, 'add_generation_prompt: found "x", expected true or false'),
+        (messages, begun("A "),
+         'messages[1].content: found "A ", expected no white space at the end of a message that is continued'),
+        (messages, begun([{"type": "text", "text": "A"}, {"type": "text", "text": "\n"}]),
+         'messages[1].content: found "A\\n\\n\\n", expected no white space at the end of a message that is continued'),
+        (messages, begun(CALLS),
+         'messages[1].content[1].type: found "tool_use", expected no calls in a message that is continued'),
+        (messages, begun(BLOCKS[:1], thinking={"type": "disabled"}),
+         'messages[1].content[0].type: found "thinking", expected no thought to go on from, with thinking disabled'),
         (responses, {"input": ""}, "input: found [], expected at least 1 item"),
         (responses, {"input": "Hi", "previous_response_id": "r"},
          "previous_response_id: found 'r', expected that of a response that is stored"),
@@ -134,6 +163,28 @@ def test_every_spelling_of_the_thinking_switch(fields, think):
         assert str(error.value) == think
     else:
         assert chat.read(HI | fields).think == think
+
+
+def test_when_the_last_message_is_continued():
+    for body, continues in (
+        (HI, False),
+        (begun("A"), False),
+        (begun("A", add_generation_prompt=True, continue_final_message=False), False),
+        (begun("A", continue_final_message=True), True),
+        (begun("A", continue_final_message=True, add_generation_prompt=False), True),
+        ({"messages": [PREFIX]}, True),
+        ({"messages": [PREFIX], "add_generation_prompt": False}, True),
+        ({"messages": [PREFIX | {"prefix": False}]}, False),
+        ({"messages": [PREFIX | {"prefix": None}]}, False),
+        (HI | {"add_generation_prompt": True}, False),
+        ({"messages": [*HI["messages"], "x"], "continue_final_message": True}, False),
+    ):
+        assert chat.read(body).continues == continues, body
+    assert not messages.read(HI).continues and messages.read(begun("A")).continues
+    assert messages.read(begun("")).continues  # nothing to go on from: a turn from its beginning
+    assert not messages.read({"messages": [*begun("A ")["messages"], *HI["messages"]]}).continues
+    for content in ([{"type": "redacted_thinking"}], [BLOCKS[0], {"type": "text", "text": "A"}]):
+        assert messages.read(begun(content)).continues
 
 
 def test_values_that_mean_none_or_the_likeliest():

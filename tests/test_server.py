@@ -361,6 +361,107 @@ def test_stop_strings():
         assert not engine.running  # the rest is not computed
 
 
+# ---- the beginning of an answer, given by the client -----------------------------------------------------------------
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize(
+    ("begun", "fields", "said", "end", "thought", "text"),
+    [
+        # Text without a thought: the answer has begun, also where thinking is on.
+        ({"content": "The sky"}, {}, " is blue.", "></think>The sky", "", " is blue."),
+        ({"content": "```\n"}, {"reasoning_effort": "none", "stop": "```"}, "x\n```", "></think>```\n", "", "x\n"),
+        ({"content": "A", "reasoning_content": "R"}, {}, "B", "><think>R</think>A", "", "B"),
+        ({"content": "", "reasoning_content": "R"}, {}, "S</think>B", "><think>R", "S", "B"),
+        ({"content": ""}, {}, "S</think>B", "><think>", "S", "B"),
+    ],
+)
+def test_chat_goes_on_with_the_last_message(begun, fields, said, end, thought, text, streamed):
+    with clients(said) as (_, _, http, engine):
+        last = {"role": "assistant", **begun}
+        for body in (
+            {"messages": [*HI, last | {"prefix": True}]},
+            {"messages": [*HI, last], "continue_final_message": True, "add_generation_prompt": False},
+        ):
+            answer = http.post("/v1/chat/completions", json=body | fields | {"stream": streamed})
+            parts = [answer.json()] if not streamed else [data for _, data in sse(answer.text)[:-1]]
+            shown = [part["choices"][0].get("message") or part["choices"][0]["delta"] for part in parts]
+            assert "".join(part.get("content") or "" for part in shown) == text
+            assert "".join(part.get("reasoning_content") or "" for part in shown) == thought
+            assert prompt(engine) == f"<｜begin▁of▁sentence｜><｜User｜>Hi<｜Assistant｜{end}"
+            told = http.post("/tokenize", json=body | fields).json()
+            assert told["tokens"] == list(engine.requests[-1].tokens)
+            assert http.post("/apply-template", json=body | fields).json()["prompt"] == prompt(engine)
+        # Without a word of it the message is history.
+        http.post("/v1/chat/completions", json={"messages": [*HI, last]})
+        assert prompt(engine).endswith("<｜end▁of▁sentence｜><｜Assistant｜><think>")
+
+
+def test_messages_go_on_with_the_last_message():
+    thought = {"type": "thinking", "thinking": "R", "signature": "s"}
+    with clients(lambda request: "S</think>B" if request.tokens[-1] == ord("R") else " B") as (_, a, _, engine):
+        for content, end, blocks in (
+            ("A", "></think>A", [" B"]),
+            ([thought, {"type": "text", "text": "A"}], "><think>R</think>A", [" B"]),
+            ([thought], "><think>R", ["S", "B"]),
+        ):
+            asked: Any = {"messages": [*HI, {"role": "assistant", "content": content}], "model": "m"}
+            done = a.messages.create(max_tokens=99, **asked)
+            with a.messages.stream(max_tokens=99, **asked) as stream:
+                final = stream.get_final_message()
+            for message in (done, final):
+                said = [block.thinking if block.type == "thinking" else block.text for block in message.content]
+                assert said == blocks and message.stop_reason == "end_turn"
+            assert prompt(engine).endswith(f"Hi<｜Assistant｜{end}")
+            assert a.messages.count_tokens(**asked).input_tokens == len(engine.requests[-1].tokens)
+
+
+def test_what_cannot_be_gone_on_with_is_refused():
+    call = {"id": "c", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
+    with clients("x") as (_, _, http, engine):
+        for last, fields, param in (
+            ({"content": "A", "tool_calls": [call]}, {}, "messages[1].tool_calls"),
+            ({"content": "A", "reasoning_content": "R"}, {"think": False}, "messages[1].reasoning_content"),
+            ({"content": 1}, {}, "messages[1].content"),
+        ):
+            body = {"messages": [*HI, {"role": "assistant", "prefix": True, **last}], **fields}
+            for path in ("/v1/chat/completions", "/tokenize"):
+                response = http.post(path, json=body)
+                assert response.status_code == 400 and response.json()["error"]["param"] == param
+        for path in ("/tokenize", "/apply-template"):
+            response = http.post(path, json={"messages": HI, "add_generation_prompt": False})
+            assert response.json()["error"]["param"] == "add_generation_prompt"
+        response = http.post("/v1/messages", json={"messages": [*HI, {"role": "assistant", "content": "A "}]})
+        assert response.status_code == 400 and response.json()["error"]["type"] == "invalid_request_error"
+        assert not engine.requests
+
+
+def test_a_format_waits_for_the_end_of_a_thought_that_is_open():
+    end = TOKENIZER.special("think_close")
+    with clients("{}") as (_, _, http, engine):
+        for last, after in (
+            ({"content": "A"}, None),
+            ({"content": "A", "reasoning_content": "R"}, None),
+            ({"content": "", "reasoning_content": "R"}, end),
+        ):
+            messages = [*HI, {"role": "assistant", "prefix": True, **last}]
+            body = {"messages": messages, "response_format": {"type": "json_object"}}
+            assert http.post("/v1/chat/completions", json=body).status_code == 200
+            assert engine.requests[-1].grammar == ("json_object", after)
+
+
+def test_a_call_after_a_thought_that_was_continued_is_not_repeated_as_sampled():
+    """The sampled tokens are only the end of its turn."""
+    with clients(f"S</think>{CALL}") as (o, _, _, engine):
+        begun = {"role": "assistant", "content": "", "reasoning_content": "R", "prefix": True}
+        (call,) = (
+            o.chat.completions.create(model="m", messages=[*HI, begun], tools=[WEATHER]).choices[0].message.tool_calls
+        )
+        whole = {"role": "assistant", "content": None, "reasoning_content": "RS", "tool_calls": [call.model_dump()]}
+        result = {"role": "tool", "tool_call_id": call.id, "content": "sunny"}
+        for said in (whole, whole | {"reasoning_content": None}):
+            o.chat.completions.create(model="m", messages=[*HI, said, result], tools=[WEATHER])
+            assert f"<think>{said['reasoning_content'] or ''}</think>\n\n{CALL}<｜end▁of▁sentence｜>" in prompt(engine)
+
+
 # ---- Completions -----------------------------------------------------------------------------------------------------
 def test_completions():
     with clients("b</think>c STOP") as (o, _, _, engine):

@@ -134,11 +134,14 @@ WRONG: dict[str, list[Any]] = {
     "previous_response_id": ["x", 1],
     "conversation": ["x", {}],
     "background": [True],
+    "continue_final_message": [True, 1, "x"],
+    "add_generation_prompt": [False, 1, "x", []],
 }  # fmt: skip
 KNOWN = {
     "/v1/chat/completions": "messages tools tool_choice stop temperature top_p top_k min_p seed max_tokens "
     "max_completion_tokens stream stream_options model n top_logprobs logit_bias thinking reasoning_effort "
-    "response_format presence_penalty frequency_penalty repetition_penalty",
+    "response_format presence_penalty frequency_penalty repetition_penalty continue_final_message "
+    "add_generation_prompt",
     "/v1/completions": "prompt stop temperature top_p top_k min_p seed max_tokens stream stream_options model n "
     "logprobs logit_bias suffix echo best_of",
     "/v1/messages": "messages tools tool_choice stop_sequences temperature top_p top_k max_tokens stream model "

@@ -148,6 +148,7 @@ def render(
     tools: Sequence[Mapping[str, Any]] | None = None,
     response_format: Any = None,
     add_generation_header: bool = True,
+    continues: bool = False,
     replay: Mapping[str, SampledTurn] | None = None,
 ) -> list[Segment]:
     """The prompt for a conversation.
@@ -158,6 +159,9 @@ def render(
     tools: function tools as the Chat Completions, Responses or Messages API has them; see `normalise_tools`.
     response_format: a JSON value, put into the prompt as the schema that the reply must follow.
     add_generation_header: whether to end with the opening of the assistant's next turn.
+    continues: whether to end inside the last message instead, an assistant's without calls, so that the model goes on
+        with it: with its text, or with its thought if it has no text. An empty message is a generation header. The text
+        of a message without a thought stands as after no thought, also where thinking is on.
     replay: turns as sampled, by the id of each of their calls. Such a turn is repeated token by token if its message is
         unchanged and its header was the same; reasoning that the client left out is then there again.
     Raises Ds4Error naming the message or tool, what was found and what was expected.
@@ -165,6 +169,10 @@ def render(
     prefix = effort_prefix(think, profile, ctx)
     system, turns = _turns(messages)
     thinking = think != "off"
+    begun = _Assistant("", "", [])  # what there is of the turn that the prompt ends in
+    if continues:
+        begun = _continued(messages, think)
+        turns.pop()
 
     out: list[Segment] = [Special.BOS, prefix, system]
     if tools:
@@ -194,9 +202,17 @@ def render(
                     out += [Special.THINK_CLOSE, turn.content, *_render_calls(turn.calls), Special.EOS]
                 if turn.calls:
                     call_order = {call.id: n for n, call in enumerate(turn.calls) if call.id is not None}
-    if add_generation_header:
-        out += [Special.ASSISTANT, Special.THINK_OPEN if thinking else Special.THINK_CLOSE]
+    if add_generation_header or continues:
+        inside = opens_thought(messages, think=think, continues=continues)
+        out.append(Special.ASSISTANT)
+        out += [Special.THINK_OPEN, begun.reasoning] if inside or begun.reasoning else []
+        out += [] if inside else [Special.THINK_CLOSE, begun.content]
     return [segment for segment in out if segment != ""]
+
+
+def opens_thought(messages: Sequence[Mapping[str, Any]], *, think: str = "on", continues: bool = False) -> bool:
+    """Whether the prompt that `render` writes ends inside a thought. Raises Ds4Error if `continues` cannot be done."""
+    return not (continues and _continued(messages, think).content) and think != "off"
 
 
 def normalise_tools(tools: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -328,6 +344,21 @@ def _assistant(message: Mapping[str, Any], where: str) -> _Assistant:
     reasoning = message.get(name)
     _check(f"{where}.{name}", reasoning, str | None, "a string")
     return _Assistant(reasoning or "", _text(message, where, optional=True), _calls(message, where))
+
+
+def _continued(messages: Sequence[Mapping[str, Any]], think: str) -> _Assistant:
+    """The last message, which the model is to go on with."""
+    where, message = f"messages[{len(messages) - 1}]", messages[-1]
+    _check(where, message, Mapping, "an object")
+    if message.get("role") != "assistant":
+        raise Ds4Error(f"{where}.role: found {message.get('role')!r}, expected 'assistant', to be continued")
+    turn = _assistant(message, where)
+    if turn.calls:
+        raise Ds4Error(f"{where}.tool_calls: found {len(turn.calls)}, expected none in a message that is continued")
+    if turn.reasoning and think == "off":
+        name = "reasoning_content" if message.get("reasoning_content") is not None else "reasoning"
+        raise Ds4Error(f"{where}.{name}: found a thought to go on from, expected none with thinking off")
+    return turn
 
 
 def _calls(message: Mapping[str, Any], where: str) -> list[_Call]:

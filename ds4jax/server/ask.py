@@ -19,6 +19,7 @@ class Ask:
 
     model: the name the client used; any will do. stream: whether events are wanted.
     messages: in Chat Completions' form, for `template.render`; or None for a raw `prompt`, text or token ids.
+    continues: the model goes on with the last message, an assistant's, and the answer is what it adds.
     tools: those the model may call. custom_tools: names of those that take free text; namespaces: (namespace, name) of
         those that have one, by the name that the model sees (Responses).
     think: one of `ds4jax.chat.template.THINK_MODES`, or "" where the request does not say. budget: the most tokens of
@@ -39,6 +40,7 @@ class Ask:
     sampling: Sampling
     messages: list[Json] | None = None
     prompt: str | list[int] | None = None
+    continues: bool = False
     tools: list[Json] | None = None
     custom_tools: frozenset[str] = frozenset()
     namespaces: Mapping[str, tuple[str, str]] = dataclasses.field(default_factory=dict)

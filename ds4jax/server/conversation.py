@@ -175,7 +175,8 @@ class Conversation:
         self._events += events
         if events and isinstance(events[-1], Finish):
             self._finish = events[-1]
-            if turn := self._finish.turn:  # kept before the client can know of it
+            # Kept before the client can know of it. Of a turn that was continued these are not all its tokens.
+            if (turn := self._finish.turn) and not self.ask.continues:
                 await asyncio.to_thread(self._replay.remember, turn)
         self._shown += sum(len(said.text) for said in events if isinstance(said, TextDelta))
         self._release()
@@ -301,7 +302,7 @@ def _now() -> float:
 def _grammar(engine: AsyncEngine, ask: Ask) -> Grammar | None:
     """What the text or the calls must be, or None. Thoughts are free. Raises Ds4Error."""
     tokenizer, calling, form = engine.tokenizer, ask.calling, ask.form
-    after = (tokenizer.special(Special.THINK_CLOSE),) if ask.prompt is None and ask.think != "off" else ()
+    after = (tokenizer.special(Special.THINK_CLOSE),) if _thinks(ask) else ()
     if not ask.tools or calling == Calling() and form is None:
         return None if form is None else engine.grammar(form, Begin(after))
     free = form is None and not calling.required  # to call or not
@@ -324,6 +325,11 @@ def _grammar(engine: AsyncEngine, ask: Ask) -> Grammar | None:
         raise
 
 
+def _thinks(ask: Ask) -> bool:
+    """Whether the answer begins inside a thought."""
+    return ask.messages is not None and chat.opens_thought(ask.messages, think=ask.think, continues=ask.continues)
+
+
 def render(engine: AsyncEngine, ask: Ask, replay: Replay) -> list[int]:
     """The token ids of a request's prompt. Raises Ds4Error."""
     tokenizer = engine.tokenizer
@@ -341,6 +347,7 @@ def render(engine: AsyncEngine, ask: Ask, replay: Replay) -> list[int]:
         ctx=engine.ctx,
         tools=ask.tools,
         response_format=ask.form if isinstance(ask.form, dict) else None,
+        continues=ask.continues,
         replay=replay.recall(ask.messages),
     )
     _check_size(engine, segments)
@@ -369,10 +376,10 @@ def _longest(tokenizer: Tokenizer) -> int:
 
 def _prepare(engine: AsyncEngine, ask: Ask, replay: Replay, id_prefix: str) -> list[tuple[Ask, Request, OutputParser]]:
     """What to submit for each of `ask.choices()`."""
-    raw, grammar, out = ask.prompt is not None, _grammar(engine, ask), []
+    thinking, grammar, out = _thinks(ask), _grammar(engine, ask), []
     check_ids(engine, sorted(ask.stop_ids), "stop_token_ids")
     budget = None
-    if ask.budget is not None and not raw and ask.think != "off":
+    if ask.budget is not None and thinking:
         budget = Budget(ask.budget, engine.tokenizer.special(Special.THINK_CLOSE))
     for i, one in enumerate(ask.choices()):
         if i % ask.n == 0:
@@ -381,10 +388,10 @@ def _prepare(engine: AsyncEngine, ask: Ask, replay: Replay, id_prefix: str) -> l
                 raise overflow(len(tokens), engine.ctx)
         parser = OutputParser(
             engine.tokenizer,
-            thinking=not raw and ask.think != "off",
+            thinking=thinking,
             tools=ask.tools,
             stop=ask.stop,
-            raw=raw,
+            raw=ask.prompt is not None,
             new_id=lambda: chat_parser.new_call_id(id_prefix),
         )
         request = Request(

@@ -24,7 +24,6 @@ class Tokenize(base.Schema):
     add_special_tokens: bool | None = None
     add_special: bool | None = None
     parse_special: bool = True
-    add_generation_prompt: bool = True
     return_token_strs: bool = False
     with_pieces: bool = False
 

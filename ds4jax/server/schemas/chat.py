@@ -69,6 +69,8 @@ class Chat(base.Guided):
     thinking_token_budget: base.BudgetTokens | None = None
     thinking_budget_tokens: base.BudgetTokens | None = None
     include_reasoning: bool = True
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool = False
     response_format: Format | None = None
     max_tokens: base.Limit | None = None
     max_completion_tokens: base.Limit | None = None
@@ -126,6 +128,30 @@ class Chat(base.Guided):
             case choice:
                 return base.calling(self.tools, choice, None, single)
 
+    def continues(self) -> bool:
+        """The value of `Ask.continues`: DeepSeek's `prefix` of the last message, or vLLM's continue_final_message.
+
+        Raises ApiError for a message that cannot be continued, and if add_generation_prompt says otherwise.
+        """
+        last = self.messages[-1]
+        for i, message in enumerate(self.messages):
+            prefix = message.get("prefix") if isinstance(message, dict) else None
+            if not isinstance(prefix, bool | None):
+                raise base.wrong(f"messages[{i}].prefix", prefix, "true or false")
+            if prefix and (message is not last or message.get("role") != "assistant"):
+                raise base.wrong(
+                    f"messages[{i}].prefix", prefix, "it on the last message only, if that is the assistant's"
+                )
+        if not isinstance(last, dict):
+            return False  # refused where it is rendered
+        if self.continue_final_message and last.get("role") != "assistant":
+            raise base.wrong("continue_final_message", True, "false: the last message is not the assistant's")
+        out = self.continue_final_message or bool(last.get("prefix"))
+        if self.add_generation_prompt is out:
+            expected = "false: the last message is continued" if out else "true, or continue_final_message"
+            raise base.wrong("add_generation_prompt", out, expected)
+        return out
+
 
 def _agreed[T](said: dict[str, T | None]) -> T | None:
     """What the fields that are given say. Raises ApiError unless it is one thing."""
@@ -142,6 +168,7 @@ def read(body: Json) -> Ask:
     format = chat.response_format
     return Ask(
         messages=chat.messages,
+        continues=chat.continues(),
         n=chat.n,
         tools=chat.tools if chat.tools and chat.tool_choice != "none" else None,
         calling=chat.calling(),

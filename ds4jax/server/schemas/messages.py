@@ -146,20 +146,41 @@ def read(body: Json) -> Ask:
     """The `Ask` of `POST /v1/messages`. Raises Ds4Error."""
     asked = base.parse(Messages, body)
     system = asked.system_text()
+    think = base.think(asked.thinking and asked.thinking.on, asked.output_config.effort)
+    last = asked.messages[-1]
+    if continues := isinstance(last, Assistant):
+        _check_continued(last, f"messages[{len(asked.messages) - 1}].content", think)
     history = [{"role": "system", "content": system}] if system else []
     for message in asked.messages:
         history += _as_chat(message)
     return Ask(
         messages=history,
+        continues=continues,
         tools=asked.tools if asked.tools and asked.tool_choice.type != "none" else None,
         calling=asked.calling(),
-        think=base.think(asked.thinking and asked.thinking.on, asked.output_config.effort),
+        think=think,
         budget=asked.thinking.budget_tokens if asked.thinking else None,
         form=base.form_of(asked.output_config.format),
         max_tokens=asked.max_tokens,
         stop=base.stops(asked.stop_sequences),
         **asked.common(),
     )
+
+
+def _check_continued(message: Assistant, where: str, think: str) -> None:
+    """Raises ApiError unless the model can go on with a message. White space at the end is refused as at Anthropic."""
+    texts = [message.content] if isinstance(message.content, str) else []
+    for i, block in enumerate([] if isinstance(message.content, str) else message.content):
+        match block:
+            case ToolUse():
+                raise base.wrong(f"{where}[{i}].type", block.type, "no calls in a message that is continued")
+            case Thought(thinking=thought) if thought and think == "off":
+                raise base.wrong(f"{where}[{i}].type", block.type, "no thought to go on from, with thinking disabled")
+            case Text():
+                texts.append(block.text)
+    text = "\n\n".join(texts)
+    if text != text.rstrip():
+        raise base.wrong(where, text[-20:], "no white space at the end of a message that is continued")
 
 
 def _as_chat(message: User | Assistant | System) -> list[Json]:
