@@ -198,7 +198,11 @@ CASES = {
     "empty list of tools": (ONE, {"tools": []}, [("text", ONE), ("stop",)]),
     "held at the end": ("2 <", {}, [("text", "2 <"), ("stop",)]),
     "spaces at the end": ("2 \n\n", {"end": "length"}, [("text", "2 \n\n"), ("length",)]),
-    "almost a marker": ("2 \n<｜DSML｜tool_", {}, [("text", "2 \n<｜DSML｜tool_"), ("stop",)]),
+    "almost a marker": ("2 \n<｜DSML｜tool_", {}, [("text", "2"), ("stop", " \n<｜DSML｜tool_")]),
+    "almost a marker, at the limit": ("<｜DSML｜", {"end": "length"}, [("length", "<｜DSML｜")]),
+    "almost a marker, and no tools": (
+        "2 \n<｜DSML｜tool_", {"tools": None}, [("text", "2 \n<｜DSML｜tool_"), ("stop",)],
+    ),
     "not a marker": ("2 <｜DSML｜tool> <b> < ｜DSML｜", {}, [("text", "2 <｜DSML｜tool> <b> < ｜DSML｜"), ("stop",)]),
     "call without its block": (invoke(), {}, [("text", invoke()), ("stop",)]),
     "two calls": (
@@ -362,7 +366,31 @@ def test_a_prefix_of_a_block_never_finishes_a_call(tok, end):
         events = events_of(tok, ids[:n], end=end)
         assert not any(isinstance(event, ToolCallFinished) for event in events)
         assert events[-1].reason == (end if n < marker or end == "length" else "error")
-        assert (message(events)["content"] + events[-1].unfinished).startswith(tok.decode(ids[:n]).removesuffix("\n"))
+        assert message(events)["content"] + events[-1].unfinished == tok.decode(ids[:n])
+
+
+@pytest.mark.parametrize("end", ["stop", "length"])
+def test_a_cut_never_shows_a_piece_of_the_marker(tok, end):
+    marker = sampled(tok, OPEN)
+    for before, space in itertools.product(["", "2 <", "a ｜DSML｜"], ["", " ", "\n\n"]):
+        for n in range(marker.index(tok.special(Special.DSML)) + 1, len(marker)):
+            events = events_of(tok, [*sampled(tok, before), *tok.encode_text(space), *marker[:n]], end=end)
+            assert joined(events)[:-1] == [TextDelta(before)] * bool(before)
+            assert events[-1] == Finish(end, unfinished=space + tok.decode(marker[:n]))
+
+
+def test_a_spelled_marker_is_shown_wherever_it_is_cut():
+    tok = MAKE["real"]()
+    for n in range(len(OPEN) + 1):
+        said, finish = parse(tok, tok.encode_text(f"a {OPEN[:n]}"), thinking=False, tools=TOOLS)
+        assert (said["content"], finish) == (f"a {OPEN[:n]}", Finish("stop"))
+
+
+def test_a_stop_string_at_a_cut_before_the_marker(tok):
+    for text, expected in {"a ST": [("text", "a ST")], "a STOP": [("text", "a ")]}.items():
+        got = outline(events_of(tok, sampled(tok, f"{text} <｜DSML｜"), stop=["STOP"], end="length"))
+        end = ("stop_sequence", "STOP") if text.endswith("P") else ("length", " <｜DSML｜")
+        assert got == [*expected, end]
 
 
 def test_the_deltas_come_as_early_as_they_can():

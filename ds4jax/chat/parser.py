@@ -95,7 +95,8 @@ class Finish:
         inside a block of calls).
     stop: the stop string, for "stop_sequence".
     turn: for "tool_calls", what `chat.render` needs to repeat this turn exactly; to be kept under each call's id.
-    unfinished: the text of a block of calls that did not come to its end, for "error" and "length".
+    unfinished: the text of a block of calls that did not come to its end, be it only the beginning of its opening tag,
+        with the white space before it.
     """
 
     reason: Literal["stop", "length", "tool_calls", "stop_sequence", "error"]
@@ -190,9 +191,10 @@ class OutputParser:
             unfinished = _spell("".join(self._raw) + self._buffer)
             self._end(Finish("length" if reason == "length" else "error", unfinished=unfinished))
         else:
-            self._show(_spell(self._buffer), last=True)
+            cut = _DSML in self._buffer  # the beginning of a block of calls is held back
+            self._show("" if cut else _spell(self._buffer), last=True)
             if not self.done:
-                self._end(Finish(reason))
+                self._end(Finish(reason, unfinished=_spell(self._buffer) if cut else ""))
         return events + self._drain()
 
     def _read(self, text: str) -> list[Event]:
