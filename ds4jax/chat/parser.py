@@ -120,9 +120,9 @@ class OutputParser:
     `push` ids until `done`; call `finish` when sampling ended otherwise.
 
     A call is finished when its closing tag has come. The first one of a block is streamed, the others are sent when
-    they are whole. If the rest of the block is malformed, or the turn ends inside it, that rest becomes text and
-    `Finish.unfinished`; the calls stay calls. Calls after a malformed one count too, unless that one was streamed. A
-    malformed block without a finished call becomes text.
+    they are whole. If the rest of the block is malformed, or the turn ends inside it, the calls stay calls; the rest is
+    reported as `Finish.unfinished` and becomes text, except at the limit. Calls after a malformed one count too, unless
+    that one was streamed. A malformed block without a finished call becomes text.
 
     Attributes: ``done`` (stop sampling: `Finish` is out) and ``reasoning_tokens`` (ids pushed while thinking).
     """

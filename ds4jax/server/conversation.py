@@ -17,7 +17,7 @@ from typing import Any
 
 from ds4jax.chat import parser as chat_parser
 from ds4jax.chat import template as chat
-from ds4jax.chat.parser import Event, Finish, OutputParser, TextDelta
+from ds4jax.chat.parser import Event, Finish, OutputParser, TextDelta, ToolCallFinished
 from ds4jax.engine.async_engine import AsyncEngine
 from ds4jax.engine.types import Event as EngineEvent
 from ds4jax.engine.types import Failed, Finished, Prefilled, Request, Scored, Started, Token
@@ -81,7 +81,8 @@ class Conversation:
         self._finish: Finish | None = None
         self.logprobs: list[Logprob] = []
         self._pending: list[Logprob] = []  # of tokens read, whose text has not been shown
-        self._shown = self._spelled = 0  # characters of the text, and of those whose log-probabilities are out
+        self._shown = self._spelled = 0  # characters before any call, and of those whose log-probabilities are out
+        self._called = False  # whether a call is finished
         tokenizer = engine.tokenizer
         self._spell = StreamDecoder(tokenizer)
         # Tokens that are nothing of the text; in a chat, marks are not.
@@ -170,7 +171,9 @@ class Conversation:
             self._finish = events[-1]
             if turn := self._finish.turn:  # kept before the client can know of it
                 await asyncio.to_thread(self._replay.remember, turn)
-        self._shown += sum(len(said.text) for said in events if isinstance(said, TextDelta))
+        for said in events:
+            self._called |= isinstance(said, ToolCallFinished)
+            self._shown += len(said.text) if isinstance(said, TextDelta) and not self._called else 0
         self._release()
         return events
 
@@ -210,7 +213,7 @@ class Conversation:
     def _release(self) -> None:
         """Log-probabilities come with the last character of their token, at the end of the text with the first.
 
-        Tokens of a call, and what a stop string cuts off, stay behind.
+        Tokens of a call and of what comes after one, and what a stop string cuts off, stay behind.
         """
         n, spelled, end = 0, self._spelled, self._spelled
         for i, item in enumerate(self._pending, 1):
