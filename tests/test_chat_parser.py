@@ -132,7 +132,7 @@ def events_of(tok, ids, *, end: Literal["stop", "length"] = "stop", thinking=Fal
 
 def outline(events):
     """Events as short tuples; a finished call's arguments must be its deltas."""
-    out, deltas = [], collections.defaultdict(str)
+    out, deltas, ids = [], collections.defaultdict(str), {}
     for event in joined(events):
         match event:
             case ThinkingDelta(text):
@@ -140,18 +140,20 @@ def outline(events):
             case TextDelta(text):
                 out.append(("text", text))
             case ToolCallStarted(index, id, name):
-                assert id == f"id{index}"
+                assert index == len(ids) and id not in ids.values()
+                ids[index] = id
                 out.append(("call", name))
             case ToolCallDelta(index, arguments):
                 deltas[index] += arguments
                 out.append(("json", arguments))
             case ToolCallFinished(index, id, name, arguments):
-                assert (id, out[-2:]) == (f"id{index}", [("call", name), ("json", arguments)])
+                assert (id, out[-2:]) == (ids[index], [("call", name), ("json", arguments)])
                 assert deltas[index] == arguments
                 assert isinstance(json.loads(arguments), dict)
                 out.append("call ends")
             case Finish(reason, stop, turn, unfinished):
                 assert (turn is not None) == (reason == "tool_calls")
+                assert reason in ("tool_calls", "length") or "call ends" not in out
                 out.append((reason, *filter(None, (stop, unfinished))))
     return out
 
@@ -162,6 +164,7 @@ def call(arguments, name="f"):
 
 ONE = block(invoke("f", param("p", "x")))
 ONE_CALL = call('{"p":"x"}')
+HALF = ONE[: ONE.index("</｜DSML｜invoke")]
 
 # What is sampled, with which options, and what comes of it.
 CASES = {
@@ -198,7 +201,11 @@ CASES = {
     "empty list of tools": (ONE, {"tools": []}, [("text", ONE), ("stop",)]),
     "held at the end": ("2 <", {}, [("text", "2 <"), ("stop",)]),
     "spaces at the end": ("2 \n\n", {"end": "length"}, [("text", "2 \n\n"), ("length",)]),
-    "almost a marker": ("2 \n<｜DSML｜tool_", {}, [("text", "2 \n<｜DSML｜tool_"), ("stop",)]),
+    "almost a marker": ("2 \n<｜DSML｜tool_", {}, [("text", "2"), ("stop", " \n<｜DSML｜tool_")]),
+    "almost a marker, at the limit": ("<｜DSML｜", {"end": "length"}, [("length", "<｜DSML｜")]),
+    "almost a marker, and no tools": (
+        "2 \n<｜DSML｜tool_", {"tools": None}, [("text", "2 \n<｜DSML｜tool_"), ("stop",)],
+    ),
     "not a marker": ("2 <｜DSML｜tool> <b> < ｜DSML｜", {}, [("text", "2 <｜DSML｜tool> <b> < ｜DSML｜"), ("stop",)]),
     "call without its block": (invoke(), {}, [("text", invoke()), ("stop",)]),
     "two calls": (
@@ -274,7 +281,7 @@ CASES = {
         block(invoke("h", param("arguments", "{}"))), {}, [*call('{"arguments":"{}"}', "h"), ("tool_calls",)],
     ),
     "unfinished": (
-        f"A\n{ONE[:-1]}", {}, [("text", "A"), ("call", "f"), ("json", '{"p":"x"'), ("error", f"\n{ONE[:-1]}")],
+        f"A\n{HALF}", {}, [("text", "A"), ("call", "f"), ("json", '{"p":"x"'), ("error", f"\n{HALF}")],
     ),
     "unfinished at the limit": (
         f'{OPEN}<｜DSML｜invoke name="f', {"end": "length"}, [("length", f'{OPEN}<｜DSML｜invoke name="f')],
@@ -300,9 +307,7 @@ def test_the_cut_into_tokens_changes_nothing(tok, name):
 P = param("p", "x")
 MALFORMED = {
     "empty": (block(), []),
-    "text in the block": (block("Sure: ", invoke("f", P)), []),
     "text in the call": (block(invoke("f", P, "and ", P)), [("call", "f"), ("json", '{"p":"x"')]),
-    "text after the call": (block(invoke("f", P), "."), [("call", "f"), ("json", '{"p":"x"')]),
     "</think> between tags": (block(invoke("f", P, "</think>")), [("call", "f"), ("json", '{"p":"x"')]),
     "no name": (block(invoke("")), []),
     "unquoted name": (block("<｜DSML｜invoke name=f>\n", P, "</｜DSML｜invoke>"), []),
@@ -334,9 +339,81 @@ MALFORMED = {
     "far parameters of a parameter": (
         block(invoke("f", param("p", " " * 300 + P, ""))), [("call", "f"), ("json", f'{{"p":"{" " * 300}')],
     ),
-    "second call": (block(invoke("f", P), invoke("g", ".")), [("call", "f"), ("json", '{"p":"x"')]),
     "endless tag": (block(invoke("f", param("p" * 2000, "x"))), [("call", "f")]),
 }  # fmt: skip
+
+
+# What a block holds, the calls that come of it, and the text of the rest.
+G = param("o", "1", "false")
+MIXED = {
+    "text before the call": (["Sure: ", invoke("f", P)], "f", "Sure:"),
+    "text after the call": ([invoke("f", P), " ."], "f", "."),
+    "text between calls": ([invoke("f", P), "and\n", invoke("g", G), "."], "fg", "and\n\n."),
+    "</think> between calls": ([invoke("f", P), "</think>", invoke("g", G)], "fg", "</think>"),
+    "text in the second call": ([invoke("f", P), bad := invoke("g", ".")], "f", bad.strip()),
+    "the second of three": (
+        [invoke("f", P), bad := invoke("g", '<｜DSML｜parameter name="p" string="true">x'), invoke("g", G)], "fg",
+        bad.strip(),
+    ),
+    "the second and the fourth": (
+        [invoke("f", P), invoke("g", "1"), invoke("g", G), invoke("f", "2"), invoke("f", P)], "fgf",
+        f'{invoke("g", "1")}{invoke("f", "2")}'.strip(),
+    ),
+    "within a string, after an escape": (
+        [invoke("f", P), bad := invoke("f", '<｜DSML｜parameter name="p" string="true">x &lt;/｜DSML｜param'),
+         invoke("f", P)], "ff", bad.strip(),
+    ),
+    "json not closed": (
+        [invoke("f", P), bad := invoke("f", '<｜DSML｜parameter name="p" string="false">1'),
+         invoke("f", param("n", "2", "false"))], "ff", bad.strip(),
+    ),
+    "all arguments in one, not closed": (
+        [invoke("f", P), bad := invoke("g", param("arguments", "{}"), "."), invoke("f", P)], "ff", bad.strip(),
+    ),
+    "no name, then a call": ([bad := invoke("")[:-1], invoke("f", P)], "f", bad),
+    "tag too long, then a call": (
+        [bad := invoke("h" * 2000)[:-1], invoke("f", P), worse := invoke("h" * 2000)[:-1]], "f", f"{bad}\n{worse}",
+    ),
+    "call not closed": (
+        [invoke("f", P), bad := '<｜DSML｜invoke name="g">\n' + G + invoke("f", P)], "f", bad.strip(),
+    ),
+    "calls in a value": (
+        [invoke("f", P), bad := invoke("g", param("p", f"like {invoke('f')} and {invoke('f')}.")), invoke("g", G)],
+        "fg", bad.strip(),
+    ),
+    "block in a value": (
+        [invoke("f", P), bad := f'<｜DSML｜invoke name="g"><｜DSML｜parameter name="p">{OPEN}{invoke()}'],
+        "f", bad.strip(),
+    ),
+    "parameter between calls": ([invoke("f", P), bad := P + invoke("g", G)], "f", bad.strip()),
+    "wrong tag between calls": ([invoke("f", P), bad := "<｜DSML｜function>" + invoke("g", G)], "f", bad.strip()),
+    "closed too often": ([invoke("f", P), bad := "</｜DSML｜invoke>\n" + invoke("g", G)], "f", bad.strip()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_what_is_whole_in_a_malformed_block_is_delivered(tok, name):
+    parts, names, rest = MIXED[name]
+    for before in ("", "A"):
+        ids = sampled(tok, f"{before}\n\n{block(*parts)}")
+        for cut in (ids, chopped(tok, ids, random.Random(name))):
+            events = events_of(tok, cut)
+            *calls, text, end = outline(events)
+            assert "".join(e[1] for e in calls if e[0] == "call") == names
+            assert calls.count("call ends") == len(names)
+            assert (text, end) == (("text", "\n\n" * bool(before) + rest), ("tool_calls", rest))
+            said = message(events)
+            assert said["content"] == (f"A\n\n{rest}" if before else rest)
+            assert events[-1].turn.message == said
+
+
+def test_a_call_that_was_streamed_cannot_be_left_out():
+    """A client would take it for one: no call after it counts."""
+    tok = MAKE["bytes"]()
+    text = block(invoke("f", P, "."), invoke("g"))
+    assert outline(events_of(tok, sampled(tok, text))) == [
+        ("call", "f"), ("json", '{"p":"x"'), ("text", text), ("stop",),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", MALFORMED)
@@ -354,27 +431,91 @@ def test_a_malformed_block_is_text_and_its_calls_stay_unfinished(tok, name):
         assert "tool_calls" not in message(events)
 
 
-@pytest.mark.parametrize("end", ["stop", "length"])
-def test_a_prefix_of_a_block_never_finishes_a_call(tok, end):
-    ids = sampled(tok, "A " + block(invoke("f", param("p", "x"), param("n", "1", "false")), invoke("g"), invoke("f")))
-    marker = len(sampled(tok, f"A {OPEN}"))
-    for n in range(len(ids)):
+INVOKES = st.builds(
+    lambda name, parameters: invoke(name, *parameters),
+    st.sampled_from("fg"),
+    st.lists(
+        st.sampled_from([P, G, param("p", "2 </ <｜é\n"), param("p", "", ""), param("input", '{"p": 1}'),
+                         param("o", param("p", "x"), ""), param("a", "</think>")]),
+        max_size=3, unique=True,
+    ),
+)  # fmt: skip
+
+
+@settings(quick, max_examples=20)
+@given(
+    st.sampled_from(["", "A \n", "2 <"]),
+    st.lists(INVOKES, min_size=1, max_size=3),
+    st.sampled_from(["stop", "length"]),
+    st.sampled_from(sorted(MAKE)),
+    st.randoms(use_true_random=False),
+)
+def test_a_cut_loses_no_finished_call_and_shows_no_piece_of_a_tag(before, invokes, end, make, rng):
+    tok = MAKE[make]()
+    ids = chopped(tok, sampled(tok, before + block(*invokes)), rng)
+    calls = message(events_of(tok, ids))["tool_calls"]
+    assert len(calls) == len(invokes)
+    for n in range(len(ids) + 1):
         events = events_of(tok, ids[:n], end=end)
-        assert not any(isinstance(event, ToolCallFinished) for event in events)
-        assert events[-1].reason == (end if n < marker or end == "length" else "error")
-        assert (message(events)["content"] + events[-1].unfinished).startswith(tok.decode(ids[:n]).removesuffix("\n"))
+        outline(events)
+        text, said, finish = tok.decode(ids[:n]), message(events), events[-1]
+        *_, last = parts = text.split("</｜DSML｜invoke>")
+        assert said.get("tool_calls", []) == calls[: len(parts) - 1]
+        closed, last = last.endswith(CLOSE), last.removesuffix(CLOSE)
+        content, said_before, rest = said["content"] or "", before.rstrip(), last.strip()
+        if len(parts) == 1:
+            marked = text.startswith(f"{before}<｜DSML｜")
+            assert content == (said_before if marked else text)
+            assert content + finish.unfinished == text
+            assert finish.reason == ("error" if OPEN in text and end == "stop" else end)
+        elif end == "length" and not closed:
+            assert (finish.reason, finish.unfinished, content) == ("length", rest, said_before)
+        else:
+            assert (finish.reason, finish.unfinished) == ("tool_calls", rest)
+            tags, last = ("<@invoke", "</@invoke>", "</@tool_calls>"), last.replace("｜DSML｜", "@")
+            piece = max(i for tag in tags for i in range(len(tag)) if last.endswith(tag[:i]))
+            shown = last[: len(last) - piece].strip().replace("@", "｜DSML｜")
+            assert content == "\n\n".join(filter(None, (said_before, shown)))
+
+
+@pytest.mark.parametrize("end", ["stop", "length"])
+def test_a_cut_never_shows_a_piece_of_the_marker(tok, end):
+    marker = sampled(tok, OPEN)
+    for before, space in itertools.product(["", "2 <", "a ｜DSML｜"], ["", " ", "\n\n"]):
+        for n in range(marker.index(tok.special(Special.DSML)) + 1, len(marker)):
+            events = events_of(tok, [*sampled(tok, before), *tok.encode_text(space), *marker[:n]], end=end)
+            assert joined(events)[:-1] == [TextDelta(before)] * bool(before)
+            assert events[-1] == Finish(end, unfinished=space + tok.decode(marker[:n]))
+
+
+def test_a_spelled_marker_is_shown_wherever_it_is_cut():
+    tok = MAKE["real"]()
+    for n in range(len(OPEN) + 1):
+        said, finish = parse(tok, tok.encode_text(f"a {OPEN[:n]}"), thinking=False, tools=TOOLS)
+        assert (said["content"], finish) == (f"a {OPEN[:n]}", Finish("stop"))
+
+
+def test_a_stop_string_at_a_cut_before_the_marker(tok):
+    for text, expected in {"a ST": [("text", "a ST")], "a STOP": [("text", "a ")]}.items():
+        got = outline(events_of(tok, sampled(tok, f"{text} <｜DSML｜"), stop=["STOP"], end="length"))
+        end = ("stop_sequence", "STOP") if text.endswith("P") else ("length", " <｜DSML｜")
+        assert got == [*expected, end]
 
 
 def test_the_deltas_come_as_early_as_they_can():
     """One byte at a time: what is held back is only what may still become something else."""
     tok = MAKE["bytes"]()
     parser = OutputParser(tok, thinking=True, tools=TOOLS, stop=["END"], new_id=lambda: "id0")
-    text = "R <</think>2 < 3 EN." + block(invoke("f", param("p", "a </b &lt;é"), param("n", "[1]", "false")))
+    first = invoke("f", param("p", "a </b &lt;é"), param("n", "[1]", "false")).strip()
+    text = f"R <</think>2 < 3 EN.{OPEN}\n{first}"
     control = {tok.special(special) for special in Special}
     ids = [id for i in sampled(tok, text) for id in ([i] if i in control else tok.id_to_bytes(i))]
     by_push = [outline(parser.push(id)) for id in ids[:-1]]
     seen = ["".join(text for _, text in events) for events in by_push if events]
-    assert parser.push(ids[-1])[0] == ToolCallDelta(0, "}")
+    assert [type(event) for event in parser.push(ids[-1])] == [ToolCallDelta, ToolCallFinished]
+    by_push = [parser.push(id) for id in sampled(tok, f"\n{invoke().strip()}")]
+    assert not any(by_push[:-1])  # a later call comes as a whole
+    assert [type(event) for event in by_push[-1]] == [ToolCallStarted, ToolCallDelta, ToolCallFinished]
     assert seen == ["R", " ", "<", "2", " <", " 3", " ", "EN.",
                     "f", '{"p":"', "a", " ", "</b", " ", "&lt;é", '"', ',"n":', "[1]"]  # fmt: skip
 
@@ -687,8 +828,13 @@ def test_no_text_is_lost(pieces, options):
     shown = (said["content"] or "") + finish.unfinished
     whole = shown.replace("</think>", "")  # in a block they are kept
     match finish.reason:
-        case "tool_calls":
-            assert text.removeprefix(whole).lstrip(" \t\r\n").startswith(OPEN)
+        case "tool_calls" | "length" if "tool_calls" in said:
+            before, _, inside = text.partition(OPEN)
+            before, content = before.rstrip(" \t\r\n"), (said["content"] or "").replace("</think>", "")
+            rest = finish.unfinished.replace("</think>", "")
+            assert content.startswith(before) and rest.startswith(content.removeprefix(before).lstrip())
+            following = iter(inside)
+            assert all(letter in following for letter in rest)  # in this order
         case "stop_sequence":
             assert text.startswith(whole + finish.stop)
         case "stop" if whole.endswith(CLOSE):  # malformed: nothing is read after it
@@ -736,6 +882,19 @@ def test_a_sampled_turn_is_repeated_token_by_token(tok, think):
     assert again != canonical
     n = len(prompt) + len(ids)
     assert again[n:] == canonical[canonical.index(tok.eos_id, len(prompt)) :]
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_a_turn_with_text_after_its_calls_is_repeated_too(tok, name):
+    text = f"R</think>A\n\n{block(*MIXED[name][0])}"
+    for turn in (text, text.removesuffix(CLOSE), text[:-3]):  # also where the model ended it too early
+        prompt, ids, messages, options = conversation(tok, turn)
+        assert messages[1]["content"].startswith("A\n\n")
+        messages[1] = json.loads(json.dumps(messages[1]))
+        again = render_ids(tok, messages, **options)
+        assert again[: len(prompt) + len(ids) + 1] == [*prompt, *ids, tok.eos_id]
+        messages[1]["content"] += "."
+        assert render_ids(tok, messages, **options) == render_ids(tok, messages, **options | {"replay": None})
 
 
 def replayed(messages, options):

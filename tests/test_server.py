@@ -142,7 +142,7 @@ def test_chat_two_tool_rounds(streamed):
         assert engine.requests[1].tokens[: len(sampled)] == sampled
 
 
-def test_chat_calls_are_never_whole_before_the_block_is():
+def test_a_malformed_call_is_never_whole():
     broken = CALL.replace("</｜DSML｜invoke>", "")
     with clients(lambda _: f"</think>{broken}") as (o, _, http, _):
         body = {"messages": HI, "tools": [WEATHER], "stream": True}
@@ -573,6 +573,7 @@ def test_the_end_of_an_answer_is_the_last_of_its_log_probabilities():
         ("Hello STOP there", ["STOP"], "Hello "),
         ("Hello  ", [], "Hello  "),  # space that is held back, in case calls follow
         (f"Hello\n\n{CALL}", [], "Hello"),
+        ("Hello <｜DSML｜tool_", [], "Hello"),
         ("H</think>i", [], "Hi"),
     ],
 )
@@ -855,6 +856,124 @@ def test_documents_of_text_are_read():
         assert f"{said}<tool_result>T\nhttps://x\n\nfound\n\n[Unsupported image]</tool_result>" in prompt(engine)
         wrong = {"messages": [{"role": "user", "content": [found | {"content": [{"type": "text"}]}]}], "max_tokens": 9}
         assert http.post("/v1/messages", json=wrong).status_code == 400
+
+
+# ---- calls in blocks that are malformed or cut -----------------------------------------------------------------------
+BROKEN = '<｜DSML｜invoke name="weather">\nBergen</｜DSML｜invoke>'
+INSIDE, CLOSING = CALL.rsplit("\n", 1)
+
+
+def chat_turn(o, a, streamed, messages, max_tokens=999):
+    """(text, arguments of finished calls, reason, the messages to go on with) of a turn; so below."""
+    kwargs = {"model": "m", "messages": messages, "tools": [WEATHER], "max_tokens": max_tokens}
+    said: dict[str, Any] = {"role": "assistant", "content": "", "tool_calls": []}
+    if streamed:
+        for chunk in o.chat.completions.create(**kwargs, stream=True):
+            (choice,) = chunk.choices
+            said["content"] += choice.delta.content or ""
+            for call in choice.delta.tool_calls or []:
+                if call.id:
+                    assert call.index == len(said["tool_calls"])
+                    said["tool_calls"].append({"id": call.id, "type": "function", "function": call.function.to_dict()})
+                else:
+                    said["tool_calls"][call.index]["function"]["arguments"] += call.function.arguments
+        if choice.finish_reason == "length":  # the last one may be a beginning
+            said["tool_calls"] = [call for call in said["tool_calls"] if call["function"]["arguments"].endswith("}")]
+    else:
+        (choice,) = o.chat.completions.create(**kwargs).choices
+        said = choice.message.model_dump(include=said.keys())
+    calls = said["tool_calls"] or []
+    results = [{"role": "tool", "tool_call_id": call["id"], "content": "sunny"} for call in calls]
+    arguments = [json.loads(call["function"]["arguments"]) for call in calls]
+    return said["content"] or "", arguments, choice.finish_reason, [*messages, said, *results]
+
+
+def messages_turn(o, a, streamed, messages, max_tokens=999):
+    kwargs = {"model": "m", "messages": messages, "tools": [ANTHROPIC_WEATHER], "max_tokens": max_tokens}
+    if streamed:
+        with a.messages.stream(**kwargs) as stream:
+            done = stream.get_final_message()
+    else:
+        done = a.messages.create(**kwargs)
+    content = [block.model_dump(exclude_none=True) for block in done.content if block.type != "thinking"]
+    kinds = [block["type"] for block in content]
+    assert kinds == ["text"] * kinds.count("text") + ["tool_use"] * kinds.count("tool_use")
+    results = [
+        {"type": "tool_result", "tool_use_id": b["id"], "content": "sunny"} for b in content if b["type"] == "tool_use"
+    ]
+    return (
+        "".join(block["text"] for block in content if block["type"] == "text"),
+        [block["input"] for block in content if block["type"] == "tool_use"], done.stop_reason,
+        [*messages, {"role": "assistant", "content": content}, {"role": "user", "content": results}],
+    )  # fmt: skip
+
+
+def responses_turn(o, a, streamed, messages, max_tokens=999):
+    kwargs = {"model": "m", "input": messages, "tools": [RESPONSES_WEATHER], "max_output_tokens": max_tokens}
+    if streamed:
+        with o.responses.stream(**kwargs) as stream:
+            events = list(stream)
+        done = events[-1].response
+    else:
+        done = o.responses.create(**kwargs)
+    calls = [item for item in done.output if item.type == "function_call"]
+    assert all(item.status == "completed" for item in calls)
+    results = [{"type": "function_call_output", "call_id": call.call_id, "output": "sunny"} for call in calls]
+    said = [item.model_dump(exclude_none=True) for item in done.output]
+    return done.output_text, [json.loads(call.arguments) for call in calls], done.status, [*messages, *said, *results]
+
+
+TURNS = {"chat": chat_turn, "messages": messages_turn, "responses": responses_turn}
+CALLS_MADE = {"chat": "tool_calls", "messages": "tool_use", "responses": "completed"}
+CUT = {"chat": "length", "messages": "max_tokens", "responses": "incomplete"}
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("before", ["", "Looking."])
+@pytest.mark.parametrize(
+    ("block", "rest"),
+    [
+        (f"{INSIDE}\n{BROKEN}\n{CLOSING}", BROKEN),
+        (f"{INSIDE}\n{BROKEN}", BROKEN),  # the model ended its turn in the block
+        (f"{INSIDE}\n</｜DSML｜tool_", ""),
+    ],
+)
+@pytest.mark.parametrize("api", TURNS)
+def test_a_call_with_a_malformed_sibling(api, block, rest, before, streamed):
+    """It is made. The rest is text; sent back, the turn is what was sampled."""
+    answers = iter([f"T</think>{before}\n\n{block}", "T</think>Done."])
+    with clients(lambda _: next(answers)) as (o, a, _, engine):
+        text, calls, reason, messages = TURNS[api](o, a, streamed, HI)
+        assert (text, calls, reason) == ("\n\n".join(filter(None, (before, rest))), [{"city": "Oslo"}], CALLS_MADE[api])
+        text, calls, _, _ = TURNS[api](o, a, streamed, messages)
+        assert (text, calls) == ("Done.", [])
+        first, second = (request.tokens for request in engine.requests)
+        sampled = [*first, *ids(f"T</think>{before}\n\n{block}"), TOKENIZER.eos_id]
+        assert second[: len(sampled)] == sampled
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("api", TURNS)
+def test_a_block_cut_by_the_limit(api, streamed):
+    """Calls that are whole are delivered, wherever it is; of the rest nothing is shown."""
+    whole, said = f"T</think>Looking.\n\n{INSIDE}", "T</think>Looking.\n\n<"
+    after = f"{whole}\n{BROKEN}"
+    with clients(f"{after}{INSIDE}") as (o, a, _, _):
+        for n in (len(ids(said)) + 1, len(ids(said)) + 5, len(ids(whole)) - 1):
+            got = TURNS[api](o, a, streamed, HI, max_tokens=n)
+            assert got[:3] == ("Looking.", [], CUT[api])
+        for n in (len(ids(whole)), len(ids(whole)) + 3, len(ids(after)) - 2, len(ids(after)) + 9):
+            got = TURNS[api](o, a, streamed, HI, max_tokens=n)
+            assert got[:3] == ("Looking.", [{"city": "Oslo"}], CUT[api])
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_log_probabilities_end_with_the_first_call(streamed):
+    with clients(f"</think>Hello\n\n{INSIDE}\n{BROKEN}\n{CLOSING}") as (_, _, http, _):
+        body = {"messages": HI, "logprobs": True, "tools": [WEATHER], "stream": streamed}
+        answer = http.post("/v1/chat/completions", json=body)
+        parts = [answer.json()["choices"][0]] if not streamed else [e["choices"][0] for _, e in sse(answer.text)[:-1]]
+        assert "".join(t["token"] for p in parts for t in p["logprobs"]["content"]).endswith("Hello")
 
 
 # ---- streams: first event, keep-alives, disconnects, failures --------------------------------------------------------

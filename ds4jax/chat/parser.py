@@ -34,6 +34,8 @@ _CALLS, _END_CALLS, _END_INVOKE, _END_PARAMETER = (
 )
 _INVOKE, _PARAMETER = f"<{_DSML}invoke", f"<{_DSML}parameter"
 _TAG = re.compile(f"</?{_DSML}")
+_EDGES = (_INVOKE, _END_INVOKE, _END_CALLS)
+_EDGE = re.compile("|".join(_EDGES))
 _INVOKE_TAG = re.compile(rf'{_INVOKE}\s+name="([^"{_DSML}]+)"\s*>')
 _PARAMETER_TAG = re.compile(rf'{_PARAMETER}\s+name="([^"{_DSML}]*)"(?:\s+string="(true|false)")?\s*>')
 
@@ -76,7 +78,7 @@ class ToolCallDelta:
 
 @dataclasses.dataclass(frozen=True)
 class ToolCallFinished:
-    """A complete call of a well-formed block.
+    """A call is complete and well-formed, whatever follows it.
 
     arguments: the JSON text of an object: all deltas together.
     """
@@ -91,11 +93,12 @@ class ToolCallFinished:
 class Finish:
     """The last event of a turn: why it ended.
 
-    reason: "stop" (the model ended its turn), "length", "tool_calls", "stop_sequence", or "error" (the turn ended
-        inside a block of calls).
+    reason: "stop" (the model ended its turn), "length" (some calls may be finished), "tool_calls", "stop_sequence", or
+        "error" (the turn ended inside a block of calls, of which none is finished).
     stop: the stop string, for "stop_sequence".
     turn: for "tool_calls", what `chat.render` needs to repeat this turn exactly; to be kept under each call's id.
-    unfinished: the text of a block of calls that did not come to its end, for "error" and "length".
+    unfinished: the text of a block of calls that did not come to its end, be it only the beginning of its opening tag,
+        with the white space before it. If calls are finished: what else is in the block.
     """
 
     reason: Literal["stop", "length", "tool_calls", "stop_sequence", "error"]
@@ -116,8 +119,10 @@ class OutputParser:
 
     `push` ids until `done`; call `finish` when sampling ended otherwise.
 
-    A block's first call is streamed. What comes after it, its own closing brace included, is sent when the block has
-    ended well: no call of a malformed or unfinished block is ever finished.
+    A call is finished when its closing tag has come. The first one of a block is streamed, the others are sent when
+    they are whole. If the rest of the block is malformed, or the turn ends inside it, the calls stay calls; the rest is
+    reported as `Finish.unfinished` and becomes text, except at the limit. Calls after a malformed one count too, unless
+    that one was streamed. A malformed block without a finished call becomes text.
 
     Attributes: ``done`` (stop sampling: `Finish` is out) and ``reasoning_tokens`` (ids pushed while thinking).
     """
@@ -155,14 +160,19 @@ class OutputParser:
         self._events: list[Event] = []  # not yet returned
         self._history: list[Event] = []  # returned
 
-        self._raw: list[str] | None = None  # what was consumed of the block of calls, from the white space before it
+        # What was consumed of the block of calls, but for its finished calls: first the white space before it and its
+        # opening tag, then what is malformed; the pieces from `_kept` on may become a call.
+        self._raw: list[str] | None = None
+        self._kept = 1
+        self._finished = 0  # calls
         self._call: ToolCallStarted | None = None
         self._arguments: list[str] = []  # the pieces of its JSON
         self._empty: list[bool] = []  # for each JSON object that is open: whether nothing is in it yet
         self._is_string = True  # the current value: without string= it is one, unless it is an object
         self._value: list[str] = []  # pieces of a value that cannot be streamed
         self._wrapper: tuple[str, str, str] | None = None  # first parameter, may hold all: key, string=, value
-        self._closing: list[Event] | None = None  # from the end of the first call on: to be out when the block is whole
+        self._waiting: list[Event] | None = None  # of a call that is to be out when it is whole
+        self._open = 0  # while a malformed call is skipped: closing tags to come, its own and those in it
 
     def push(self, id: int) -> list[Event]:
         """Read one sampled id; → the events that it completes.
@@ -187,12 +197,12 @@ class OutputParser:
         if self.done:
             return events
         if self._raw is not None:
-            unfinished = _spell("".join(self._raw) + self._buffer)
-            self._end(Finish("length" if reason == "length" else "error", unfinished=unfinished))
+            self._cut_block(reason)
         else:
-            self._show(_spell(self._buffer), last=True)
+            cut = _DSML in self._buffer  # the beginning of a block of calls is held back
+            self._show("" if cut else _spell(self._buffer), last=True)
             if not self.done:
-                self._end(Finish(reason))
+                self._end(Finish(reason, unfinished=_spell(self._buffer) if cut else ""))
         return events + self._drain()
 
     def _read(self, text: str) -> list[Event]:
@@ -267,7 +277,7 @@ class OutputParser:
         return taken
 
     def _send(self, event: Event) -> None:
-        (self._events if self._closing is None else self._closing).append(event)
+        (self._events if self._waiting is None else self._waiting).append(event)
 
     def _argue(self, json_text: str) -> None:
         assert self._call is not None
@@ -280,7 +290,7 @@ class OutputParser:
         depth = len(self._empty)  # 0 in the block, 1 in a call, more in parameters of parameters
         close = (_END_CALLS, _END_INVOKE, _END_PARAMETER)[min(depth, 2)]
         head, pattern = (_PARAMETER, _PARAMETER_TAG) if depth else (_INVOKE, _INVOKE_TAG)
-        if self._buffer.startswith(close) and (depth or self._call):
+        if self._buffer.startswith(close):
             self._take(len(close))
             (self._close_object if depth else self._close_block)()
         elif tag := pattern.match(self._buffer, 0, _MAX_TAG):
@@ -291,12 +301,13 @@ class OutputParser:
             possible = head.startswith(self._buffer[: len(head)]) and _DSML not in rest and len(rest) < _MAX_TAG
             if possible or (close.startswith(self._buffer) and self._buffer != close):
                 return False
-            self._state = self._broken
+            self._malformed()
         return True
 
     def _open_call(self, name: str) -> None:
-        self._call = ToolCallStarted(self._call.index + 1 if self._call else 0, self._new_id(), name)
-        self._arguments, self._empty = [], [True]
+        self._call = ToolCallStarted(self._finished, self._new_id(), name)
+        self._arguments, self._empty, self._value, self._wrapper, self._tail = [], [True], [], None, ""
+        self._waiting = [] if self._finished else None
         self._send(self._call)
 
     def _open_parameter(self, key: str, string: str) -> None:
@@ -317,8 +328,6 @@ class OutputParser:
 
     def _close_object(self) -> None:
         """End a call, or a parameter whose value is an object of parameters."""
-        if len(self._empty) == 1 and self._closing is None:
-            self._closing = []
         if self._wrapper and _is_json(value := self._wrapper[2]) and value.lstrip(_SPACE).startswith("{"):
             self._wrapper = None
             self._empty.pop()
@@ -327,23 +336,87 @@ class OutputParser:
             self._settle()
             self._argue("{}" if self._empty.pop() else "}")
         if not self._empty:
-            assert self._call is not None
-            call, arguments = self._call, "".join(self._arguments)
-            self._send(ToolCallFinished(call.index, call.id, call.name, arguments))
+            self._finish_call()
+
+    def _finish_call(self) -> None:
+        assert self._call is not None and self._raw is not None
+        self._send(ToolCallFinished(self._call.index, self._call.id, self._call.name, "".join(self._arguments)))
+        self._events += self._waiting or []
+        self._finished += 1
+        del self._raw[self._kept :]
 
     def _close_block(self) -> None:
-        self._events += self._closing or []
-        turn = chat.SampledTurn(self._thinking, message(self._history + self._events), tuple(self._ids))
-        self._end(Finish("tool_calls", turn=turn))
-
-    def _broken(self) -> bool:
-        """State: in a malformed block. At its end, all of it becomes text; a call that was started stays unfinished."""
-        at = self._buffer.find(_END_CALLS)
-        closed = at >= 0
-        self._take(at + len(_END_CALLS) if closed else len(self._buffer) - _held(self._buffer, _END_CALLS))
-        if closed:
-            self._events.append(TextDelta(_spell("".join(self._raw or []))))
+        """End the turn; the closing tag of the block was the last thing taken."""
+        assert self._raw is not None
+        if self._finished:
+            rest = "".join(self._raw[1:]).removesuffix(_END_CALLS)
+            self._deliver(rest, rest)
+        else:
+            self._events.append(TextDelta(_spell("".join(self._raw))))
             self._end(Finish("stop"))
+
+    def _cut_block(self, reason: Literal["stop", "length"]) -> None:
+        """Sampling ended in the block."""
+        assert self._raw is not None
+        rest = "".join(self._raw[1 if self._finished else 0 :]) + self._buffer
+        if not self._finished:
+            self._end(Finish("length" if reason == "length" else "error", unfinished=_spell(rest)))
+        elif reason == "length":
+            self._end(Finish("length", unfinished=_spell(rest.strip(_SPACE))))
+        else:
+            self._deliver(rest[: len(rest) - _held_edge(rest)], rest)
+
+    def _deliver(self, text: str, rest: str) -> None:
+        """End a turn with finished calls. rest: of the block. text: of it, what is to be shown."""
+        if text := text.strip(_SPACE):
+            said = any(isinstance(event, TextDelta) for event in self._history + self._events)
+            self._events.append(TextDelta("\n\n" * said + _spell(text)))
+        turn = chat.SampledTurn(self._thinking, message(self._history + self._events), tuple(self._ids))
+        self._end(Finish("tool_calls", turn=turn, unfinished=_spell(rest.strip(_SPACE))))
+
+    # What is malformed.
+
+    def _malformed(self) -> None:
+        """The buffer begins with what cannot be here. A call in the text of a malformed one must not become one."""
+        in_call, streamed = bool(self._empty), self._waiting is None
+        self._empty = []
+        if in_call and not streamed or not in_call and self._buffer.startswith(_INVOKE):
+            self._open, self._state = int(in_call), self._skip
+        else:
+            self._state = self._lost if in_call or _TAG.match(self._buffer) else self._stray
+
+    def _resume(self) -> None:
+        assert self._raw is not None
+        self._kept, self._state = len(self._raw), self._structure
+
+    def _stray(self) -> bool:
+        """State: in text between calls. It goes on to the next tag."""
+        tag = _TAG.search(self._buffer)
+        self._take(tag.start() if tag else len(self._buffer) - _held_edge(self._buffer))
+        if tag:
+            self._resume()
+        return bool(tag)
+
+    def _skip(self) -> bool:
+        """State: in a malformed call. It goes on to its closing tag, or else to that of the block."""
+        tag = _EDGE.search(self._buffer)
+        self._take(tag.start() if tag else len(self._buffer) - _held_edge(self._buffer))
+        if tag:
+            self._take(len(tag[0]))
+            self._open += {_INVOKE: 1, _END_INVOKE: -1}.get(tag[0], 0)
+            if tag[0] == _END_CALLS:
+                self._close_block()
+            elif not self._open:
+                self._resume()
+        return bool(tag)
+
+    def _lost(self) -> bool:
+        """State: in a malformed block of which nothing more is read."""
+        at = self._buffer.find(_END_CALLS)
+        self._take(at if at >= 0 else len(self._buffer) - _held(self._buffer, _END_CALLS))
+        if at >= 0:
+            self._take(len(_END_CALLS))
+            self._close_block()
         return False
 
     # Values of parameters.
@@ -360,7 +433,7 @@ class OutputParser:
             self._take(len(_END_PARAMETER))
             self._state = self._structure
         elif tag and not _END_PARAMETER.startswith(self._buffer):
-            self._state = self._broken
+            self._malformed()
         return _spell(text), whole
 
     def _string(self) -> bool:
@@ -463,6 +536,10 @@ def _held(text: str, pattern: str) -> int:
     while at >= 0 and not pattern.startswith(text[at:]):
         at = text.find(pattern[0], at + 1)
     return len(text) - at if at >= 0 else 0
+
+
+def _held_edge(text: str) -> int:
+    return max(_held(text, tag) for tag in _EDGES)
 
 
 # The one thing that the renderer changes in a string. Other entities (`&amp;`) are the argument's own.

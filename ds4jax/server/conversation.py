@@ -19,7 +19,7 @@ from ds4jax.chat import calls
 from ds4jax.chat import parser as chat_parser
 from ds4jax.chat import template as chat
 from ds4jax.chat.calls import Calling
-from ds4jax.chat.parser import Event, Finish, OutputParser, TextDelta
+from ds4jax.chat.parser import Event, Finish, OutputParser, TextDelta, ToolCallFinished
 from ds4jax.engine.async_engine import AsyncEngine
 from ds4jax.engine.form import Begin, Either
 from ds4jax.engine.types import Budget, Failed, Finished, Prefilled, Request, Scored, Started, Token
@@ -88,7 +88,8 @@ class Conversation:
         self._finish: Finish | None = None
         self.logprobs: list[Logprob] = []
         self._pending: list[Logprob] = []  # of tokens read, whose text has not been shown
-        self._shown = self._spelled = 0  # characters of the text, and of those whose log-probabilities are out
+        self._shown = self._spelled = 0  # characters before any call, and of those whose log-probabilities are out
+        self._called = False  # whether a call is finished
         tokenizer = engine.tokenizer
         self._spell = StreamDecoder(tokenizer)
         # Tokens that are nothing of the text; in a chat, marks are not.
@@ -178,7 +179,9 @@ class Conversation:
             # Kept before the client can know of it. Of a turn that was continued these are not all its tokens.
             if (turn := self._finish.turn) and not self.ask.continues:
                 await asyncio.to_thread(self._replay.remember, turn)
-        self._shown += sum(len(said.text) for said in events if isinstance(said, TextDelta))
+        for said in events:
+            self._called |= isinstance(said, ToolCallFinished)
+            self._shown += len(said.text) if isinstance(said, TextDelta) and not self._called else 0
         self._release()
         return events
 
@@ -221,7 +224,7 @@ class Conversation:
     def _release(self) -> None:
         """Log-probabilities come with the last character of their token, at the end of the text with the first.
 
-        Tokens of a call, and what a stop string cuts off, stay behind.
+        Tokens of a call and of what comes after one, and what a stop string cuts off, stay behind.
         """
         n, spelled, end = 0, self._spelled, self._spelled
         for i, item in enumerate(self._pending, 1):

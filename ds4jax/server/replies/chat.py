@@ -12,8 +12,8 @@ from ds4jax.server.replies.choices import Choice, ChoicesReply
 class ChatChoice(Choice):
     """An answer of Chat Completions.
 
-    The arguments of calls are streamed as they are sampled. Their last brace comes when the whole block has ended well:
-    a client never takes an unfinished call for a complete one.
+    The arguments of calls are streamed as they are sampled. Their last brace comes when the call has ended well: a
+    client never takes an unfinished call for a complete one.
     """
 
     def __init__(self, conversation: Conversation, index: int):

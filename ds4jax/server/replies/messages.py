@@ -24,7 +24,7 @@ _SIGNATURE = "ds4jax"
 class MessagesReply(Reply):
     """An answer of Messages.
 
-    A call is sent as one block once it is complete, because clients run any block that they got.
+    Calls are sent at the end, after all text, each as one block: clients run any block that they got.
     """
 
     id_prefix = "toolu_"
@@ -32,6 +32,7 @@ class MessagesReply(Reply):
     def __init__(self, conversations: Sequence[Conversation], model: str):
         super().__init__(conversations, model)
         self.id, self._index, self._open = new_id("msg_"), 0, None
+        self._calls: list[ToolCallFinished] = []
 
     def begin(self) -> bytes:
         return _event("message_start", message=self._message([], None))
@@ -42,15 +43,14 @@ class MessagesReply(Reply):
                 return self._enter("thinking") + self._delta("thinking_delta", thinking=text)
             case TextDelta(text):
                 return self._enter("text") + self._delta("text_delta", text=text)
-            case ToolCallFinished(_, id, name, arguments):
-                out = self._close()
-                out += self._start({"type": "tool_use", "id": id, "name": name, "input": {}})
-                return out + self._delta("input_json_delta", partial_json=arguments) + self._stop()
+            case ToolCallFinished():
+                self._calls.append(e)
         return b""
 
     def end(self) -> bytes:
         delta = _stop(self.conversation.finish)
-        out = self._close() + _event("message_delta", delta=delta, usage=_usage(self.conversation.usage))
+        out = self._close() + b"".join(map(self._call, self._calls))
+        out += _event("message_delta", delta=delta, usage=_usage(self.conversation.usage))
         return out + _event("message_stop")
 
     def idle(self, tick: Tick) -> bytes:
@@ -91,6 +91,10 @@ class MessagesReply(Reply):
         out = self._delta("signature_delta", signature=_SIGNATURE) if self._open == "thinking" else b""
         self._open = None
         return out + self._stop()
+
+    def _call(self, call: ToolCallFinished) -> bytes:
+        out = self._start({"type": "tool_use", "id": call.id, "name": call.name, "input": {}})
+        return out + self._delta("input_json_delta", partial_json=call.arguments) + self._stop()
 
     def _start(self, block: dict[str, Any]) -> bytes:
         return _event("content_block_start", index=self._index, content_block=block)

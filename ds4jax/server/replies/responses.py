@@ -20,8 +20,8 @@ Item = dict[str, Any]
 class ResponsesReply(Reply):
     """An answer of Responses: output items, one after the other.
 
-    They are thoughts (if a summary was asked for), text and calls. A call is sent once it is complete, its arguments in
-    one delta.
+    They are thoughts (if a summary was asked for), text and, at the end, calls. The arguments of a call come in one
+    delta.
     """
 
     def __init__(self, conversations: Sequence[Conversation], model: str):
@@ -30,6 +30,7 @@ class ResponsesReply(Reply):
         self._events, self._output = _Numbered(), []
         self._item: Item | None = None  # the one that is being written
         self._text: list[str] = []  # of it
+        self._calls: list[ToolCallFinished] = []
 
     def begin(self) -> bytes:
         return self._events("response.created", response=self._response("in_progress"))
@@ -47,12 +48,14 @@ class ResponsesReply(Reply):
                 out = self._enter("message")
                 self._text.append(text)
                 return out + self._part("output_text.delta", delta=text, logprobs=[])
-            case ToolCallFinished(_, id, name, arguments):
-                return self._close() + self._call(id, name, arguments)
+            case ToolCallFinished():
+                self._calls.append(e)
         return b""
 
     def end(self) -> bytes:
-        out = self._close("incomplete" if self.conversation.finish.reason == "length" else "completed")
+        cut = self.conversation.finish.reason == "length" and not self._calls
+        out = self._close("incomplete" if cut else "completed")
+        out += b"".join(self._call(call.id, call.name, call.arguments) for call in self._calls)
         self._whole = self._final()
         return out + self._events(f"response.{self._whole['status']}", response=self._whole)
 
