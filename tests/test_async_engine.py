@@ -14,6 +14,7 @@ from small import CFG, write
 
 from ds4jax.engine import compile_cache
 from ds4jax.engine.async_engine import AsyncEngine
+from ds4jax.engine.form import Begin
 from ds4jax.engine.model_runner import ModelRunner
 from ds4jax.engine.prefix_cache import PrefixCache
 from ds4jax.engine.types import (
@@ -340,7 +341,7 @@ def test_an_answer_in_a_schema(engine):
         "required": ["n"],
         "additionalProperties": False,
     }
-    grammar = engine.grammar(schema)
+    grammar = engine.grammar(schema, Begin())
 
     async def main():
         answers = [Request(TOKENS[:n], 60, Sampling(seed=n, min_p=0.0), grammar=grammar) for n in (10, 20, 30, 200)]

@@ -473,7 +473,7 @@ def writer(folder, budget, first, pipe):
     """Puts one snapshot and one note after the other, and says so, until it is killed."""
     budget, room = split_budget(budget)
     with KVStore(folder, budget, FP) as store:
-        notes = Replay.beside(store, room)._notes
+        notes = Replay.beside(store, room).notes
         for i in itertools.count(first):
             os.write(pipe, b"s")
             assert put(store, [7, i], size=i * 997 % 50_000)
@@ -503,7 +503,7 @@ def kill_many(folder, budget, kills):
         assert disk(folder) <= budget
         prefixes, room = split_budget(budget)
         with KVStore(folder, prefixes, FP) as store:
-            notes = Replay.beside(store, room)._notes
+            notes = Replay.beside(store, room).notes
             assert store.nbytes + notes.nbytes == disk(folder) and not [f for f in files(folder) if f.endswith(".tmp")]
             for i in range(max(0, finished - 20), finished + 1):
                 there = served(store, [7, i], size=i * 997 % 50_000)

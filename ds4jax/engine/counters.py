@@ -33,9 +33,9 @@ class Histogram:
     def __post_init__(self):
         self.counts = self.counts or [0] * (len(self.bounds) + 1)
 
-    def observe(self, value: float, times: int = 1) -> None:
-        self.counts[bisect.bisect_left(self.bounds, value)] += times
-        self.total += value * times
+    def observe(self, value: float) -> None:
+        self.counts[bisect.bisect_left(self.bounds, value)] += 1
+        self.total += value
 
 
 class Counters:
@@ -82,15 +82,16 @@ class Counters:
         seq.first_token_at = seq.token_at = time.perf_counter()
         self._first.observe(seq.first_token_at - seq.submitted_at)
 
-    def token(self) -> None:
-        """A token of an answer is there."""
-        self._totals["generated_tokens"] += 1
+    def pace(self, seq: Sequence, tokens: int) -> float:
+        """A block of tokens of an answer has come, behind the first one; → seconds from token to token."""
+        before, seq.token_at = seq.token_at, time.perf_counter()
+        return (seq.token_at - before) / tokens
 
-    def block(self, seq: Sequence, tokens: int) -> None:
-        """A block of tokens of an answer has come, behind the first one."""
-        now = time.perf_counter()
-        self._token.observe((now - seq.token_at) / tokens, tokens)
-        seq.token_at = now
+    def token(self, seconds: float | None) -> None:
+        """A token of an answer is there, so many seconds after the one before it, if there was one."""
+        self._totals["generated_tokens"] += 1
+        if seconds is not None:
+            self._token.observe(seconds)
 
     def ended(self, seq: Sequence, reason: str) -> None:
         """A sequence has ended: "stop", "length", "cancelled", "failed" or "stopped"."""

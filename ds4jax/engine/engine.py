@@ -213,17 +213,15 @@ class Engine:
         block = self.runner.decode_block(last, n)
         ids = block.tokens()
         by_slot = {seq.held_slot: seq for seq in seqs}
-        before = {slot: len(seq.tokens) for slot, seq in by_slot.items()}
         final = self._tokens(by_slot, {slot: row[-1] for slot, row in ids.items()}, block.batch_logits, held=1)
         self._on_device = {seq for seq in seqs if not seq.constraints}
         for slot, seq in by_slot.items():
+            seconds = self.counters.pace(seq, n)
             for token in [*(Token(i) for i in ids[slot][:-1]), final[slot]]:
                 self.scheduler.advance(seq, seq.computed + 1)
                 self._reuse.decoded(seq)
-                if self._emit(seq, token):
+                if self._emit(seq, token, seconds):
                     break  # what the block has beyond the end is dropped
-            if new := len(seq.tokens) - before[slot]:
-                self.counters.block(seq, new)
 
     def _tokens(
         self, seqs: Mapping[int, Sequence], sampled: Mapping[int, int], logits: Any, held: int = 0
@@ -265,8 +263,8 @@ class Engine:
             self._end(seq, "length")
             seq.emit(Finished("length"))
 
-    def _emit(self, seq: Sequence, token: Token) -> bool:
-        """Append a token to its sequence; → whether that has ended."""
+    def _emit(self, seq: Sequence, token: Token, seconds: float | None = None) -> bool:
+        """Append a token to its sequence, so long after the one before it; → whether that has ended."""
         if seq.constraints:
             seq.constraints.push(token.id)
             if seq.constraints.error:
@@ -274,7 +272,7 @@ class Engine:
                 seq.emit(Failed(Ds4Error(f"grammar: {seq.constraints.error}")))
                 return True
         seq.tokens.append(token.id)
-        self.counters.token()
+        self.counters.token(seconds)
         seq.emit(token)
         reason = "stop" if token.id in seq.stop_ids else "length" if len(seq.tokens) >= seq.limit else None
         if reason:
