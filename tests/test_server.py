@@ -190,6 +190,18 @@ def test_chat_options_reach_the_engine():
         )
         tokens = [t.token for chunk in streamed for t in chunk.choices[0].logprobs.content]
         assert "".join(tokens) == "ZQXJ"
+        asked: Any = {"model": "m", "input": "Hi", "reasoning": {"effort": "none"}, "top_logprobs": 2}
+        with o.responses.stream(**asked, include=["message.output_text.logprobs"]) as stream:
+            events = list(stream)
+        part = events[-1].response.output[0].content[0]
+        assert "".join(item.token for item in part.logprobs) == part.text == "ZQXJ"
+        assert [top.token for top in part.logprobs[0].top_logprobs] == ["Z", "A"]
+        deltas = [
+            item.token for event in events if event.type == "response.output_text.delta" for item in event.logprobs
+        ]
+        assert "".join(deltas) == "ZQXJ" and engine.requests[-1].logprobs == 2
+        (whole,) = o.responses.create(**asked).output[0].content
+        assert len(whole.logprobs) == 4 and len(events[-1].response.output) == 1
         for body, header in (
             ({"thinking": False}, "</think>"),
             ({"thinking": {"type": "disabled"}}, "</think>"),
@@ -437,15 +449,15 @@ def test_what_cannot_be_gone_on_with_is_refused():
 def test_a_format_waits_for_the_end_of_a_thought_that_is_open():
     end = TOKENIZER.special("think_close")
     with clients("{}") as (_, _, http, engine):
-        for last, after in (
-            ({"content": "A"}, None),
-            ({"content": "A", "reasoning_content": "R"}, None),
-            ({"content": "", "reasoning_content": "R"}, end),
+        for last, begin in (
+            ({"content": "A"}, Begin()),
+            ({"content": "A", "reasoning_content": "R"}, Begin()),
+            ({"content": "", "reasoning_content": "R"}, Begin((end,))),
         ):
             messages = [*HI, {"role": "assistant", "prefix": True, **last}]
             body = {"messages": messages, "response_format": {"type": "json_object"}}
             assert http.post("/v1/chat/completions", json=body).status_code == 200
-            assert engine.requests[-1].grammar == ("json_object", after)
+            assert engine.requests[-1].grammar == ("json_object", begin)
 
 
 def test_a_call_after_a_thought_that_was_continued_is_not_repeated_as_sampled():

@@ -97,7 +97,7 @@ WRONG: dict[str, list[Any]] = {
               [{"role": "user", "content": [{"type": "wizardry"}]}], [{"role": "user", "content": "x", "status": 1}]],
     "prompt": [None, 1, {}, [], [["a"]], ["a", 1], [-1], [10**9], [1.5], [True], [[1], []]],
     "tools": [1, "x", {}, [1], [{}], [{"type": "function"}], [{"type": "function", "name": 1}], [{"type": "x"}]],
-    "tool_choice": [1, [], "required", "any", {}, {"type": "any"}, {"type": "tool", "name": "f"}],
+    "tool_choice": [1, [], "sometimes", {}, {"type": "sometimes"}, {"type": "tool"}, {"type": "function"}],
     "stop": [1, {}, [1], [""], "", ["a"] * 99, "x" * 9999],
     "stop_sequences": [1, {}, [1], [""], ["a"] * 99],
     "temperature": [-1, "1", [], True, 10**400],

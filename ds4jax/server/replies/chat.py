@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from ds4jax.chat.parser import Event, Finish, TextDelta, ThinkingDelta, ToolCallDelta, ToolCallStarted
@@ -52,14 +53,18 @@ class ChatChoice(Choice):
     def _logprobs(self, logprobs: list[Logprob]) -> dict[str, Any] | None:
         if self.ask.logprobs is None:
             return None
-        content = [
-            _entry(item.token, item.logprob) | {"top_logprobs": [_entry(*top) for top in item.top]} for item in logprobs
-        ]
-        return {"content": content, "refusal": None}
+        return {"content": entries(logprobs), "refusal": None}
 
 
 class ChatReply(ChoicesReply):
     id_start, kind, chunk_kind, choice = "chatcmpl-", "chat.completion", "chat.completion.chunk", ChatChoice
+
+
+def entries(logprobs: Sequence[Logprob]) -> list[dict[str, Any]]:
+    """Tokens with their log-probabilities in OpenAI's form."""
+    return [
+        _entry(item.token, item.logprob) | {"top_logprobs": [_entry(*top) for top in item.top]} for item in logprobs
+    ]
 
 
 def _entry(token: bytes, logprob: float | None) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from ds4jax.chat.parser import Event, TextDelta, ThinkingDelta, ToolCallFinished
 from ds4jax.server.ask import Ask
 from ds4jax.server.conversation import Conversation, Tick, Usage
 from ds4jax.server.errors import ApiError
+from ds4jax.server.replies.chat import entries
 from ds4jax.server.replies.sse import Reply, event, new_id
 from ds4jax.server.stored import Stored
 
@@ -30,6 +31,7 @@ class ResponsesReply(Reply):
         self._events, self._output = _Numbered(), []
         self._item: Item | None = None  # the one that is being written
         self._text: list[str] = []  # of it
+        self._sent = self._begun = 0  # log-probabilities that an event has had, and that came before the item
         self._calls: list[ToolCallFinished] = []
 
     def begin(self) -> bytes:
@@ -47,7 +49,7 @@ class ResponsesReply(Reply):
             case TextDelta(text):
                 out = self._enter("message")
                 self._text.append(text)
-                return out + self._part("output_text.delta", delta=text, logprobs=[])
+                return out + self._part("output_text.delta", delta=text, logprobs=self._new_logprobs())
             case ToolCallFinished():
                 self._calls.append(e)
         return b""
@@ -95,6 +97,12 @@ class ResponsesReply(Reply):
         if self.ask.keep is not None:
             stored.keep(self._whole, self.ask.keep)
 
+    def _new_logprobs(self) -> list[Item]:
+        """Those that no event has had yet."""
+        new = self.conversation.logprobs[self._sent :]
+        self._sent += len(new)
+        return entries(new)
+
     # Items.
 
     def _enter(self, kind: str) -> bytes:
@@ -117,12 +125,12 @@ class ResponsesReply(Reply):
         if self._item is None:
             return b""
         kind, text = self._item["type"], "".join(self._text)
-        part = _part(kind, text)
+        part = _part(kind, text, entries(self.conversation.logprobs[self._begun :]))
         if kind == "reasoning":
             out = self._part("reasoning_summary_text.done", text=text)
             done = self._item | {"summary": [part]}
         else:
-            out = self._part("output_text.done", text=text, logprobs=[])
+            out = self._part("output_text.done", text=text, logprobs=part["logprobs"])
             done = self._item | {"status": status, "content": [part]}
         return out + self._part(f"{_PART[kind]}_part.done", part=part) + self._done(done)
 
@@ -142,7 +150,7 @@ class ResponsesReply(Reply):
         return out + self._done(item | {"status": "completed", key: value})
 
     def _open(self, item: Item) -> bytes:
-        self._item, self._text = item, []
+        self._item, self._text, self._begun = item, [], self._sent
         return self._events("response.output_item.added", output_index=len(self._output), item=item)
 
     def _done(self, item: Item) -> bytes:
@@ -165,10 +173,10 @@ _INDEX = {"reasoning": "summary_index", "message": "content_index"}
 _PART = {"reasoning": "reasoning_summary", "message": "content"}
 
 
-def _part(kind: str, text: str) -> dict[str, Any]:
+def _part(kind: str, text: str, logprobs: Sequence[Item] = ()) -> dict[str, Any]:
     if kind == "reasoning":
         return {"type": "summary_text", "text": text}
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": list(logprobs)}
 
 
 class _Numbered:

@@ -169,13 +169,17 @@ class Responses(base.Body):
     reasoning: ReasoningOptions = ReasoningOptions()
     text: TextOptions = TextOptions()
     max_output_tokens: base.Limit | None = None
+    include: list[str] = []
+    top_logprobs: base.TopLogprobs = 0
     previous_response_id: str | None = None
     store: bool = True
     conversation: base.Unsupported = None
     prompt: base.Unsupported = None
     background: Literal[False] = False
-    top_logprobs: Literal[0] = 0
 
+
+LOGPROBS = "message.output_text.logprobs"
+"""What `include` has for log-probabilities. Other things that it may name come from tools that run at OpenAI."""
 
 _ECHOED = (
     "instructions", "max_output_tokens", "max_tool_calls", "metadata", "parallel_tool_calls", "previous_response_id",
@@ -209,6 +213,7 @@ def read(body: Json, stored: Stored | None = None) -> Ask:
         calling=_calling(asked, tools),
         form=base.form_of(asked.text.format),
         max_tokens=asked.max_output_tokens,
+        logprobs=asked.top_logprobs if LOGPROBS in asked.include or asked.top_logprobs else None,
         echo={key: body[key] for key in _ECHOED if body.get(key) is not None},
         keep=new if asked.store and isinstance(new, list) else None,
         **asked.common(),
