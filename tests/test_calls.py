@@ -1,6 +1,7 @@
 """Forced calls: whatever a model would like to say, the parser finds calls whose arguments obey the schemas."""
 
 import json
+import re
 
 import jsonschema
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from ds4jax.chat import calls, template
 from ds4jax.chat.calls import Calling
 from ds4jax.chat.parser import parse
-from ds4jax.engine.form import Begin, Either
+from ds4jax.engine.form import Begin, Either, Pattern
 from ds4jax.engine.grammar import Grammar, Matcher, Vocabulary
 from ds4jax.errors import Ds4Error
 from ds4jax.io.tokenizer import Special, byte_tokenizer
@@ -226,6 +227,22 @@ def test_calls_or_an_answer_by_a_schema():
         if not found:
             jsonschema.validate(json.loads(TOKENIZER.decode(ids)), schema)
     assert kinds == {"stop", "tool_calls"}
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [Pattern("regex", "[a-c]{2}/x</b>"), Pattern("lark", 'start: line+\nline: /[a-c]{2}/ "/x</b>" NL?\nNL: "\\n"')],
+)
+def test_the_text_of_a_tool_of_free_text(pattern):
+    text = {"type": "object", "properties": {calls.TEXT: {"type": "string"}}, "required": [calls.TEXT]}
+    shown = [{"type": "function", "name": "patch", "parameters": text}]
+    for seed in range(8):
+        ids = talk(matcher(shown, Calling(required=True, texts={"patch": pattern})), seed)
+        found, _ = called(ids, shown)
+        assert found or len(ids) == 1500
+        for _, arguments in found:
+            assert arguments.keys() == {"input"}
+            assert re.fullmatch(r"([a-c]{2}/x</b>\n?)+", arguments["input"])
 
 
 @pytest.mark.parametrize(

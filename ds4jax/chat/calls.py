@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from ds4jax.engine.form import Pattern, spaced
 from ds4jax.errors import Ds4Error
 from ds4jax.io.tokenizer import Special, Tokenizer
 
+TEXT = "input"  # the parameter of a tool of free text
 WRAPPERS = ("arguments", "input")
 """Names under which all arguments may come as one JSON object."""
 
@@ -43,13 +45,15 @@ class Calling:
     """Which calls a reply may or must have.
 
     required: at least one; its arguments obey the tool's schema. only: names of the tools that may be called, or None
-    for all. single: at most one call. strict: names of the tools whose arguments always obey their schema.
+    for all. single: at most one call. strict: names of the tools whose arguments always obey their schema. texts: what
+    the one parameter of a tool of free text must match, by the tool's name; it is called TEXT.
     """
 
     required: bool = False
     only: frozenset[str] | None = None
     single: bool = False
     strict: frozenset[str] = frozenset()
+    texts: Mapping[str, Pattern] = dataclasses.field(default_factory=dict)
 
 
 def grammar(tokenizer: Tokenizer, tools: Sequence[Mapping[str, Any]], calling: Calling, *, begun: bool) -> Pattern:
@@ -64,7 +68,7 @@ def grammar(tokenizer: Tokenizer, tools: Sequence[Mapping[str, Any]], calling: C
         raise Ds4Error(f"tool_choice: found {unknown[0]!r}, expected the name of one of the tools")
     rules = _Rules(f"<[{tokenizer.special(Special.DSML)}]>")
     calls = [
-        rules.add("call", lambda tool=tool: _call(rules, tool, calling.required or tool["name"] in calling.strict))
+        rules.add("call", lambda tool=tool: _call(rules, tool, calling))
         for tool in shown
         if calling.only is None or tool["name"] in calling.only
     ]
@@ -98,13 +102,18 @@ class _Rules:
         return "".join(f"{name}: {body}\n" for name, body in lines.items())
 
 
-def _call(rules: _Rules, tool: Mapping[str, Any], strict: bool) -> str:
-    head = rules.markup(f'{template.INVOKE_OPEN}{tool["name"]}">\n')
-    schema = tool.get("parameters")
-    try:
-        arguments = _arguments(rules, {"type": "object"} if schema is None else schema) if strict else _anything(rules)
-    except Ds4Error as error:
-        raise Ds4Error(f"tools: {tool['name']}: parameters: {error}") from None
+def _call(rules: _Rules, tool: Mapping[str, Any], calling: Calling) -> str:
+    name, schema = tool["name"], tool.get("parameters")
+    head = rules.markup(f'{template.INVOKE_OPEN}{name}">\n')
+    if name in calling.texts:
+        arguments = _parameter(rules, _quoted(TEXT), [("true", _matching(rules, calling.texts[name]))])
+    elif calling.required or name in calling.strict:
+        try:
+            arguments = _arguments(rules, {"type": "object"} if schema is None else schema)
+        except Ds4Error as error:
+            raise Ds4Error(f"tools: {name}: parameters: {error}") from None
+    else:
+        arguments = _anything(rules)
     return " ".join([*head, arguments, *rules.markup(template.INVOKE_CLOSE + "\n")])
 
 
@@ -235,6 +244,13 @@ def _split(schema: Mapping[str, Any]) -> tuple[list[str], list[Mapping[str, Any]
 
 def _json(rules: _Rules, schema: Mapping[str, Any]) -> str:
     return f"{rules.add('json', lambda: f'%json {json.dumps(spaced(schema))}')} {_quoted('</')}"
+
+
+def _matching(rules: _Rules, pattern: Pattern) -> str:
+    """A string that matches a pattern."""
+    if pattern.kind == "regex":
+        return rules.add("STRING", lambda: f"/(?:{re.sub(r'(?<!\\)/', r'\/', pattern.text)})<\\//")
+    return f"{rules.add('text', lambda: f'%lark {{\n{pattern.text}\n}}')} {_quoted('</')}"
 
 
 def _quoted(text: str) -> str:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
+from ds4jax.chat import calls
 from ds4jax.chat.calls import Calling
+from ds4jax.engine.form import Pattern
 from ds4jax.server.ask import Ask, Json
 from ds4jax.server.replay import NoteLog
 from ds4jax.server.schemas import base
@@ -105,12 +108,25 @@ class Function(base.Schema):
     strict: bool = False
 
 
+class GrammarFormat(base.Schema):
+    type: Literal["grammar"]
+    syntax: Literal["lark", "regex"]
+    definition: str
+
+
 class Custom(base.Schema):
     """A tool that takes free text."""
 
     type: Literal["custom"]
     name: str
     description: Any = None
+    format: Annotated[base.TextFormat | GrammarFormat, Field(discriminator="type")] | None = None
+
+    def pattern(self) -> Pattern | None:
+        """What the text must match."""
+        if not isinstance(self.format, GrammarFormat):
+            return None
+        return Pattern(self.format.syntax, self.format.definition)
 
 
 class Hosted(base.Schema):
@@ -239,7 +255,7 @@ def _tools(
         shown = tool.model_dump(exclude_unset=True) | {"type": "function", "name": name}
         if isinstance(tool, Custom):
             custom.add(name)
-            text = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}
+            text = {"type": "object", "properties": {calls.TEXT: {"type": "string"}}, "required": [calls.TEXT]}
             shown["parameters"] = text
         out.append(shown)
     return out, frozenset(custom), namespaces
@@ -247,14 +263,20 @@ def _tools(
 
 def _calling(asked: Responses, tools: list[Json]) -> Calling:
     """The value of `Ask.calling`. Raises ApiError."""
+    texts = {
+        _in_namespace(space, tool.name): pattern
+        for space, tool in _one_by_one(asked.tools)
+        if isinstance(tool, Custom) and (pattern := tool.pattern())
+    }
     single = not asked.parallel_tool_calls
     match asked.tool_choice:
         case OneTool() as tool:
-            return base.calling(tools, "required", [tool.called()], single=True)
+            calling = base.calling(tools, "required", [tool.called()], single=True)
         case Allowed(mode=mode, tools=allowed):
-            return base.calling(tools, mode, [tool.called() for tool in allowed], single)
+            calling = base.calling(tools, mode, [tool.called() for tool in allowed], single)
         case choice:
-            return base.calling(tools, choice, None, single)
+            calling = base.calling(tools, choice, None, single)
+    return dataclasses.replace(calling, texts=texts)
 
 
 def _one_by_one(
@@ -312,7 +334,7 @@ def _as_chat(items: list[Message | Reasoning | FunctionCall | CustomCall | CallO
 def _arguments(call: FunctionCall | CustomCall) -> str:
     if isinstance(call, FunctionCall):
         return call.arguments
-    return json.dumps({"input": call.input}, ensure_ascii=False)
+    return json.dumps({calls.TEXT: call.input}, ensure_ascii=False)
 
 
 def _text(content: Content) -> str:
