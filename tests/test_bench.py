@@ -155,6 +155,7 @@ def test_sequences_are_where_the_frontier_is_and_generation_is_taken_back(small,
     assert calls == []
 
 
+@pytest.mark.slow
 def test_a_filled_cache_is_one_that_a_sequence_could_have_left(small):
     like = kv.abstract(CFG, "official", "float32", 1, 200)
     state = bench.random_sequence(small, 200, seed=1)
@@ -178,6 +179,7 @@ def bench_rows(planes, *dims):
     return np.asarray(fmt.decode(planes, "float32"))[0]
 
 
+@pytest.mark.slow
 def test_decoding_at_a_long_context_without_prefilling(run, small):
     status, out, err = run("--fill=200")
     assert status == 0 and "prefill of" not in err

@@ -82,6 +82,7 @@ def test_needles_are_as_far_away_as_claimed():
         assert item.right(sentence) and not item.right("The code word is unknown.")
 
 
+@pytest.mark.slow
 def test_observed_losses_and_agreement_are_those_of_training(model):
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, model.cfg.vocab_size, (2, 129)).astype(np.int32)

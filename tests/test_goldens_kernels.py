@@ -26,6 +26,13 @@ MANY = {"highest": 1e-2, "median": 5e-3}
 CLOSE, CLOSE_AND_WRONG = 1e-3, 0.02
 
 
+def only(recipe):
+    """Each way to read with the experts of one recipe; the other is slow: compiling takes a minute and a half."""
+    slow = pytest.mark.slow
+    cases = [pytest.param(case, marks=[] if case.recipe == recipe else slow, id=case.name) for case in CASES]
+    return pytest.mark.parametrize("golden", cases, indirect=True, scope="module")
+
+
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: case.name)
 def golden(request):
     return oracle.Golden.load(request.param)
@@ -74,14 +81,13 @@ def few(length):
 
 
 # ---- interpreted -----------------------------------------------------------------------------------------------------
+@only("q2")
 def test_decoding_interpreted(golden, model):
-    """130 tokens of one case; of the other, whose experts have other types, 5: compiling takes the most time."""
-    length = 130 if golden.case.recipe == "q2" else 5
-    sizes = few(length) if length > 96 else [1] * length
-    found = logits(model, "pallas_interpret", golden.arrays[f"{length}/tokens"], sizes)
-    check(golden, length, found, FEW)
+    found = logits(model, "pallas_interpret", golden.arrays["130/tokens"], few(130))
+    check(golden, 130, found, FEW)
 
 
+@only("mixed_experts")
 def test_prefill_interpreted(golden, model):
     found = logits(model, "pallas_interpret", golden.arrays["130/tokens"][:128], [128])
     check_prefill(golden, 130, found)

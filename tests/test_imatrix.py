@@ -313,6 +313,7 @@ def test_texts_are_separate_and_add_up(model, by_hand_41, monkeypatch):
     assert_same(found, {name: merge([one[name], other[name]]).entries[name] for name in one})
 
 
+@pytest.mark.slow
 def test_the_mtp_head_reads_every_token_but_the_last():
     """What its block sees is what `mtp.draft` gives it, whatever the pieces."""
     cfg = dataclasses.replace(CFG, n_mtp=1)

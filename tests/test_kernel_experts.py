@@ -105,6 +105,7 @@ def test_groups():
     assert following.tolist() == [3, 2, 5, 6, 6, 6]
 
 
+@pytest.mark.slow
 def test_both_stages_are_the_models_experts():
     """Several tokens, in the types of the published file, some of their experts on another device; ids from 1 on."""
     S, E, F, held = 2, 256, 256, 3

@@ -106,6 +106,7 @@ def in_xla(x, ids, weight, gate, up, down, clamp):
     return experts_op.experts(x.astype(jnp.float32), ids, weight, w, jnp.zeros(x.shape, jnp.float32), clamp=clamp)
 
 
+@pytest.mark.slow
 def test_experts_are_the_models():
     """As the model's own experts, with pairs whose expert another device has."""
     shape = Shape("gate_up", 40, 64, 256, "IQ2_XXS", 5, 2)
@@ -182,7 +183,9 @@ def test_configs_fit_every_gpu(name):
     assert all(gg.shared_memory(c) <= common.SHARED_MEMORY for c in candidates if c.fused)
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    "device", ["NVIDIA GB10", *(pytest.param(d, marks=pytest.mark.slow) for d in list(DEVICES)[:2])]
+)
 @pytest.mark.parametrize("name", [name for name in SHAPES if name.startswith(("gate_up", "down")) and "_2048" in name])
 def test_lowers_for_the_gpu(name, device):
     """The experts' shapes have every quantized format; a single matrix goes through the same kernel."""

@@ -167,7 +167,9 @@ def lowered(shape, config, **kwargs):
     return common.lower_for_gpu(lambda *a: matmul.matmul(*a, **shape.static, config=config), *args, **kwargs)
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    "device", ["NVIDIA GB10", *(pytest.param(d, marks=pytest.mark.slow) for d in list(DEVICES)[:2])]
+)
 @pytest.mark.parametrize("case", SMALL.values(), ids=SMALL)
 def test_lowers_for_every_device(case, device):
     kernels = 1 if case[1].splits == 1 else 2

@@ -202,7 +202,9 @@ def steps(T, B=1, ctx=32768):
     return f, (w, cache, jax.ShapeDtypeStruct((B, T), jnp.int32), jax.ShapeDtypeStruct((B,), jnp.int32))
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    "device", [pytest.param(device, marks=[] if "H200" in device else pytest.mark.slow) for device in DEVICES]
+)
 def test_decoding_lowers_for_gpus_in_few_launches(device):
     f, args = steps(1)
     text = common.lower_for_gpu(f, *args, device=device, cores=DEVICES[device])

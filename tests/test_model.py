@@ -25,7 +25,7 @@ ODD = synthetic.synthetic_config("odd")
 LENGTH = 300  # two rows of ratio 128, 75 of ratio 4 against a top-k of 16, a window of 32
 
 
-@pytest.fixture(params=["plain-float32", "official-float64"])
+@pytest.fixture(params=["official-float64", pytest.param("plain-float32", marks=pytest.mark.slow)])
 def compute(request):
     numerics, dtype = request.param.split("-")
     with jax.enable_x64(dtype == "float64"):
@@ -72,7 +72,7 @@ def one_shot(model):
     return logits
 
 
-@pytest.mark.parametrize("chunk", [7, 128, 129])
+@pytest.mark.parametrize("chunk", [7, pytest.param(128, marks=pytest.mark.slow), 129])
 def test_chunks_change_nothing(model, compute, one_shot, chunk):
     assert worst(run(model, compute, tokens(1, LENGTH), chunk), one_shot(compute)) < 1e-5
 
@@ -168,7 +168,9 @@ def wide():
     return tree, weights.init_random(tree, WIDE, seed=5)
 
 
-@pytest.mark.parametrize("tp, ep", [(4, 1), (1, 4), (2, 2)])
+@pytest.mark.parametrize(
+    "tp, ep", [(2, 2), *(pytest.param(*shape, marks=pytest.mark.slow) for shape in ((4, 1), (1, 4)))]
+)
 def test_mesh_changes_nothing(wide, tp, ep):
     """A prompt longer than a query block (many tokens per expert), then single tokens (few)."""
     tree, model = wide

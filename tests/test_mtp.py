@@ -131,7 +131,7 @@ def test_memory_and_shards_count_the_head(in_file):
 LENGTH = 75  # twice around a window of 32
 
 
-@pytest.fixture(params=["plain-float32", "official-float64"])
+@pytest.fixture(params=["official-float64", pytest.param("plain-float32", marks=pytest.mark.slow)])
 def compute(request):
     """See test_model: in float64 no rounding to 8 bits can fall on the other side."""
     numerics, dtype = request.param.split("-")

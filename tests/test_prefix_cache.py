@@ -85,7 +85,7 @@ def ids(events):
 
 
 # ---- as much as promised, and exact ----------------------------------------------------------------------------------
-@pytest.mark.parametrize("n", [31, 158, 159, 286, 287, 384, 701])
+@pytest.mark.parametrize("n", [31, 159, 286, 384, 701, *(pytest.param(n, marks=pytest.mark.slow) for n in (158, 287))])
 def test_a_changed_tail_is_all_that_is_computed(engines, n):
     prompt = TOKENS[: n - TAIL] + OTHERS[:TAIL]
     cold = engines(budget=0)(request(prompt))
@@ -151,7 +151,7 @@ def test_the_next_turn_reuses_prompt_and_answer(engines):
     np.testing.assert_allclose(logprobs(turn), logprobs(cold), atol=0.05)
 
 
-@pytest.mark.parametrize("n", [1, 127, 128, 131, 512])
+@pytest.mark.parametrize("n", [1, 131, *(pytest.param(n, marks=pytest.mark.slow) for n in (127, 128, 512))])
 def test_a_state_taken_and_put_elsewhere_goes_on_bit_for_bit(runner, n):
     runner.prefill(0, TOKENS[:n], GREEDY, sizes=[32, 128])
     *_, planes = runner.take(0)

@@ -176,6 +176,7 @@ def test_a_trace_is_read(tmp_path, monkeypatch):
     assert roofline.kernel_times(tmp_path, 2) == pytest.approx(times)
 
 
+@pytest.mark.slow
 def test_steps_are_timed_at_their_context(monkeypatch):
     monkeypatch.setattr(roofline, "BLOCKS", 2)
     monkeypatch.setattr(roofline, "WARM", 1)

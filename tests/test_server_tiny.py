@@ -266,6 +266,7 @@ def test_a_port_in_use_is_refused_before_anything_is_loaded():
     assert run.returncode == 1 and run.stderr.startswith("error: port ") and run.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_short_soak(url):
     """scripts/soak.py does it for as long as one likes."""
     report = asyncio.run(soak.soak(url, seconds=5, streams=12, requests=6, seed=1))

@@ -159,6 +159,7 @@ def test_balance_moves_biases_against_the_load(model):
     np.testing.assert_allclose(moved, [[-1e-3, 0, 0, 1e-3]] * 3, atol=1e-8)
 
 
+@pytest.mark.slow
 def test_init_starts_near_a_plain_residual():
     tid2eid = np.tile(np.array([[0, 1]], np.int32), (CFG.vocab_size, 1))
     w = training.init(CFG, 0, tid2eid)
@@ -172,6 +173,7 @@ def test_init_starts_near_a_plain_residual():
     assert abs(parts["main"] - np.log(CFG.vocab_size)) < 1.5  # knows nothing, and is not sure of it
 
 
+@pytest.mark.slow
 def test_experts_as_they_will_be_stored():
     cfg = dataclasses.replace(CFG, embed_dim=256, expert_dim=256)
     w = weights.init_random(weights.abstract(cfg, synthetic.RECIPES["f32"]), cfg, seed=3)
