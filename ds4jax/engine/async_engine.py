@@ -29,7 +29,8 @@ from ds4jax.errors import Ds4Error
 
 if TYPE_CHECKING:
     from ds4jax.engine.engine import Engine
-    from ds4jax.engine.grammar import Grammar, Vocabulary
+    from ds4jax.engine.grammar import Grammar
+    from ds4jax.engine.grammar_compiler import GrammarCompiler
     from ds4jax.engine.kv_store import KVStore
     from ds4jax.engine.model_runner import ModelRunner
     from ds4jax.engine.prefix_cache import PrefixCache
@@ -103,8 +104,8 @@ class AsyncEngine:
         self._max_waiting = max_waiting
         self._refusal: Ds4Error | None = None  # why no request is accepted any more
         self._deadline: float | None = None  # when the thread ends
-        self._vocabulary: Vocabulary | None = None
-        self._lock = threading.Lock()  # guards the refusal and the vocabulary
+        self._grammars: GrammarCompiler | None = None
+        self._lock = threading.Lock()  # guards the refusal and the grammars
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -150,6 +151,8 @@ class AsyncEngine:
         await asyncio.to_thread(self._thread.join)
         if (cache := self._engine.prefix_cache) is not None:
             await asyncio.to_thread(cache.close, save)
+        if self._grammars is not None:
+            self._grammars.close()
         self._engine.counters.close()
 
     def slots(self) -> list[Sequence | None]:
@@ -162,12 +165,12 @@ class AsyncEngine:
 
     def grammar(self, form: Form, begin: Begin) -> Grammar:
         """The grammar of a form. Raises GrammarError (a Ds4Error)."""
-        from ds4jax.engine import grammar
+        from ds4jax.engine.grammar_compiler import GrammarCompiler
 
         with self._lock:
-            if self._vocabulary is None:
-                self._vocabulary = grammar.Vocabulary(self.tokenizer)
-        return grammar.Grammar(self._vocabulary, form, begin)
+            if self._grammars is None:
+                self._grammars = GrammarCompiler(self.tokenizer)
+        return self._grammars(form, begin)
 
     # ---- the thread that owns the model ------------------------------------------------------------------------------
     def _run(self) -> None:

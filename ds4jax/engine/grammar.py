@@ -20,6 +20,8 @@ class GrammarError(Ds4Error):
 
 
 _AT_ONCE = Begin()
+# Beside those that llguidance has for the work of a step: a state takes one or two kB.
+_LIMITS = llguidance.LLParserLimits(max_lexer_states=50_000)
 
 
 class Vocabulary:
@@ -53,7 +55,7 @@ class Grammar:
             text = _source(form)
         except Exception as error:  # the reader of GBNF raises these
             raise GrammarError(f"{name}: {' '.join(str(error).split())}") from None
-        self.start = llguidance.LLMatcher(vocabulary.native, text)
+        self.start = llguidance.LLMatcher(vocabulary.native, text, limits=_LIMITS)
         if not self.start.is_error():
             self.start.compute_bitmask()  # finds out whether there is any answer
         if self.start.is_error():

@@ -13,6 +13,7 @@ import asyncio
 import dataclasses
 import functools
 from collections.abc import AsyncIterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from ds4jax.chat import calls
@@ -32,6 +33,8 @@ from ds4jax.server.replay import Replay
 
 if TYPE_CHECKING:  # llguidance takes a while to import
     from ds4jax.engine.grammar import Grammar
+
+_GRAMMARS = ThreadPoolExecutor(1, "grammar")
 
 ADMISSION = 1.0
 """Seconds to wait for a place in the engine before the first event goes out without the number of cached tokens."""
@@ -247,7 +250,9 @@ async def start(
     → a conversation for each of `ask.choices()`. Raises ApiError, or an error of the engine.
     """
     replay = Replay() if replay is None else replay
-    prepared = await asyncio.to_thread(_prepare, engine, ask, replay, id_prefix)
+    # Their own threads: whoever sends grammars that are hard to compile delays nobody else.
+    grammar = await asyncio.get_running_loop().run_in_executor(_GRAMMARS, _grammar, engine, ask)
+    prepared = await asyncio.to_thread(_prepare, engine, ask, replay, id_prefix, grammar)
     talks = [Conversation(engine, one, replay, request, parser, tick) for one, request, parser in prepared]
     waiting = [asyncio.ensure_future(talk.admitted()) for talk in talks]
     try:
@@ -377,9 +382,11 @@ def _longest(tokenizer: Tokenizer) -> int:
     return max(map(len, tokenizer.tokens))
 
 
-def _prepare(engine: AsyncEngine, ask: Ask, replay: Replay, id_prefix: str) -> list[tuple[Ask, Request, OutputParser]]:
+def _prepare(
+    engine: AsyncEngine, ask: Ask, replay: Replay, id_prefix: str, grammar: Grammar | None
+) -> list[tuple[Ask, Request, OutputParser]]:
     """What to submit for each of `ask.choices()`."""
-    thinking, grammar, out = _thinks(ask), _grammar(engine, ask), []
+    thinking, out = _thinks(ask), []
     check_ids(engine, sorted(ask.stop_ids), "stop_token_ids")
     budget = None
     if ask.budget is not None and thinking:

@@ -1,0 +1,195 @@
+"""Grammars come from clients, and some hang, fill memory or overflow the native stack of whoever compiles them.
+
+So each is first compiled in a process that may do so, and that has limits; then, if it lived, in this one.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import os
+import pickle
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from multiprocessing.connection import Connection
+from typing import Any
+
+from ds4jax.engine.form import Begin, Either, Form, Pattern
+from ds4jax.engine.grammar import Grammar, GrammarError, Vocabulary
+from ds4jax.io.tokenizer import Tokenizer
+
+MAX_TEXT = 1_000_000  # characters of a regular expression or a grammar
+MAX_NODES, MAX_DEPTH, MAX_REFERENCES = 100_000, 128, 1000  # of a schema
+KEPT = 32  # the most grammars that are remembered
+
+_START_SECONDS = 60.0  # to import and to read the vocabulary
+_STACK = 4 << 20  # bytes: less than the threads have that compile what has passed
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What compiling one grammar may take. bytes: of memory."""
+
+    seconds: float = 2.0
+    bytes: int = 512 << 20
+
+    def __str__(self) -> str:
+        return f"{self.seconds:g} s and {self.bytes >> 20} MiB"
+
+
+class GrammarCompiler:
+    """Makes grammars of forms, within limits, and remembers the last ones. Thread-safe; one is compiled at a time."""
+
+    def __init__(self, tokenizer: Tokenizer, limits: Limits | None = None):
+        self._tokenizer, self._limits = tokenizer, limits or Limits()
+        self._lock = threading.Lock()
+        self._vocabulary: Vocabulary | None = None
+        self._known = collections.OrderedDict[bytes, Grammar | str]()  # or what is wrong with it
+        self._process: subprocess.Popen | None = None
+        self._pipe: Connection | None = None
+
+    def __call__(self, form: Form, begin: Begin) -> Grammar:
+        """Raises GrammarError."""
+        check_size(form)
+        key = pickle.dumps((form, begin))
+        with self._lock:
+            if key not in self._known:
+                self._known[key] = self._made(form, begin)
+                if len(self._known) > KEPT:
+                    self._known.popitem(last=False)
+            self._known.move_to_end(key)
+            found = self._known[key]
+        if isinstance(found, str):
+            raise GrammarError(found)
+        return found
+
+    def close(self) -> None:
+        """End the process."""
+        with self._lock:
+            self._stop()
+
+    def _made(self, form: Form, begin: Begin) -> Grammar | str:
+        if self._vocabulary is None:
+            self._vocabulary = Vocabulary(self._tokenizer)
+        if wrong := self._tried(form):
+            return wrong
+        try:
+            return Grammar(self._vocabulary, form, begin)
+        except GrammarError as error:
+            return str(error)
+
+    def _tried(self, form: Form) -> str:
+        """What is wrong with a form, by the other process, or ''."""
+        for _ in range(2):  # the process may have ended for another reason
+            pipe = self._pipe or self._start()
+            try:
+                pipe.send_bytes(pickle.dumps(form))
+                if pipe.poll(self._limits.seconds):
+                    return pipe.recv_bytes().decode()
+                break
+            except (EOFError, OSError):
+                self._stop()
+        self._stop()
+        return f"grammar: found one that takes more to compile, expected at most {self._limits}"
+
+    def _start(self) -> Connection:
+        self._stop()
+        ours, theirs = socket.socketpair()
+        with theirs:
+            command = [sys.executable, "-m", __name__, str(theirs.fileno())]
+            nowhere = subprocess.DEVNULL
+            self._process = subprocess.Popen(
+                command, pass_fds=(theirs.fileno(),), stdin=nowhere, stdout=nowhere, stderr=nowhere
+            )
+        self._pipe = pipe = Connection(ours.detach())
+        pipe.send_bytes(pickle.dumps((self._tokenizer, self._limits)))
+        try:
+            if pipe.poll(_START_SECONDS):
+                pipe.recv_bytes()
+                return pipe
+        except (EOFError, OSError):
+            pass
+        self._stop()
+        raise GrammarError("grammar: the process that tries it did not start")
+
+    def _stop(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+        if self._pipe is not None:
+            self._pipe.close()
+        self._process = self._pipe = None
+
+
+def check_size(form: Form) -> None:
+    """Raises GrammarError for a form that is too large to try."""
+    match form:
+        case Pattern(text=text):
+            _at_most("grammar", len(text), MAX_TEXT, "characters")
+        case Either(first, second):
+            check_size(first)
+            check_size(second)
+        case Mapping():
+            _check_schema(form)
+
+
+def _check_schema(schema: Mapping[str, Any]) -> None:
+    nodes = references = 0
+    todo: list[tuple[Any, int]] = [(schema, 1)]
+    while todo:
+        node, depth = todo.pop()
+        nodes += 1
+        _at_most("json_schema", depth, MAX_DEPTH, "levels")
+        _at_most("json_schema", nodes, MAX_NODES, "values")
+        if isinstance(node, Mapping):
+            references += "$ref" in node
+            _at_most("json_schema", references, MAX_REFERENCES, "references")
+            node = list(node.values())
+        if isinstance(node, list):
+            todo += [(inner, depth + 1) for inner in node]
+
+
+def _at_most(name: str, found: int, expected: int, things: str) -> None:
+    if found > expected:
+        raise GrammarError(f"{name}: found more than {expected} {things}, expected at most that")
+
+
+# ---- the other process -----------------------------------------------------------------------------------------------
+def _serve(pipe: Connection) -> None:
+    """Answer every form with what is wrong with it, or ''."""
+    tokenizer, limits = pickle.loads(pipe.recv_bytes())
+    vocabulary = Vocabulary(tokenizer)
+    used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + limits.bytes, used + limits.bytes))
+    pipe.send_bytes(b"")
+    while True:
+        try:
+            form = pickle.loads(pipe.recv_bytes())
+        except EOFError:
+            return
+        signal.alarm(int(limits.seconds) + 2)  # ends this process, should the other one be gone
+        try:
+            Grammar(vocabulary, form)
+            wrong = ""
+        except GrammarError as error:
+            wrong = str(error)
+        signal.alarm(0)
+        pipe.send_bytes(wrong.encode())
+
+
+def main() -> None:
+    pipe = Connection(int(sys.argv[1]))
+    threading.stack_size(_STACK)
+    thread = threading.Thread(target=_serve, args=(pipe,))
+    thread.start()
+    thread.join()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
