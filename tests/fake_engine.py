@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 import uvicorn
 
 from ds4jax.engine.counters import Histogram
+from ds4jax.engine.grammar import Grammar, Vocabulary
 from ds4jax.engine.sequence import Sequence
 from ds4jax.engine.stream import Stream
 from ds4jax.engine.types import Failed, Finished, Prefilled, Request, Scored, Started, Token
@@ -39,6 +40,7 @@ class FakeEngine:
     in "…"; an exception is raised by the stream.
 
     chunks: of the prefill. delay: seconds before the first event, each chunk and each token. cached: tokens.
+    real_grammars: forms are compiled; else a request has them as they are.
     Attributes: requests (all of them), running (streams that are neither finished nor cancelled).
     """
 
@@ -50,12 +52,14 @@ class FakeEngine:
         chunks: int = 1,
         delay: float = 0.0,
         cached: int = 0,
+        real_grammars: bool = False,
     ):
         self.script, self.ctx, self._chunks, self._delay, self._cached = script, ctx, chunks, delay, cached
         self.tokenizer, self.model_name = TOKENIZER, "fake"
         self.requests: list[Request] = []
         self.running: set[Stream] = set()
         self.closed = False
+        self._vocabulary = Vocabulary(TOKENIZER) if real_grammars else None
 
     def submit(self, request: Request) -> Stream:
         self.requests.append(request)
@@ -84,10 +88,12 @@ class FakeEngine:
         if (top := request.prompt_logprobs) is not None:
             yield Scored(tuple(Token(id, -1.5, ((66, -0.25), (id, -1.5))[:top]) for id in request.tokens[1:]))
         answer = ids(text) if text.endswith("…") else [*ids(text), TOKENIZER.eos_id]
+        ends = request.stop_ids or {TOKENIZER.eos_id}
+        answer = answer[: next((i + 1 for i, id in enumerate(answer) if id in ends), None)]
         for id in answer[: request.max_tokens]:
             top = () if request.logprobs is None else ((id, -0.5), (65, -2.0))[: request.logprobs]
             yield Token(id, None if request.logprobs is None else -0.5, top)
-        yield Finished("stop" if len(answer) <= request.max_tokens and answer[-1] == TOKENIZER.eos_id else "length")
+        yield Finished("stop" if len(answer) <= request.max_tokens and answer[-1] in ends else "length")
 
     def slots(self) -> list:
         return [None, Sequence(self.requests[-1]) if self.requests else None]
@@ -99,7 +105,7 @@ class FakeEngine:
         return state | {"histograms": {"time_to_first_token_seconds": first}}
 
     def grammar(self, form, begin):
-        return form, begin
+        return (form, begin) if self._vocabulary is None else Grammar(self._vocabulary, form, begin)
 
     async def close(self, grace: float = 0.0, save: bool = True) -> None:
         self.closed = True

@@ -234,7 +234,7 @@ def test_calls_or_an_answer_by_a_schema():
     [Pattern("regex", "[a-c]{2}/x</b>"), Pattern("lark", 'start: line+\nline: /[a-c]{2}/ "/x</b>" NL?\nNL: "\\n"')],
 )
 def test_the_text_of_a_tool_of_free_text(pattern):
-    text = {"type": "object", "properties": {calls.TEXT: {"type": "string"}}, "required": [calls.TEXT]}
+    text = {"type": "object", "properties": {calls.FREE_TEXT: {"type": "string"}}, "required": [calls.FREE_TEXT]}
     shown = [{"type": "function", "name": "patch", "parameters": text}]
     for seed in range(8):
         ids = talk(matcher(shown, Calling(required=True, texts={"patch": pattern})), seed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import time
 from collections.abc import Iterator
@@ -1194,3 +1195,111 @@ def test_limits():
             codes = [response.status_code for response in (large, chunked, deep, packed)]
             assert codes == [413, 413, 400, 415]
             assert http.post(path, json=body | {"x": json.loads("[" * 19 + "]" * 19)}).status_code == 200
+
+
+# ---- what a reader of the code found ---------------------------------------------------------------------------------
+def test_log_probabilities_come_with_their_own_chunk():
+    """Also where tokens come faster than chunks are read."""
+    body = {"messages": HI, "reasoning_effort": "none", "logprobs": True, "stream": True}
+    with clients("Hello you") as (_, _, http, _):
+        lines = http.post("/v1/chat/completions", json=body).text.splitlines()
+        chunks = [json.loads(line[6:])["choices"][0] for line in lines if line.startswith("data: {")]
+        for chunk in chunks:
+            spelled = "".join(item["token"] for item in chunk["logprobs"]["content"])
+            assert spelled == (chunk["delta"].get("content") or "")
+
+
+def test_log_probabilities_of_marks_that_are_text():
+    body = {"messages": HI, "reasoning_effort": "none", "logprobs": True, "stop": "STOP"}
+    with clients("x</think><｜DSML｜y STOP z") as (_, _, http, _):
+        (choice,) = http.post("/v1/chat/completions", json=body).json()["choices"]
+        spelled = "".join(item["token"] for item in choice["logprobs"]["content"])
+        assert spelled == choice["message"]["content"] == "x<｜DSML｜y "
+
+
+def test_a_token_that_ends_an_answer_inside_a_call_cuts_it():
+    stop = TOKENIZER.encode_text("O")
+    begun = CALL.partition("slo")[0] + "s"
+    with clients(f"</think>Here\n\n{begun}") as (_, _, http, _):
+        for path, body in (
+            ("chat/completions", {"messages": HI, "tools": [WEATHER]}),
+            ("messages", {"messages": HI, "max_tokens": 99, "tools": [{"name": "weather", "input_schema": {}}]}),
+        ):
+            answer = http.post(f"/v1/{path}", json=body | {"stop_token_ids": stop})
+            assert answer.status_code == 200 and "Here" in answer.text and "DSML" not in answer.text
+
+
+def test_one_answer_of_several_may_end_inside_a_call():
+    good, bad = "</think>Fine", "</think>Text\n\n<｜DSML｜tool_calls>\n"
+    answers = itertools.cycle((good, bad))
+    with clients(lambda _: next(answers)) as (_, _, http, _):
+        body = {"messages": HI, "tools": [WEATHER], "n": 2}
+        choices = http.post("/v1/chat/completions", json=body).json()["choices"]
+        assert sorted(choice["message"]["content"] for choice in choices) == ["Fine", "Text"]
+        assert {choice["finish_reason"] for choice in choices} == {"stop"}
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        {"name": "f", "parameters": {"type": "object", "properties": {"a": {"type": 5}}}},
+        {"name": "f", "parameters": {"type": "object", "required": [["a"]]}},
+        {"name": "f", "parameters": {"type": "object", "properties": {"a": {"type": "string", "maxLength": "x"}}}},
+        {"name": "f", "parameters": {"type": "object", "properties": [], "required": 3}},
+        {"name": 'a"b'},
+        {"name": ""},
+    ],
+)
+def test_tools_that_cannot_be_forced_are_refused(function):
+    with clients("</think>Hi", real_grammars=True) as (_, _, http, _):
+        body = {"messages": HI, "tools": [{"type": "function", "function": function}], "tool_choice": "required"}
+        answer = http.post("/v1/chat/completions", json=body)
+        assert answer.status_code == 400 and answer.json()["error"]["message"].startswith("tools: ")
+
+
+def test_the_wrong_one_of_several_is_named():
+    bad = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"not": {}}}}
+    good = {"name": "g", "parameters": {"type": "object"}, "strict": True}
+    wrong = {"name": "w", "parameters": {"type": "object", "properties": {"a": {"not": {}}}}, "strict": True}
+    with clients("</think>Hi", real_grammars=True) as (_, _, http, _):
+        for functions, fields, start in (
+            ([good], {"response_format": bad}, "json_schema: "),
+            ([good, wrong], {}, "tools: w: "),
+            ([good, {}], {"parallel_tool_calls": False}, "tools[1].function.name"),
+        ):
+            tools = [{"type": "function", "function": function} for function in functions]
+            answer = http.post("/v1/chat/completions", json={"messages": HI, "tools": tools} | fields)
+            assert answer.status_code == 400 and answer.json()["error"]["message"].startswith(start), answer.text
+
+
+def test_other_names_of_paths_and_fields():
+    with clients("</think>Hi", Options(strict=True, api_key="k")) as (_, _, http, _):
+        assert http.get("/v1/health").status_code == 200
+        key = {"authorization": "Bearer k"}
+        assert http.post("/beta/chat/completions", json={"messages": HI}, headers=key).status_code == 200
+        body = {"messages": HI, "add_special_tokens": False, "return_token_strs": True}
+        assert http.post("/tokenize", json=body, headers=key).status_code == 200
+        both = {"messages": HI, "ignore_eos": True, "stop_token_ids": [5]}
+        assert http.post("/v1/chat/completions", json=both, headers=key).status_code == 400
+        body = {"messages": HI, "thinking_budget_tokens": -1}
+        assert http.post("/v1/chat/completions", json=body, headers=key).status_code == 200
+
+
+def test_unknown_fields_cannot_write_lines_of_the_log(caplog):
+    with clients("</think>Hi") as (_, _, http, _):
+        http.post("/v1/chat/completions", json={"messages": HI, "a\nERROR fake": 1})
+        assert "a\\nERROR fake" in caplog.text and "a\nERROR fake" not in caplog.text
+
+
+def test_responses_of_odd_items_are_stored():
+    items = [
+        {"role": "user", "content": "Hi", "id": None},
+        {"type": "function_call", "call_id": "1", "name": "f", "arguments": "{}", "id": 7},
+        {"type": "function_call_output", "call_id": "1", "output": "x", "content": "y"},
+    ]
+    with clients("</think>Hi") as (_, _, http, _):
+        answer = http.post("/v1/responses", json={"input": items}).json()
+        listed = http.get(f"/v1/responses/{answer['id']}/input_items").json()
+        assert all(isinstance(item["id"], str) for item in listed["data"]) and listed["first_id"]
+        more = http.post("/v1/responses", json={"previous_response_id": answer["id"]})
+        assert more.status_code == 200 and more.json()["output"]

@@ -1,8 +1,8 @@
 """The grammar of tool calls: blocks as `template` writes and `parser` reads them, with arguments that obey schemas.
 
 A parameter that is a string is written as it is, any other as JSON. Arguments whose schema says more than which
-parameters there are (`anyOf`, `minProperties`) are written as one JSON object in a parameter of another name, which
-`parser` takes apart.
+parameters there are (`anyOf`, `minProperties`) are written as one JSON object in a parameter `arguments` or `input`,
+which `parser` takes apart.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ds4jax.chat import template
-from ds4jax.engine.form import Pattern, spaced
+from ds4jax.engine.form import Pattern, quoted, spaced, unanchored
 from ds4jax.errors import Ds4Error
 from ds4jax.io.tokenizer import Special, Tokenizer
 
-TEXT = "input"  # the parameter of a tool of free text
+FREE_TEXT = "input"  # the parameter of a tool of free text
 WRAPPERS = ("arguments", "input")
 """Names under which all arguments may come as one JSON object."""
 
@@ -46,7 +46,7 @@ class Calling:
 
     required: at least one; its arguments obey the tool's schema. only: names of the tools that may be called, or None
     for all. single: at most one call. strict: names of the tools whose arguments always obey their schema. texts: what
-    the one parameter of a tool of free text must match, by the tool's name; it is called TEXT.
+    the one parameter of a tool of free text must match, by the tool's name; it is called FREE_TEXT.
     """
 
     required: bool = False
@@ -74,7 +74,7 @@ def grammar(tokenizer: Tokenizer, tools: Sequence[Mapping[str, Any]], calling: C
     ]
     head, *rest = rules.markup(template.CALLS_OPEN + "\n")
     block = f"({' | '.join(calls)}){'' if calling.single else '+'} {' '.join(rules.markup(template.CALLS_CLOSE))}"
-    start = rest[1:] if begun else [_quoted("\n\n"), head, *rest]
+    start = rest[1:] if begun else [quoted("\n\n"), head, *rest]
     return Pattern("lark", rules.text(f"{' '.join(start)} {block}"))
 
 
@@ -92,9 +92,8 @@ class _Rules:
         return name
 
     def markup(self, text: str) -> list[str]:
-        """A constant of `template`, its control token apart."""
-        parts = text.split(Special.DSML.value)
-        return [part for text in parts for part in (self._dsml, _quoted(text))][1:]
+        """Markup in Lark: strings, and the control token by its id."""
+        return [symbol for part in text.split(Special.DSML.value) for symbol in (self._dsml, quoted(part))][1:]
 
     def text(self, start: str) -> str:
         """The grammar. TEXT is a string up to the tag that closes it; only the control token can end it."""
@@ -104,9 +103,11 @@ class _Rules:
 
 def _call(rules: _Rules, tool: Mapping[str, Any], calling: Calling) -> str:
     name, schema = tool["name"], tool.get("parameters")
+    if not name or set(name) & set('"<>\n'):
+        raise Ds4Error(f'tools: found the name {name!r:.80}, expected one without any of "<> and line ends')
     head = rules.markup(f'{template.INVOKE_OPEN}{name}">\n')
     if name in calling.texts:
-        arguments = _parameter(rules, _quoted(TEXT), [("true", _matching(rules, calling.texts[name]))])
+        arguments = _parameter(rules, quoted(FREE_TEXT), [("true", _matching(rules, calling.texts[name]))])
     elif calling.required or name in calling.strict:
         try:
             arguments = _arguments(rules, {"type": "object"} if schema is None else schema)
@@ -119,12 +120,12 @@ def _call(rules: _Rules, tool: Mapping[str, Any], calling: Calling) -> str:
 
 def _anything(rules: _Rules) -> str:
     """Any parameters."""
-    return _perhaps(f"{_parameter(rules, 'NAME', [('true', 'TEXT'), ('false', 'TEXT')])}*")
+    return _or_newline(f"{_parameter(rules, 'NAME', [('true', 'TEXT'), ('false', 'TEXT')])}*")
 
 
-def _perhaps(parameters: str) -> str:
-    """What is between the tags of a call that may be without parameters."""
-    return f"({_quoted('\n')} | {parameters})" if parameters else _quoted("\n")
+def _or_newline(parameters: str) -> str:
+    """Parameters that may be absent: then `template` writes a lone newline."""
+    return f"({quoted('\n')} | {parameters})" if parameters else quoted("\n")
 
 
 def _arguments(rules: _Rules, schema: Any) -> str:
@@ -132,25 +133,26 @@ def _arguments(rules: _Rules, schema: Any) -> str:
     if not isinstance(schema, Mapping):
         raise Ds4Error(f"found {json.dumps(schema):.80}, expected the schema of an object")
     properties = schema.get("properties", {})
-    if not _is_plain(schema):
+    if not _only_lists_parameters(schema):
         return _wrapped(rules, schema)
     required, definitions = schema.get("required", []), {key: schema[key] for key in _DEFINITIONS if key in schema}
     out = [
-        _parameter(rules, _quoted(name), _values(rules, inner, definitions)) + "?" * (name not in required)
+        _parameter(rules, quoted(name), _values(rules, inner, definitions)) + "?" * (name not in required)
         for name, inner in properties.items()
         if inner is not False
     ]
     more = schema.get("additionalProperties", not properties)
     if more is not False:
         name = "NAME"
-        if properties:
-            others = "|".join(_expression(name) for name in properties)
+        taken = [*properties, *(name for name in WRAPPERS if wraps(schema, name))]
+        if taken:
+            others = "|".join(map(_expression, taken))
             name = rules.add("NAME", lambda: f"NAME & ~/{others}/")
         out.append(_parameter(rules, name, _values(rules, more, definitions)) + "*")
-    return " ".join(out) if required else _perhaps(" ".join(out))
+    return " ".join(out) if required else _or_newline(" ".join(out))
 
 
-def _is_plain(schema: Mapping[str, Any]) -> bool:
+def _only_lists_parameters(schema: Mapping[str, Any]) -> bool:
     """Whether a schema says no more than which parameters an object has."""
     properties, required = schema.get("properties", {}), schema.get("required", [])
     return (
@@ -158,6 +160,7 @@ def _is_plain(schema: Mapping[str, Any]) -> bool:
         and schema.get("type", "object") == "object"
         and isinstance(properties, Mapping)
         and isinstance(required, list)
+        and all(isinstance(name, str) for name in required)
         and all(properties.get(name, False) is not False for name in required)
         and not any(set(name) & set('"<>\n') or not name for name in properties)
         and all(ref.startswith(("#/$defs/", "#/definitions/")) for ref in _references(schema))
@@ -189,7 +192,7 @@ def wraps(schema: Any, name: str) -> bool:
     if not (name in WRAPPERS and isinstance(schema, Mapping) and isinstance(schema.get("properties", {}), Mapping)):
         return False
     names = _declared(schema)
-    return name not in names and (bool(names) or not _is_plain(schema))
+    return name not in names and (bool(names) or not _only_lists_parameters(schema))
 
 
 def _wrapped(rules: _Rules, schema: Mapping[str, Any]) -> str:
@@ -197,7 +200,7 @@ def _wrapped(rules: _Rules, schema: Mapping[str, Any]) -> str:
     name = next((name for name in WRAPPERS if wraps(schema, name)), None)
     if name is None:
         raise Ds4Error(f"found {json.dumps(schema):.80}, expected an object's type, properties and required alone")
-    return _parameter(rules, _quoted(name), [("false", _json(rules, schema))])
+    return _parameter(rules, quoted(name), [("false", _json(rules, schema))])
 
 
 def _parameter(rules: _Rules, name: str, values: Sequence[tuple[str, str]]) -> str:
@@ -205,7 +208,7 @@ def _parameter(rules: _Rules, name: str, values: Sequence[tuple[str, str]]) -> s
 
     def body() -> str:
         head, close = rules.markup(template.PARAMETER_OPEN), rules.markup(template.PARAMETER_CLOSE + "\n")
-        kinds = " | ".join(f"""{_quoted(f'" string="{string}">')} {value}""" for string, value in values)
+        kinds = " | ".join(f"""{quoted(f'" string="{string}">')} {value}""" for string, value in values)
         return f"{' '.join(head)} {name} ({kinds}) {' '.join(close[1:])}"
 
     return rules.add("parameter", body)
@@ -223,8 +226,11 @@ def _split(schema: Mapping[str, Any]) -> tuple[list[str], list[Mapping[str, Any]
     said = {key: value for key, value in schema.items() if key not in _NOTES and key != "x-guidance"}
     types = said.get("type", ["string", *_OTHERS])
     types = [types] if isinstance(types, str) else types
+    if not isinstance(types, list):
+        return [], [schema]
     if not said or said.keys() == {"type"} or said.keys() <= {"type", "minLength", "maxLength"} and types == ["string"]:
-        length = f"{{{said.get('minLength', 0)},{said.get('maxLength', '')}}}" if len(said) > 1 else "*"
+        if (length := _length(said)) is None:
+            return [], [schema]
         strings = [rf"/(?s:.{length})<\//"] if "string" in types else []
         others = [kind for kind in types if kind != "string"]
         return strings, [{"type": others}] if others else []
@@ -234,7 +240,7 @@ def _split(schema: Mapping[str, Any]) -> tuple[list[str], list[Mapping[str, Any]
         # `type` and `const` beside an enum may leave fewer of them.
         if "enum" in said and "const" in said or not strings:
             return [], [schema]
-        ends = " | ".join(_quoted(template.escape(text, template.PARAMETER_CLOSE) + "</") for text in strings)
+        ends = " | ".join(quoted(template.escape(text, template.PARAMETER_CLOSE) + "</") for text in strings)
         return [ends], [{**schema, "enum": others}] if others and types != ["string"] else []
     if said.keys() == {"anyOf"} and isinstance(said["anyOf"], list):
         parts = [_split(inner) if isinstance(inner, Mapping) else ([], [{"anyOf": [inner]}]) for inner in said["anyOf"]]
@@ -242,20 +248,27 @@ def _split(schema: Mapping[str, Any]) -> tuple[list[str], list[Mapping[str, Any]
     return [], [schema]
 
 
+def _length(said: Mapping[str, Any]) -> str | None:
+    """How often a string's characters are repeated, for a regular expression; None if a bound is none."""
+    bounds = [said[key] if key in said else None for key in ("minLength", "maxLength")]
+    if bounds == [None, None]:
+        return "*"
+    if not all(x is None or isinstance(x, int | float) and not isinstance(x, bool) and x >= 0 == x % 1 for x in bounds):
+        return None
+    least, most = ("" if x is None else str(int(x)) for x in bounds)
+    return f"{{{least or 0},{most}}}"
+
+
 def _json(rules: _Rules, schema: Mapping[str, Any]) -> str:
-    return f"{rules.add('json', lambda: f'%json {json.dumps(spaced(schema))}')} {_quoted('</')}"
+    return f"{rules.add('json', lambda: f'%json {json.dumps(spaced(schema))}')} {quoted('</')}"
 
 
 def _matching(rules: _Rules, pattern: Pattern) -> str:
     """A string that matches a pattern."""
     if pattern.kind == "regex":
-        return rules.add("STRING", lambda: f"/(?:{re.sub(r'(?<!\\)/', r'\/', pattern.text)})<\\//")
-    return f"{rules.add('text', lambda: f'%lark {{\n{pattern.text}\n}}')} {_quoted('</')}"
-
-
-def _quoted(text: str) -> str:
-    """A string of Lark, which is one of JSON."""
-    return json.dumps(text, ensure_ascii=False)
+        text = re.sub(r"(\\.)|/", lambda found: found[1] or r"\/", unanchored(pattern.text), flags=re.S)
+        return rules.add("STRING", lambda: rf"/(?:{text})<\//")
+    return f"{rules.add('text', lambda: f'%lark {{\n{pattern.text}\n}}')} {quoted('</')}"
 
 
 def _expression(text: str) -> str:

@@ -3,8 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from typing import Any, Literal
+
+from ds4jax.errors import Ds4Error
+
+
+class GrammarError(Ds4Error):
+    """A schema that is not valid, or asks for what cannot be enforced."""
+
+
+class TooHard(GrammarError):
+    """A schema that takes more to compile than it may."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +51,18 @@ class Begin:
 
     after: tuple[int, ...] = ()
     must: bool = True
+
+
+def quoted(text: str) -> str:
+    """A string in Lark, which is one of JSON without raw control characters."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def unanchored(expression: str) -> str:
+    """A regular expression that matches from end to end anyhow, without the anchors that say so."""
+    text = expression.removeprefix("^")
+    escaped = len(text[:-1]) - len(text[:-1].rstrip("\\"))  # backslashes before the last character
+    return text[:-1] if text.endswith("$") and escaped % 2 == 0 else text
 
 
 def spaced(schema: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,14 +10,8 @@ import llguidance
 import numpy as np
 from llguidance.gbnf_to_lark import any_to_lark
 
-from ds4jax.engine.form import Begin, Either, Form, Pattern, spaced
-from ds4jax.errors import Ds4Error
+from ds4jax.engine.form import Begin, Either, Form, GrammarError, Pattern, spaced, unanchored
 from ds4jax.io.tokenizer import Tokenizer
-
-
-class GrammarError(Ds4Error):
-    """A schema that is not valid, or asks for what cannot be enforced."""
-
 
 _AT_ONCE = Begin()
 # Beside those that llguidance has for the work of a step: a state takes one or two kB.
@@ -45,9 +39,6 @@ class Grammar:
     def __init__(self, vocabulary: Vocabulary, form: Form, begin: Begin = _AT_ONCE):
         """Raises GrammarError."""
         self.begin, self.eos_id = begin, vocabulary.eos_token_id
-        if isinstance(form, Either):  # an error should name the one that is wrong
-            for one in (form.first, form.second):
-                Grammar(vocabulary, one)
         name = "json_schema"
         if isinstance(form, Pattern):
             name = "regex" if form.kind == "regex" else "grammar"
@@ -102,7 +93,7 @@ def _source(form: Form) -> str:
     """The grammar in llguidance's own form."""
     match form:
         case Pattern("regex", text):
-            return llguidance.LLMatcher.grammar_from_regex(text)
+            return llguidance.LLMatcher.grammar_from_regex(unanchored(text))
         case Pattern("grammar", text):
             return llguidance.LLMatcher.grammar_from_lark(any_to_lark(text))
         case Pattern("lark", text):
@@ -118,7 +109,7 @@ def _source(form: Form) -> str:
 
 
 def _part(form: Form) -> dict[str, Any]:
-    """A grammar as one of several: as an object, which some come as, and others as text in Lark."""
+    """A form as one entry of llguidance's `grammars`; `_source` gives JSON or Lark."""
     text = _source(form)
     return json.loads(text)["grammars"][0] if text.startswith("{") else {"lark_grammar": text}
 

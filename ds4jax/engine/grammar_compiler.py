@@ -19,8 +19,8 @@ from collections.abc import Mapping
 from multiprocessing.connection import Connection
 from typing import Any
 
-from ds4jax.engine.form import Begin, Either, Form, Pattern
-from ds4jax.engine.grammar import Grammar, GrammarError, Vocabulary
+from ds4jax.engine.form import Begin, Either, Form, GrammarError, Pattern, TooHard
+from ds4jax.engine.grammar import Grammar, Vocabulary
 from ds4jax.io.tokenizer import Tokenizer
 
 MAX_TEXT = 1_000_000  # characters of a regular expression or a grammar
@@ -49,7 +49,7 @@ class GrammarCompiler:
         self._tokenizer, self._limits = tokenizer, limits or Limits()
         self._lock = threading.Lock()
         self._vocabulary: Vocabulary | None = None
-        self._known = collections.OrderedDict[bytes, Grammar | str]()  # or what is wrong with it
+        self._known = collections.OrderedDict[bytes, Grammar | GrammarError]()
         self._process: subprocess.Popen | None = None
         self._pipe: Connection | None = None
 
@@ -64,8 +64,8 @@ class GrammarCompiler:
                     self._known.popitem(last=False)
             self._known.move_to_end(key)
             found = self._known[key]
-        if isinstance(found, str):
-            raise GrammarError(found)
+        if isinstance(found, GrammarError):
+            raise found.with_traceback(None)
         return found
 
     def close(self) -> None:
@@ -73,29 +73,30 @@ class GrammarCompiler:
         with self._lock:
             self._stop()
 
-    def _made(self, form: Form, begin: Begin) -> Grammar | str:
+    def _made(self, form: Form, begin: Begin) -> Grammar | GrammarError:
         if self._vocabulary is None:
             self._vocabulary = Vocabulary(self._tokenizer)
-        if wrong := self._tried(form):
-            return wrong
         try:
+            self._try(form)
             return Grammar(self._vocabulary, form, begin)
         except GrammarError as error:
-            return str(error)
+            return error
 
-    def _tried(self, form: Form) -> str:
-        """What is wrong with a form, by the other process, or ''."""
+    def _try(self, form: Form) -> None:
+        """Compile a form in the other process. Raises GrammarError."""
         for _ in range(2):  # the process may have ended for another reason
             pipe = self._pipe or self._start()
             try:
                 pipe.send_bytes(pickle.dumps(form))
                 if pipe.poll(self._limits.seconds):
-                    return pipe.recv_bytes().decode()
+                    if wrong := pipe.recv_bytes().decode():
+                        raise GrammarError(wrong)
+                    return
                 break
             except (EOFError, OSError):
                 self._stop()
         self._stop()
-        return f"grammar: found one that takes more to compile, expected at most {self._limits}"
+        raise TooHard(f"grammar: found one that takes more to compile, expected at most {self._limits}")
 
     def _start(self) -> Connection:
         self._stop()

@@ -86,8 +86,8 @@ APIS = {
 def _aliases(path: str) -> list[str]:
     """The paths of an API: its own, the one without /v1, and those of DeepSeek's own service."""
     short = path.removeprefix("/v1")
-    other = {"/completions": ["/beta/completions"], "/messages": ["/anthropic/v1/messages"]}
-    return [path, short, *other.get(short, [])]
+    other = "/anthropic/v1" if short == "/messages" else "/beta"
+    return [path, short, other + short]
 
 
 def make_app(engine: AsyncEngine, options: Options | None = None, replay: Replay | None = None) -> ASGIApp:
@@ -217,17 +217,17 @@ class _Server:
         if ask.ignored and self.options.strict:
             name = ask.ignored[0]
             raise base.wrong(name, body[name], "nothing: it is not known")
-        silent = {"on": "on", "off": "off", "asked": "off" if api.reply is MessagesReply else "on"}
-        return dataclasses.replace(ask, think=ask.think or silent[self.options.think_default])
+        default = {"on": "on", "off": "off", "asked": "off" if api.reply is MessagesReply else "on"}
+        return dataclasses.replace(ask, think=ask.think or default[self.options.think_default])
 
     @staticmethod
     def _warn(ask: Ask) -> dict[str, str]:
         """Headers that name fields that nothing here knows; the log does so, too."""
         if not ask.ignored:
             return {}
-        text = "not known, and ignored: " + ", ".join(name[:40] for name in ask.ignored[:20])
+        text = json.dumps("not known, and ignored: " + ", ".join(name[:40] for name in ask.ignored[:20]))
         _LOG.warning("fields of a request: %s", text)
-        return {"warning": f"199 ds4jax {json.dumps(text)}"}
+        return {"warning": f"199 ds4jax {text}"}
 
     def show(self, what: Callable[[AsyncEngine], Any]) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """An endpoint that tells something of the engine."""
@@ -368,8 +368,8 @@ def _parse(body: bytes, max_depth: int) -> dict[str, Any]:
 
 
 def _check_end(talks: list[Conversation]) -> None:
-    """Raises ApiError if an answer is none."""
-    if any(talk.finish.reason == "error" for talk in talks):
+    """Raises ApiError if every answer ended inside a call."""
+    if all(talk.finish.reason == "error" for talk in talks):
         raise ApiError("the model ended its turn inside a tool call", 500)
 
 
@@ -419,7 +419,7 @@ class _KeyCheck:
         await self._app(scope, receive, send)
 
     def _allowed(self, request: Request) -> bool:
-        if request.url.path in ("/", "/health", "/ping"):
+        if request.url.path in ("/", "/health", "/v1/health", "/ping"):
             return True
         sent = (request.headers.get("x-api-key", ""), request.headers.get("authorization", "").removeprefix("Bearer "))
         return any(hmac.compare_digest(value.encode("latin-1"), self._key.encode()) for value in sent)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import functools
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ from ds4jax.chat import template as chat
 from ds4jax.chat.calls import Calling
 from ds4jax.chat.parser import Event, Finish, OutputParser, TextDelta, ToolCallFinished
 from ds4jax.engine.async_engine import AsyncEngine
-from ds4jax.engine.form import Begin, Either
+from ds4jax.engine.form import Begin, Either, TooHard
 from ds4jax.engine.types import Budget, Failed, Finished, Prefilled, Request, Scored, Started, Token
 from ds4jax.engine.types import Event as EngineEvent
 from ds4jax.errors import Ds4Error
@@ -89,16 +89,16 @@ class Conversation:
     ):
         self.ask, self.usage = ask, Usage(len(request.tokens))
         self._finish: Finish | None = None
+        self._stopped = False  # by a token that the request named
         self.logprobs: list[Logprob] = []
         self._pending: list[Logprob] = []  # of tokens read, whose text has not been shown
         self._shown = self._spelled = 0  # characters before any call, and of those whose log-probabilities are out
         self._called = False  # whether a call is finished
         tokenizer = engine.tokenizer
         self._spell = StreamDecoder(tokenizer)
-        # Tokens that are nothing of the text; in a chat, marks are not.
-        self._silent = {tokenizer.bos_id, tokenizer.eos_id} | (
-            set() if ask.prompt is not None else tokenizer.control_ids
-        )
+        # Tokens that add nothing to the text.
+        self._silent = {tokenizer.eos_id}
+        self._silent.add(tokenizer.special(Special.THINK_CLOSE) if ask.prompt is None else tokenizer.bos_id)
         self._engine, self._replay, self._parser, self._tick = engine, replay, parser, tick
         self.prompt = request.tokens
         self.prompt_logprobs = [] if request.prompt_logprobs is None else [self._logprob(Token(self.prompt[0]))]
@@ -171,9 +171,14 @@ class Conversation:
                 return []
             case Token():
                 events = self._token(event)
+                if events and isinstance(events[-1], Finish):
+                    self._flush()
             case Finished(reason):
                 self._flush()
-                events = self._parser.finish(reason)
+                # A token that the request named cuts the answer, wherever it comes.
+                events = self._parser.finish("length" if self._stopped else reason)
+                if self._stopped and events and isinstance(last := events[-1], Finish) and last.reason == "length":
+                    events[-1] = dataclasses.replace(last, reason="stop")
             case Failed(error):
                 raise error
         self._events += events
@@ -194,14 +199,15 @@ class Conversation:
             self.first = self.last
             self._flush()
         if token.id in self.ask.stop_ids:  # ends the answer, and is nothing of it
+            self._stopped = True
             self.usage = dataclasses.replace(self.usage, completion=self.usage.completion + 1)
             return []
         thought = self._parser.reasoning_tokens
         events = self._parser.push(token.id)
         reasoning = self._parser.reasoning_tokens
         self.usage = dataclasses.replace(self.usage, completion=self.usage.completion + 1, reasoning=reasoning)
-        ends = token.id == self._engine.tokenizer.eos_id  # is a token of a raw text, but nothing of it
-        if token.logprob is not None and reasoning == thought and (self.ask.prompt is not None or not ends):
+        listed = self.ask.prompt is not None or token.id not in self._silent  # EOS is a token of a raw text
+        if token.logprob is not None and reasoning == thought and listed:
             self._pending.append(self._logprob(token))
         return events
 
@@ -250,8 +256,10 @@ async def start(
     → a conversation for each of `ask.choices()`. Raises ApiError, or an error of the engine.
     """
     replay = Replay() if replay is None else replay
-    # Their own threads: whoever sends grammars that are hard to compile delays nobody else.
-    grammar = await asyncio.get_running_loop().run_in_executor(_GRAMMARS, _grammar, engine, ask)
+    grammar = None
+    if ask.form is not None or ask.calling != Calling():
+        # In a thread of their own: whoever sends grammars that are hard to compile delays only others with grammars.
+        grammar = await asyncio.get_running_loop().run_in_executor(_GRAMMARS, _grammar, engine, ask)
     prepared = await asyncio.to_thread(_prepare, engine, ask, replay, id_prefix, grammar)
     talks = [Conversation(engine, one, replay, request, parser, tick) for one, request, parser in prepared]
     waiting = [asyncio.ensure_future(talk.admitted()) for talk in talks]
@@ -270,12 +278,15 @@ async def together(talks: Sequence[Conversation]) -> AsyncIterator[tuple[int, Ev
 
     Ends all of them when one fails, or when this iterator is closed.
     """
-    queue = asyncio.Queue[tuple[int, Event | Tick | BaseException | None]]()
+    queue = asyncio.Queue[tuple[int, Event | Tick | Exception | None]]()
+    taken = [asyncio.Event() for _ in talks]  # no conversation goes on while its last event is being written
 
     async def read(i: int) -> None:
         try:
             async for event in talks[i]:
+                taken[i].clear()
                 queue.put_nowait((i, event))
+                await taken[i].wait()
             queue.put_nowait((i, None))
         except Exception as error:
             queue.put_nowait((i, error))
@@ -285,12 +296,13 @@ async def together(talks: Sequence[Conversation]) -> AsyncIterator[tuple[int, Ev
     try:
         while left:
             i, event = await queue.get()
-            if isinstance(event, BaseException):
+            if isinstance(event, Exception):
                 raise event
             if event is None:
                 del left[i]
             elif not isinstance(event, Tick) or i == min(left):
                 yield i, event
+            taken[i].set()
     finally:
         for task, talk in zip(tasks, talks, strict=True):
             task.cancel()
@@ -309,28 +321,27 @@ def _now() -> float:
 
 def _grammar(engine: AsyncEngine, ask: Ask) -> Grammar | None:
     """What the text or the calls must be, or None. Thoughts are free. Raises Ds4Error."""
-    tokenizer, calling, form = engine.tokenizer, ask.calling, ask.form
+    tokenizer, calling, form = engine.tokenizer, ask.calling, None if ask.calling.required else ask.form
     after = (tokenizer.special(Special.THINK_CLOSE),) if _thinks(ask) else ()
+    alone = None if form is None else engine.grammar(form, Begin(after))
     if not ask.tools or calling == Calling() and form is None:
-        return None if form is None else engine.grammar(form, Begin(after))
+        return alone
     free = form is None and not calling.required  # to call or not
     begin = Begin((*after, tokenizer.special(Special.DSML)), must=False) if free else Begin(after)
-
-    def grammar(tools: Sequence[Mapping[str, Any]], calling: Calling) -> Grammar:
-        block = calls.grammar(tokenizer, tools, calling, begun=free)
-        return engine.grammar(block if form is None or calling.required else Either(form, block), begin)
-
+    block = calls.grammar(tokenizer, ask.tools, calling, begun=free)
     try:
-        return grammar(ask.tools, calling)
-    except Ds4Error:
-        for tool in ask.tools:  # the error names the one that is wrong
-            name = chat.normalise_tools([tool])[0]["name"]
-            if calling.only is None or name in calling.only:
-                try:
-                    grammar([tool], dataclasses.replace(calling, only=None))
-                except Ds4Error as error:
-                    raise ApiError(f"tools: {name}: {error}", param="tools") from None
+        return engine.grammar(block if form is None else Either(form, block), begin)
+    except TooHard:
         raise
+    except Ds4Error as error:
+        for tool in chat.normalise_tools(ask.tools):  # the error names the one that is wrong
+            if calling.only is None or tool["name"] in calling.only:
+                one = calls.grammar(tokenizer, [tool], dataclasses.replace(calling, only=None), begun=free)
+                try:
+                    engine.grammar(one, begin)
+                except Ds4Error as its:
+                    raise ApiError(f"tools: {tool['name']}: {its}", param="tools") from None
+        raise error
 
 
 def _thinks(ask: Ask) -> bool:
@@ -354,7 +365,7 @@ def render(engine: AsyncEngine, ask: Ask, replay: Replay) -> list[int]:
         profile=chat.effort_profile(tokenizer.chat_template),
         ctx=engine.ctx,
         tools=ask.tools,
-        response_format=ask.form if isinstance(ask.form, dict) else None,
+        response_format=ask.form if isinstance(ask.form, dict) and not ask.calling.required else None,
         continues=ask.continues,
         replay=replay.recall(ask.messages),
     )

@@ -20,7 +20,7 @@ class Stored:
 
     def keep(self, response: Json, items: list[Json]) -> None:
         """Keep a response and the input items that it answers, those of earlier responses apart."""
-        items = [{"id": f"item_{secrets.token_hex(12)}"} | _in_parts(item) for item in items]
+        items = [_in_parts(item) | {"id": _id_of(item)} for item in items]
         for item in [*items, *response["output"]]:
             self._notes.put(f"item:{item['id']}", response["id"])
         self._notes.put(f"response:{response['id']}", {"response": response, "input": items})
@@ -70,9 +70,13 @@ class Stored:
         return note
 
 
+def _id_of(item: Json) -> str:
+    return id if isinstance(id := item.get("id"), str) and id else f"item_{secrets.token_hex(12)}"
+
+
 def _in_parts(item: Json) -> Json:
     """An item as it is shown: the text of a message is a list of parts."""
-    if not isinstance(text := item.get("content"), str):
+    if item.get("type", "message") != "message" or not isinstance(text := item.get("content"), str):
         return item
     kind = "output_text" if item["role"] == "assistant" else "input_text"
     return item | {"type": "message", "content": [{"type": kind, "text": text}]}

@@ -39,12 +39,14 @@ def tokenize(engine: AsyncEngine, body: Json, chat_prompt: Callable[[Json], list
     if len(given) != 1:
         raise ApiError(f"body: found {' and '.join(given) or 'none'}, expected one of prompt, content and messages")
     if asked.messages is not None:
-        ids = chat_prompt(body)
+        own = Tokenize.model_fields.keys() - {"messages", "add_generation_prompt"}
+        ids = chat_prompt({key: value for key, value in body.items() if key not in own})
     else:
         text = asked.prompt if asked.content is None else asked.content
         assert text is not None
         bos = asked.add_special_tokens if asked.add_special is None else asked.add_special
-        ids = [tokenizer.bos_id] if (asked.content is None if bos is None else bos) else []
+        with_bos = asked.content is None and tokenizer.add_bos if bos is None else bos
+        ids = [tokenizer.bos_id] if with_bos else []
         ids += tokenizer.encode_spelled(text) if asked.parse_special else tokenizer.encode_text(text)
     pieces = [tokenizer.id_to_bytes(id) for id in ids]
     strings = [piece.decode("utf-8", "replace") for piece in pieces]

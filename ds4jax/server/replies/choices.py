@@ -32,7 +32,7 @@ class Choice:
         return new
 
     def part(self, logprobs: Any, finish: Finish | None = None, **said: Any) -> dict[str, Any]:
-        reason = finish and ("stop" if finish.reason == "stop_sequence" else finish.reason)
+        reason = finish and ("stop" if finish.reason in ("stop_sequence", "error") else finish.reason)
         return {"index": self._index, **said, "logprobs": logprobs, "finish_reason": reason}
 
 

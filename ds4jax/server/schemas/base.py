@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, cast
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from ds4jax.chat.calls import Calling
-from ds4jax.engine.form import Form, Pattern
+from ds4jax.engine.form import Form, Pattern, quoted
 from ds4jax.engine.types import Sampling
 from ds4jax.server.ask import Json
 from ds4jax.server.errors import ApiError
@@ -31,8 +31,8 @@ type Limit = Annotated[Annotated[int, Field(ge=1)] | None, BeforeValidator(lambd
 """The longest answer, in tokens. -1 is all the room there is, as with llama.cpp."""
 type LimitOrZero = Annotated[Annotated[int, Field(ge=0)] | None, BeforeValidator(lambda v: None if v == -1 else v)]
 """The same; with 0 nothing is said."""
-type BudgetTokens = Annotated[int, Field(ge=0)]
-"""Tokens that a thought may have."""
+type BudgetTokens = Annotated[Annotated[int, Field(ge=0)] | None, BeforeValidator(lambda v: None if v == -1 else v)]
+"""Tokens that a thought may have; -1 is no limit, as with llama.cpp."""
 type Answers = Annotated[int, Field(ge=1, le=MAX_ANSWERS)]
 type TopLogprobs = Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)]
 type TokenId = Annotated[int, Field(ge=0)]
@@ -45,7 +45,7 @@ _WITHOUT_EFFECT = {
     "user", "metadata", "store", "service_tier", "prompt_cache_key", "prompt_cache_retention", "safety_identifier",
     "prediction", "include", "client_metadata", "request_id", "priority", "cache_prompt", "id_slot", "cache_salt",
     "return_progress", "timings_per_token", "cache_control", "container", "inference_geo", "stream_options", "user_id",
-    "parallel_tool_calls", "truncation", "max_tool_calls", "return_token_ids",
+    "truncation", "max_tool_calls",
 }  # fmt: skip
 
 
@@ -105,6 +105,8 @@ class Body(Schema):
             given["top_k"] = 0
         if given.get("top_p") == 0:
             given |= {"top_p": 1.0, "temperature": 0.0}
+        if self.ignore_eos and self.stop_token_ids:
+            raise ApiError("stop_token_ids: found beside ignore_eos, expected one of them", param="stop_token_ids")
         least = 2**31 - 1 if self.ignore_eos else self.min_tokens
         return Sampling(**given, logit_bias=bias, seed=seed, min_tokens=least)
 
@@ -212,7 +214,7 @@ def _choice(texts: list[str] | None) -> Pattern | None:
     """One of the texts, in Lark, whose strings are those of JSON."""
     if texts is None:
         return None
-    return Pattern("grammar", "start: " + " | ".join(json.dumps(text, ensure_ascii=False) for text in texts))
+    return Pattern("lark", "start: " + " | ".join(map(quoted, texts)))
 
 
 def _read_json(where: str, schema: Json | str | None) -> Json | None:

@@ -208,6 +208,8 @@ def read(body: Json, stored: Stored | None = None) -> Ask:
     """The `Ask` of `POST /v1/responses`. stored: earlier responses and items. Raises Ds4Error."""
     stored = Stored(NoteLog(None, 0)) if stored is None else stored
     new = body.get("input")
+    if new is None and body.get("previous_response_id") is not None:
+        new = []
     if isinstance(new, str):
         new = [{"type": "message", "role": "user", "content": new}] if new else []
     if isinstance(new, list):
@@ -255,7 +257,11 @@ def _tools(
         shown = tool.model_dump(exclude_unset=True) | {"type": "function", "name": name}
         if isinstance(tool, Custom):
             custom.add(name)
-            text = {"type": "object", "properties": {calls.TEXT: {"type": "string"}}, "required": [calls.TEXT]}
+            text = {
+                "type": "object",
+                "properties": {calls.FREE_TEXT: {"type": "string"}},
+                "required": [calls.FREE_TEXT],
+            }
             shown["parameters"] = text
         out.append(shown)
     return out, frozenset(custom), namespaces
@@ -334,7 +340,7 @@ def _as_chat(items: list[Message | Reasoning | FunctionCall | CustomCall | CallO
 def _arguments(call: FunctionCall | CustomCall) -> str:
     if isinstance(call, FunctionCall):
         return call.arguments
-    return json.dumps({calls.TEXT: call.input}, ensure_ascii=False)
+    return json.dumps({calls.FREE_TEXT: call.input}, ensure_ascii=False)
 
 
 def _text(content: Content) -> str:
