@@ -56,7 +56,10 @@ def test_random_planes_have_the_asked_spread(fmt):
     assert 0.012 < w.std() < 0.032
 
 
-@pytest.mark.parametrize("fmt", FORMATS)
+PUBLISHED = "IQ2_XXS", "Q2_K", "Q4_K", "Q8_0"  # types of the files that people load
+
+
+@pytest.mark.parametrize("fmt", [pytest.param(f, marks=[] if f in PUBLISHED else pytest.mark.slow) for f in FORMATS])
 def test_kernel_decodes_every_weight(fmt):
     """The identity times Wᵀ shows the kernel's own weights: the exact ones rounded to the format's dtype."""
     planes = random_bits(fmt, 2, (2, 32, 512))

@@ -76,7 +76,7 @@ def test_other_numbers():
     assert len(results) == 2
 
 
-@pytest.mark.parametrize("device", GPUS)
+@pytest.mark.parametrize("device", [pytest.param(d, marks=[] if "GB10" in d else pytest.mark.slow) for d in GPUS])
 def test_lowers_for_gpus(device):
     for name in ("1", "1 first", "1 head", "prefill 2048"):
         inputs = jax.eval_shape(SHAPES[name].inputs, jax.random.key(0))

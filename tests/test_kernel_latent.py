@@ -77,7 +77,7 @@ def test_rounding_is_that_of_the_rows(exponent):
             np.testing.assert_array_equal(e2m1.rounded(x), row.decode(row.encode(x), jnp.float32))
 
 
-@pytest.mark.parametrize("device", GPUS)
+@pytest.mark.parametrize("device", [pytest.param(d, marks=[] if "GB10" in d else pytest.mark.slow) for d in GPUS])
 def test_lowers_for_gpus(device):
     for name, shape in SHAPES.items():
         inputs = jax.eval_shape(shape.inputs, jax.random.key(0))

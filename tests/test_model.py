@@ -113,7 +113,9 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    "shape", [pytest.param(s, marks=[] if s == "no ratio 128" else pytest.mark.slow) for s in SHAPES]
+)
 def test_other_shapes(shape):
     """A kind of layer that is missing, one stream, an odd window: whole and in parts, the same."""
     layers = SHAPES[shape]["n_layers"]
