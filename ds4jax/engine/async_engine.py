@@ -24,7 +24,7 @@ from ds4jax.engine.commands import Cancel, Command, Stop, Submit, Wake
 from ds4jax.engine.form import Begin, Form
 from ds4jax.engine.sequence import Sequence
 from ds4jax.engine.stream import Stream
-from ds4jax.engine.types import EngineFailed, Event, Failed, Overloaded, Request, Stopping
+from ds4jax.engine.types import EngineFailed, Event, Failed, Overloaded, Request, StepFailed, Stopping
 from ds4jax.errors import Ds4Error
 
 if TYPE_CHECKING:
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from ds4jax.settings import Settings
 
 log = logging.getLogger(__name__)
+
+MAX_FAILURES = 5  # steps in a row that fail before the engine gives up
 
 
 class AsyncEngine:
@@ -111,6 +113,11 @@ class AsyncEngine:
 
     # ---- for callers, from any thread --------------------------------------------------------------------------------
     @property
+    def failed(self) -> bool:
+        """Whether the model cannot run any more. Thread-safe."""
+        return isinstance(self._refusal, EngineFailed)
+
+    @property
     def kv_store(self) -> KVStore | None:
         """Where prefixes are kept on disk."""
         cache = self._engine.prefix_cache
@@ -176,20 +183,30 @@ class AsyncEngine:
     def _run(self) -> None:
         error: Ds4Error = Stopping("the server is stopping")
         try:
-            worked = False
+            worked, failures = False, 0
             while self._receive(busy=worked):
-                worked = self._engine.step()
+                try:
+                    worked, failures = self._engine.step(), 0
+                except Exception as failure:
+                    failures += 1
+                    if failures == MAX_FAILURES:
+                        raise
+                    log.exception("a step failed")
+                    text = f"the model failed while it computed this, and goes on: {type(failure).__name__}"
+                    self._engine.recover(StepFailed(text))
+                    worked = True
             self._engine.stop(error)
-        except Exception as failure:
+        except BaseException as failure:
             log.exception("the engine failed")
             error = EngineFailed(f"the model cannot run any more: {failure}")
-        with self._lock:
-            self._refusal = error
-        for seq in self._engine.scheduler:
-            seq.emit(Failed(error))
-        while not self._commands.empty():
-            if isinstance(command := self._commands.get(), Submit):
-                command.stream.push(Failed(error))
+        finally:
+            with self._lock:
+                self._refusal = error
+            for seq in self._engine.scheduler:
+                seq.emit(Failed(error))
+            while not self._commands.empty():
+                if isinstance(command := self._commands.get(), Submit):
+                    command.stream.push(Failed(error))
 
     def _receive(self, busy: bool) -> bool:
         """Carry out the commands that are there, having waited for one unless busy; → whether to go on."""
@@ -208,7 +225,10 @@ class AsyncEngine:
     def _carry_out(self, command: Command) -> None:
         match command:
             case Submit(request, stream):
-                stream.sequence = self._engine.add(request, stream.push)
+                try:
+                    stream.sequence = self._engine.add(request, stream.push)
+                except Exception as error:
+                    stream.push(Failed(error))
             case Cancel(stream):
                 if stream.sequence is not None:
                     self._engine.cancel(stream.sequence)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import bisect
+import contextlib
 import dataclasses
 import json
+import logging
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -13,7 +15,11 @@ from typing import Any
 from ds4jax.engine.sequence import Sequence
 from ds4jax.errors import Ds4Error
 
-_TOTALS = ("requests", "finished", "cancelled", "failed", "prompt_tokens", "cached_tokens", "generated_tokens")
+_LOG = logging.getLogger(__name__)
+_TOTALS = (
+    *("requests", "finished", "cancelled", "failed", "prompt_tokens", "cached_tokens", "generated_tokens"),
+    *("failed_steps", "lost_trace_lines"),
+)
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 _TOKEN_SECONDS = (0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 5.0)
 
@@ -93,6 +99,10 @@ class Counters:
         if seconds is not None:
             self._token.observe(seconds)
 
+    def step_failed(self) -> None:
+        """An exception ended a step."""
+        self._totals["failed_steps"] += 1
+
     def ended(self, seq: Sequence, reason: str) -> None:
         """A sequence has ended: "stop", "length", "cancelled", "failed" or "stopped"."""
         self._totals["finished" if reason in ("stop", "length") else reason] += 1
@@ -109,10 +119,16 @@ class Counters:
             "first_token_seconds": seq.first_token_at and round(seq.first_token_at - seq.submitted_at, 6),
             "seconds": round(now - seq.submitted_at, 6),
         }
-        self._trace.write(json.dumps(record) + "\n")
-        self._trace.flush()
+        try:
+            self._trace.write(json.dumps(record) + "\n")
+            self._trace.flush()
+        except OSError as error:
+            if not self._totals["lost_trace_lines"]:
+                _LOG.warning("trace: %s cannot be written: %s; lines are lost", self._trace.name, error.strerror)
+            self._totals["lost_trace_lines"] += 1
 
     def close(self) -> None:
         """Close the trace."""
         if self._trace is not None:
-            self._trace.close()
+            with contextlib.suppress(OSError):
+                self._trace.close()

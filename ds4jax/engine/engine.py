@@ -118,6 +118,17 @@ class Engine:
         while self._reuse.take_piece():
             pass
 
+    def recover(self, error: Ds4Error) -> None:
+        """Go on after an exception in a step: sequences with a slot end with this error, the others still wait."""
+        self.counters.step_failed()
+        self._reuse.forget()
+        self._on_device = set()
+        for seq in [*self.scheduler.prefilling, *self.scheduler.decoding]:
+            self.scheduler.remove(seq)
+            self.counters.ended(seq, "failed")
+            seq.emit(Failed(error))
+        self.runner.reset()
+
     def slots(self) -> list[Sequence | None]:
         """Who has each slot. Thread-safe."""
         by_slot = {seq.slot: seq for seq in self.scheduler}

@@ -111,7 +111,7 @@ class ModelRunner:
         self.plan = memory.check(self.steps, sizes)
         if sizes:
             self.steps.get_all(self.steps.calls(sizes))
-        self.lengths, self.stats = [0] * self.batch, Stats(compile_seconds=self.steps.seconds)
+        self.stats = Stats(compile_seconds=self.steps.seconds)
         self._empty = functools.partial(
             kv.empty, self.cfg, settings.numerics, settings.dtype, sharding=self.steps.everywhere
         )
@@ -119,8 +119,14 @@ class ModelRunner:
             self.weights = weights.init_random(self.steps.tree, self.cfg, checkpoint.seed, self._compute.mesh)
         else:
             self.weights, _ = load(checkpoint, self._compute.mesh, progress)
-        self.cache = self._empty(self.batch, settings.ctx)
-        self._sampling = [Sampling()] * self.batch
+        self.reset()
+
+    def reset(self) -> None:
+        """Empty every slot. A step that failed may have lost the cache, which was donated to it."""
+        for name in ("cache", "_results"):  # what is left of them makes room first
+            vars(self).pop(name, None)
+        self.cache = self._empty(self.batch, self.settings.ctx)
+        self.lengths, self._sampling = [0] * self.batch, [Sampling()] * self.batch
         results = self.steps.results
         self._results = tuple(jnp.zeros(x.shape, x.dtype, device=x.sharding) for x in results)  # of the last block
         self._arguments: list[tuple[Any, Any]] = []  # of the last block, on the host and on the device

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import logging
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,8 @@ from ds4jax.engine.types import ALIGN
 if TYPE_CHECKING:
     from ds4jax.engine.model_runner import ModelRunner, Sampled
     from ds4jax.engine.snapshot import Planes
+
+_LOG = logging.getLogger(__name__)
 
 LATE = 64
 """Tokens by which an answer may be past its end when the reader's decision to end it arrives."""
@@ -69,9 +72,13 @@ class PrefixReuse:
         if seq.disk_read:
             if not seq.disk_read.done():
                 return None
-            if snapshot := seq.disk_read.result():
-                self.cache.put(snapshot)
-            seq.base, seq.disk_read = snapshot, None
+            read, seq.disk_read = seq.disk_read, None
+            try:
+                seq.base = read.result()
+            except Exception:
+                _LOG.exception("a prefix cannot be read from disk, and is computed instead")
+            if seq.base:
+                self.cache.put(seq.base)
         if seq.leader and self._scheduler.should_wait(seq, 0):
             return None
         found = self.cache.find(seq.key)
@@ -115,6 +122,10 @@ class PrefixReuse:
             self._take(seq, end, state)
         if seq.latest and not due and not seq.tails:  # otherwise it is saved when the last one is taken
             self.cache.save(seq.latest)
+
+    def forget(self) -> None:
+        """Give up the snapshots that are being taken: what they are of is lost."""
+        self._due.clear()
 
     # ---- taking them -------------------------------------------------------------------------------------------------
     @property

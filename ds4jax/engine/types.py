@@ -176,5 +176,9 @@ class Stopping(Ds4Error):
     """The engine is being closed."""
 
 
+class StepFailed(Ds4Error):
+    """What a step computed is lost, by no fault of the request. The engine goes on."""
+
+
 class EngineFailed(Ds4Error):
     """The model cannot run any more; only a restart helps."""

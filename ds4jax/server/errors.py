@@ -6,7 +6,7 @@ import logging
 import re
 from typing import Any
 
-from ds4jax.engine.types import ContextOverflow, EngineFailed, Overloaded, Stopping
+from ds4jax.engine.types import ContextOverflow, EngineFailed, Overloaded, StepFailed, Stopping
 from ds4jax.errors import Ds4Error
 
 log = logging.getLogger(__name__)
@@ -46,6 +46,8 @@ class ApiError(Ds4Error):
                 return overflow(error.prompt, error.ctx)
             case Overloaded() | Stopping():
                 return cls(str(error), 503, code="overloaded" if isinstance(error, Overloaded) else "stopping")
+            case StepFailed():
+                return cls(str(error), 500, code="step_failed")
             case Ds4Error() if not isinstance(error, EngineFailed):
                 path = _PATH.match(str(error))
                 return cls(str(error)[:MAX_MESSAGE], param=path[0] if path else None)

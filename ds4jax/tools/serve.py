@@ -19,6 +19,8 @@ from ds4jax.settings import Settings
 from ds4jax.tools import cli
 
 if TYPE_CHECKING:  # JAX takes a second to import
+    import uvicorn
+
     from ds4jax.engine.async_engine import AsyncEngine
     from ds4jax.server.app import Options
     from ds4jax.server.replay import Replay
@@ -80,7 +82,7 @@ def main() -> int:
     )
     replay = Replay.beside(engine.kv_store, turns)
     asyncio.run(serve(engine, options, replay, listener, FLAGS.grace))
-    return 0
+    return 1 if engine.failed else 0
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -119,4 +121,15 @@ async def serve(engine: AsyncEngine, options: Options, replay: Replay, listener:
             await closing
 
     config = uvicorn.Config(make_app(engine, options, replay), log_level="warning", lifespan="off")
-    await Server(config).serve([listener])
+    server = Server(config)
+    watching = asyncio.create_task(_end_with(engine, server))
+    await server.serve([listener])
+    watching.cancel()
+
+
+async def _end_with(engine: AsyncEngine, server: uvicorn.Server) -> None:
+    """Stop the server once the engine has failed, so that a supervisor starts the process anew."""
+    while not engine.failed:
+        await asyncio.sleep(0.5)
+    await asyncio.sleep(1.0)  # clients are told
+    server.should_exit = True

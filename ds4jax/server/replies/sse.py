@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def dumps(value: Any) -> str:
     """Write JSON in ASCII: some clients split lines where Unicode does, at U+2028 or U+0085."""
-    return json.dumps(value, separators=(",", ":"))
+    return json.dumps(value, separators=(",", ":"), allow_nan=False)
 
 
 def event(data: Any, name: str | None = None) -> bytes:
