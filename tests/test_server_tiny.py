@@ -263,6 +263,14 @@ def test_a_port_in_use_is_refused_before_anything_is_loaded():
     assert run.returncode == 1 and run.stderr.startswith("error: port ") and run.stderr.count("\n") == 1
 
 
+def test_an_empty_key_is_refused():
+    for flags, key in ((["--api_key="], "k"), ([], "")):
+        command = [sys.executable, "-m", "ds4jax.serve", *flags]
+        env = os.environ | {"PYTHONPATH": str(ROOT), "DS4JAX_API_KEY": key}
+        run = subprocess.run(command, capture_output=True, text=True, env=env)
+        assert run.returncode == 1 and run.stderr.startswith("error: api_key: ") and run.stderr.count("\n") == 1
+
+
 @pytest.mark.slow
 def test_short_soak(url):
     """scripts/soak.py does it for as long as one likes."""

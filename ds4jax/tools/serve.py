@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import socket
 import sys
 from typing import TYPE_CHECKING
@@ -30,7 +31,13 @@ cli.define_model(FLAGS)
 cli.define_synthetic(FLAGS)
 flags.DEFINE_string("host", "127.0.0.1", "Address to listen at; 0.0.0.0 for all of this machine's.", flag_values=FLAGS)
 flags.DEFINE_integer("port", 8000, "0 takes a free one.", lower_bound=0, upper_bound=65535, flag_values=FLAGS)
-flags.DEFINE_string("api_key", None, "What clients must send; without it, anyone may call.", flag_values=FLAGS)
+flags.DEFINE_string(
+    "api_key",
+    None,
+    "What clients must send; by default DS4JAX_API_KEY of the environment, which `ps` does not show. Without either, "
+    "anyone may call.",
+    flag_values=FLAGS,
+)
 flags.DEFINE_bool("cors", False, "Allow calls from pages of any origin.", flag_values=FLAGS)
 flags.DEFINE_integer("ctx", None, "Tokens of prompt and answer together; by default the config's.", flag_values=FLAGS)
 flags.DEFINE_integer("max_seqs", None, "Answers at once; by default the config's batch.", 1, flag_values=FLAGS)
@@ -54,6 +61,9 @@ flags.DEFINE_float("grace", 30.0, "Seconds that running answers have once asked 
 
 def main() -> int:
     """Run the server as FLAGS say, until it is told to stop; → exit status. Raises Ds4Error."""
+    key = os.environ.get("DS4JAX_API_KEY") if FLAGS.api_key is None else FLAGS.api_key
+    if key == "":
+        raise Ds4Error("api_key: found an empty one, expected a key, or no flag to let anyone call")
     settings = Settings.load(FLAGS.config, model=FLAGS.model, ctx=FLAGS.ctx)
     settings.set_environment()
     from ds4jax.engine.async_engine import AsyncEngine
@@ -65,7 +75,7 @@ def main() -> int:
     options = Options(
         keep_alive=FLAGS.keep_alive,
         cors=FLAGS.cors,
-        api_key=FLAGS.api_key,
+        api_key=key,
         think_default=FLAGS.think_default,
         strict=FLAGS.strict,
     )
