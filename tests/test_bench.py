@@ -432,6 +432,7 @@ def test_gpus_share_the_shapes(sweep_kernels, monkeypatch, tmp_path):
     assert [r["shape"] for r in report["results"]] == ["small", "decode 1"]
 
 
+@pytest.mark.slow
 def test_copies_are_distinct_and_as_many_as_needed():
     inputs = (jnp.arange(8), {"w": jnp.ones(3), "none": None})
 
@@ -476,6 +477,7 @@ def test_what_is_updated_in_place_passes_from_turn_to_turn():
     assert last(lambda state, x: {"n": whole(state, x)[0]}, (0, None), ({"n": n}, x)) == {"n": 13}
 
 
+@pytest.mark.slow
 def test_a_kernel_that_updates_in_place_is_compared_with_a_reference_that_does(monkeypatch):
     device = limits.Device("A GPU", 1e12, 1e12)
     monkeypatch.setattr(limits, "ROUND", 1e-4)

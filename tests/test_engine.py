@@ -66,6 +66,7 @@ def requests():
     return [Request(TOKENS[:n], m, p) for (n, m), p in zip(sizes, params, strict=True)]
 
 
+@pytest.mark.slow
 def test_a_batch_of_ragged_sequences_equals_each_alone(runner, three):
     jobs, together = requests(), {}
     for request, token, finish in run(three, jobs, logits=True):

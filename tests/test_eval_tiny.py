@@ -98,6 +98,7 @@ def test_observed_losses_and_agreement_are_those_of_training(model):
     np.testing.assert_allclose(agreement, parts["agreement"], atol=0.02)
 
 
+@pytest.mark.slow
 def test_batched_answers_are_those_of_each_prompt_alone(model, monkeypatch):
     monkeypatch.setattr(eval_tiny, "LONGEST_ANSWER", 5)
     prompts = [TOK.encode_raw(text) for text in ("one", "another prompt", "x")]

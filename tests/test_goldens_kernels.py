@@ -87,6 +87,7 @@ def test_decoding_interpreted(golden, model):
     check(golden, 130, found, FEW)
 
 
+@pytest.mark.slow
 @only("mixed_experts")
 def test_prefill_interpreted(golden, model):
     found = logits(model, "pallas_interpret", golden.arrays["130/tokens"][:128], [128])

@@ -90,6 +90,7 @@ def test_linear(m, groups):
     assert error(expected, by_hand.reshape(m, -1)) < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["gate_up", "down"])
 def test_experts_sorted(kind):
     """Seven experts, one without a token and one with more than a tile of them."""

@@ -41,6 +41,7 @@ def test_agrees_with_the_reference(name):
     assert error(found, expected) < TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "device",
     ["NVIDIA GB10", *(pytest.param(f"NVIDIA {x}", marks=pytest.mark.slow) for x in ("H200", "RTX PRO 6000 Blackwell"))],

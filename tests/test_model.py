@@ -127,6 +127,7 @@ def test_other_shapes(shape):
     assert worst(run(model, Compute("plain"), ids, 3, cfg), expected) < 1e-5
 
 
+@pytest.mark.slow
 def test_last_position_only(model):
     compute, ids = Compute("plain"), tokens(2, 64, seed=2)
     n = jnp.array([64, 11], jnp.int32)

@@ -117,6 +117,7 @@ def test_sizes_are_what_prompts_are_padded_to(three):
     assert set(chunk_sizes(lengths, three.settings.prefill_chunk)) <= padded
 
 
+@pytest.mark.slow
 def test_a_mesh_gives_the_same_logits(settings, expected):
     sharded = ModelRunner.load(dataclasses.replace(settings, tp=2, ep=2, prefill_chunk=8))
     assert len(sharded.weights.head.out.q.sharding.device_set) == 4

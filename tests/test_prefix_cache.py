@@ -335,6 +335,7 @@ def test_beyond_the_memory_budget_prefixes_are_read_from_disk(engines, runner, t
     assert warm[0].cached_tokens == 256 and tokens(warm) == tokens(cold)
 
 
+@pytest.mark.slow
 def test_fingerprints_tell_models_and_settings_apart(runner, path, tmp_path):
     other = tmp_path / "other.gguf"
     synthetic.write_synthetic(other, CFG, 4, synthetic.RECIPES["q8"], byte_tokenizer().to_metadata())
