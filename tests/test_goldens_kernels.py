@@ -81,8 +81,16 @@ def few(length):
 
 
 # ---- interpreted -----------------------------------------------------------------------------------------------------
-@only("q2")
 def test_decoding_interpreted(golden, model):
+    """A window of 128 in pieces of 32; of the case whose experts have other types, 5 tokens one by one."""
+    length, sizes = (130, [32] * 4) if golden.case.recipe == "q2" else (5, [1] * 5)
+    found = logits(model, "pallas_interpret", golden.arrays[f"{length}/tokens"][: sum(sizes)], sizes)
+    check(golden, length, found, FEW)
+
+
+@pytest.mark.slow
+@only("q2")
+def test_decoding_over_the_end_of_a_window_interpreted(golden, model):
     found = logits(model, "pallas_interpret", golden.arrays["130/tokens"], few(130))
     check(golden, 130, found, FEW)
 
