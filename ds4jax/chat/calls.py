@@ -10,11 +10,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ds4jax.chat import template
-from ds4jax.engine.form import Pattern, quoted, spaced, unanchored
+from ds4jax.engine.form import Pattern, quoted, spaced, unanchored, without_one_of
 from ds4jax.errors import Ds4Error
 from ds4jax.io.tokenizer import Special, Tokenizer
 
@@ -24,19 +24,11 @@ WRAPPERS = ("arguments", "input")
 
 # Keywords of a schema that say nothing of its values.
 _NOTES = {
-    "$schema",
-    "$id",
-    "$comment",
-    "title",
-    "description",
-    "default",
-    "examples",
-    "deprecated",
-    "$defs",
-    "definitions",
-}
+    "$schema", "$id", "$comment", "title", "description", "default", "examples", "deprecated", "$defs", "definitions",
+}  # fmt: skip
 _OBJECT = _NOTES | {"type", "properties", "required", "additionalProperties"}
 _DEFINITIONS = ("$defs", "definitions")
+_UNREADABLE = set('"<>\n')  # characters that `parser` cannot read in a name
 _OTHERS = ["null", "boolean", "number", "array", "object"]  # JSON types that are no strings
 
 
@@ -44,9 +36,10 @@ _OTHERS = ["null", "boolean", "number", "array", "object"]  # JSON types that ar
 class Calling:
     """Which calls a reply may or must have.
 
-    required: at least one; its arguments obey the tool's schema. only: names of the tools that may be called, or None
-    for all. single: at most one call. strict: names of the tools whose arguments always obey their schema. texts: what
-    the one parameter of a tool of free text must match, by the tool's name; it is called FREE_TEXT.
+    required: there must be one, and the arguments of all calls obey the tools' schemas. only: the names of the tools
+    that may be called, or None for all. single: at most one call. strict: the names of the tools whose arguments always
+    obey their schemas. texts: for tools that take free text, by name, what the text (their parameter FREE_TEXT) must
+    match.
     """
 
     required: bool = False
@@ -59,8 +52,8 @@ class Calling:
 def grammar(tokenizer: Tokenizer, tools: Sequence[Mapping[str, Any]], calling: Calling, *, begun: bool) -> Pattern:
     """What a block of calls must be.
 
-    tools: as given to `template.render`. begun: without the white space before the block and its first tag up to the
-    control token: these have been sampled.
+    tools: as given to `template.render`. begun: whether the beginning of the block, up to its first control token, has
+    been sampled already, so that the grammar starts behind that.
     Raises Ds4Error, naming the tool, for arguments that cannot be enforced.
     """
     shown = template.normalise_tools(tools)
@@ -68,7 +61,7 @@ def grammar(tokenizer: Tokenizer, tools: Sequence[Mapping[str, Any]], calling: C
         raise Ds4Error(f"tool_choice: found {unknown[0]!r}, expected the name of one of the tools")
     rules = _Rules(f"<[{tokenizer.special(Special.DSML)}]>")
     calls = [
-        rules.add("call", lambda tool=tool: _call(rules, tool, calling))
+        rules.add("call", _call(rules, tool, calling))
         for tool in shown
         if calling.only is None or tool["name"] in calling.only
     ]
@@ -84,11 +77,10 @@ class _Rules:
     def __init__(self, dsml: str):
         self._dsml, self._lines = dsml, dict[str, str]()
 
-    def add(self, kind: str, body: Callable[[], str]) -> str:
+    def add(self, kind: str, body: str) -> str:
         """→ the name of a new rule."""
         name = f"{kind}_{len(self._lines)}"
-        self._lines[name] = ""
-        self._lines[name] = body()
+        self._lines[name] = body
         return name
 
     def markup(self, text: str) -> list[str]:
@@ -103,7 +95,7 @@ class _Rules:
 
 def _call(rules: _Rules, tool: Mapping[str, Any], calling: Calling) -> str:
     name, schema = tool["name"], tool.get("parameters")
-    if not name or set(name) & set('"<>\n'):
+    if not name or set(name) & _UNREADABLE:
         raise Ds4Error(f'tools: found the name {name!r:.80}, expected one without any of "<> and line ends')
     head = rules.markup(f'{template.INVOKE_OPEN}{name}">\n')
     if name in calling.texts:
@@ -147,7 +139,7 @@ def _arguments(rules: _Rules, schema: Any) -> str:
         taken = [*properties, *(name for name in WRAPPERS if wraps(schema, name))]
         if taken:
             others = "|".join(map(_expression, taken))
-            name = rules.add("NAME", lambda: f"NAME & ~/{others}/")
+            name = rules.add("NAME", f"NAME & ~/{others}/")
         out.append(_parameter(rules, name, _values(rules, more, definitions)) + "*")
     return " ".join(out) if required else _or_newline(" ".join(out))
 
@@ -162,7 +154,7 @@ def _only_lists_parameters(schema: Mapping[str, Any]) -> bool:
         and isinstance(required, list)
         and all(isinstance(name, str) for name in required)
         and all(properties.get(name, False) is not False for name in required)
-        and not any(set(name) & set('"<>\n') or not name for name in properties)
+        and not any(set(name) & _UNREADABLE or not name for name in properties)
         and all(ref.startswith(("#/$defs/", "#/definitions/")) for ref in _references(schema))
     )
 
@@ -205,25 +197,21 @@ def _wrapped(rules: _Rules, schema: Mapping[str, Any]) -> str:
 
 def _parameter(rules: _Rules, name: str, values: Sequence[tuple[str, str]]) -> str:
     """values: alternatives, each with what `string=` says and the value up to the control token."""
-
-    def body() -> str:
-        head, close = rules.markup(template.PARAMETER_OPEN), rules.markup(template.PARAMETER_CLOSE + "\n")
-        kinds = " | ".join(f"""{quoted(f'" string="{string}">')} {value}""" for string, value in values)
-        return f"{' '.join(head)} {name} ({kinds}) {' '.join(close[1:])}"
-
-    return rules.add("parameter", body)
+    head, close = rules.markup(template.PARAMETER_OPEN), rules.markup(template.PARAMETER_CLOSE + "\n")
+    kinds = " | ".join(f"""{quoted(f'" string="{string}">')} {value}""" for string, value in values)
+    return rules.add("parameter", f"{' '.join(head)} {name} ({kinds}) {' '.join(close[1:])}")
 
 
 def _values(rules: _Rules, schema: Any, definitions: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The alternatives of a parameter's value; see `_parameter`."""
-    strings, others = _split(spaced(schema) if isinstance(schema, Mapping) else {})
-    out = [("true", rules.add("STRING", lambda text=text: text)) for text in strings]
+    strings, others = _split(without_one_of(schema) if isinstance(schema, Mapping) else {})
+    out = [("true", rules.add("STRING", text)) for text in strings]
     return out + [("false", _json(rules, {**inner, **definitions})) for inner in others]
 
 
 def _split(schema: Mapping[str, Any]) -> tuple[list[str], list[Mapping[str, Any]]]:
     """What a value may be: terminals of strings as they are, and schemas of what is written as JSON."""
-    said = {key: value for key, value in schema.items() if key not in _NOTES and key != "x-guidance"}
+    said = {key: value for key, value in schema.items() if key not in _NOTES}
     types = said.get("type", ["string", *_OTHERS])
     types = [types] if isinstance(types, str) else types
     if not isinstance(types, list):
@@ -249,26 +237,27 @@ def _split(schema: Mapping[str, Any]) -> tuple[list[str], list[Mapping[str, Any]
 
 
 def _length(said: Mapping[str, Any]) -> str | None:
-    """How often a string's characters are repeated, for a regular expression; None if a bound is none."""
-    bounds = [said[key] if key in said else None for key in ("minLength", "maxLength")]
-    if bounds == [None, None]:
+    """How often a string's characters are repeated, for a regular expression; None if a bound is no whole number."""
+    bounds = {key: said[key] for key in ("minLength", "maxLength") if key in said}
+    for bound in bounds.values():
+        if type(bound) not in (int, float) or bound < 0 or bound % 1:
+            return None
+    if not bounds:
         return "*"
-    if not all(x is None or isinstance(x, int | float) and not isinstance(x, bool) and x >= 0 == x % 1 for x in bounds):
-        return None
-    least, most = ("" if x is None else str(int(x)) for x in bounds)
-    return f"{{{least or 0},{most}}}"
+    most = int(bounds["maxLength"]) if "maxLength" in bounds else ""
+    return f"{{{int(bounds.get('minLength', 0))},{most}}}"
 
 
 def _json(rules: _Rules, schema: Mapping[str, Any]) -> str:
-    return f"{rules.add('json', lambda: f'%json {json.dumps(spaced(schema))}')} {quoted('</')}"
+    return f"{rules.add('json', f'%json {json.dumps(spaced(schema))}')} {quoted('</')}"
 
 
 def _matching(rules: _Rules, pattern: Pattern) -> str:
     """A string that matches a pattern."""
     if pattern.kind == "regex":
         text = re.sub(r"(\\.)|/", lambda found: found[1] or r"\/", unanchored(pattern.text), flags=re.S)
-        return rules.add("STRING", lambda: rf"/(?:{text})<\//")
-    return f"{rules.add('text', lambda: f'%lark {{\n{pattern.text}\n}}')} {quoted('</')}"
+        return rules.add("STRING", rf"/(?:{text})<\//")
+    return f"{rules.add('text', f'%lark {{\n{pattern.text}\n}}')} {quoted('</')}"
 
 
 def _expression(text: str) -> str:

@@ -189,15 +189,19 @@ class OutputParser:
             return self._read(self._decoder.flush() + mark)
         return self._read(self._decoder.push(id))
 
-    def finish(self, reason: Literal["stop", "length"]) -> list[Event]:
-        """End the turn, because sampling ended; → what was held back, and `Finish`."""
+    def finish(self, reason: Literal["stop", "length"], *, cut: bool = False) -> list[Event]:
+        """End the turn, because sampling ended; → what was held back, and `Finish`.
+
+        cut: with "stop", the model did not end its turn; with "length" it never did. So a block of calls that is not
+        complete is none of its errors.
+        """
         if self.done:
             return []
         events = self._read(self._decoder.flush())
         if self.done:
             return events
         if self._raw is not None:
-            self._cut_block(reason)
+            self._end_in_block(reason, cut or reason == "length")
         else:
             cut = _DSML in self._buffer  # the beginning of a block of calls is held back
             self._show("" if cut else _spell(self._buffer), last=True)
@@ -355,14 +359,14 @@ class OutputParser:
             self._events.append(TextDelta(_spell("".join(self._raw))))
             self._end(Finish("stop"))
 
-    def _cut_block(self, reason: Literal["stop", "length"]) -> None:
+    def _end_in_block(self, reason: Literal["stop", "length"], cut: bool) -> None:
         """Sampling ended in the block."""
         assert self._raw is not None
         rest = "".join(self._raw[1 if self._finished else 0 :]) + self._buffer
         if not self._finished:
-            self._end(Finish("length" if reason == "length" else "error", unfinished=_spell(rest)))
-        elif reason == "length":
-            self._end(Finish("length", unfinished=_spell(rest.strip(_SPACE))))
+            self._end(Finish(reason if cut else "error", unfinished=_spell(rest)))
+        elif cut:
+            self._end(Finish(reason, unfinished=_spell(rest.strip(_SPACE))))
         else:
             self._deliver(rest[: len(rest) - _held_edge(rest)], rest)
 

@@ -203,7 +203,7 @@ def render(
                 if turn.calls:
                     call_order = {call.id: n for n, call in enumerate(turn.calls) if call.id is not None}
     if add_generation_header or continues:
-        inside = opens_thought(messages, think=think, continues=continues)
+        inside = thinking and not begun.content
         out.append(Special.ASSISTANT)
         out += [Special.THINK_OPEN, begun.reasoning] if inside or begun.reasoning else []
         out += [] if inside else [Special.THINK_CLOSE, begun.content]
@@ -212,7 +212,8 @@ def render(
 
 def opens_thought(messages: Sequence[Mapping[str, Any]], *, think: str = "on", continues: bool = False) -> bool:
     """Whether the prompt that `render` writes ends inside a thought. Raises Ds4Error if `continues` cannot be done."""
-    return not (continues and _continued(messages, think).content) and think != "off"
+    has_text = continues and bool(_continued(messages, think).content)
+    return think != "off" and not has_text
 
 
 def normalise_tools(tools: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -340,10 +341,15 @@ def _text(message: Mapping[str, Any], where: str, optional: bool = False) -> str
 
 
 def _assistant(message: Mapping[str, Any], where: str) -> _Assistant:
-    name = "reasoning_content" if message.get("reasoning_content") is not None else "reasoning"
+    name = _reasoning_field(message)
     reasoning = message.get(name)
     _check(f"{where}.{name}", reasoning, str | None, "a string")
     return _Assistant(reasoning or "", _text(message, where, optional=True), _calls(message, where))
+
+
+def _reasoning_field(message: Mapping[str, Any]) -> str:
+    """The field in which a message has its thought: DeepSeek's name, or OpenRouter's."""
+    return "reasoning_content" if message.get("reasoning_content") is not None else "reasoning"
 
 
 def _continued(messages: Sequence[Mapping[str, Any]], think: str) -> _Assistant:
@@ -356,8 +362,9 @@ def _continued(messages: Sequence[Mapping[str, Any]], think: str) -> _Assistant:
     if turn.calls:
         raise Ds4Error(f"{where}.tool_calls: found {len(turn.calls)}, expected none in a message that is continued")
     if turn.reasoning and think == "off":
-        name = "reasoning_content" if message.get("reasoning_content") is not None else "reasoning"
-        raise Ds4Error(f"{where}.{name}: found a thought to go on from, expected none with thinking off")
+        raise Ds4Error(
+            f"{where}.{_reasoning_field(message)}: found a thought to go on from, expected none with thinking off"
+        )
     return turn
 
 

@@ -159,7 +159,7 @@ class AsyncEngine:
         if (cache := self._engine.prefix_cache) is not None:
             await asyncio.to_thread(cache.close, save)
         if self._grammars is not None:
-            self._grammars.close()
+            await asyncio.to_thread(self._grammars.close)
         self._engine.counters.close()
 
     def slots(self) -> list[Sequence | None]:

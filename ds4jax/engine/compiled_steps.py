@@ -182,7 +182,10 @@ def prefill_step(w, cache: Cache, slot, fresh, tokens, n, params, targets, *, cf
 
 
 def _scores(w, s: Streams, targets: Array, cfg: ModelConfig, compute: Compute) -> tuple[Array, Array, Array]:
-    """`sampling.logprobs` of the targets (T,), SCORED at a time, up to the last one that is not negative."""
+    """`sampling.logprobs` of the targets (T,), SCORED at a time, up to the last one that is not negative.
+
+    Where T is no multiple of SCORED, the last piece begins earlier and computes a part of the one before it again.
+    """
     T = len(targets)
     size = min(T, SCORED)
 

@@ -89,12 +89,12 @@ class Counters:
         self._first.observe(seq.first_token_at - seq.submitted_at)
 
     def pace(self, seq: Sequence, tokens: int) -> float:
-        """A block of tokens of an answer has come, behind the first one; → seconds from token to token."""
+        """A block of tokens of an answer has come, not its first one; → seconds from token to token."""
         before, seq.token_at = seq.token_at, time.perf_counter()
         return (seq.token_at - before) / tokens
 
     def token(self, seconds: float | None) -> None:
-        """A token of an answer is there, so many seconds after the one before it, if there was one."""
+        """A token of an answer is there. seconds: since the one before it; None for the first."""
         self._totals["generated_tokens"] += 1
         if seconds is not None:
             self._token.observe(seconds)

@@ -259,12 +259,11 @@ class Engine:
         positions = [seq.computed + held if seq else 0 for seq in rows]
         chosen = self.runner.choose(logits, params, changes, positions)
         ids = chosen[0].tolist()
-        return {
-            row: Token(ids[row])
-            if (top := seq.request.logprobs) is None
-            else _scored(ids[row : row + 1], [x[row : row + 1] for x in chosen[1:]], top)[0]
-            for row, seq in seqs.items()
-        }
+        tokens = {}
+        for row, seq in seqs.items():
+            one, top = slice(row, row + 1), seq.request.logprobs
+            tokens[row] = Token(ids[row]) if top is None else _scored(ids[one], [x[one] for x in chosen[1:]], top)[0]
+        return tokens
 
     def _first_token(self, seq: Sequence, tokens: Mapping[int, Token]) -> None:
         self.counters.first_token(seq)
@@ -275,7 +274,7 @@ class Engine:
             seq.emit(Finished("length"))
 
     def _emit(self, seq: Sequence, token: Token, seconds: float | None = None) -> bool:
-        """Append a token to its sequence, so long after the one before it; → whether that has ended."""
+        """Append a token to its sequence; → whether that has ended. seconds: since the token before it, if any."""
         if seq.constraints:
             seq.constraints.push(token.id)
             if seq.constraints.error:

@@ -45,8 +45,8 @@ type Form = Mapping[str, Any] | Literal["json_object"] | Pattern | Either
 class Begin:
     """Where in an answer its form begins.
 
-    after: tokens that must have come, one after the other, with anything around them: the end of a thought, say. Until
-    then the answer is free. must: whether the form must begin, so that the answer cannot end before.
+    after: tokens, such as the end of a thought, that must have come in this order, with anything between them. Until
+    then the answer is free. must: whether the answer cannot end before the form has begun.
     """
 
     after: tuple[int, ...] = ()
@@ -59,10 +59,11 @@ def quoted(text: str) -> str:
 
 
 def unanchored(expression: str) -> str:
-    """A regular expression that matches from end to end anyhow, without the anchors that say so."""
+    """A regular expression without ^ at its beginning and $ at its end, where it has to match the whole text anyhow."""
     text = expression.removeprefix("^")
-    escaped = len(text[:-1]) - len(text[:-1].rstrip("\\"))  # backslashes before the last character
-    return text[:-1] if text.endswith("$") and escaped % 2 == 0 else text
+    before = text.removesuffix("$")
+    backslashes = len(before) - len(before.rstrip("\\"))
+    return text if backslashes % 2 else before  # after an odd number, the last $ is a character
 
 
 def spaced(schema: Mapping[str, Any]) -> dict[str, Any]:
@@ -72,21 +73,21 @@ def spaced(schema: Mapping[str, Any]) -> dict[str, Any]:
     write spaces for ever.
     """
     spaces = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-    return _without_one_of(schema) | {"x-guidance": spaces}
+    return without_one_of(schema) | {"x-guidance": spaces}
 
 
-def _without_one_of(schema: Any) -> Any:
+def without_one_of(schema: Any) -> Any:
     """The schema with anyOf for each oneOf whose alternatives are different constants, where the two mean the same."""
     if isinstance(schema, list):
-        return [_without_one_of(item) for item in schema]
+        return [without_one_of(item) for item in schema]
     if not isinstance(schema, dict):
         return schema
     out = {}
     for key, value in schema.items():
         if key in ("properties", "patternProperties", "$defs", "definitions") and isinstance(value, dict):
-            out[key] = {name: _without_one_of(inner) for name, inner in value.items()}
+            out[key] = {name: without_one_of(inner) for name, inner in value.items()}
         else:  # the values of some keywords are no schemas
-            out[key] = value if key in ("const", "enum", "default", "examples") else _without_one_of(value)
+            out[key] = value if key in ("const", "enum", "default", "examples") else without_one_of(value)
     if "anyOf" not in out and _are_different_constants(out.get("oneOf")):
         out["anyOf"] = out.pop("oneOf")
     return out

@@ -1,6 +1,6 @@
-"""Grammars come from clients, and some hang, fill memory or overflow the native stack of whoever compiles them.
+"""Grammars within limits: each is compiled in a process of its own first, and only then in this one.
 
-So each is first compiled in a process that may do so, and that has limits; then, if it lived, in this one.
+Grammars come from clients, and some hang, fill memory or overflow the native stack of the process that compiles them.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ import sys
 import threading
 from collections.abc import Mapping
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 from ds4jax.engine.form import Begin, Either, Form, GrammarError, Pattern, TooHard
 from ds4jax.engine.grammar import Grammar, Vocabulary
+from ds4jax.errors import Ds4Error
 from ds4jax.io.tokenizer import Tokenizer
 
 MAX_TEXT = 1_000_000  # characters of a regular expression or a grammar
@@ -43,7 +45,10 @@ class Limits:
 
 
 class GrammarCompiler:
-    """Makes grammars of forms, within limits, and remembers the last ones. Thread-safe; one is compiled at a time."""
+    """Makes grammars of forms, within limits, and remembers the last ones, also those that were refused.
+
+    Thread-safe; one is compiled at a time.
+    """
 
     def __init__(self, tokenizer: Tokenizer, limits: Limits | None = None):
         self._tokenizer, self._limits = tokenizer, limits or Limits()
@@ -108,15 +113,15 @@ class GrammarCompiler:
                 command, pass_fds=(theirs.fileno(),), stdin=nowhere, stdout=nowhere, stderr=nowhere
             )
         self._pipe = pipe = Connection(ours.detach())
-        pipe.send_bytes(pickle.dumps((self._tokenizer, self._limits)))
         try:
+            pipe.send_bytes(pickle.dumps((self._tokenizer, self._limits)))
             if pipe.poll(_START_SECONDS):
                 pipe.recv_bytes()
                 return pipe
         except (EOFError, OSError):
             pass
         self._stop()
-        raise GrammarError("grammar: the process that tries it did not start")
+        raise Ds4Error("grammar: the process that compiles it first did not start")  # nothing to be remembered
 
     def _stop(self) -> None:
         if self._process is not None:
@@ -165,7 +170,7 @@ def _serve(pipe: Connection) -> None:
     """Answer every form with what is wrong with it, or ''."""
     tokenizer, limits = pickle.loads(pipe.recv_bytes())
     vocabulary = Vocabulary(tokenizer)
-    used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + limits.bytes, used + limits.bytes))
     pipe.send_bytes(b"")
     while True:
@@ -184,6 +189,7 @@ def _serve(pipe: Connection) -> None:
 
 
 def main() -> None:
+    """Serve the process at the other end of the socket whose number is the argument, until that closes it."""
     pipe = Connection(int(sys.argv[1]))
     threading.stack_size(_STACK)
     thread = threading.Thread(target=_serve, args=(pipe,))

@@ -160,7 +160,7 @@ class ModelRunner:
         """Start a sequence in `slot`, in place of what was there; → its first token, drawn as `params` say.
 
         append: continue the sequence that is there instead. sizes: what chunks are padded to, ascending, or buckets.
-        targets: what follows the first tokens, where it is to be said how likely that is.
+        targets: the token after each of the first len(targets) tokens; `Sampled.scores` says how likely each is.
         Raises Ds4Error unless there are 1 to ctx - 1 tokens (with those that are there), all in the vocabulary.
         """
         before = self.lengths[slot] if append else 0

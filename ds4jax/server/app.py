@@ -222,7 +222,7 @@ class _Server:
 
     @staticmethod
     def _warn(ask: Ask) -> dict[str, str]:
-        """Headers that name fields that nothing here knows; the log does so, too."""
+        """The header that names fields of the request that are not known, if there are any; they are logged, too."""
         if not ask.ignored:
             return {}
         text = json.dumps("not known, and ignored: " + ", ".join(name[:40] for name in ask.ignored[:20]))
@@ -230,7 +230,7 @@ class _Server:
         return {"warning": f"199 ds4jax {text}"}
 
     def show(self, what: Callable[[AsyncEngine], Any]) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """An endpoint that tells something of the engine."""
+        """A GET endpoint whose answer needs nothing but the engine."""
 
         async def endpoint(request: Request) -> Response:
             return _json(what(self.engine))
@@ -238,7 +238,7 @@ class _Server:
         return endpoint
 
     def call(self, work: Work) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """An endpoint that answers the object that was sent by another."""
+        """A POST endpoint: it answers with what `work`, in another thread, makes of the JSON object that was sent."""
 
         async def endpoint(request: Request) -> Response:
             try:

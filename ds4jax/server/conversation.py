@@ -89,10 +89,11 @@ class Conversation:
     ):
         self.ask, self.usage = ask, Usage(len(request.tokens))
         self._finish: Finish | None = None
-        self._stopped = False  # by a token that the request named
+        self._stopped = False  # by one of `ask.stop_ids`, which may come anywhere
         self.logprobs: list[Logprob] = []
         self._pending: list[Logprob] = []  # of tokens read, whose text has not been shown
         self._shown = self._spelled = 0  # characters before any call, and of those whose log-probabilities are out
+        self._taken = 0  # log-probabilities that `new_logprobs` has given
         self._called = False  # whether a call is finished
         tokenizer = engine.tokenizer
         self._spell = StreamDecoder(tokenizer)
@@ -125,6 +126,12 @@ class Conversation:
         """The last event, once it is out."""
         assert self._finish is not None
         return self._finish
+
+    def new_logprobs(self) -> list[Logprob]:
+        """Those of `logprobs` that have come since the last call."""
+        new = self.logprobs[self._taken :]
+        self._taken += len(new)
+        return new
 
     def cancel(self) -> None:
         """Give the place in the engine back. Nothing more comes; may be called at any time, several times."""
@@ -175,10 +182,7 @@ class Conversation:
                     self._flush()
             case Finished(reason):
                 self._flush()
-                # A token that the request named cuts the answer, wherever it comes.
-                events = self._parser.finish("length" if self._stopped else reason)
-                if self._stopped and events and isinstance(last := events[-1], Finish) and last.reason == "length":
-                    events[-1] = dataclasses.replace(last, reason="stop")
+                events = self._parser.finish(reason, cut=self._stopped)
             case Failed(error):
                 raise error
         self._events += events
@@ -258,7 +262,7 @@ async def start(
     replay = Replay() if replay is None else replay
     grammar = None
     if ask.form is not None or ask.calling != Calling():
-        # In a thread of their own: whoever sends grammars that are hard to compile delays only others with grammars.
+        # One after the other in a thread of its own: a grammar that takes long delays only other grammars.
         grammar = await asyncio.get_running_loop().run_in_executor(_GRAMMARS, _grammar, engine, ask)
     prepared = await asyncio.to_thread(_prepare, engine, ask, replay, id_prefix, grammar)
     talks = [Conversation(engine, one, replay, request, parser, tick) for one, request, parser in prepared]
@@ -323,9 +327,8 @@ def _grammar(engine: AsyncEngine, ask: Ask) -> Grammar | None:
     """What the text or the calls must be, or None. Thoughts are free. Raises Ds4Error."""
     tokenizer, calling, form = engine.tokenizer, ask.calling, None if ask.calling.required else ask.form
     after = (tokenizer.special(Special.THINK_CLOSE),) if _thinks(ask) else ()
-    alone = None if form is None else engine.grammar(form, Begin(after))
     if not ask.tools or calling == Calling() and form is None:
-        return alone
+        return None if form is None else engine.grammar(form, Begin(after))
     free = form is None and not calling.required  # to call or not
     begin = Begin((*after, tokenizer.special(Special.DSML)), must=False) if free else Begin(after)
     block = calls.grammar(tokenizer, ask.tools, calling, begun=free)
@@ -333,8 +336,10 @@ def _grammar(engine: AsyncEngine, ask: Ask) -> Grammar | None:
         return engine.grammar(block if form is None else Either(form, block), begin)
     except TooHard:
         raise
-    except Ds4Error as error:
-        for tool in chat.normalise_tools(ask.tools):  # the error names the one that is wrong
+    except Ds4Error as error:  # which should name the one that is wrong
+        if form is not None:
+            engine.grammar(form, begin)
+        for tool in chat.normalise_tools(ask.tools):
             if calling.only is None or tool["name"] in calling.only:
                 one = calls.grammar(tokenizer, [tool], dataclasses.replace(calling, only=None), begun=free)
                 try:

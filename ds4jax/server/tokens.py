@@ -39,7 +39,7 @@ def tokenize(engine: AsyncEngine, body: Json, chat_prompt: Callable[[Json], list
     if len(given) != 1:
         raise ApiError(f"body: found {' and '.join(given) or 'none'}, expected one of prompt, content and messages")
     if asked.messages is not None:
-        own = Tokenize.model_fields.keys() - {"messages", "add_generation_prompt"}
+        own = Tokenize.model_fields.keys() - {"messages"}  # the others are no fields of a chat
         ids = chat_prompt({key: value for key, value in body.items() if key not in own})
     else:
         text = asked.prompt if asked.content is None else asked.content

@@ -26,14 +26,14 @@ class ChatChoice(Choice):
             case ThinkingDelta(text) if self.ask.summary:
                 return self._say({"reasoning_content": text, "reasoning": text})
             case TextDelta(text):
-                return self._say({"content": text}, self.new_logprobs())
+                return self._say({"content": text}, self.conversation.new_logprobs())
             case ToolCallStarted(index, id, name):
                 call = {"index": index, "id": id, "type": "function", "function": {"name": name, "arguments": ""}}
                 return self._say({"tool_calls": [call]})
             case ToolCallDelta(index, arguments):
                 return self._say({"tool_calls": [{"index": index, "function": {"arguments": arguments}}]})
             case Finish():
-                return self._say({}, self.new_logprobs(), e)
+                return self._say({}, self.conversation.new_logprobs(), e)
         return []
 
     def _say(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from ds4jax.chat.parser import Event, Finish
-from ds4jax.server.conversation import Conversation, Logprob
+from ds4jax.server.conversation import Conversation
 from ds4jax.server.replies.sse import Reply, event, new_id
 
 DONE = b"data: [DONE]\n\n"
@@ -16,7 +16,7 @@ class Choice:
     """One answer: the parts of its choice in a stream, and the whole one."""
 
     def __init__(self, conversation: Conversation, index: int):
-        self.conversation, self.ask, self._index, self._sent = conversation, conversation.ask, index, 0
+        self.conversation, self.ask, self._index = conversation, conversation.ask, index
 
     def on(self, e: Event) -> list[dict[str, Any]]:
         """What an event adds, a dict for each chunk; `Finish` gives the last one."""
@@ -24,12 +24,6 @@ class Choice:
 
     def whole(self) -> dict[str, Any]:
         raise NotImplementedError
-
-    def new_logprobs(self) -> list[Logprob]:
-        """Those that no chunk has had yet."""
-        new = self.conversation.logprobs[self._sent :]
-        self._sent += len(new)
-        return new
 
     def part(self, logprobs: Any, finish: Finish | None = None, **said: Any) -> dict[str, Any]:
         reason = finish and ("stop" if finish.reason in ("stop_sequence", "error") else finish.reason)

@@ -21,7 +21,7 @@ class CompletionChoice(Choice):
         if not isinstance(e, TextDelta | Finish):
             return []
         said, finish = (e.text, None) if isinstance(e, TextDelta) else ("", e)
-        return [*self._echo(), self._part(said, self.new_logprobs(), finish)]
+        return [*self._echo(), self._part(said, self.conversation.new_logprobs(), finish)]
 
     def whole(self) -> dict[str, Any]:
         text, finish = self.conversation.message["content"], self.conversation.finish

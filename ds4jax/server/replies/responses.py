@@ -31,7 +31,6 @@ class ResponsesReply(Reply):
         self._events, self._output = _Numbered(), []
         self._item: Item | None = None  # the one that is being written
         self._text: list[str] = []  # of it
-        self._sent = self._begun = 0  # log-probabilities that an event has had, and that came before the item
         self._calls: list[ToolCallFinished] = []
 
     def begin(self) -> bytes:
@@ -49,7 +48,9 @@ class ResponsesReply(Reply):
             case TextDelta(text):
                 out = self._enter("message")
                 self._text.append(text)
-                return out + self._part("output_text.delta", delta=text, logprobs=self._new_logprobs())
+                return out + self._part(
+                    "output_text.delta", delta=text, logprobs=entries(self.conversation.new_logprobs())
+                )
             case ToolCallFinished():
                 self._calls.append(e)
         return b""
@@ -97,12 +98,6 @@ class ResponsesReply(Reply):
         if self.ask.keep is not None:
             stored.keep(self._whole, self.ask.keep)
 
-    def _new_logprobs(self) -> list[Item]:
-        """Those that no event has had yet."""
-        new = self.conversation.logprobs[self._sent :]
-        self._sent += len(new)
-        return entries(new)
-
     # Items.
 
     def _enter(self, kind: str) -> bytes:
@@ -125,7 +120,7 @@ class ResponsesReply(Reply):
         if self._item is None:
             return b""
         kind, text = self._item["type"], "".join(self._text)
-        part = _part(kind, text, entries(self.conversation.logprobs[self._begun :]))
+        part = _part(kind, text, entries(self.conversation.logprobs))  # calls come last, so there is one text
         if kind == "reasoning":
             out = self._part("reasoning_summary_text.done", text=text)
             done = self._item | {"summary": [part]}
@@ -150,7 +145,7 @@ class ResponsesReply(Reply):
         return out + self._done(item | {"status": "completed", key: value})
 
     def _open(self, item: Item) -> bytes:
-        self._item, self._text, self._begun = item, [], self._sent
+        self._item, self._text = item, []
         return self._events("response.output_item.added", output_index=len(self._output), item=item)
 
     def _done(self, item: Item) -> bytes:

@@ -67,6 +67,8 @@ class Body(Schema):
     vLLM, top_k of -1 is off, top_p of 0 takes the likeliest token, and ignore_eos goes on to the limit.
     """
 
+    model_config = ConfigDict(extra="allow")  # `common` names what is not known
+
     model: str = ""
     stream: bool = False
     temperature: float | None = Field(None, ge=0, le=100)
@@ -81,8 +83,6 @@ class Body(Schema):
     min_tokens: int = Field(0, ge=0, lt=2**31)
     ignore_eos: bool = False
     stop_token_ids: Items[TokenId] = []
-
-    model_config = ConfigDict(extra="allow")
 
     def common(self) -> dict[str, Any]:
         """The arguments of `Ask` that these fields give. Raises ApiError or ConfigError."""
@@ -240,15 +240,12 @@ def think(switch: bool | None, effort: Effort | None) -> str:
 
 
 class Named(Schema):
+    """A reference to a function."""
+
     name: str
 
 
-def calling(
-    tools: Sequence[Any],
-    choice: str,
-    only: Iterable[str] | None = None,
-    single: bool = False,
-) -> Calling:
+def calling(tools: Sequence[Any], choice: str, only: Iterable[str] | None = None, single: bool = False) -> Calling:
     """The value of `Ask.calling`.
 
     choice: "auto", "required" or "none". only: the names of the tools that may be called. single: at most one call.
