@@ -50,20 +50,20 @@ def said(model, ids):
     return model.tok.decode(ids[ids.index(close) + 1 :] if close in ids else ids)
 
 
-# What the model in 2 bits can, the other can; the latter's runs take minutes.
-HARDER_FIRST = pytest.mark.parametrize(
+# Each run takes a minute or two, so the larger model is asked only with the slow tests.
+SMALLER_MODEL = pytest.mark.parametrize(
     "name", ["tiny_q2", pytest.param("tiny", marks=pytest.mark.slow)], indirect=True, scope="module"
 )
 
 
-@HARDER_FIRST
+@SMALLER_MODEL
 def test_questions_that_training_saw_in_other_words(model, name):
     items = eval_tiny.questions()
     right = [item.right(said(model, ids)) for item, ids in zip(items, ask(model, items, "off"), strict=True)]
     assert len(right) == 40 and sum(right) >= RIGHT[name] * len(right)
 
 
-@HARDER_FIRST
+@SMALLER_MODEL
 def test_tool_calls_with_thinking(model):
     items = eval_tiny.tool_requests()[::10]
     answers = ask(model, items, "on")
@@ -72,7 +72,7 @@ def test_tool_calls_with_thinking(model):
     assert all(eval_tiny.thinks(ids, model.tok) for ids in answers)
 
 
-@HARDER_FIRST
+@SMALLER_MODEL
 def test_the_mtp_head_agrees_with_the_model(model):
     texts = eval_tiny._held_out("heldout")
     pieces = [d for t in texts for d in eval_tiny.tiny_data.text_documents(t["text"], model.tok) if len(d[0]) > 500]

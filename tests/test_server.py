@@ -1303,3 +1303,37 @@ def test_responses_of_odd_items_are_stored():
         assert all(isinstance(item["id"], str) for item in listed["data"]) and listed["first_id"]
         more = http.post("/v1/responses", json={"previous_response_id": answer["id"]})
         assert more.status_code == 200 and more.json()["output"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "key", "options"),
+    [
+        ([], None, Options()),
+        (["--strict", "--think_default=asked"], None, Options(strict=True, think_default="asked")),
+        (["--api_key=flag", "--cors", "--keep_alive=3"], "other", Options(api_key="flag", cors=True, keep_alive=3.0)),
+        (["--think_default=off"], "from the environment", Options(api_key="from the environment", think_default="off")),
+    ],
+)
+@pytest.mark.parametrize("failed", [False, True])
+def test_flags_become_options(monkeypatch, flags, key, options, failed):
+    """And the exit status says whether the engine has failed."""
+    from ds4jax.engine.async_engine import AsyncEngine
+    from ds4jax.tools import serve
+
+    engine, seen = FakeEngine(lambda _: "Hi"), []
+    engine.failed = failed
+
+    async def served(engine, options, replay, listener, grace):
+        listener.close()
+        seen.append(options)
+
+    monkeypatch.setattr(AsyncEngine, "open", lambda *args, **kwargs: engine)
+    monkeypatch.setattr(serve, "serve", served)
+    monkeypatch.delenv("DS4JAX_API_KEY", raising=False)
+    if key is not None:
+        monkeypatch.setenv("DS4JAX_API_KEY", key)
+    serve.FLAGS.unparse_flags()
+    for name in serve.FLAGS:
+        serve.FLAGS[name].unparse()
+    serve.FLAGS(["serve", "--port=0", *flags])
+    assert serve.main() == (1 if failed else 0) and seen == [options]
