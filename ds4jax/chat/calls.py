@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ds4jax.chat import template
-from ds4jax.engine.form import Pattern, quoted, spaced, unanchored, without_one_of
+from ds4jax.engine.form import Pattern, llguidance_schema, quoted, unanchored, without_one_of
 from ds4jax.errors import Ds4Error
 from ds4jax.io.tokenizer import Special, Tokenizer
 
@@ -249,7 +249,7 @@ def _length(said: Mapping[str, Any]) -> str | None:
 
 
 def _json(rules: _Rules, schema: Mapping[str, Any]) -> str:
-    return f"{rules.add('json', f'%json {json.dumps(spaced(schema))}')} {quoted('</')}"
+    return f"{rules.add('json', f'%json {json.dumps(llguidance_schema(schema))}')} {quoted('</')}"
 
 
 def _matching(rules: _Rules, pattern: Pattern) -> str:

@@ -34,7 +34,7 @@ _CALLS, _END_CALLS, _END_INVOKE, _END_PARAMETER = (
 )
 _INVOKE, _PARAMETER = f"<{_DSML}invoke", f"<{_DSML}parameter"
 _TAG = re.compile(f"</?{_DSML}")
-_EDGES = (_INVOKE, _END_INVOKE, _END_CALLS)
+_EDGES = (_INVOKE, _END_INVOKE, _END_CALLS)  # tags that bound calls, by which malformed ones are skipped
 _EDGE = re.compile("|".join(_EDGES))
 _INVOKE_TAG = re.compile(rf'{_INVOKE}\s+name="([^"{_DSML}]+)"\s*>')
 _PARAMETER_TAG = re.compile(rf'{_PARAMETER}\s+name="([^"{_DSML}]*)"(?:\s+string="(true|false)")?\s*>')
@@ -160,8 +160,8 @@ class OutputParser:
         self._events: list[Event] = []  # not yet returned
         self._history: list[Event] = []  # returned
 
-        # What was consumed of the block of calls, but for its finished calls: first the white space before it and its
-        # opening tag, then what is malformed; the pieces from `_kept` on may become a call.
+        # What was consumed of the block of calls and belongs to no finished call: the white space before the block and
+        # its opening tag, then malformed parts, then, from `_kept` on, the call that is being read.
         self._raw: list[str] | None = None
         self._kept = 1
         self._finished = 0  # calls
@@ -192,8 +192,8 @@ class OutputParser:
     def finish(self, reason: Literal["stop", "length"], *, cut: bool = False) -> list[Event]:
         """End the turn, because sampling ended; → what was held back, and `Finish`.
 
-        cut: with "stop", the model did not end its turn; with "length" it never did. So a block of calls that is not
-        complete is none of its errors.
+        cut: whether the turn was ended for the model, as "length" always is. Then a block of calls that is not complete
+        is no error.
         """
         if self.done:
             return []

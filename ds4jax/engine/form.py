@@ -66,7 +66,7 @@ def unanchored(expression: str) -> str:
     return text if backslashes % 2 else before  # after an odd number, the last $ is a character
 
 
-def spaced(schema: Mapping[str, Any]) -> dict[str, Any]:
+def llguidance_schema(schema: Mapping[str, Any]) -> dict[str, Any]:
     """A schema in llguidance's dialect.
 
     White space is as Python's json writes it and no other: llguidance repeats any pattern, and an unsure model would

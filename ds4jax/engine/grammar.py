@@ -10,7 +10,7 @@ import llguidance
 import numpy as np
 from llguidance.gbnf_to_lark import any_to_lark
 
-from ds4jax.engine.form import Begin, Either, Form, GrammarError, Pattern, spaced, unanchored
+from ds4jax.engine.form import Begin, Either, Form, GrammarError, Pattern, llguidance_schema, unanchored
 from ds4jax.io.tokenizer import Tokenizer
 
 _AT_ONCE = Begin()
@@ -104,7 +104,7 @@ def _source(form: Form) -> str:
         case "json_object":
             return _source({"type": "object"})
         case Mapping():
-            return llguidance.LLMatcher.grammar_from_json_schema(json.dumps(spaced(form)))
+            return llguidance.LLMatcher.grammar_from_json_schema(json.dumps(llguidance_schema(form)))
     raise TypeError(form)
 
 

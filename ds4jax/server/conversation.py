@@ -92,12 +92,13 @@ class Conversation:
         self._stopped = False  # by one of `ask.stop_ids`, which may come anywhere
         self.logprobs: list[Logprob] = []
         self._pending: list[Logprob] = []  # of tokens read, whose text has not been shown
-        self._shown = self._spelled = 0  # characters before any call, and of those whose log-probabilities are out
+        self._shown = 0  # characters of the text that are out, up to the first call
+        self._spelled = 0  # characters whose log-probabilities are in `logprobs`
         self._taken = 0  # log-probabilities that `new_logprobs` has given
         self._called = False  # whether a call is finished
         tokenizer = engine.tokenizer
         self._spell = StreamDecoder(tokenizer)
-        # Tokens that add nothing to the text.
+        # Tokens that add nothing to the text: EOS; in a chat the end of a thought, in a raw prompt BOS.
         self._silent = {tokenizer.eos_id}
         self._silent.add(tokenizer.special(Special.THINK_CLOSE) if ask.prompt is None else tokenizer.bos_id)
         self._engine, self._replay, self._parser, self._tick = engine, replay, parser, tick
@@ -235,9 +236,10 @@ class Conversation:
                 item.text += text
 
     def _release(self) -> None:
-        """Log-probabilities come with the last character of their token, at the end of the text with the first.
+        """Move log-probabilities to `logprobs`, as far as the text is out.
 
-        Tokens of a call and of what comes after one, and what a stop string cuts off, stay behind.
+        A token's is moved once its last character is out, at the end of the text once its first one is. Those of a
+        call, of what comes after one and of what a stop string cuts off are never moved.
         """
         n, spelled, end = 0, self._spelled, self._spelled
         for i, item in enumerate(self._pending, 1):

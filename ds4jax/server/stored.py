@@ -1,4 +1,4 @@
-"""Responses that can be read again and gone on from, in the log of notes that tool calls are kept in."""
+"""Stored responses, which can be fetched, continued and deleted: notes in the log that also keeps tool calls."""
 
 from __future__ import annotations
 
