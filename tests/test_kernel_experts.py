@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from candidates import each_value
 
 from ds4jax import formats
 from ds4jax.formats.iq2_xxs import NIBBLES, SIGNS, spread
@@ -256,11 +257,11 @@ def test_on_the_gpu(name):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["gate_up IQ2_XXS 1", "gate_up IQ2_XXS 16", "down Q2_K 1", "down Q2_K 16"])
-def test_every_candidate_on_the_gpu(name):
+def test_each_value_of_a_candidate_on_the_gpu(name):
     shape = SHAPES[name]
     inputs = shape.inputs(jax.random.key(2))
     expected = jax.jit(lambda *a: formula("experts")(*a, **shape.static))(*inputs)
-    for config in experts.configs(shape):
+    for config in each_value(experts.configs(shape)):
         found = jax.jit(lambda *a, config=config: experts.experts(*a, **shape.static, config=config))(*inputs)
         assert error(found, expected) < TOLERANCE, config
 
