@@ -98,7 +98,7 @@ def test_where_a_grammar_ends_the_answer_may_end():
     for token in TOKENIZER.encode_text("ab"):
         assert constraints.forbidden
         constraints.push(token)
-    changes = edits([constraints], 12 * 32)
+    (changes,) = edits([constraints], 12 * 32)
     assert not constraints.forbidden and not np.isinf(changes.add).any()
     assert allowed(constraints.matcher) == {TOKENIZER.eos_id}
 

@@ -1,5 +1,6 @@
 """Sampling against a plain numpy implementation of its definition, and the promises about seeds and batches."""
 
+import functools
 import itertools
 import re
 from collections import Counter
@@ -114,13 +115,18 @@ def test_impossible_values_are_refused(values):
 
 # ---- edits of the logits ---------------------------------------------------------------------------------------------
 choose = jax.jit(sampling.choose)
+edited = jax.jit(sampling.edited)
+
+
+def all_edited(x, rows):
+    return functools.reduce(edited, edits(rows, x.shape[1]), x)
 
 
 def constrained(x, rows, params=None, at=None):
     """`sampling.choose` with the constraints of each row, as numpy arrays."""
     params = params or [Sampling(temperature=0.0)] * len(x)
     at = positions(at or range(len(x)))
-    return [np.asarray(y) for y in choose(x, sampling.batch(params), edits(rows, x.shape[1]), at)]
+    return [np.asarray(y) for y in choose(x, all_edited(x, rows), sampling.batch(params), at)]
 
 
 def told(params, prompt=(), answer=(), stop_ids=(), matcher=None):
@@ -175,15 +181,28 @@ def test_penalties_and_biases_by_their_definition():
         rng.integers(0, 97, (len(EDITING), 40)).tolist(),
     )
     rows = [told(*each) for each in zip(EDITING, prompts, answers, strict=True)]
-    found = np.asarray(jax.jit(sampling.edited)(x, edits(rows, 97)))
+    found = np.asarray(all_edited(x, rows))
     expected = [edited_by_definition(*each) for each in zip(x, EDITING, prompts, answers, strict=True)]
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)  # float32 against float64
     assert all((abs(a - b) > 0.1).any() for a, b in zip(x, expected, strict=True))
 
 
+def test_edits_of_any_number_of_tokens_compile_once():
+    x = np.zeros((2, 2000), np.float32)
+
+    def found(n):
+        bias = tuple((i, float(i)) for i in range(n))
+        return all_edited(x, [told(Sampling(logit_bias=bias)), None])
+
+    np.testing.assert_array_equal(found(700), [[*range(700), *[0] * 1300], [0] * 2000])
+    before = edited._cache_size()
+    found(3), found(1999)
+    assert edited._cache_size() == before
+
+
 def test_no_edits_change_nothing():
     x = logits(3)
-    np.testing.assert_array_equal(jax.jit(sampling.edited)(x, edits([None] * 3, 97)), x)
+    np.testing.assert_array_equal(all_edited(x, [None] * 3), x)
 
 
 def test_a_grammar_leaves_what_it_allows_and_a_bias_does_not_bring_back_the_rest():

@@ -6,19 +6,28 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ds4jax.engine.scheduler import Scheduler
+from ds4jax.engine.scheduler import MAX_PASSED, Scheduler
 from ds4jax.engine.sequence import Sequence
 from ds4jax.engine.types import ALIGN, Request, Sampling
 
 
-def job(tokens, **rest):
+def job(tokens, client="", **rest):
     tokens = list(tokens) if not isinstance(tokens, int) else [7] * tokens
-    return Sequence(Request(tokens, 1, Sampling()), **rest)
+    return Sequence(Request(tokens, 1, Sampling(), client=client), **rest)
 
 
 def step(scheduler, start=lambda job: 0) -> tuple[list, Any, list]:
     """One step as the engine makes it; → who was admitted, whose chunk ran and how long it was, who decoded."""
-    admitted = scheduler.admit(start)
+
+    def begin(job):
+        return start(job) if job.suspended is None else job.computed
+
+    if victim := scheduler.victim(begin):
+        scheduler.suspend(victim)
+        victim.suspended = True
+    admitted = scheduler.admit(begin)
+    for who in admitted:
+        who.suspended = None
     chunk = scheduler.next_chunk()
     if chunk:
         who, end = chunk
@@ -30,25 +39,25 @@ def step(scheduler, start=lambda job: 0) -> tuple[list, Any, list]:
     return admitted, chunk, decoded
 
 
-JOBS = st.lists(st.tuples(st.integers(1, 700), st.integers(1, 9)), min_size=1, max_size=12)
+JOBS = st.lists(st.tuples(st.integers(1, 700), st.integers(1, 9)), min_size=1, max_size=24)
 
 
-@given(JOBS, st.integers(1, 4), st.sampled_from([64, 128, 512]), st.randoms(use_true_random=False))
-def test_whatever_comes_and_goes(jobs, slots, chunk, rng):
-    scheduler, arrivals, order, answers = Scheduler(slots, chunk), [], [], {}
-    coming = [(job(n), rng.randrange(6), answer) for n, answer in jobs]
-    steps = 0
+@given(JOBS, st.integers(1, 4), st.sampled_from([64, 128, 512]), st.integers(1, 3), st.randoms(use_true_random=False))
+def test_whatever_comes_and_goes(jobs, slots, chunk, clients, rng):
+    scheduler, answers, steps = Scheduler(slots, chunk), {}, 0
+    coming = [(job(n, str(rng.randrange(clients))), rng.randrange(6), answer) for n, answer in jobs]
     while coming or len(scheduler):
         for new in [entry for entry in coming if entry[1] <= steps]:
             coming.remove(new)
             answers[new[0]] = new[2]
-            arrivals.append(new[0])
             scheduler.add(new[0])
-        before = list(scheduler.decoding)
-        admitted, ran, decoded = step(scheduler)
-        order += admitted
-        # Every answer goes on in every step, beside one chunk at most, of at most `chunk` tokens.
-        assert all(who in decoded for who in before) and (not ran or 0 < ran[1] <= chunk)
+        before, done = list(scheduler.decoding), {who: who.computed for who in scheduler}
+        _, ran, decoded = step(scheduler)
+        # Every answer goes on in every step, beside one chunk at most, of at most `chunk` tokens; one is suspended only
+        # for another client.
+        assert len(set(before) - set(decoded)) <= (clients > 1) and (not ran or 0 < ran[1] <= chunk)
+        assert all(who.computed >= done[who] for who in scheduler)  # nothing is computed twice
+        assert clients > 1 or all(who.passed <= MAX_PASSED for who in scheduler)
         holding = [who.slot for who in scheduler if who.slot is not None]
         assert len(set(holding)) == len(holding) <= slots and set(holding) <= set(range(slots))
         assert not scheduler.waiting or len(holding) == slots  # no slot is idle while a job waits
@@ -58,10 +67,8 @@ def test_whatever_comes_and_goes(jobs, slots, chunk, rng):
         for who in list(scheduler):
             if rng.random() < 0.02:  # cancelled, wherever it is
                 scheduler.remove(who)
-                arrivals = [other for other in arrivals if other is not who or who in order]
         steps += 1
         assert steps < 2000
-    assert order == [who for who in arrivals if who in order]  # slots go by arrival
     scheduler.add(last := job(1))
     assert step(scheduler)[0] == [last] and len(scheduler._free) == slots - 1  # all slots came back
 
@@ -80,11 +87,86 @@ def test_chunks_end_at_marks_and_at_fixed_positions(prompt, start, chunk, marks)
 
 
 def test_prompts_take_turns():
+    """A prompt's last chunk comes out of turn, but not two in a row."""
     scheduler = Scheduler(3, 128)
     long, short, third = job(2000), job(300), job(1)
     for new in (long, short, third):
         scheduler.add(new)
-    assert [step(scheduler)[1][0] for _ in range(7)] == [long, short, third, long, short, long, short]
+    assert [step(scheduler)[1][0] for _ in range(6)] == [third, long, short, long, short, short]
+
+
+def test_equal_prompts_get_slots_as_they_come():
+    scheduler = Scheduler(2, 128)
+    jobs = [job(100) for _ in range(9)]
+    for new in jobs:
+        scheduler.add(new)
+    order = []
+    while len(scheduler):
+        admitted, _, decoded = step(scheduler)
+        order += admitted
+        for who in decoded:
+            scheduler.remove(who)
+    assert order == jobs
+
+
+def test_a_short_prompt_waits_for_no_long_one():
+    """Six long prompts, four slots: a short one that comes has its chunk in the next step, or soon after it."""
+    scheduler = Scheduler(4, 128)
+    longs = [job(3800) for _ in range(6)]
+    for new in longs:
+        scheduler.add(new)
+    steps = []
+    for _ in range(40):
+        step(scheduler)
+        scheduler.add(short := job(20))
+        ran = [step(scheduler)[1][0] for _ in range(3)]
+        steps.append(ran.index(short))
+        scheduler.remove(short)
+    assert steps.count(0) > 30
+    while len(scheduler):
+        for who in step(scheduler)[2]:
+            scheduler.remove(who)
+    assert all(long.computed > 3800 for long in longs)
+
+
+def test_short_prompts_without_end_do_not_stop_a_long_one():
+    scheduler = Scheduler(2, 128)
+    scheduler.add(long := job(3800))
+    steps = 0
+    while long.computed < long.prompt_len:
+        scheduler.add(job(20))
+        _, _, decoded = step(scheduler)
+        for who in decoded:
+            if who.computed > 22 and who is not long:
+                scheduler.remove(who)
+        steps += 1
+    assert 30 < steps < 600
+
+
+def test_clients_share_the_slots():
+    scheduler = Scheduler(4, 128)
+    for _ in range(200):
+        scheduler.add(job(20, "first"))
+    for _ in range(5):
+        step(scheduler)
+    assert len(scheduler.decoding) == 4
+    for _ in range(3):
+        scheduler.add(job(20, "second"))
+    for _ in range(5):
+        step(scheduler)
+    assert sorted(who.client for who in scheduler.decoding) == ["first", "first", "second", "second"]
+    scheduler.add(job(20, "third"))
+    for _ in range(5):
+        step(scheduler)
+    assert {who.client for who in scheduler.decoding} == {"first", "second", "third"}
+
+
+def test_a_client_has_no_more_slots_than_it_may():
+    scheduler = Scheduler(4, 128, per_client=1)
+    for name in "aaab":
+        scheduler.add(job(20, name))
+    step(scheduler)
+    assert sorted(who.client for who in scheduler if who.slot is not None) == ["a", "b"]
 
 
 def test_a_job_that_waits_lets_others_pass_and_keeps_its_place():

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import queue
 import threading
 import time
@@ -24,7 +25,7 @@ from ds4jax.engine.commands import Cancel, Command, Stop, Submit, Wake
 from ds4jax.engine.form import Begin, Form
 from ds4jax.engine.sequence import Sequence
 from ds4jax.engine.stream import Stream
-from ds4jax.engine.types import EngineFailed, Event, Failed, Overloaded, Request, StepFailed, Stopping
+from ds4jax.engine.types import EngineFailed, Event, Failed, Overloaded, Request, StepFailed, Stopping, TooMany
 from ds4jax.errors import Ds4Error
 
 if TYPE_CHECKING:
@@ -59,12 +60,14 @@ class AsyncEngine:
         prefix_budget_bytes: int = 2 << 30,
         trace: str | Path | None = None,
         progress: bool = False,
+        **limits: Any,
     ) -> Self:
         """Load the model of `settings`, or a synthetic one (see `model_runner.open_model`), and compile its steps.
 
         max_seqs: sequences at once, by default the settings' batch. kv_dir: a folder for prefixes, for this engine
         alone, of at most kv_budget_bytes. prefix_budget_bytes: of memory, for prefixes. trace: a file to which a JSON
-        line is appended for every request that ends. progress: report loading and compilation on stderr.
+        line is appended for every request that ends. progress: report loading and compilation on stderr. limits: of
+        requests, see `AsyncEngine`.
         Raises Ds4Error for what cannot be loaded or does not fit into memory.
         """
         settings.set_environment()
@@ -80,7 +83,7 @@ class AsyncEngine:
         runner.compile()
         store = KVStore(kv_dir, kv_budget_bytes, fingerprint(runner)) if kv_dir else None
         name = f"synthetic-{synthetic}" if synthetic else Path(settings.model).stem
-        return cls(runner, PrefixCache(prefix_budget_bytes, store), name=name, trace=trace)
+        return cls(runner, PrefixCache(prefix_budget_bytes, store), name=name, trace=trace, **limits)
 
     def __init__(
         self,
@@ -90,10 +93,15 @@ class AsyncEngine:
         name: str = "model",
         trace: str | Path | None = None,
         max_waiting: int = 1024,
+        waiting_per_client: int | None = None,
+        running_per_client: int | None = None,
+        patience: float = math.inf,
     ):
         """Start the thread. The runner and the prefix cache are from now on its own.
 
-        name: of the model, for clients. trace: see `open`. max_waiting: the most requests without a slot.
+        name: of the model, for clients. trace: see `open`. max_waiting: the most requests without a slot, of all
+        clients; waiting_per_client, running_per_client: the most of one client without a slot, and with one. patience:
+        seconds after which a request without a slot fails.
         """
         from ds4jax.engine.counters import Counters
         from ds4jax.engine.engine import Engine
@@ -101,9 +109,14 @@ class AsyncEngine:
         self.tokenizer, self.model_name, self.ctx = runner.tokenizer, name, runner.settings.ctx
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._engine: Engine = Engine(
-            runner, prefix_cache, counters=Counters(trace), wake=lambda: self._commands.put(Wake())
+            runner,
+            prefix_cache,
+            counters=Counters(trace),
+            wake=lambda: self._commands.put(Wake()),
+            per_client=running_per_client,
+            patience=patience,
         )
-        self._max_waiting = max_waiting
+        self._max_waiting, self._waiting_per_client = max_waiting, waiting_per_client
         self._refusal: Ds4Error | None = None  # why no request is accepted any more
         self._deadline: float | None = None  # when the thread ends
         self._grammars: GrammarCompiler | None = None
@@ -131,8 +144,12 @@ class AsyncEngine:
             with self._lock:
                 if self._refusal:
                     raise self._refusal
-                if len(self._engine.scheduler.waiting) + self._commands.qsize() >= self._max_waiting:
+                waiting = [seq.client for seq in self._engine.scheduler.waiting]
+                if len(waiting) + self._commands.qsize() >= self._max_waiting:
                     raise Overloaded(f"{self._max_waiting} requests are waiting already")
+                most = self._waiting_per_client
+                if most is not None and waiting.count(request.client) >= most:
+                    raise TooMany(f"{most} requests of this key are waiting already")
                 self._commands.put(Submit(request, stream))
         except Ds4Error as error:
             stream.push(Failed(error))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
@@ -12,6 +13,10 @@ if TYPE_CHECKING:
     from ds4jax.engine.grammar import Matcher
     from ds4jax.engine.sampling import Edits
     from ds4jax.engine.types import Budget, Request, Sampling
+
+
+EDITS = 256
+"""Tokens of each sequence whose logits are edited at once."""
 
 
 class Constraints:
@@ -100,20 +105,25 @@ def constraints_of(request: Request, prompt: Iterable[int], stop_ids: Iterable[i
     return Constraints(request.sampling, prompt, stop_ids, matcher, request.budget)
 
 
-def edits(rows: Sequence[Constraints | None], vocab: int) -> Edits:
-    """The edits of a batch, as numpy arrays; None for a sequence without."""
+def edits(rows: Sequence[Constraints | None], vocab: int) -> list[Edits]:
+    """The edits of a batch, as numpy arrays, to be made one after the other; None for a sequence without.
+
+    Each has EDITS ids, because each other number of them would have to be compiled. The last one has the tokens that
+    are allowed; those before it allow all.
+    """
     from ds4jax.engine.sampling import Edits
 
-    size = 16
-    while size < max(len(row.ids) if row else 0 for row in rows):  # few shapes, because each is compiled
-        size *= 4
-    shape = len(rows), size
+    pieces = max(1, *(-(-len(row.ids) // EDITS) if row else 0 for row in rows))
+    shape = len(rows), pieces * EDITS
     ids, repeat, add = np.full(shape, vocab, np.int32), np.ones(shape, np.float32), np.zeros(shape, np.float32)
-    allowed = np.full((len(rows), -(-vocab // 32)), 2**32 - 1, np.uint32)
+    every = np.full((len(rows), -(-vocab // 32)), 2**32 - 1, np.uint32)
+    allowed = every.copy()
     for i, row in enumerate(rows):
         if row:
             n = len(row.ids)
             ids[i, :n], repeat[i, :n], add[i, :n] = row.ids, row.repeat, row.add
             add[i, row.forbidden] = -np.inf
             row.fill(allowed[i])
-    return Edits(ids, repeat, add, allowed)
+    starts = range(0, pieces * EDITS, EDITS)
+    parts = [Edits(*(x[:, i : i + EDITS] for x in (ids, repeat, add)), allowed=every) for i in starts]
+    return [*parts[:-1], dataclasses.replace(parts[-1], allowed=allowed)]

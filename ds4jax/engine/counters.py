@@ -18,7 +18,7 @@ from ds4jax.errors import Ds4Error
 _LOG = logging.getLogger(__name__)
 _TOTALS = (
     *("requests", "finished", "cancelled", "failed", "prompt_tokens", "cached_tokens", "generated_tokens"),
-    *("failed_steps", "lost_trace_lines"),
+    *("suspended", "not_finite", "failed_steps", "lost_trace_lines"),
 )
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 _TOKEN_SECONDS = (0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 5.0)
@@ -98,6 +98,14 @@ class Counters:
         self._totals["generated_tokens"] += 1
         if seconds is not None:
             self._token.observe(seconds)
+
+    def suspended(self) -> None:
+        """A sequence had to give up its slot, and waits to go on."""
+        self._totals["suspended"] += 1
+
+    def not_finite(self) -> None:
+        """The logits of a sequence were no numbers."""
+        self._totals["not_finite"] += 1
 
     def step_failed(self) -> None:
         """An exception ended a step."""

@@ -11,6 +11,8 @@ All of it happens in the thread that calls `step`. `AsyncEngine` serves callers 
 from __future__ import annotations
 
 import dataclasses
+import math
+import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -32,10 +34,12 @@ from ds4jax.engine.types import (
     Failed,
     Finished,
     FinishReason,
+    Overloaded,
     Prefilled,
     Request,
     Scored,
     Started,
+    StepFailed,
     Token,
 )
 from ds4jax.errors import Ds4Error
@@ -56,18 +60,21 @@ class Engine:
         sizes: list[int] | None = None,
         counters: Counters | None = None,
         wake: Callable[[], None] = lambda: None,
+        per_client: int | None = None,
+        patience: float = math.inf,
     ):
         """runner: from now on the engine's own. prefix_cache: without one, every prompt is computed whole.
 
         sizes: what chunks of prompts are padded to, ascending, the chunk itself last; by default `serving_sizes`.
-        wake: called, in another thread, when a step that found no work may find some.
+        wake: called, in another thread, when a step that found no work may find some. per_client: the most slots that
+        a client has. patience: seconds after which a request without a slot fails.
         """
         self.runner, self.ctx, self.prefix_cache = runner, runner.settings.ctx, prefix_cache
         self.counters = Counters() if counters is None else counters
         self._sizes = serving_sizes(runner.settings) if sizes is None else sizes
-        self.scheduler = Scheduler(runner.batch, min(self._sizes[-1], runner.settings.prefill_chunk))
+        self.scheduler = Scheduler(runner.batch, min(self._sizes[-1], runner.settings.prefill_chunk), per_client)
         self._reuse = PrefixReuse(runner, self.scheduler, prefix_cache)
-        self._wake = wake
+        self._wake, self._patience = wake, patience
         self._on_device: set[Sequence] = set()  # sequences whose last token is the last one of the last block
 
     def __len__(self) -> int:
@@ -161,6 +168,10 @@ class Engine:
             "disk_prefixes": 0 if store is None else len(store),
         }
 
+    def _fail(self, seq: Sequence, error: Ds4Error) -> None:
+        self._end(seq, "failed")
+        seq.emit(Failed(error))
+
     def _end(self, seq: Sequence, reason: FinishReason | str) -> None:
         self._reuse.end(seq, cancelled=reason == "cancelled")
         self.scheduler.remove(seq)
@@ -172,6 +183,10 @@ class Engine:
 
         A piece of a snapshot takes the place of the chunk, so that answers never wait for both.
         """
+        self._check_patience()
+        if not self._reuse.busy and (victim := self.scheduler.victim(self._reuse.start)):
+            self._reuse.suspend(victim)
+            self.counters.suspended()
         copied = self._reuse.take_piece()
         admitted = [] if self._reuse.busy else self.scheduler.admit(self._reuse.start)
         for seq in admitted:
@@ -183,7 +198,18 @@ class Engine:
             self._decode(decoding, 1 if copied or chunk else self._block(decoding))
         return bool(admitted or copied or chunk or decoding)
 
+    def _check_patience(self) -> None:
+        now = time.perf_counter()
+        for seq in [seq for seq in self.scheduler.waiting if not seq.suspended]:
+            if (waited := now - seq.submitted_at) > self._patience:
+                self._fail(seq, Overloaded(f"found no place within {waited:.0f} s; the server is busy"))
+
     def _start(self, seq: Sequence) -> None:
+        if seq.suspended:
+            self.runner.put(seq.held_slot, seq.suspended.planes, seq.request.sampling)
+            seq.suspended = None
+            self._on_device.discard(seq)
+            return
         seq.cached = seq.computed
         self.counters.started(seq)
         seq.emit(Started(seq.cached, seq.prompt_len))
@@ -203,6 +229,8 @@ class Engine:
         self.scheduler.advance(seq, end)
         seq.emit(Prefilled(end, seq.prompt_len))
         if top is not None and targets:
+            if not np.isfinite(sampled.scores[0]).all():
+                return self._not_finite(seq)
             seq.emit(Scored(tuple(_scored(targets, sampled.scores, top))))
         self._reuse.prefilled(seq, sampled)
         if end == seq.prompt_len:
@@ -275,11 +303,13 @@ class Engine:
 
     def _emit(self, seq: Sequence, token: Token, seconds: float | None = None) -> bool:
         """Append a token to its sequence; → whether that has ended. seconds: since the token before it, if any."""
+        if token.id < 0:
+            self._not_finite(seq)
+            return True
         if seq.constraints:
             seq.constraints.push(token.id)
             if seq.constraints.error:
-                self._end(seq, "failed")
-                seq.emit(Failed(Ds4Error(f"grammar: {seq.constraints.error}")))
+                self._fail(seq, Ds4Error(f"grammar: {seq.constraints.error}"))
                 return True
         seq.tokens.append(token.id)
         self.counters.token(seconds)
@@ -289,6 +319,12 @@ class Engine:
             self._end(seq, reason)
             seq.emit(Finished(reason))
         return bool(reason)
+
+    def _not_finite(self, seq: Sequence) -> None:
+        """End a sequence whose logits are no numbers, and what was kept of it."""
+        self.counters.not_finite()
+        self._reuse.discard(seq)
+        self._fail(seq, StepFailed("the model computed a logit that is not a finite number"))
 
 
 def _scored(ids: list[int], scores: Iterable[np.ndarray], top: int) -> list[Token]:

@@ -281,10 +281,15 @@ class ModelRunner:
         self._sampling[slot], self.lengths[slot] = params, int(planes["length"][0])
 
     def choose(
-        self, logits: Array | np.ndarray, params: Sequence[Sampling], changes: sampling.Edits, position: Sequence[int]
+        self,
+        logits: Array | np.ndarray,
+        params: Sequence[Sampling],
+        changes: Sequence[sampling.Edits],
+        position: Sequence[int],
     ) -> tuple[np.ndarray, ...]:
-        """`sampling.choose` for logits (B, vocab), with numpy results."""
-        return jax.device_get(_choose(logits, sampling.batch(params), changes, np.array(position, np.int32)))
+        """`sampling.choose` for logits (B, vocab) with these edits made in turn, with numpy results."""
+        edited = functools.reduce(_edited, changes, logits)
+        return jax.device_get(_choose(logits, edited, sampling.batch(params), np.array(position, np.int32)))
 
     def _run(self, name: str, *args: Any) -> list[Array]:
         """One step on the weights, the cache and numpy arguments: → what it returns beside the cache."""
@@ -334,6 +339,7 @@ class Block:
 
 
 _copy = jax.jit(functools.partial(jax.tree.map, jnp.copy))
+_edited = jax.jit(sampling.edited)
 _choose = jax.jit(sampling.choose)
 
 

@@ -124,6 +124,19 @@ class PrefixCache:
             self._count(victim, -1)
             self.save(victim)
 
+    def discard(self, key: bytes, more_than: int) -> None:
+        """Forget what is in memory of the beginnings of a sequence that have more than so many tokens."""
+
+        def of_it(snapshot: Snapshot) -> bool:
+            return snapshot.length > more_than and key.startswith(snapshot.key)
+
+        for snapshot in [*filter(of_it, self._aligned), *filter(of_it, self._complete.values())]:
+            if snapshot.logits is None:
+                self._aligned.remove(snapshot)
+            else:
+                del self._complete[snapshot.key]
+            self._count(snapshot, -1)
+
     def save(self, snapshot: Snapshot) -> None:
         """Write a snapshot to disk, in the background. Without a store, or if too many wait already, it is not kept."""
         self._writes = {write for write in self._writes if not write.done()}

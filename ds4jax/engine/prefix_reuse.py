@@ -1,6 +1,7 @@
 """Prefix reuse: where a sequence starts, and which snapshots are taken of it while it runs.
 
-A snapshot is taken at the marks of a prompt, at its end, and at the last multiples of 128 in an answer. It is copied
+A snapshot is taken at the marks of a prompt, at its end, at the last multiples of 128 in an answer, and when a sequence
+is suspended, of which it is the state to go on from. It is copied
 from the device in pieces, one for each step of the engine, so that no answer waits for a long one. Before the first
 piece is copied the sequence must not go on, nor another start in its slot; after that it may.
 """
@@ -34,7 +35,7 @@ class _Due:
     """A snapshot of the first `end` tokens of a sequence that is being taken.
 
     pieces: of `ModelRunner.take`. following: what was sampled after a whole prompt; None if the tokens are not one.
-    begun: whether the first piece is copied.
+    begun: whether the first piece is copied. leaves: whether the sequence is to be suspended.
     """
 
     seq: Sequence
@@ -42,6 +43,7 @@ class _Due:
     pieces: Iterator[Planes | None]
     following: Sampled | None
     begun: bool = False
+    leaves: bool = False
 
 
 class PrefixReuse:
@@ -61,12 +63,15 @@ class PrefixReuse:
         if seq.request.prompt_logprobs is not None:  # every token of it has to be computed
             return
         found = self.cache.find(seq.key)
-        seq.disk_read = self.cache.fetch(seq.key, found.length if found else 0)
+        seq.known = found.length if found else 0
+        seq.disk_read = self.cache.fetch(seq.key, seq.known)
         if seq.disk_read:
             seq.disk_read.add_done_callback(lambda _: wake())
 
     def start(self, seq: Sequence) -> int | None:
         """How many tokens of its prompt a waiting sequence can start with now, or None if it had better wait."""
+        if seq.suspended:
+            return seq.suspended.length
         if self.cache is None or seq.request.prompt_logprobs is not None:
             return 0
         if seq.disk_read:
@@ -78,6 +83,7 @@ class PrefixReuse:
             except Exception:
                 _LOG.exception("a prefix cannot be read from disk, and is computed instead")
             if seq.base:
+                seq.known = seq.base.length
                 self.cache.put(seq.base)
         if seq.leader and self._scheduler.should_wait(seq, 0):
             return None
@@ -110,10 +116,10 @@ class PrefixReuse:
 
         An answer that its reader has cancelled may be past the position at which the reader stopped reading.
         """
-        if self.cache is None:
+        if self.cache is None or seq.slot is None:
             return
         due = any(due.seq is seq for due in self._due)
-        if not due and seq.slot is not None and seq.cached < seq.computed < seq.prompt_len:
+        if not due and seq.cached < seq.computed < seq.prompt_len:
             if seq.computed % ALIGN == 0:  # a prompt that was interrupted
                 seq.tails.append((seq.computed, {}))
         if len(seq.tails) == 2 and not (cancelled and seq.computed - seq.tails[-1][0] < LATE):
@@ -122,6 +128,18 @@ class PrefixReuse:
             self._take(seq, end, state)
         if seq.latest and not due and not seq.tails:  # otherwise it is saved when the last one is taken
             self.cache.save(seq.latest)
+
+    def suspend(self, seq: Sequence) -> None:
+        """The sequence is to give up its slot, and to go on later where it is now."""
+        self._take(seq, seq.computed, leaves=True)
+
+    def discard(self, seq: Sequence) -> None:
+        """Nothing is to be kept of a sequence, which is about to end: its state is wrong."""
+        self._due = collections.deque(due for due in self._due if due.seq is not seq)
+        seq.tails.clear()
+        seq.latest = None
+        if self.cache is not None:
+            self.cache.discard(key_of(seq.tokens), more_than=seq.cached)
 
     def forget(self) -> None:
         """Give up the snapshots that are being taken: what they are of is lost."""
@@ -134,12 +152,12 @@ class PrefixReuse:
         return bool(self._due)
 
     def must_rest(self) -> set[Sequence]:
-        """Sequences that must not go on, since the first piece of a snapshot of theirs is not copied."""
-        return {due.seq for due in self._due if not due.begun}
+        """Sequences that must not go on: they leave, or the first piece of a snapshot of theirs is not copied."""
+        return {due.seq for due in self._due if due.leaves or not due.begun}
 
     def take_piece(self) -> bool:
         """Copy a piece of the first snapshot that is due; → whether there was one."""
-        if self.cache is None or not self._due:
+        if not self._due:
             return False
         due = self._due[0]
         planes, due.begun = next(due.pieces), True
@@ -147,6 +165,12 @@ class PrefixReuse:
             return True
         self._due.popleft()
         seq = due.seq
+        if due.leaves:
+            if seq in self._scheduler:
+                seq.suspended = Snapshot(key_of(seq.tokens[: due.end]), planes)
+                self._scheduler.suspend(seq)
+            return True
+        assert self.cache is not None  # nothing else is taken without one
         kept = {} if due.following and due.end not in seq.marks else {due.end: planes}
         if due.following:
             self.cache.put(Snapshot(key_of(seq.tokens[: due.end]), planes, due.following.logits))
@@ -160,6 +184,13 @@ class PrefixReuse:
             self.cache.save(seq.latest)
         return True
 
-    def _take(self, seq: Sequence, end: int, state: Planes | None = None, following: Sampled | None = None) -> None:
+    def _take(
+        self,
+        seq: Sequence,
+        end: int,
+        state: Planes | None = None,
+        following: Sampled | None = None,
+        leaves: bool = False,
+    ) -> None:
         """Begin a snapshot of the first `end` tokens: of the slot as it is now, or was when `state` was taken."""
-        self._due.append(_Due(seq, end, self._runner.take(seq.held_slot, end, state), following))
+        self._due.append(_Due(seq, end, self._runner.take(seq.held_slot, end, state), following, leaves=leaves))

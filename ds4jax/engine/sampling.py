@@ -45,17 +45,19 @@ def sample(logits: Float[Array, "B V"], params: Batch, position: Int32[Array, "B
     """The next token of every sequence, at `position`.
 
     Draws by the Gumbel-max trick. The noise depends on seed, position and token id only, so a filter that leaves the
-    drawn token in changes nothing. Of equal logits the lowest id is the likeliest.
+    drawn token in changes nothing. Of equal logits the lowest id is the likeliest. -1 if the largest logit is no finite
+    number: then one of them is NaN or infinite.
     """
     logits = logits.astype(jnp.float32)
-    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    finite = jnp.isfinite(logits.max(axis=-1))
+    greedy = jnp.where(finite, jnp.argmax(logits, axis=-1).astype(jnp.int32), -1)
 
     def draw() -> Array:
         keys = jax.vmap(lambda seed, p: jax.random.fold_in(jax.random.key(seed), p))(params.seed, position)
         noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[-1:], jnp.float32))(keys)
         x = tempered(logits, params)
         ids = jnp.argmax(jnp.where(allowed(x, params), x + noise, -jnp.inf), axis=-1)
-        return jnp.where(params.temperature == 0, greedy, ids.astype(jnp.int32))
+        return jnp.where(finite & (params.temperature != 0), ids.astype(jnp.int32), greedy)
 
     return lax.cond((params.temperature > 0).any(), draw, lambda: greedy)
 
@@ -86,13 +88,13 @@ def edited(logits: Float[Array, "B V"], edits: Edits) -> Float32[Array, "B V"]:
 
 
 def choose(
-    logits: Float[Array, "B V"], params: Batch, edits: Edits, position: Int32[Array, "B"]
+    logits: Float[Array, "B V"], edited: Float[Array, "B V"], params: Batch, position: Int32[Array, "B"]
 ) -> tuple[Int32[Array, "B"], Float32[Array, "B"], Int32[Array, "B top"], Float32[Array, "B top"]]:
     """`sample` of the edited logits, and log-probabilities of the logits as they are.
 
     → ids, their log-probability, and of the MAX_LOGPROBS likeliest the ids and log-probabilities, in order.
     """
-    ids = sample(edited(logits, edits), params, position)
+    ids = sample(edited, params, position)
     return ids, *logprobs(logits, ids)
 
 

@@ -2,12 +2,18 @@
 
 Every step of the engine runs at most one chunk of one prompt, and at least one token of every sequence that decodes:
 one beside a chunk, a block of some without. So a running answer never waits for more than one chunk, and a prompt never
-waits for answers. Slots are given in order of arrival. Prompts that hold a slot take turns, chunk by chunk, so that a
-short one does not wait for the end of a long one.
+waits for answers.
+
+Slots are shared fairly between clients: the one who holds the fewest is next. Among a client's prompts the short ones,
+those that lack no more than a chunk, pass the long ones, and so they do when prompts that hold a slot take turns, chunk
+by chunk. If no slot is free, one is taken from a long prompt, or from a client who has two more than the next one; it
+is suspended and goes on later where it was. Nothing waits for ever: no more than MAX_PASSED sequences pass one before
+it computes again, and no more than every other chunk goes out of turn.
 """
 
 from __future__ import annotations
 
+import bisect
 import collections
 from collections.abc import Callable, Iterator
 
@@ -15,22 +21,31 @@ from ds4jax.engine.keys import common
 from ds4jax.engine.sequence import Sequence
 from ds4jax.engine.types import ALIGN
 
+MAX_PASSED = 8
+"""Sequences that get a slot before one that came earlier, or instead of one that had it, until that one computes."""
+
+Start = Callable[[Sequence], int | None]
+"""How many tokens of a sequence's prompt need not be computed, or None if it should wait longer."""
+
 
 class Scheduler:
     """The order in which sequences compute.
 
-    slots: number of sequences that hold a slot at once. chunk: the most tokens of a prompt in one step.
+    slots: number of sequences that hold a slot at once. chunk: the most tokens of a prompt in one step. per_client:
+    the most slots that a client has, or None.
 
     Attributes: waiting (without a slot, in order of arrival), prefilling (prompt not computed yet, the next one first),
     decoding (the others).
     """
 
-    def __init__(self, slots: int, chunk: int):
-        self.chunk = chunk
+    def __init__(self, slots: int, chunk: int, per_client: int | None = None):
+        self.chunk, self._per_client = chunk, per_client
         self.waiting: list[Sequence] = []
         self.prefilling: collections.deque[Sequence] = collections.deque()
         self.decoding: list[Sequence] = []
         self._free = list(range(slots))
+        self._arrivals = 0
+        self._out_of_turn = False  # whether the last chunk was
 
     def __iter__(self) -> Iterator[Sequence]:
         """All sequences."""
@@ -41,6 +56,8 @@ class Scheduler:
 
     def add(self, seq: Sequence) -> None:
         """Let a new sequence wait for a slot."""
+        seq.arrival = self._arrivals
+        self._arrivals += 1
         self.waiting.append(seq)
 
     def remove(self, seq: Sequence) -> None:
@@ -52,23 +69,63 @@ class Scheduler:
                     self._free.append(seq.slot)
                     seq.slot = None
 
-    def admit(self, start: Callable[[Sequence], int | None]) -> list[Sequence]:
-        """Give free slots to waiting sequences in order of arrival; → those that got one.
-
-        start: of a sequence, how many tokens of its prompt need not be computed, or None if it should wait longer;
-        sequences behind it may then pass it.
-        """
+    def admit(self, start: Start) -> list[Sequence]:
+        """Give free slots to waiting sequences; → those that got one. Where one should wait longer, others pass it."""
         admitted = []
-        for seq in list(self.waiting):
-            if not self._free:
-                break
-            if (computed := start(seq)) is None:
-                continue
+        while self._free and (found := self._first(start)):
+            seq, computed = found
             self.waiting.remove(seq)
+            for other in self.waiting:
+                other.passed += other.arrival < seq.arrival
             seq.slot, seq.computed = self._free.pop(0), computed
             (self.prefilling if computed < seq.prompt_len else self.decoding).append(seq)
             admitted.append(seq)
         return admitted
+
+    def _first(self, start: Start) -> tuple[Sequence, int] | None:
+        """Which waiting sequence has the next slot, and what `start` says of it."""
+        found = ((seq, start(seq)) for seq in self._queue())
+        return next(((seq, computed) for seq, computed in found if computed is not None), None)
+
+    def _queue(self) -> list[Sequence]:
+        """Those that wait and may have a slot, the next one first."""
+        held = self._held()
+
+        def turn(seq: Sequence) -> tuple[int, int, int]:
+            passable = 0 if seq.passed >= MAX_PASSED else 2 if self._is_long(seq) else 1
+            return held[seq.client], passable, seq.arrival
+
+        most = self._per_client
+        return sorted((seq for seq in self.waiting if most is None or held[seq.client] < most), key=turn)
+
+    def _held(self) -> collections.Counter[str]:
+        """How many slots each client has."""
+        return collections.Counter(seq.client for seq in (*self.prefilling, *self.decoding))
+
+    def _is_long(self, seq: Sequence) -> bool:
+        return seq.prompt_len - max(seq.known, seq.computed) > self.chunk
+
+    def victim(self, start: Start) -> Sequence | None:
+        """Who should give its slot to one that waits, if none is free."""
+        if self._free or not (queue := self._queue()):
+            return None
+        seq, held = queue[0], self._held()
+        client, most = held.most_common(1)[0]
+        if most - held[seq.client] >= 2:
+            theirs = [other for other in (*self.prefilling, *self.decoding) if other.client == client]
+            found = min(theirs, key=lambda other: other.computed)  # the least to copy
+        elif not self._is_long(seq) or seq.passed >= MAX_PASSED:
+            able = [other for other in self.prefilling if self._is_long(other) and other.passed < MAX_PASSED]
+            found = max(able, key=lambda other: other.prompt_len - other.computed, default=None)
+        else:
+            return None
+        return None if start(seq) is None else found
+
+    def suspend(self, seq: Sequence) -> None:
+        """Let a sequence that has a slot wait for one again, in the place that it had by its arrival."""
+        self.remove(seq)
+        seq.passed += 1
+        bisect.insort(self.waiting, seq, key=lambda other: other.arrival)
 
     def should_wait(self, seq: Sequence, have: int) -> bool:
         """Whether a prompt that is being computed will soon save `seq` more than the `have` tokens it has.
@@ -93,7 +150,10 @@ class Scheduler:
         """Whose prompt is next, and up to which position: a mark, a multiple of `chunk` or its end."""
         if not self.prefilling:
             return None
-        return (seq := self.prefilling[0]), self._chunk_end(seq)
+        seq = self.prefilling[0]
+        if not self._out_of_turn:
+            seq = next((other for other in self.prefilling if not self._is_long(other)), seq)
+        return seq, self._chunk_end(seq)
 
     def _chunk_end(self, seq: Sequence) -> int:
         ends = {seq.prompt_len, seq.computed // self.chunk * self.chunk + self.chunk, *seq.marks}
@@ -105,7 +165,8 @@ class Scheduler:
 
     def advance(self, seq: Sequence, computed: int) -> None:
         """Note how many tokens the slot of `seq` holds now. After a chunk, the next prompt has its turn."""
-        seq.computed = computed
+        seq.computed, seq.passed = computed, 0
         if seq in self.prefilling:
+            self._out_of_turn = seq is not self.prefilling[0]
             self.prefilling.remove(seq)
             (self.prefilling if computed < seq.prompt_len else self.decoding).append(seq)

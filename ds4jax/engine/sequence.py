@@ -31,7 +31,7 @@ class Sequence:
     request: what was asked. limit: number of tokens, prompt and answer, at which it ends. stop_ids: tokens that end it.
     constraints: how its logits are edited, or None if they are not. emit: takes its events.
     tokens: ids, first those of the prompt. prompt_len: how many these are. key: the prompt's, see `ds4jax.engine.keys`.
-    slot: where its state is, or None while it waits. computed: tokens whose state the slot holds.
+    slot: where its state is, or None while it waits. computed: tokens whose state the slot holds, or `suspended`.
     """
 
     request: Request = dataclasses.field(kw_only=False)
@@ -45,6 +45,14 @@ class Sequence:
     key: bytes = dataclasses.field(init=False)
     slot: int | None = None
     computed: int = 0
+
+    # Scheduling. arrival: its number. known: tokens of the prompt that need not be computed, as was found when it came.
+    # passed: how many others got a slot in its place since it last computed. suspended: its state, while it waits to go
+    # on.
+    arrival: int = 0
+    known: int = 0
+    passed: int = 0
+    suspended: Snapshot | None = None
 
     # Prefix reuse. marks: positions in the prompt at which a chunk has to end, for a snapshot. deferred_mark: one whose
     # snapshot is made from that of the whole prompt, or 0. leader: the sequence whose prompt this one waits for.
@@ -73,6 +81,11 @@ class Sequence:
     def __post_init__(self):
         self.tokens = [int(token) for token in self.request.tokens]
         self.prompt_len, self.key = len(self.tokens), key_of(self.tokens)
+
+    @property
+    def client(self) -> str:
+        """Who asked."""
+        return self.request.client
 
     @property
     def held_slot(self) -> int:

@@ -90,7 +90,7 @@ class Request:
     stop_ids: tokens that end the answer; None: the model's EOS. logprobs: None, or how many of the likeliest tokens to
     report beside each token's own; prompt_logprobs: the same for the tokens of the prompt, which are then computed even
     where a prefix is cached. grammar: what the answer must be. budget: of its thought. logits: whether every `Token`
-    comes with the logits that it was drawn from.
+    comes with the logits that it was drawn from. client: who asks; all clients have an equal share of the engine.
     """
 
     tokens: Sequence[int]
@@ -102,6 +102,7 @@ class Request:
     grammar: Grammar | None = None
     budget: Budget | None = None
     logits: bool = False
+    client: str = ""
 
 
 # ---- events ----------------------------------------------------------------------------------------------------------
@@ -169,7 +170,11 @@ class ContextOverflow(Ds4Error):
 
 
 class Overloaded(Ds4Error):
-    """Too many requests are waiting already."""
+    """Too many requests are waiting already, or this one has waited for too long."""
+
+
+class TooMany(Ds4Error):
+    """The client has too many requests waiting already."""
 
 
 class Stopping(Ds4Error):
@@ -177,7 +182,7 @@ class Stopping(Ds4Error):
 
 
 class StepFailed(Ds4Error):
-    """What a step computed is lost, by no fault of the request. The engine goes on."""
+    """What a step computed is lost or no number, by no fault of the request. The engine goes on."""
 
 
 class EngineFailed(Ds4Error):

@@ -6,7 +6,7 @@ import logging
 import re
 from typing import Any
 
-from ds4jax.engine.types import ContextOverflow, EngineFailed, Overloaded, StepFailed, Stopping
+from ds4jax.engine.types import ContextOverflow, EngineFailed, Overloaded, StepFailed, Stopping, TooMany
 from ds4jax.errors import Ds4Error
 
 log = logging.getLogger(__name__)
@@ -19,6 +19,7 @@ _TYPES = {
     405: ("invalid_request_error", "invalid_request_error"),
     413: ("invalid_request_error", "request_too_large"),
     415: ("invalid_request_error", "invalid_request_error"),
+    429: ("rate_limit_error", "rate_limit_error"),
     500: ("server_error", "api_error"),
     503: ("server_error", "overloaded_error"),
 }
@@ -46,6 +47,8 @@ class ApiError(Ds4Error):
                 return overflow(error.prompt, error.ctx)
             case Overloaded() | Stopping():
                 return cls(str(error), 503, code="overloaded" if isinstance(error, Overloaded) else "stopping")
+            case TooMany():
+                return cls(str(error), 429, code="rate_limit_exceeded")
             case StepFailed():
                 return cls(str(error), 500, code="step_failed")
             case Ds4Error() if not isinstance(error, EngineFailed):
