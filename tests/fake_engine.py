@@ -58,7 +58,8 @@ class FakeEngine:
         self.tokenizer, self.model_name = TOKENIZER, "fake"
         self.requests: list[Request] = []
         self.running: set[Stream] = set()
-        self.closed = self.failed = False
+        self.closed = self.failed = self.full = False
+        self.problem = ""
         self.kv_store = None
         self._vocabulary = Vocabulary(TOKENIZER) if real_grammars else None
 

@@ -4,15 +4,19 @@ import asyncio
 import logging
 import subprocess
 import sys
+import threading
 
 import pytest
 from small import write
 from test_async_engine import GREEDY, collect, ids, request
 
+from ds4jax.engine import async_engine
 from ds4jax.engine.async_engine import MAX_FAILURES, AsyncEngine
 from ds4jax.engine.model_runner import ModelRunner
 from ds4jax.engine.prefix_cache import PrefixCache
-from ds4jax.engine.types import EngineFailed, Sampling, StepFailed
+from ds4jax.engine.types import EngineFailed, Sampling, StepFailed, Token
+from ds4jax.server.metrics import Metrics
+from ds4jax.server.replay import Replay
 from ds4jax.settings import Settings
 
 JOBS = [request(n, 12, GREEDY, start=40 * i) for i, n in enumerate((300, 20, 29, 38, 47))]  # three run, two wait
@@ -148,3 +152,36 @@ asyncio.run(main())
 assert time.perf_counter() - begun < 8
 """
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60, capture_output=True)
+
+
+def test_a_step_that_hangs_shows(runner, monkeypatch):
+    """And its end, too."""
+    engine, release, hangs = AsyncEngine(runner, PrefixCache(0)), threading.Event(), threading.Event()
+    monkeypatch.setattr(async_engine, "STALLED", 0.2)
+
+    def hang(*args, **kwargs):
+        hangs.set()
+        release.wait()
+        return prefill(*args, **kwargs)
+
+    prefill = runner.prefill
+    monkeypatch.setattr(runner, "prefill", hang)
+
+    async def main():
+        assert engine.problem == ""
+        stream = engine.submit(request(9, 3))
+        assert await asyncio.to_thread(hangs.wait, 10) and engine.problem == ""
+        monkeypatch.setattr(engine, "_longest_step", 0.0)
+        await asyncio.sleep(0.3)
+        assert engine.problem.startswith("no step has ended for 0 s") and "release.wait()" in engine.stack()
+        text = Metrics(engine, Replay()).text().decode()
+        assert "ds4jax_works 0.0" in text and "ds4jax_running" not in text and "ds4jax_requests" in text
+        monkeypatch.setattr(engine._engine.runner.steps, "compiling", True)
+        assert engine.problem == ""
+        monkeypatch.setattr(engine._engine.runner.steps, "compiling", False)
+        release.set()
+        assert len([event async for event in stream if isinstance(event, Token)]) == 3 and engine.problem == ""
+        await engine.close()
+        assert engine.problem == "the server is stopping" and engine.stack() == "the thread has ended\n"
+
+    asyncio.run(main())

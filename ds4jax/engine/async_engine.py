@@ -15,8 +15,10 @@ import asyncio
 import logging
 import math
 import queue
+import sys
 import threading
 import time
+import traceback
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -40,6 +42,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MAX_FAILURES = 5  # steps in a row that fail before the engine gives up
+STALLED = 60.0
+"""Seconds after which a step is taken to hang, if it is not the longest yet by less than a factor of ten."""
+STALLED_COMPILING = 1800.0
+"""The same while a step is compiled."""
 
 
 class AsyncEngine:
@@ -121,6 +127,8 @@ class AsyncEngine:
         self._deadline: float | None = None  # when the thread ends
         self._grammars: GrammarCompiler | None = None
         self._lock = threading.Lock()  # guards the refusal and the grammars
+        self._step_began: float | None = None  # `time.perf_counter` when the present step did
+        self._longest_step = 0.0  # seconds
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -129,6 +137,26 @@ class AsyncEngine:
     def failed(self) -> bool:
         """Whether the model cannot run any more. Thread-safe."""
         return isinstance(self._refusal, EngineFailed)
+
+    @property
+    def problem(self) -> str:
+        """Why nothing is answered at present: the engine has failed, stops or hangs; or "". Thread-safe."""
+        if self._refusal:
+            return str(self._refusal)
+        began, compiling = self._step_began, self._engine.runner.steps.compiling
+        limit = STALLED_COMPILING if compiling else max(STALLED, 10 * self._longest_step)
+        seconds = 0.0 if began is None else time.perf_counter() - began
+        return f"no step has ended for {seconds:.0f} s" if seconds > limit else ""
+
+    @property
+    def full(self) -> bool:
+        """Whether a request would be refused because too many wait. Thread-safe."""
+        return len(self._engine.scheduler.waiting) + self._commands.qsize() >= self._max_waiting
+
+    def stack(self) -> str:
+        """What the engine's thread is doing."""
+        frame = sys._current_frames().get(self._thread.ident or 0)
+        return "".join(traceback.format_stack(frame)) if frame else "the thread has ended\n"
 
     @property
     def kv_store(self) -> KVStore | None:
@@ -144,10 +172,9 @@ class AsyncEngine:
             with self._lock:
                 if self._refusal:
                     raise self._refusal
-                waiting = [seq.client for seq in self._engine.scheduler.waiting]
-                if len(waiting) + self._commands.qsize() >= self._max_waiting:
+                if self.full:
                     raise Overloaded(f"{self._max_waiting} requests are waiting already")
-                most = self._waiting_per_client
+                waiting, most = [seq.client for seq in self._engine.scheduler.waiting], self._waiting_per_client
                 if most is not None and waiting.count(request.client) >= most:
                     raise TooMany(f"{most} requests of this key are waiting already")
                 self._commands.put(Submit(request, stream))
@@ -202,8 +229,10 @@ class AsyncEngine:
         try:
             worked, failures = False, 0
             while self._receive(busy=worked):
+                began = self._step_began = time.perf_counter()
                 try:
                     worked, failures = self._engine.step(), 0
+                    self._longest_step = max(self._longest_step, time.perf_counter() - began)
                 except Exception as failure:
                     failures += 1
                     if failures == MAX_FAILURES:
@@ -212,6 +241,8 @@ class AsyncEngine:
                     text = f"the model failed while it computed this, and goes on: {type(failure).__name__}"
                     self._engine.recover(StepFailed(text))
                     worked = True
+                finally:
+                    self._step_began = None
             self._engine.stop(error)
         except BaseException as failure:
             log.exception("the engine failed")

@@ -51,7 +51,7 @@ class CompiledSteps:
 
     Attributes: source, settings, cfg (of the model), batch, compute, tree (`weights.abstract`); weights, cache and
     results (of the decoding step beside the cache), all three trees of `jax.ShapeDtypeStruct`; compiled (programs by
-    name and shapes); seconds (spent compiling).
+    name and shapes); seconds (spent compiling); compiling (whether it does so now).
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class CompiledSteps:
         }
         self._lowering = threading.Lock()
         self.compiled: dict[tuple, Callable] = {}
-        self.seconds = 0.0
+        self.seconds, self.compiling = 0.0, False
 
     def get(self, name: str, *args: Any) -> Callable:
         """The step `name` compiled for arguments of these shapes, which follow weights and cache."""
@@ -96,9 +96,12 @@ class CompiledSteps:
         keyed = {(name, *(x.shape for x in jax.tree.leaves(args))): (name, args) for name, args in calls}
         missing = [key for key in keyed if key not in self.compiled]
         if missing:
-            start = time.perf_counter()
-            with ThreadPoolExecutor(min(len(missing), os.cpu_count() or 1)) as pool:
-                programs = list(pool.map(lambda key: self._compile(*keyed[key]), missing))
+            start, self.compiling = time.perf_counter(), True
+            try:
+                with ThreadPoolExecutor(min(len(missing), os.cpu_count() or 1)) as pool:
+                    programs = list(pool.map(lambda key: self._compile(*keyed[key]), missing))
+            finally:
+                self.compiling = False
             self.compiled |= zip(missing, programs, strict=True)
             self.seconds += time.perf_counter() - start
         return [self.compiled[key] for key in keyed]

@@ -324,6 +324,7 @@ class Engine:
         """End a sequence whose logits are no numbers, and what was kept of it."""
         self.counters.not_finite()
         self._reuse.discard(seq)
+        self.runner.clear(seq.held_slot)
         self._fail(seq, StepFailed("the model computed a logit that is not a finite number"))
 
 

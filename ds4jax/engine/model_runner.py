@@ -138,6 +138,10 @@ class ModelRunner:
             return byte_tokenizer(self.cfg.vocab_size)
         return Tokenizer.from_metadata(self.checkpoint.file.metadata)
 
+    def clear(self, slot: int) -> None:
+        """Empty a slot whose state is not finite: its rows would harm the next sequence in it."""
+        self.cache, self.lengths[slot] = kv.clear(self.cache, slot), 0
+
     def compile(self) -> None:
         """Compile `take`, `put` and `choose` now instead of at their first use."""
         for tokens in snapshot.rooms(self.settings.ctx):

@@ -173,6 +173,16 @@ def restore(cache: Cache, slot: int | Array, saved: Cache) -> Cache:
     return _map_sequence(put, put_rows, cache, saved)
 
 
+@functools.partial(jax.jit, donate_argnums=0)
+def clear(cache: Cache, slot: int | Array) -> Cache:
+    """`cache` (donated) with zeros in sequence `slot`. Old rows are unreachable anyway, but for NaN: 0 · NaN is NaN."""
+
+    def zero(x: Array) -> Array:
+        return x.at[(slice(None),) * min(1, x.ndim - 1) + (slot,)].set(0)
+
+    return jax.tree.map(zero, cache)
+
+
 def fork(cache: Cache, source: int, target: int) -> Cache:
     """`cache` (donated) with sequence `target` an exact copy of sequence `source`."""
     return restore(cache, target, snapshot(cache, source))
