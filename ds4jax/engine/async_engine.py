@@ -79,15 +79,14 @@ class AsyncEngine:
         settings.set_environment()
         from ds4jax.engine import compile_cache, model_runner
         from ds4jax.engine.chunks import serving_sizes
-        from ds4jax.engine.fingerprint import fingerprint
-        from ds4jax.engine.kv_store import KVStore
+        from ds4jax.engine.fingerprint import open_store
         from ds4jax.engine.prefix_cache import PrefixCache
 
         compile_cache.keep_compilations()
         model = model_runner.open_model(settings, synthetic)
         runner = model_runner.ModelRunner(model, settings, max_seqs, progress, serving_sizes(settings))
         runner.compile()
-        store = KVStore(kv_dir, kv_budget_bytes, fingerprint(runner)) if kv_dir else None
+        store = open_store(kv_dir, kv_budget_bytes, runner) if kv_dir else None
         name = f"synthetic-{synthetic}" if synthetic else Path(settings.model).stem
         return cls(runner, PrefixCache(prefix_budget_bytes, store), name=name, trace=trace, **limits)
 

@@ -19,7 +19,7 @@ SUPERSEDED = 24 * 3600
 
 
 class Kept(Protocol):
-    """A snapshot that may have to go. key: see `keys`; length: tokens; used: last use, nanoseconds since 1970."""
+    """A snapshot that may have to go. key: see `keys`; length: tokens; used: last use, nanoseconds since any moment."""
 
     key: bytes
     used: int
@@ -44,8 +44,10 @@ def values[T: Kept](entries: Sequence[T]) -> dict[T, float]:
             nexts[chain[-1]].append(e)
         chain.append(e)
 
+    last = max((e.used for e in entries), default=0)  # a difference of integers is exact, whatever clock they are of
+
     def value(e: T) -> float:
         superseded = len(nexts[e]) == 1 and nexts[e][0].used >= e.used
-        return math.log2(e.length / e.nbytes) + (e.used / 1e9 - superseded * SUPERSEDED) / HALF_LIFE
+        return math.log2(e.length / e.nbytes) + ((e.used - last) / 1e9 - superseded * SUPERSEDED) / HALF_LIFE
 
     return {e: value(e) for e in entries}

@@ -1,22 +1,65 @@
-"""What must agree for a stored state to be the one that this process would compute."""
+"""What must agree for a stored state to be the one that this process would compute, and the store of such states."""
 
 from __future__ import annotations
 
 import hashlib
+import logging
+import threading
+from pathlib import Path
 
 import jax
 import numpy as np
 
+from ds4jax.engine import content
+from ds4jax.engine.kv_store import KVStore
 from ds4jax.engine.model_runner import ModelRunner
 from ds4jax.engine.snapshot import LAYOUT
+from ds4jax.errors import Ds4Error
+from ds4jax.io.gguf import GGUFFile
 from ds4jax.io.synthetic import Synthetic
 from ds4jax.model.tensors import tensor_table
 
-SAMPLE = 4096  # bytes of each tensor that are looked at; all of them would take minutes
+log = logging.getLogger(__name__)
+
+
+def open_store(folder: str | Path, budget_bytes: int, runner: ModelRunner) -> KVStore:
+    """The store of a runner's states in `folder`. Raises Ds4Error as `KVStore` does.
+
+    It is ready at once if the content of the model's files is known, which takes reading all of them once; else they
+    are read in the background, and it is ready then. If one of them has changed since it was loaded, it stays unused.
+    """
+    files, store = _files(runner), KVStore(folder, budget_bytes, fingerprint(runner), None, runner.fits)
+    try:
+        hashes = [content.known(file.path, file.status) for file in files]
+    except (Ds4Error, OSError) as e:
+        log.warning("%s: prefixes on disk are not used: %s", folder, e)
+        return store
+    if None not in hashes:
+        store.begin(" ".join(map(str, hashes)))
+    else:
+        threading.Thread(target=_begin_later, args=(store, files), name="content", daemon=True).start()
+    return store
+
+
+def _begin_later(store: KVStore, files: list[GGUFFile]) -> None:
+    size = sum(file.status.st_size for file in files) / 1e9
+    log.warning("%s: prefixes on disk are used once the model's %.1f GB have been read for a hash", store.folder, size)
+    try:
+        hashes = [content.content(file.path, file.status, lambda: store.closed) for file in files]
+        store.begin(" ".join(hashes))
+    except InterruptedError:
+        return
+    except (Ds4Error, OSError) as e:
+        log.warning("%s: prefixes on disk are not used: %s", store.folder, e)
+        return
+    log.warning("%s: %d prefixes on disk are in use from now on", store.folder, len(store))
 
 
 def fingerprint(runner: ModelRunner) -> dict[str, str | int]:
-    """Model (its tokenizer included), numerics, devices, and the layout of snapshots; for `engine.kv_store.KVStore`."""
+    """Config, metadata (its tokenizer included) and types of the model, numerics, devices, layout of snapshots.
+
+    The content of the model's files is not in it: see `open_store`.
+    """
     settings = runner.settings
     return {
         "model": _model(runner),
@@ -38,7 +81,14 @@ def _model(runner: ModelRunner) -> str:
     for key, value in sorted(source.file.metadata.items()):
         digest.update(repr((key, value.tolist() if isinstance(value, np.ndarray) else value)).encode())
     for name in sorted(source.types):
-        info, data = source.holder(name).info(name), source.holder(name).raw(name).reshape(-1)
+        info = source.holder(name).info(name)
         digest.update(repr((name, info.shape, int(info.type))).encode())
-        digest.update(data[:SAMPLE].tobytes())
     return digest.hexdigest()
+
+
+def _files(runner: ModelRunner) -> list[GGUFFile]:
+    """What the model was loaded from; a synthetic one, which its seed describes, from nothing."""
+    source = runner.checkpoint
+    if isinstance(source, Synthetic):
+        return []
+    return [file for file in (source.file, source.mtp_file) if file]

@@ -15,10 +15,10 @@ The first checksum lets a store open without reading the data.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
-import os
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -27,9 +27,13 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from ds4jax.errors import show
+
 DIGEST = 32
 """Bytes of a checksum."""
 PREAMBLE = struct.Struct("<8sIII")
+MAX_HEAD = 64 << 20
+"""Bytes up to and with the first checksum, at most: a store reads them of every file when it opens."""
 
 _MAGIC, _VERSION = b"ds4jaxKV", 1
 _ALIGN = 64
@@ -41,7 +45,7 @@ class Damaged(Exception):
 
 
 class Foreign(Exception):
-    """Why an undamaged file is not for this store."""
+    """Why an undamaged file is not for this store: it has another fingerprint or version, or says what cannot be."""
 
 
 def digest(*pieces: bytes | memoryview) -> bytes:
@@ -62,7 +66,11 @@ def with_checksum(pieces: Iterable[bytes | memoryview]) -> Iterator[bytes | memo
 
 
 def _dtype(name: str) -> np.dtype:
-    return np.dtype(getattr(ml_dtypes, name, name))
+    """The dtype of that name. Raises TypeError unless it is a numeric one in native byte order."""
+    dtype = np.dtype(getattr(ml_dtypes, name, name))
+    if dtype.hasobject or dtype.fields or dtype.name != name:
+        raise TypeError(f"found {name!r}, expected the name of a numeric dtype")
+    return dtype
 
 
 def pieces_of(fingerprint: dict, key: bytes, planes: Mapping[str, np.ndarray], extra: Any) -> list[bytes | memoryview]:
@@ -73,14 +81,15 @@ def pieces_of(fingerprint: dict, key: bytes, planes: Mapping[str, np.ndarray], e
     for name, plane in planes.items():
         plane = np.asarray(plane, order="C")
         if plane.dtype.hasobject or plane.dtype.fields or _dtype(plane.dtype.name) != plane.dtype:
-            raise TypeError(f"plane {name}: a numeric dtype in native byte order is expected, found {plane.dtype!r}")
+            raise TypeError(f"plane {name}: found {plane.dtype!r}, expected a numeric dtype in native byte order")
         table[name] = plane.dtype.name, plane.shape, offset
         data += [plane.reshape(-1).view(np.uint8).data, bytes(-plane.nbytes % _ALIGN)]
         offset += len(data[-2]) + len(data[-1])
     head = {"fingerprint": fingerprint, "checksum": _CHECKSUM, "planes": table, "data": offset, "extra": extra}
     text = json.dumps(head).encode()
     before = [PREAMBLE.pack(_MAGIC, _VERSION, len(text), len(key) // 4), text, key]
-    size = sum(map(len, before)) + DIGEST
+    if (size := sum(map(len, before)) + DIGEST) > MAX_HEAD:
+        raise ValueError(f"extra and tokens: found {size} bytes, expected at most {MAX_HEAD}")
     return [*before, digest(*before), bytes(-size % _ALIGN), *data]
 
 
@@ -91,7 +100,9 @@ def head_size(preamble: bytes | memoryview) -> int:
     magic, _, text, tokens = PREAMBLE.unpack_from(preamble)
     if magic != _MAGIC:
         raise Damaged(f"it begins with {magic!r}, expected {_MAGIC!r}")
-    return PREAMBLE.size + text + 4 * tokens + DIGEST
+    if (size := PREAMBLE.size + text + 4 * tokens + DIGEST) > MAX_HEAD:
+        raise Damaged(f"its head has {size} bytes, expected at most {MAX_HEAD}")
+    return size
 
 
 def parse_head(file: bytes | memoryview) -> tuple[bytes, dict[str, Any], int]:
@@ -104,26 +115,50 @@ def parse_head(file: bytes | memoryview) -> tuple[bytes, dict[str, Any], int]:
     if version != _VERSION:  # the layout of the head is for all versions
         raise Foreign(f"its format is version {version}, here {_VERSION}")
     end = PREAMBLE.size + text
-    return bytes(before[end:]), json.loads(bytes(before[PREAMBLE.size : end])), size + -size % _ALIGN
+    with _sound():
+        head = json.loads(bytes(before[PREAMBLE.size : end]))
+        kinds = {"fingerprint": dict, "checksum": str, "planes": dict, "data": int}
+        if wrong := [what for what, kind in kinds.items() if type(head[what]) is not kind]:
+            raise ValueError(f"{wrong[0]} is {show(head[wrong[0]])}")
+        if head["checksum"] != _CHECKSUM or "extra" not in head:
+            raise ValueError(f"its checksum is {show(head['checksum'])}, or extra is missing")
+        offset = 0
+        for name, (dtype, shape, at) in head["planes"].items():
+            if not all(type(n) is int and n >= 0 for n in [*shape, at]) or at != offset:
+                raise ValueError(f"plane {name} has shape {shape} at byte {at}, expected {offset}")
+            nbytes = _dtype(dtype).itemsize * math.prod(shape)
+            offset += nbytes + -nbytes % _ALIGN
+        if offset != head["data"]:
+            raise ValueError(f"planes of {offset} bytes in data of {head['data']}")
+    return bytes(before[end:]), head, size + -size % _ALIGN
+
+
+@contextlib.contextmanager
+def _sound() -> Iterator[None]:
+    """What a head says is worked with inside; it may be anything, as whoever wrote it could compute a checksum."""
+    try:
+        yield
+    except (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError) as e:
+        raise Foreign(f"malformed behind valid checksums: {type(e).__name__}: {show(str(e))}") from e
 
 
 def planes_of(table: dict[str, Any], data: np.ndarray) -> dict[str, np.ndarray]:
-    """Views of the data, uint8 (bytes,)."""
+    """Views of the data, uint8 (bytes,), by the table of a head. Raises Foreign for shapes beyond NumPy's."""
     planes = {}
-    for name, (dtype, shape, offset) in table.items():
-        dtype = _dtype(dtype)
-        planes[name] = data[offset : offset + dtype.itemsize * math.prod(shape)].view(dtype).reshape(shape)
+    with _sound():
+        for name, (dtype, shape, offset) in table.items():
+            dtype = _dtype(dtype)
+            planes[name] = data[offset : offset + dtype.itemsize * math.prod(shape)].view(dtype).reshape(shape)
     return planes
 
 
-def read_head(path: Path) -> tuple[bytes, dict[str, Any], int, os.stat_result]:
-    """Tokens, JSON, expected size and status of a file whose data is not read. Raises Damaged, Foreign or OSError."""
+def read_head(path: Path) -> tuple[bytes, dict[str, Any], int]:
+    """Tokens, JSON and expected size of a file whose data is not read. Raises Damaged, Foreign or OSError."""
     with open(path, "rb") as f:
-        stat = os.fstat(f.fileno())
         preamble = f.read(PREAMBLE.size)
-        rest = f.read(min(head_size(preamble), stat.st_size) - len(preamble))
+        rest = f.read(head_size(preamble) - len(preamble))
     key, head, start = parse_head(preamble + rest)
-    return key, head, start + head["data"] + DIGEST, stat
+    return key, head, start + head["data"] + DIGEST
 
 
 def read(path: Path, size: int) -> tuple[bytes, dict[str, Any], dict[str, np.ndarray]]:

@@ -278,6 +278,12 @@ class ModelRunner:
         """What a later `take` needs of the sequence in `slot` as it is now, of a multiple of 128 tokens."""
         return snapshot.state(self.cache, slot)
 
+    def fits(self, length: int, planes: Planes) -> bool:
+        """Whether `put` takes these planes for a state of `length` tokens. From any thread."""
+        settings = self.settings
+        cache = kv.abstract(self.cfg, settings.numerics, settings.dtype, self.batch, settings.ctx)
+        return snapshot.fits(cache, length, planes)
+
     def put(self, slot: int, planes: Planes, params: Sampling) -> None:
         """Put a state from `take` into `slot`, in place of what was there; see `restore`."""
         with self._enough_memory("put"):

@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(eq=False)
 class Snapshot:
-    """The state after the tokens of `key`. used: last use, nanoseconds since 1970.
+    """The state after the tokens of `key`. used: last use, nanoseconds of a clock that nobody sets.
 
     logits (V,): those that follow a complete prompt, else None.
     """
@@ -40,7 +40,7 @@ class Snapshot:
     key: bytes
     planes: dict[str, np.ndarray]
     logits: np.ndarray | None = None
-    used: int = dataclasses.field(default_factory=time.time_ns)
+    used: int = dataclasses.field(default_factory=time.monotonic_ns)
     on_disk: bool = False
 
     @property
@@ -94,7 +94,7 @@ class PrefixCache:
         else:
             found = keys.longest(self._aligned, key[:-4])
         if found:
-            found.used = time.time_ns()
+            found.used = time.monotonic_ns()
         return found
 
     def shared(self, key: bytes) -> int:
@@ -140,7 +140,7 @@ class PrefixCache:
     def save(self, snapshot: Snapshot) -> None:
         """Write a snapshot to disk, in the background. Without a store, or if too many wait already, it is not kept."""
         self._writes = {write for write in self._writes if not write.done()}
-        if self.store is not None and not snapshot.on_disk and len(self._writes) < MAX_WRITES:
+        if self.store is not None and self.store.ready and not snapshot.on_disk and len(self._writes) < MAX_WRITES:
             snapshot.on_disk = True
             self._writes.add(self._writer.submit(self._write, snapshot))
 
@@ -180,4 +180,5 @@ class PrefixCache:
         while (entry := self.store.longest(keys.tokens_of(key))) and entry.length > more_than:
             if (loaded := self.store.load(entry)) is not None:
                 return Snapshot(entry.key, loaded[0], on_disk=True)
+            key = entry.key[:-4]
         return None

@@ -85,6 +85,16 @@ def put(cache: Cache, slot: int, planes: Planes) -> Cache:
     return cache
 
 
+def fits(cache: Cache, length: int, planes: Planes) -> bool:
+    """Whether planes have the names, shapes, dtypes and the length of a snapshot of `length` tokens for `cache`."""
+    expected = {
+        name: ((x.shape[0], 1, length // _ratio(name), x.shape[3]) if _ratio(name) else _one(x), x.dtype)
+        for name, x in _leaves(cache)
+        if not _open_window(name) or length % HCA_RATIO
+    }
+    return {name: (x.shape, x.dtype) for name, x in planes.items()} == expected and planes["length"][0] == length
+
+
 def rooms(ctx: int) -> list[int]:
     """All values of `room` for pieces of a sequence of up to ctx tokens."""
     return [SMALLEST_ROOM << i for i in range((room(min(ctx, PIECE)) // SMALLEST_ROOM).bit_length())]

@@ -248,13 +248,14 @@ class GGUFFile:
     """A GGUF file, mapped read-only. Nothing of the tensor data is read until it is touched.
 
     path, version.
+    status: of the file that is mapped, whatever has that path later.
     metadata: key → int, float, bool, str, list[str] or, for arrays of numbers, a numpy array of their type.
     tensors: name → TensorInfo, in file order.
     """
 
-    def __init__(self, path: Path, buf: mmap.mmap):
+    def __init__(self, path: Path, buf: mmap.mmap, status: os.stat_result):
         header = _Header(buf)
-        self.path, self.version = path, header.version
+        self.path, self.version, self.status = path, header.version, status
         self.metadata, self.tensors = header.metadata, header.tensors
         self._buf = buf
 
@@ -270,14 +271,14 @@ class GGUFFile:
             if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would block, a directory cannot be mapped
                 raise GGUFError(f"{path}: not a regular file")
             with open(path, "rb") as file:
-                size = os.fstat(file.fileno()).st_size
+                size = (status := os.fstat(file.fileno())).st_size
                 if size < len(MAGIC):
                     raise GGUFError(f"{path}: found {size} bytes, expected a GGUF file")
                 buf = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
         except (OSError, ValueError) as error:
             raise GGUFError(f"{path}: cannot be opened: {getattr(error, 'strerror', None) or error}") from None
         try:
-            return cls(path, buf)
+            return cls(path, buf, status)
         except GGUFError as error:
             buf.close()
             raise GGUFError(f"{path}: {error}") from None

@@ -48,7 +48,7 @@ class Replay:
         """A memory that lasts as long as the prefixes in `store`, if there is one. room: bytes of its file."""
         if store is None:
             return cls()
-        return cls(NoteLog(store.folder / f"notes-{store.seed.hex()[:32]}.log", room, store.seed))
+        return cls(NoteLog(store.notes, room, store.seed))
 
     @property
     def nbytes(self) -> int:
