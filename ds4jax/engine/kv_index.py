@@ -69,20 +69,25 @@ class Index:
             self._aside.pop(entry.path, None)
             keys.insert(self._entries, entry)
 
-    def set_aside(self, entry: Entry) -> None:
-        """Put a file aside; it may have been an entry."""
-        self.remove(entry)
+    def count(self, file: Entry) -> None:
+        """Add a file aside."""
         with self._lock:
-            self._aside[entry.path] = entry
+            self._aside[file.path] = file
 
-    def remove(self, entry: Entry) -> bool:
-        """Take a file out. → whether it was there."""
+    def set_aside(self, entry: Entry) -> bool:
+        """Put an entry aside. → whether it was one."""
         with self._lock:
             if there := entry in self._entries:
                 self._entries.remove(entry)
-            elif there := self._aside.get(entry.path) is entry:
-                del self._aside[entry.path]
+                self._aside[entry.path] = entry
         return there
+
+    def remove(self, entry: Entry) -> None:
+        """Take out an entry or a file aside, if it is there."""
+        self.set_aside(entry)
+        with self._lock:
+            if self._aside.get(entry.path) is entry:
+                del self._aside[entry.path]
 
     def recount(self, path: Path, nbytes: int, used: int) -> None:
         """A file that is no entry has so many bytes now; with 0, there is none."""

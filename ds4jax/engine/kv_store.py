@@ -115,7 +115,7 @@ class KVStore:
                 continue
             stat = file.stat(follow_symlinks=False)
             entries.append(entry := Entry(path, b"", stat.st_size, stat.st_mtime_ns))
-            self._index.set_aside(entry)
+            self._index.count(entry)
             if _ENTRY.fullmatch(file.name):
                 self._read_head(entry)
         # Of times that the clock, which was set back, has not reached, the order is kept. What is used now is later.
@@ -215,7 +215,8 @@ class KVStore:
             with self._writing:
                 self._delete_or_warn(entry, str(e))
         except FileNotFoundError:
-            if self._index.remove(entry):  # otherwise it was evicted in the meantime
+            if self._index.set_aside(entry):  # otherwise it was evicted in the meantime
+                self._index.remove(entry)
                 log.warning("%s: it is gone", entry.path)
         except Foreign as e:
             log.warning("%s: skipped: %s", entry.path, e)
@@ -285,9 +286,16 @@ class KVStore:
 
     def _delete(self, entry: Entry) -> None:
         """Deletes a file, or raises OSError; then it still counts."""
-        if entry in self._index:  # otherwise the name may have become another's
+        if entry not in self._index:  # the name may have become another's
+            return
+        served = self._index.set_aside(entry)
+        try:
             entry.path.unlink(missing_ok=True)
-            self._index.remove(entry)
+        except OSError:
+            if served:
+                self._index.insert(entry)
+            raise
+        self._index.remove(entry)
 
     def _delete_or_warn(self, entry: Entry, why: str) -> None:
         """Deletes a file that is of no use. One that cannot be deleted is not used any more."""
