@@ -759,6 +759,7 @@ def test_a_clock_set_wrong_in_between_changes_no_order(tmp_path, clock, wrong, r
         clock[0] += 1
         put(store, probes[name])
         if name == "d":
+            clock[0] += 1
             assert served(store, probes["a"])
     store.close()
     with KVStore(tmp_path, BIG, FP) as store:

@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import errno
 import random
 import time
 from typing import Any
@@ -12,15 +13,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small import CFG, write
 
+from ds4jax.engine import content, kv_file
 from ds4jax.engine import snapshot as snapshots
 from ds4jax.engine.async_engine import AsyncEngine
-from ds4jax.engine.fingerprint import fingerprint
+from ds4jax.engine.fingerprint import fingerprint, open_store
 from ds4jax.engine.keys import key_of
 from ds4jax.engine.kv_store import KVStore
 from ds4jax.engine.model_runner import ModelRunner
 from ds4jax.engine.prefix_cache import TAIL, PrefixCache, Snapshot, positions
 from ds4jax.engine.types import ALIGN, Finished, Prefilled, Request, Sampling, Started, Token
 from ds4jax.io import synthetic
+from ds4jax.io.checkpoint import open_checkpoint
 from ds4jax.io.tokenizer import byte_tokenizer
 from ds4jax.settings import Settings
 
@@ -335,10 +338,119 @@ def test_beyond_the_memory_budget_prefixes_are_read_from_disk(engines, runner, t
     assert warm[0].cached_tokens == 256 and tokens(warm) == tokens(cold)
 
 
+def changed(path, target):
+    """A copy of a model that differs in the last byte of its last tensor."""
+    data = bytearray(path.read_bytes())
+    last = max(open_checkpoint(path).file.tensors.values(), key=lambda t: t.offset)
+    data[last.offset + last.nbytes - 1] ^= 1
+    target.write_bytes(data)
+    return target
+
+
+def test_the_store_is_of_the_whole_content_of_the_file(runner, path, tmp_path, monkeypatch):
+    """Two files that differ in one byte of one tensor do not share states. A large file is hashed in the background."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    other = ModelRunner.load(dataclasses.replace(runner.settings, model=str(changed(path, tmp_path / "other.gguf"))))
+    assert fingerprint(other) == fingerprint(runner)
+    with open_store(tmp_path / "kv", 1 << 30, runner) as store:
+        assert store.ready and store.put(TOKENS[:128], planes(runner, 128))
+    with open_store(tmp_path / "kv", 1 << 30, other) as store:
+        assert store.ready and len(store) == 0
+    monkeypatch.setattr(content, "AT_ONCE", 0)
+    for kept in (False, True):
+        with open_store(tmp_path / "kv", 1 << 30, runner) as store:
+            assert store.ready == kept
+            wait_until(lambda: store.ready)
+            assert len(store) == 1
+
+
+def test_a_file_that_changed_after_it_was_loaded_is_not_trusted(runner, path, tmp_path, caplog, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    copy = tmp_path / "copy.gguf"
+    copy.write_bytes(path.read_bytes())
+    loaded = ModelRunner.load(dataclasses.replace(runner.settings, model=str(copy)))
+    changed(path, copy)
+    for large in (False, True):
+        monkeypatch.setattr(content, "AT_ONCE", 0 if large else 1 << 30)
+        caplog.clear()
+        with open_store(tmp_path / "kv", 1 << 30, loaded) as store:
+            wait_until(lambda: "are not used" in caplog.text)
+            assert not store.ready and "copy.gguf: it was replaced or changed" in caplog.text
+
+
+def test_prefixes_in_memory_work_before_the_store_is_ready(engines, runner, tmp_path):
+    store = KVStore(tmp_path / "kv", 1 << 30, fingerprint(runner), None)
+    run = engines(store=store)
+    cold, warm = run(request(TOKENS[:400])), run(request(TOKENS[:400]))
+    assert warm[0] == Started(400, 400) and tokens(warm) == tokens(cold) and not len(store)
+    store.begin("")
+    engines(budget=0)  # closes the first one, which saves what it has
+    with KVStore(tmp_path / "kv", 1 << 30, fingerprint(runner)) as store:
+        assert store.shared(TOKENS[:400]) == 256
+
+
+def test_planes_of_another_shape_are_a_miss(engines, runner, tmp_path, caplog):
+    """Behind the right tokens, fingerprint and checksums: nothing that the device would choke on reaches it."""
+    good = planes(runner, 256)
+    assert runner.fits(256, good) and not runner.fits(128, good) and runner.fits(200, planes(runner, 200))
+    name, plane = next((name, plane) for name, plane in good.items() if plane.ndim == 4)
+    wrong = [
+        {},
+        {k: v for k, v in good.items() if k != name},
+        good | {"more": plane},
+        good | {name: plane[:, :, :-1]},
+        good | {name: plane[0]},
+        good | {name: plane.view(np.uint8)[..., : plane.shape[-1]].astype(np.float16)},
+        good | {"length": np.array([384], np.int32)},
+    ]
+    cold = engines(budget=0)(request(TOKENS[:400]))
+    for i, bad in enumerate([*wrong, good]):
+        caplog.clear()
+        store = KVStore(tmp_path / str(i), 1 << 30, fingerprint(runner), fits=runner.fits)
+        store.put(TOKENS[:256], bad)
+        found = engines(store=store)(request(TOKENS[:400]))
+        assert tokens(found) == tokens(cold) and found[0] == Started(256 if bad is good else 0, 400)
+        assert ("not the state" in caplog.text) == (bad is not good)
+
+
+def test_a_file_that_cannot_be_read_makes_way_for_a_shorter_prefix(tmp_path, monkeypatch):
+    store = KVStore(tmp_path, 1 << 20, {"model": "m"})
+    prefixes = PrefixCache(0, store)
+    for n in (2, 4):
+        store.put([1] * n, {"x": np.zeros(n)})
+    longer, real = store.longest([1] * 4), open
+    assert longer is not None
+
+    def fail(path, *args):
+        if path == longer.path:
+            raise OSError(errno.EMFILE, "Too many open files")
+        return real(path, *args)
+
+    monkeypatch.setattr(kv_file, "open", fail, raising=False)
+    reading = prefixes.fetch(key_of([1] * 5), more_than=0)
+    found = reading and reading.result(timeout=20)
+    assert found and found.length == 2 and store.longest([1] * 5) is longer
+    prefixes.close(save=False)
+
+
+def planes(runner, n):
+    """The state of the first n tokens."""
+    runner.prefill(0, TOKENS[:n], GREEDY)
+    *_, planes = runner.take(0)
+    return planes
+
+
+def wait_until(condition):
+    deadline = time.monotonic() + 20
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert condition()
+
+
 @pytest.mark.slow
 def test_fingerprints_tell_models_and_settings_apart(runner, path, tmp_path):
     other = tmp_path / "other.gguf"
-    synthetic.write_synthetic(other, CFG, 4, synthetic.RECIPES["q8"], byte_tokenizer().to_metadata())
+    synthetic.write_synthetic(other, CFG, 4, synthetic.RECIPES["q2"], byte_tokenizer().to_metadata())
     tokenizer = byte_tokenizer().to_metadata() | {"tokenizer.ggml.add_bos_token": False}
     synthetic.write_synthetic(tmp_path / "bos.gguf", CFG, 3, synthetic.RECIPES["q8"], tokenizer)
     load = [
