@@ -504,6 +504,10 @@ def test_a_folder_of_others_is_refused_and_left_as_it_is(tmp_path, monkeypatch):
     with pytest.raises(Ds4Error, match="mode 755 of user"):
         KVStore(everybodys, BIG, FP)
     assert everybodys.stat().st_mode & 0o7777 == 0o755 and not list(everybodys.iterdir())
+    monkeypatch.undo()
+    monkeypatch.setattr(os, "chmod", lambda *_, **__: None)  # a file system without modes
+    with pytest.raises(Ds4Error, match="mode 755 of user"):
+        KVStore(everybodys, BIG, FP)
 
 
 def test_links_are_not_followed(tmp_path):

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small import CFG, write
 
+from ds4jax import files
 from ds4jax.engine import content, kv_file
 from ds4jax.engine import snapshot as snapshots
 from ds4jax.engine.async_engine import AsyncEngine
@@ -411,6 +412,20 @@ def test_planes_of_another_shape_are_a_miss(engines, runner, tmp_path, caplog):
         found = engines(store=store)(request(TOKENS[:400]))
         assert tokens(found) == tokens(cold) and found[0] == Started(256 if bad is good else 0, 400)
         assert ("not the state" in caplog.text) == (bad is not good)
+
+
+def test_what_could_not_be_written_is_written_later(tmp_path, monkeypatch):
+    prefixes = PrefixCache(1000, KVStore(tmp_path, 1 << 20, {"model": "m"}))
+    prefixes.put(new := snapshot([1, 2], 100))
+    with monkeypatch.context() as broken:
+        broken.setattr(files.os, "open", lambda *_: (_ for _ in ()).throw(OSError(errno.EMFILE, "Too many open files")))
+        prefixes.save(new)
+        for writing in list(prefixes._writes):
+            writing.result()
+        assert not list(tmp_path.glob("*.kv"))
+    prefixes.close(save=True)
+    with KVStore(tmp_path, 1 << 20, {"model": "m"}) as store:
+        assert store.shared([1, 2]) == 2
 
 
 def test_a_file_that_cannot_be_read_makes_way_for_a_shorter_prefix(tmp_path, monkeypatch):

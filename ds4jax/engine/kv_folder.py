@@ -25,15 +25,15 @@ def lock_folder(folder: Path) -> FileIO:
     except FileExistsError as e:
         raise Ds4Error(f"{folder}: a directory for snapshots is expected here, found a file") from e
     status = folder.stat()
-    if status.st_mode & 0o077:
-        mode = f"{status.st_mode & 0o7777:o}"
-        if status.st_uid != os.geteuid() or status.st_mode & stat.S_ISVTX:
-            raise Ds4Error(
-                f"{folder}: found a folder with mode {mode} of user {status.st_uid}, in which others can read prompts; "
-                f"expected one that is the server's alone (mode 700, user {os.geteuid()})"
-            )
+    if status.st_mode & 0o077 and status.st_uid == os.geteuid() and not status.st_mode & stat.S_ISVTX:
         folder.chmod(0o700)
-        log.warning("%s: its mode was %s, so that others could use it; made it 700", folder, mode)
+        log.warning("%s: its mode was %o, so that others could use it; made it 700", folder, status.st_mode & 0o7777)
+        status = folder.stat()
+    if status.st_mode & 0o077:
+        raise Ds4Error(
+            f"{folder}: found a folder with mode {status.st_mode & 0o7777:o} of user {status.st_uid}, which others may "
+            f"use; expected one that is the server's alone, as {folder}/kv would be, which it would make"
+        )
     fd = os.open(folder / "lock", os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     lock = FileIO(fd, "w")
     try:

@@ -140,7 +140,7 @@ class PrefixCache:
     def save(self, snapshot: Snapshot) -> None:
         """Write a snapshot to disk, in the background. Without a store, or if too many wait already, it is not kept."""
         self._writes = {write for write in self._writes if not write.done()}
-        if self.store is not None and self.store.ready and not snapshot.on_disk and len(self._writes) < MAX_WRITES:
+        if self.store is not None and not snapshot.on_disk and len(self._writes) < MAX_WRITES:
             snapshot.on_disk = True
             self._writes.add(self._writer.submit(self._write, snapshot))
 
@@ -171,7 +171,8 @@ class PrefixCache:
     def _write(self, snapshot: Snapshot) -> None:
         assert self.store is not None
         try:
-            self.store.put(keys.tokens_of(snapshot.key), snapshot.planes)
+            # One that is not there, as the disk failed or the store is not ready, is written later.
+            snapshot.on_disk = self.store.put(keys.tokens_of(snapshot.key), snapshot.planes)
         except Exception:
             log.exception("a snapshot of %d tokens was not saved", snapshot.length)
 
