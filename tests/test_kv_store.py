@@ -454,6 +454,17 @@ def test_faults_of_the_disk_lose_neither_entries_nor_counts(tmp_path, monkeypatc
         assert paths() == known
 
 
+def test_a_half_written_file_that_cannot_be_deleted_counts(tmp_path, monkeypatch):
+    with KVStore(tmp_path, BIG, FP) as store:
+        fails = error(errno.EROFS)
+        monkeypatch.setattr(os, "fsync", fails)
+        monkeypatch.setattr(os, "unlink", lambda path, **_: fails() if Path(path).exists() else os.remove(path))
+        assert not put(store, [1]) and store.nbytes == disk(tmp_path) > 0 and len(store) == 0
+        assert [f.endswith(".kv.tmp") for f in files(tmp_path)] == [True]
+        monkeypatch.undo()
+        assert put(store, [1]) and served(store, [1]) and store.nbytes == disk(tmp_path)
+
+
 def test_a_file_that_cannot_be_deleted_lets_others_make_room(tmp_path, monkeypatch, clock, caplog):
     with KVStore(tmp_path, BIG, FP) as store:
         for i in range(3):
@@ -531,6 +542,8 @@ def test_links_are_not_followed(tmp_path):
     (kv / "lock").symlink_to(victim)
     with pytest.raises(Ds4Error, match="cannot be used as a store"):
         KVStore(kv, BIG, FP)
+    with pytest.raises(OSError, match="symbolic links"):
+        writing.append(kv / "lock", b"more")
     assert victim.read_text() == "mine"
 
 
@@ -645,10 +658,21 @@ def test_before_the_content_is_known_nothing_is_found_or_stored(tmp_path):
     with KVStore(tmp_path, BIG, FP, None) as store:
         store.begin("b")
         assert store.ready and store.longest([1]) is None and put(store, [1]) and len(files(tmp_path)) == 3
-    store = KVStore(tmp_path, 1, FP, None)
+    store = KVStore(tmp_path, BIG, FP, None)
     store.close()
     store.begin("a")  # too late: the folder may be another's
     assert not store.ready and len(files(tmp_path)) == 3
+    with KVStore(tmp_path, 4000, FP, None) as store:  # the budget holds at once
+        assert store.nbytes == disk(tmp_path) <= 4000 and len(files(tmp_path)) == 2
+        store.begin("a")
+        assert len(store) == 1 and store.nbytes == disk(tmp_path)
+
+
+def test_what_cannot_make_room_at_the_start_is_a_warning(tmp_path, monkeypatch, caplog):
+    path = one_file(tmp_path)
+    monkeypatch.setattr(os, "unlink", error(errno.EROFS))
+    with KVStore(tmp_path, 10, FP) as store:
+        assert path.exists() and store.nbytes == disk(tmp_path) and "exceed the budget" in caplog.text
 
 
 def test_what_exceeds_the_budget_is_refused_and_evicts_nothing(tmp_path, caplog):

@@ -94,7 +94,9 @@ class KVStore:
                 raise
         except OSError as e:
             raise Ds4Error(f"{self.folder}: cannot be used as a store of snapshots: {e.strerror or e}") from e
-        if content is not None:
+        if content is None:
+            self._keep_budget()
+        else:
             self.begin(content)
 
     def _scan(self) -> None:
@@ -144,6 +146,8 @@ class KVStore:
             self._fingerprint = dict(sorted({**self._fingerprint, "content": content}.items()))
             self._names = digest(json.dumps(self._fingerprint).encode())
             for entry, fingerprint in self._found:
+                if entry not in self._index:  # it had to make room
+                    continue
                 try:
                     self._check(entry.path, entry.key, fingerprint)
                 except Foreign as e:
@@ -157,11 +161,14 @@ class KVStore:
                 (path, why), more = self._skipped[0], len(self._skipped) - 1
                 others = f" (and {more} more files)" if more else ""
                 log.warning("%s%s: skipped, and deleted when room is needed: %s", path, others, why)
-            try:
-                self._make_room(0)
-            except OSError as e:
-                log.warning("%s: %d bytes, which exceed the budget: %s", self.folder, self.nbytes, e)
+            self._keep_budget()
             self.ready = True
+
+    def _keep_budget(self) -> None:
+        try:
+            self._make_room(0)
+        except OSError as e:
+            log.warning("%s: found %d bytes, which exceed the budget: %s", self.folder, self.nbytes, e)
 
     @property
     def closed(self) -> bool:
