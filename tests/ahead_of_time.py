@@ -90,7 +90,8 @@ def compile_step(gpu: Gpu, tokens: int, layers: int, ctx: int = 32768) -> jax.st
         args = w, cache, results, *compiled_steps.decode_args({0: 0}, 1, params)
     else:
         step, donated, name = compiled_steps.prefill_step, (1,), "prefill"
-        args = w, cache, jnp.int32(0), jnp.array([True]), *compiled_steps.pad([0] * tokens), params
+        padded, n = compiled_steps.pad([0] * tokens)
+        args = w, cache, jnp.int32(0), jnp.array([True]), padded, n, params, jnp.zeros(padded.shape[1], jnp.int32)
     topology = topologies.get_topology_desc(
         platform="cuda", topology_name=gpu.name, target_config=gpu.target_config(), topology="1x1x1"
     )
