@@ -91,6 +91,11 @@ def _read(path: str, event: dict[str, Any]) -> tuple[str, str]:
     return "", ""
 
 
+def growth(memory: list[float]) -> float:
+    """By how many bytes memory, measured now and then, has grown in the second half of the time."""
+    return max(memory[len(memory) * 3 // 4 :]) - max(memory[: len(memory) // 2])
+
+
 async def soak(url: str, *, seconds: float, streams: int, requests: int, seed: int) -> dict[str, Any]:
     """→ how many streams ended how, and the memory. Raises RuntimeError for the first thing that is wrong."""
     rng = random.Random(seed)
@@ -126,14 +131,13 @@ async def soak(url: str, *, seconds: float, streams: int, requests: int, seed: i
         await serving.settled(client)
         if await answer(client, asks[0]) != alone[0]:
             raise RuntimeError("afterwards, the same request was answered in another way")
-    growth = max(memory[len(memory) * 3 // 4 :]) - max(memory[: len(memory) // 2])
-    if growth > GROWTH:
-        raise RuntimeError(f"memory: grew by {growth / 2**20:.0f} MiB in the second half: {memory}")
+    if (grown := growth(memory)) > GROWTH:
+        raise RuntimeError(f"memory: grew by {grown / 2**20:.0f} MiB in the second half: {memory}")
     return {
         **counts,
         "seconds": round(time.monotonic() - start, 1),
         "MiB": round(memory[-1] / 2**20),
-        "MiB grown in the second half": round(growth / 2**20, 1),
+        "MiB grown in the second half": round(grown / 2**20, 1),
     }
 
 
