@@ -1,4 +1,5 @@
-"""Files that survive a crash: each is written whole or not at all, and is on disk when the call returns."""
+"""Files that survive a crash: each is written whole or not at all, and is on disk when the call returns. Also: reading
+whole what should be small."""
 
 from __future__ import annotations
 
@@ -6,6 +7,20 @@ import contextlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
+
+from ds4jax.errors import Ds4Error
+
+SMALL = 1 << 20  # bytes: more than any config or list of keys has
+LARGE = 1 << 30  # bytes: more than any text to continue or to learn from has
+
+
+def read_small(path: str | os.PathLike, limit: int = SMALL) -> bytes:
+    """The bytes of a file, a pipe or a device. Raises OSError, or Ds4Error if there are more than `limit`."""
+    with open(path, "rb") as f:
+        data = f.read(limit + 1)
+    if len(data) > limit:
+        raise Ds4Error(f"{path}: found more than {limit} bytes, expected at most that")
+    return data
 
 
 def write_whole(path: Path, pieces: Iterable[bytes | memoryview], mtime_ns: int | None = None) -> None:

@@ -10,6 +10,7 @@ from typing import Any, Literal, Self, get_args, get_type_hints
 
 from ds4jax import implementation
 from ds4jax.errors import ConfigError
+from ds4jax.files import read_small
 
 # In a checkout the configs lie beside the package; in an installed wheel, inside it.
 _HERE = Path(__file__).parent
@@ -100,7 +101,7 @@ class Settings:
                     f"config: found {name!r}, expected one of {', '.join(names())} or the path of a .toml file"
                 )
         try:
-            values = tomllib.loads(path.read_text(encoding="utf-8"))
+            values = tomllib.loads(read_small(path).decode())
         except OSError as error:
             raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

@@ -9,8 +9,6 @@ import re
 import threading
 from collections.abc import Callable, Iterator
 
-import uvicorn
-
 from ds4jax.engine.counters import Histogram
 from ds4jax.engine.grammar import Grammar, Vocabulary
 from ds4jax.engine.sequence import Sequence
@@ -18,6 +16,8 @@ from ds4jax.engine.stream import Stream
 from ds4jax.engine.types import Failed, Finished, Prefilled, Request, Scored, Started, Token
 from ds4jax.io.tokenizer import Special, byte_tokenizer
 from ds4jax.server.app import Options, make_app
+from ds4jax.server.connections import Limits, Server
+from ds4jax.tools.serve import bind
 
 TOKENIZER = byte_tokenizer()
 _SPECIALS = re.compile("(" + "|".join(re.escape(special.value) for special in Special) + ")")
@@ -114,16 +114,17 @@ class FakeEngine:
 
 
 @contextlib.contextmanager
-def serving(engine, options: Options | None = None) -> Iterator[str]:
+def serving(engine, options: Options | None = None, limits: Limits | None = None) -> Iterator[str]:
     """The address of a server of `engine`, in a thread of its own for as long as the block runs."""
-    config = uvicorn.Config(make_app(engine, options), port=0, log_level="warning", lifespan="off")
-    server = uvicorn.Server(config)
+    listener = bind("127.0.0.1", 0)
+    server = Server(make_app(engine, options), listener, limits, close=engine.close)
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
         for _ in itertools.takewhile(lambda _: not server.started and thread.is_alive(), itertools.count()):
             threading.Event().wait(0.01)
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+        yield url
     finally:
         server.should_exit = True
         thread.join()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import time
@@ -19,7 +20,9 @@ from ds4jax.chat import calls
 from ds4jax.chat.calls import Calling
 from ds4jax.engine.form import Begin, Either, Pattern
 from ds4jax.engine.types import Budget, EngineFailed, Overloaded, Stopping
+from ds4jax.server.access import LOOPBACK, Keys
 from ds4jax.server.app import Options
+from ds4jax.server.connections import Limits, most_connections
 
 WEATHER = {
     "type": "function",
@@ -29,6 +32,7 @@ WEATHER = {
         "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
     },
 }
+KEYS = Keys.of([("someone", "k")])
 HI: list[dict[str, Any]] = [{"role": "user", "content": "Hi"}]
 
 
@@ -1164,7 +1168,7 @@ def test_properties_and_slots_as_llama_cpp_shows_them():
 
 
 def test_api_key_and_cors():
-    with clients("Hi", Options(api_key="k", cors=True)) as (o, a, http, _):
+    with clients("Hi", Options(keys=KEYS, cors=("*",))) as (o, a, http, _):
         assert o.chat.completions.create(model="m", messages=HI).choices
         assert a.messages.create(model="m", max_tokens=9, messages=HI).content
         for path, (body, _, _) in STREAMS.items():
@@ -1273,7 +1277,7 @@ def test_the_wrong_one_of_several_is_named():
 
 
 def test_other_names_of_paths_and_fields():
-    with clients("</think>Hi", Options(strict=True, api_key="k")) as (_, _, http, _):
+    with clients("</think>Hi", Options(strict=True, keys=KEYS)) as (_, _, http, _):
         assert http.get("/v1/health").status_code == 200
         key = {"authorization": "Bearer k"}
         assert http.post("/beta/chat/completions", json={"messages": HI}, headers=key).status_code == 200
@@ -1305,17 +1309,36 @@ def test_responses_of_odd_items_are_stored():
         assert more.status_code == 200 and more.json()["output"]
 
 
+LOCAL = Options(hosts=(*LOOPBACK, "127.0.0.1"))
+
+
 @pytest.mark.parametrize(
-    ("flags", "key", "options"),
+    ("flags", "key", "expected"),
     [
-        ([], None, Options()),
-        (["--strict", "--think_default=asked"], None, Options(strict=True, think_default="asked")),
-        (["--api_key=flag", "--cors", "--keep_alive=3"], "other", Options(api_key="flag", cors=True, keep_alive=3.0)),
-        (["--think_default=off"], "from the environment", Options(api_key="from the environment", think_default="off")),
+        ([], None, {}),
+        (["--strict", "--think_default=asked"], None, {"strict": True, "think_default": "asked"}),
+        (
+            ["--api_key=flag", "--cors", "--keep_alive=3"],
+            "other",
+            {"keys": Keys.of([("default", "flag")]), "cors": ("*",), "keep_alive": 3.0},
+        ),
+        (["--think_default=off"], "environs", {"keys": Keys.of([("default", "environs")]), "think_default": "off"}),
+        (
+            ["--cors_origins=https://a.example,https://b.example:8", "--max_body_mb=3", "--body_timeout=4"],
+            None,
+            {"cors": ("https://a.example", "https://b.example:8"), "max_body": 3 << 20, "body_timeout": 4.0},
+        ),
+        (["--allowed_hosts=a.example"], None, {"hosts": (*LOOPBACK, "127.0.0.1", "a.example")}),
+        (["--host=0.0.0.0"], None, {"hosts": ()}),
+        (
+            ["--max_connections=7", "--head_timeout=1", "--idle_timeout=2", "--write_timeout=3"],
+            None,
+            {"limits": Limits(7, 1.0, 2.0, 3.0)},
+        ),
     ],
 )
 @pytest.mark.parametrize("failed", [False, True])
-def test_flags_become_options(monkeypatch, flags, key, options, failed):
+def test_flags_become_options(monkeypatch, flags, key, expected, failed):
     """And the exit status says whether the engine has failed."""
     from ds4jax.engine.async_engine import AsyncEngine
     from ds4jax.tools import serve
@@ -1323,9 +1346,9 @@ def test_flags_become_options(monkeypatch, flags, key, options, failed):
     engine, seen = FakeEngine(lambda _: "Hi"), []
     engine.failed = failed
 
-    async def served(engine, options, replay, listener, grace):
+    async def served(engine, options, replay, listener, grace, limits):
         listener.close()
-        seen.append(options)
+        seen.append((options, limits))
 
     monkeypatch.setattr(AsyncEngine, "open", lambda *args, **kwargs: engine)
     monkeypatch.setattr(serve, "serve", served)
@@ -1336,4 +1359,7 @@ def test_flags_become_options(monkeypatch, flags, key, options, failed):
     for name in serve.FLAGS:
         serve.FLAGS[name].unparse()
     serve.FLAGS(["serve", "--port=0", *flags])
-    assert serve.main() == (1 if failed else 0) and seen == [options]
+    assert serve.main() == (1 if failed else 0)
+    options, limits = seen.pop()
+    assert limits == expected.get("limits", Limits(most_connections()))
+    assert options == dataclasses.replace(LOCAL, **{k: v for k, v in expected.items() if k != "limits"})

@@ -30,6 +30,7 @@ import tokenizers
 
 from ds4jax.config import ModelConfig
 from ds4jax.errors import Ds4Error, show
+from ds4jax.files import LARGE, read_small
 from ds4jax.io.tokenizer import Tokenizer
 from ds4jax.model.tensors import TensorSpec, mtp_table, tensor_table
 from pallas_kernels.numerics import e2m1
@@ -153,7 +154,7 @@ class Stored:
 def _object(path: Path) -> dict[str, Any]:
     """Read a file that holds a JSON object. Raises Ds4Error."""
     try:
-        contents = json.loads(path.read_text("utf-8"))
+        contents = json.loads(read_small(path, LARGE).decode())
     except OSError as error:
         raise Ds4Error(f"{path}: cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
@@ -503,7 +504,7 @@ def _tokenizer(contents: dict, options: dict, vocab_size: int, chat_template: st
 def _chat_template(folder: Path, options: Mapping[str, Any]) -> str | None:
     file = folder / "chat_template.jinja"
     if file.exists():
-        return file.read_text("utf-8")
+        return read_small(file).decode()
     template = options.get("chat_template")
     if isinstance(template, list):  # several, by name
         template = next((t.get("template") for t in template if t.get("name") == "default"), None)

@@ -20,6 +20,7 @@ from typing import Any
 import jax
 
 from ds4jax.errors import ConfigError
+from ds4jax.files import read_small
 from ds4jax.settings import CONFIG_DIR
 
 
@@ -55,7 +56,7 @@ def key(shape: Any) -> Any:
 def _table(path: Path, module: ModuleType) -> dict[Any, Any]:
     """key of a shape → config of one op."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_small(path))
     except FileNotFoundError:
         return {}
     except ValueError as error:

@@ -1,10 +1,9 @@
-"""The application: paths, limits and errors, and the life of a stream to its last byte or a disconnect."""
+"""The application: paths, and what answers each of them."""
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
-import hmac
 import json
 import logging
 import time
@@ -18,19 +17,21 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import HTMLResponse, Response, StreamingResponse
+from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp
 
 import ds4jax
-from ds4jax.chat import template as prompt
 from ds4jax.engine.async_engine import AsyncEngine
 from ds4jax.engine.types import EngineFailed, Stopping
 from ds4jax.errors import Ds4Error
-from ds4jax.server import conversation, tokens
+from ds4jax.server import bodies, conversation, tokens
+from ds4jax.server.access import Access, Keys
 from ds4jax.server.ask import Ask
+from ds4jax.server.bodies import Bodies
 from ds4jax.server.conversation import Conversation, Tick
-from ds4jax.server.errors import ApiError
+from ds4jax.server.errors import ApiError, respond
+from ds4jax.server.event_stream import EventStream, unless_gone
 from ds4jax.server.metrics import Metrics
 from ds4jax.server.replay import Replay
 from ds4jax.server.replies.chat import ChatReply
@@ -50,17 +51,20 @@ MAX_COMPLETION = 393216  # tokens: the longest answer that the model was trained
 class Options:
     """How to serve.
 
-    keep_alive: a stream that was silent for so many seconds, or up to twice that, shows that it is alive. cors: whether
-    pages of any origin may call. api_key: what clients must send as `Authorization: Bearer` or `x-api-key`. max_body:
-    bytes. max_depth: of nested JSON. think_default: whether the model thinks where a request does not say; "asked" is
-    "on", but "off" for Messages, as with Anthropic. strict: fields that are not known are refused; otherwise a header
-    and the log name them.
+    keep_alive: a stream that was silent for so many seconds, or up to twice that, shows that it is alive. cors: origins
+    of pages that may call, or "*". hosts: the names of this server, see `Access`. keys: what clients must send as
+    `Authorization: Bearer` or `x-api-key`. max_body: bytes. body_timeout: seconds in which some of a body must come.
+    max_depth: of nested JSON. think_default: whether the model thinks where a request does not say; "asked" is "on",
+    but "off" for Messages, as with Anthropic. strict: fields that are not known are refused; otherwise a header and the
+    log name them.
     """
 
     keep_alive: float = 10.0
-    cors: bool = False
-    api_key: str | None = None
-    max_body: int = 64 << 20
+    cors: tuple[str, ...] = ()
+    hosts: tuple[str, ...] = ()
+    keys: Keys = Keys()
+    max_body: int = 32 << 20
+    body_timeout: float = 30.0
     max_depth: int = 256
     think_default: Literal["on", "off", "asked"] = "on"
     strict: bool = False
@@ -124,10 +128,14 @@ def make_app(engine: AsyncEngine, options: Options | None = None, replay: Replay
         ),
         *(Route(alias, server.answer, methods=["POST"], name=path) for path in APIS for alias in _aliases(path)),
     ]
-    middleware = [Middleware(_KeyCheck, key=server.options.api_key)] if server.options.api_key else []
-    if server.options.cors:  # outermost: preflights carry no key
+    options = server.options
+    middleware = [
+        Middleware(Access, keys=options.keys, hosts=options.hosts, origins=options.cors),
+        Middleware(Bodies, most=options.max_body, timeout=options.body_timeout),
+    ]
+    if options.cors:  # outermost: preflights carry no key
         methods, headers = ("GET", "POST", "DELETE", "OPTIONS"), ("*",)
-        cors = Middleware(CORSMiddleware, allow_origins=("*",), allow_methods=methods, allow_headers=headers)
+        cors = Middleware(CORSMiddleware, allow_origins=options.cors, allow_methods=methods, allow_headers=headers)
         middleware.insert(0, cors)
     return Starlette(routes=routes, middleware=middleware, exception_handlers={HTTPException: _http_error})
 
@@ -145,23 +153,23 @@ class _Server:
         path = request.scope["route"].name
         api, status = APIS[path], 200
         try:
-            ask = await asyncio.to_thread(self._read, path, await self._body(request))
+            ask = await asyncio.to_thread(self._read, path, await bodies.read(request, self.options.max_depth))
             headers = self._warn(ask)
             started = conversation.start(
                 self.engine, ask, self.replay, id_prefix=api.reply.id_prefix, tick=self.options.keep_alive
             )
             try:
-                talks = await _unless_gone(request, started)
+                talks = await unless_gone(request, started)
             except ApiError as error:
                 # Codex looks for this error among the events only.
                 if not (ask.stream and api.reply is ResponsesReply and error.code == "context_length_exceeded"):
                     raise
                 failed = self._failed(ResponsesReply.failed(ask, self._model_of(ask), error))
-                return _EventStream(failed, lambda: None, headers)
+                return EventStream(failed, lambda: None, headers)
             reply = api.reply(talks, self._model_of(ask))
             if ask.stream:
-                return _EventStream(self._events(reply, talks), lambda: [talk.cancel() for talk in talks], headers)
-            await _unless_gone(request, conversation.run(talks))
+                return EventStream(self._events(reply, talks), lambda: [talk.cancel() for talk in talks], headers)
+            await unless_gone(request, conversation.run(talks))
             _check_end(talks)
             self.metrics.ended(talks)
             value = reply.whole()
@@ -173,7 +181,7 @@ class _Server:
         except Exception as error:
             api_error = self._note(error)
             status = api_error.status
-            return _error(request, api_error)
+            return respond(request, api_error)
         finally:
             self.metrics.request(path, status)
 
@@ -242,12 +250,12 @@ class _Server:
 
         async def endpoint(request: Request) -> Response:
             try:
-                body = await self._body(request)
+                body = await bodies.read(request, self.options.max_depth)
                 return _json(await asyncio.to_thread(work, body))
             except ClientDisconnect:
                 return Response(status_code=499)
             except Exception as error:
-                return _error(request, ApiError.of(error))
+                return respond(request, ApiError.of(error))
 
         return endpoint
 
@@ -295,22 +303,7 @@ class _Server:
                 raise ApiError("stream: found true, expected false: the events of a stored response are not kept")
             return _json(await asyncio.to_thread(work, request.path_params["id"]))
         except Exception as error:
-            return _error(request, ApiError.of(error))
-
-    async def _body(self, request: Request) -> dict[str, Any]:
-        """The JSON object that was sent, within the limits."""
-        if request.headers.get("content-encoding", "identity") != "identity":
-            raise ApiError("content-encoding: found a compressed body, expected plain JSON", 415)
-        limit, size, chunks = self.options.max_body, 0, []
-        too_large = ApiError(f"body: found more than {limit} bytes, expected at most that", 413)
-        if (declared := request.headers.get("content-length", "0")).isdecimal() and int(declared) > limit:
-            raise too_large
-        async for chunk in request.stream():
-            size += len(chunk)
-            if size > limit:
-                raise too_large
-            chunks.append(chunk)
-        return await asyncio.to_thread(_parse, b"".join(chunks), self.options.max_depth)
+            return respond(request, ApiError.of(error))
 
     # ---- the rest ----------------------------------------------------------------------------------------------------
     async def models(self, request: Request) -> Response:
@@ -347,99 +340,18 @@ def _page() -> str:
     return resources.files("ds4jax.server").joinpath("page.html").read_text(encoding="utf-8")
 
 
-def _parse(body: bytes, max_depth: int) -> dict[str, Any]:
-    try:
-        value = prompt.read_json(body.decode())
-    except ValueError as error:  # a UnicodeDecodeError is one too
-        raise ApiError(f"body: not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ApiError(f"body: found a JSON {type(value).__name__}, expected an object")
-    level: list[Any] = [value]
-    for _ in range(max_depth):
-        level = [
-            child
-            for node in level
-            for child in (node.values() if isinstance(node, dict) else node)
-            if isinstance(child, dict | list)
-        ]
-        if not level:
-            return value
-    raise ApiError(f"body: found JSON nested deeper than {max_depth}, expected at most that")
-
-
 def _check_end(talks: list[Conversation]) -> None:
     """Raises ApiError if every answer ended inside a call."""
     if all(talk.finish.reason == "error" for talk in talks):
         raise ApiError("the model ended its turn inside a tool call", 500)
 
 
-async def _unless_gone[T](request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, which is cancelled if the client disconnects first: then raises ClientDisconnect."""
-
-    async def gone() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    task, watch = asyncio.ensure_future(work), asyncio.ensure_future(gone())
-    try:
-        await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ClientDisconnect
-        return task.result()
-    finally:
-        task.cancel()
-        watch.cancel()
-
-
-class _EventStream(StreamingResponse):
-    """Server-sent events. However it ends, `done` is called: also when the client goes away while nothing is read."""
-
-    def __init__(self, events: AsyncIterator[bytes], done: Callable[[], Any], headers: Mapping[str, str]):
-        headers = {"cache-control": "no-cache", "x-accel-buffering": "no", **headers}
-        super().__init__(events, media_type="text/event-stream", headers=headers)
-        self._done = done
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self._done()
-
-
-class _KeyCheck:
-    """Around the application: lets only those in who send the API key. The page and /health are for all."""
-
-    def __init__(self, app: ASGIApp, key: str):
-        self._app, self._key = app, key
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and not self._allowed(request := Request(scope)):
-            error = ApiError("the API key is missing or wrong", 401, code="invalid_api_key")
-            return await _error(request, error)(scope, receive, send)
-        await self._app(scope, receive, send)
-
-    def _allowed(self, request: Request) -> bool:
-        if request.url.path in ("/", "/health", "/v1/health", "/ping"):
-            return True
-        sent = (request.headers.get("x-api-key", ""), request.headers.get("authorization", "").removeprefix("Bearer "))
-        return any(hmac.compare_digest(value.encode("latin-1"), self._key.encode()) for value in sent)
-
-
 def _json(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     return Response(dumps(value), status, headers, media_type="application/json")
-
-
-def _error(request: Request, error: ApiError) -> Response:
-    """In Anthropic's form for its paths and its clients, else in OpenAI's."""
-    theirs = "/messages" in request.url.path or "anthropic-version" in request.headers
-    response = _json(error.anthropic() if theirs else error.openai(), error.status)
-    if error.status == 503:
-        response.headers["retry-after"] = "1"
-    return response
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     found = f"{request.method} {request.url.path}"
     text = f"found {found}, expected another method" if error.status_code == 405 else f"found no {request.url.path}"
-    return _error(request, ApiError(text, error.status_code))
+    return respond(request, ApiError(text, error.status_code))

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from typing import Any
 
 from ds4jax.engine.types import ContextOverflow, EngineFailed, Overloaded, StepFailed, Stopping, TooMany
+from starlette.requests import Request
+from starlette.responses import Response
+
+from ds4jax.engine.types import ContextOverflow, EngineFailed, Overloaded, StepFailed, Stopping
 from ds4jax.errors import Ds4Error
 
 log = logging.getLogger(__name__)
@@ -15,11 +20,14 @@ log = logging.getLogger(__name__)
 _TYPES = {
     400: ("invalid_request_error", "invalid_request_error"),
     401: ("invalid_request_error", "authentication_error"),
+    403: ("invalid_request_error", "permission_error"),
     404: ("invalid_request_error", "not_found_error"),
     405: ("invalid_request_error", "invalid_request_error"),
+    408: ("invalid_request_error", "invalid_request_error"),
     413: ("invalid_request_error", "request_too_large"),
     415: ("invalid_request_error", "invalid_request_error"),
     429: ("rate_limit_error", "rate_limit_error"),
+    421: ("invalid_request_error", "invalid_request_error"),
     500: ("server_error", "api_error"),
     503: ("server_error", "overloaded_error"),
 }
@@ -69,3 +77,11 @@ def overflow(prompt: int, ctx: int, note: str = "") -> ApiError:
     """The error for a prompt that leaves no room for an answer. Coding agents look for these words, or for the code."""
     text = f"prompt is too long: {prompt} tokens > {ctx - 1} maximum{note}"
     return ApiError(text, param="messages", code="context_length_exceeded")
+
+
+def respond(request: Request, error: ApiError) -> Response:
+    """The error in Anthropic's form for its paths and its clients, else in OpenAI's."""
+    theirs = "/messages" in request.url.path or "anthropic-version" in request.headers
+    content = json.dumps(error.anthropic() if theirs else error.openai())
+    headers = {401: {"www-authenticate": "Bearer"}, 408: {"connection": "close"}, 503: {"retry-after": "1"}}
+    return Response(content, error.status, headers.get(error.status), media_type="application/json")

@@ -28,6 +28,7 @@ from tqdm import tqdm
 from ds4jax.chat import template as chat
 from ds4jax.chat.parser import TextDelta, ThinkingDelta
 from ds4jax.errors import Ds4Error
+from ds4jax.files import LARGE, read_small
 from ds4jax.paths import cache_dir
 from ds4jax.settings import Settings
 from ds4jax.tools import cli
@@ -242,7 +243,7 @@ class Session:
 
 def _read(path: str) -> str:
     try:
-        return Path(path).expanduser().read_text(encoding="utf-8")
+        return read_small(Path(path).expanduser(), LARGE).decode()
     except (OSError, UnicodeDecodeError) as error:
         raise Ds4Error(f"{path or 'FILE'}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
 

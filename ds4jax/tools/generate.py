@@ -20,6 +20,7 @@ from absl import flags
 
 from ds4jax.chat import template as chat
 from ds4jax.errors import ConfigError, Ds4Error
+from ds4jax.files import LARGE, read_small
 from ds4jax.io.checkpoint import Checkpoint, open_checkpoint
 from ds4jax.io.download import resolve_model
 from ds4jax.io.tokenizer import StreamDecoder, Tokenizer
@@ -285,7 +286,7 @@ def _prompt_source() -> tuple[Any, bool]:
 
 def _read(path: str) -> str:
     try:
-        return Path(path).read_bytes().decode()
+        return read_small(path, LARGE).decode()
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:

@@ -28,6 +28,7 @@ from tqdm import tqdm
 from ds4jax import sharding
 from ds4jax.config import ModelConfig
 from ds4jax.errors import ConfigError, Ds4Error, show
+from ds4jax.files import LARGE, read_small
 from ds4jax.io.checkpoint import open_checkpoint
 from ds4jax.io.download import resolve_model
 from ds4jax.io.imatrix import Entry, Imatrix, merge
@@ -225,7 +226,7 @@ def main() -> None:
 
 def _read_text(path: Path) -> Imatrix:
     try:
-        text = path.read_text("utf-8")
+        text = read_small(path, LARGE).decode()
     except (OSError, UnicodeDecodeError) as error:
         raise Ds4Error(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if FLAGS.chunks is not None and FLAGS.chunks < 1:

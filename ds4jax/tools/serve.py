@@ -7,24 +7,30 @@ new requests, running ones may finish within --grace seconds, and what they comp
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import logging
 import os
+import re
 import socket
+import stat
 import sys
 from typing import TYPE_CHECKING
 
 from absl import flags
 
-from ds4jax.errors import Ds4Error
+from ds4jax.errors import ConfigError, Ds4Error
+from ds4jax.files import read_small
 from ds4jax.settings import Settings
 from ds4jax.tools import cli
 
 if TYPE_CHECKING:  # JAX takes a second to import
-    import uvicorn
-
     from ds4jax.engine.async_engine import AsyncEngine
+    from ds4jax.server.access import Keys
     from ds4jax.server.app import Options
+    from ds4jax.server.connections import Limits, Server
     from ds4jax.server.replay import Replay
+
+_ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^/\s]+")
 
 FLAGS = flags.FlagValues()
 cli.define_model(FLAGS)
@@ -34,11 +40,28 @@ flags.DEFINE_integer("port", 8000, "0 takes a free one.", lower_bound=0, upper_b
 flags.DEFINE_string(
     "api_key",
     None,
-    "What clients must send; by default DS4JAX_API_KEY of the environment, which `ps` does not show. Without either, "
-    "anyone may call.",
+    "What clients must send; by default DS4JAX_API_KEY of the environment, which `ps` does not show as it shows this. "
+    "Without a key, anyone may call.",
+    flag_values=FLAGS,
+)
+flags.DEFINE_string(
+    "api_key_file", None, "A file of further keys, one for each client: lines NAME KEY.", flag_values=FLAGS
+)
+flags.DEFINE_list(
+    "allowed_hosts",
+    None,
+    "Further names of this server that clients may use, *.NAME for all below one. By default those of this machine "
+    "where only it can connect, else any.",
     flag_values=FLAGS,
 )
 flags.DEFINE_bool("cors", False, "Allow calls from pages of any origin.", flag_values=FLAGS)
+flags.DEFINE_list("cors_origins", [], "Allow calls from pages of these origins.", flag_values=FLAGS)
+flags.DEFINE_integer("max_connections", None, "At once; by default what file descriptors allow.", 1, flag_values=FLAGS)
+flags.DEFINE_integer("max_body_mb", 32, "MiB of a request's body.", 1, 1024, flag_values=FLAGS)
+flags.DEFINE_float("head_timeout", 15.0, "Seconds for the head of a request.", 0.01, flag_values=FLAGS)
+flags.DEFINE_float("body_timeout", 30.0, "Seconds until more of a body must come.", 0.01, flag_values=FLAGS)
+flags.DEFINE_float("write_timeout", 60.0, "Seconds that a client may take nothing.", 0.01, flag_values=FLAGS)
+flags.DEFINE_float("idle_timeout", 75.0, "Seconds between two requests of a connection.", 0.01, flag_values=FLAGS)
 flags.DEFINE_integer("ctx", None, "Tokens of prompt and answer together; by default the config's.", flag_values=FLAGS)
 flags.DEFINE_integer("max_seqs", None, "Answers at once; by default the config's batch.", 1, flag_values=FLAGS)
 flags.DEFINE_string("kv_dir", None, "A folder for prefixes, so that a restart computes none anew.", flag_values=FLAGS)
@@ -61,21 +84,35 @@ flags.DEFINE_float("grace", 30.0, "Seconds that running answers have once asked 
 
 def main() -> int:
     """Run the server as FLAGS say, until it is told to stop; → exit status. Raises Ds4Error."""
-    key = os.environ.get("DS4JAX_API_KEY") if FLAGS.api_key is None else FLAGS.api_key
-    if key == "":
-        raise Ds4Error("api_key: found an empty one, expected a key, or no flag to let anyone call")
+    keys, origins = _keys(), ("*",) if FLAGS.cors else tuple(FLAGS.cors_origins)
+    if wrong := next((origin for origin in origins if not _ORIGIN.fullmatch(origin)), None):
+        raise ConfigError(f"cors_origins: found {wrong!r}, expected SCHEME://HOST or SCHEME://HOST:PORT")
     settings = Settings.load(FLAGS.config, model=FLAGS.model, ctx=FLAGS.ctx)
     settings.set_environment()
     from ds4jax.engine.async_engine import AsyncEngine
     from ds4jax.server.app import Options
+    from ds4jax.server.connections import Limits, most_connections
     from ds4jax.server.replay import Replay, split_budget
 
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    limits = Limits(
+        connections=most_connections(FLAGS.max_connections),
+        head=FLAGS.head_timeout,
+        idle=FLAGS.idle_timeout,
+        write=FLAGS.write_timeout,
+    )
     listener = bind(FLAGS.host, FLAGS.port)  # a port in use is not to be found out after minutes of loading
+    local = ipaddress.ip_address(listener.getsockname()[0]).is_loopback
+    if not local and not keys.names:
+        text = f"warning: whoever reaches {FLAGS.host} may call: no key is set (--api_key_file, DS4JAX_API_KEY)"
+        print(text, file=sys.stderr)
     options = Options(
         keep_alive=FLAGS.keep_alive,
-        cors=FLAGS.cors,
-        api_key=key,
+        cors=origins,
+        hosts=_hosts(FLAGS.host, local, FLAGS.allowed_hosts),
+        keys=keys,
+        max_body=FLAGS.max_body_mb << 20,
+        body_timeout=FLAGS.body_timeout,
         think_default=FLAGS.think_default,
         strict=FLAGS.strict,
     )
@@ -91,7 +128,7 @@ def main() -> int:
         progress=True,
     )
     replay = Replay.beside(engine.kv_store, turns)
-    asyncio.run(serve(engine, options, replay, listener, FLAGS.grace))
+    asyncio.run(serve(engine, options, replay, listener, FLAGS.grace, limits))
     return 1 if engine.failed else 0
 
 
@@ -109,35 +146,61 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-async def serve(engine: AsyncEngine, options: Options, replay: Replay, listener: socket.socket, grace: float) -> None:
+async def serve(
+    engine: AsyncEngine,
+    options: Options,
+    replay: Replay,
+    listener: socket.socket,
+    grace: float,
+    limits: Limits | None = None,
+) -> None:
     """Serve `engine` until SIGTERM or SIGINT, then close it.
 
     grace: seconds that running answers have to finish then; those cut off get an error event.
     """
-    import uvicorn
-
     from ds4jax.server.app import make_app
+    from ds4jax.server.connections import Server
 
-    class Server(uvicorn.Server):
-        async def startup(self, sockets=None):
-            await super().startup(sockets)
-            host, port = listener.getsockname()[:2]
-            address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-            print(f"serving {engine.model_name} at http://{address}", file=sys.stderr, flush=True)
-
-        async def shutdown(self, sockets=None):
-            closing = asyncio.create_task(engine.close(grace=grace))
-            await super().shutdown(sockets)
-            await closing
-
-    config = uvicorn.Config(make_app(engine, options, replay), log_level="warning", lifespan="off")
-    server = Server(config)
+    host, port = listener.getsockname()[:2]
+    text = f"serving {engine.model_name} at http://{f'[{host}]' if ':' in host else host}:{port}"
+    server = Server(
+        make_app(engine, options, replay),
+        listener,
+        limits,
+        begun=lambda: print(text, file=sys.stderr, flush=True),
+        close=lambda: engine.close(grace=grace),
+    )
     watching = asyncio.create_task(_end_with(engine, server))
-    await server.serve([listener])
+    await server.serve()
     watching.cancel()
 
 
-async def _end_with(engine: AsyncEngine, server: uvicorn.Server) -> None:
+def _keys() -> Keys:
+    """The keys that the flags and the environment say. Raises Ds4Error."""
+    from ds4jax.server.access import Keys
+
+    key = os.environ.get("DS4JAX_API_KEY") if FLAGS.api_key is None else FLAGS.api_key
+    keys = [] if key is None else [("default", key)]
+    if (path := FLAGS.api_key_file) is not None:
+        try:
+            keys += Keys.parse(read_small(path).decode())
+            mode = os.stat(path).st_mode
+        except (OSError, UnicodeDecodeError) as error:
+            why = getattr(error, "strerror", None) or "not UTF-8"
+            raise Ds4Error(f"api_key_file: {path}: cannot be read: {why}") from None
+        if stat.S_ISREG(mode) and mode & stat.S_IROTH:
+            print(f"warning: {path}: others can read the keys (chmod o-r)", file=sys.stderr)
+    return Keys.of(keys)
+
+
+def _hosts(host: str, local: bool, more: list[str] | None) -> tuple[str, ...]:
+    """The names by which clients may call this server, see `Access`: any unless some are given or it is a local one."""
+    from ds4jax.server.access import LOOPBACK
+
+    return (*LOOPBACK, host, *(more or ())) if local or more else ()
+
+
+async def _end_with(engine: AsyncEngine, server: Server) -> None:
     """Stop the server once the engine has failed, so that a supervisor starts the process anew."""
     while not engine.failed:
         await asyncio.sleep(0.5)
