@@ -164,12 +164,12 @@ def test_the_rest_of_a_body_that_was_refused_is_not_read_for_ever(engine):
 
 def test_a_client_that_takes_nothing_is_dropped():
     """And its place in the engine is free; one that has nothing to take is not."""
-    engine = FakeEngine(lambda request: "</think>" + "word " * 500_000, ctx=4_000_000)
+    engine = FakeEngine(lambda _: "word " * 20_000, delay=0.005, ctx=1_000_000)
     with serving(engine, limits=Limits(write=1.0)) as url, connections(url, 1) as (sock,):
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         body = json.dumps(HI | {"stream": True}).encode()
         sock.sendall(HEAD + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 10
         while not engine.running:
             assert time.monotonic() < deadline
         while engine.running:
