@@ -28,7 +28,10 @@ _LOG = logging.getLogger(__name__)
 RESERVE = 256
 """File descriptors that are kept for all but connections: files of the model and of prefixes, devices, libraries."""
 MOST_DESCRIPTORS = 65536  # more are not asked for
+MOST_CONNECTIONS = 4096  # unless more are wanted
 MOST_REFUSED = 64  # refused connections that are kept a moment
+MOST_AT_ONCE = 16 << 10
+"""Bytes that are taken of one connection before it is another's turn. A body in chunks of one byte costs 0.1 ms each."""
 LAST = 2.0  # seconds that clients have at the end to take what was written for them
 
 
@@ -49,7 +52,7 @@ class Limits:
 
 
 def most_connections(wanted: int | None = None) -> int:
-    """How many connections there may be at once: `wanted`, or as many as the file descriptors allow.
+    """How many connections there may be at once: `wanted`, or what file descriptors allow, at most MOST_CONNECTIONS.
 
     Raises this process's limit of descriptors as far as it may. Raises Ds4Error if they do not suffice for `wanted`.
     """
@@ -64,7 +67,7 @@ def most_connections(wanted: int | None = None) -> int:
     room = max(soft - RESERVE, soft // 4)
     if wanted is not None and wanted > room:
         raise Ds4Error(f"max_connections: found {wanted}, expected at most {room} where `ulimit -n` is {soft}")
-    return room if wanted is None else wanted
+    return min(room, MOST_CONNECTIONS) if wanted is None else wanted
 
 
 class Connection(H11Protocol):
@@ -76,6 +79,10 @@ class Connection(H11Protocol):
         self.timeout_keep_alive = limits.idle
         self._head: float | None = self.loop.time()  # since when the head of a request has been awaited, if one is
         self._answered = 0.0  # when the last answer was complete
+
+    def connection_made(self, transport: Any) -> None:
+        transport.max_size = MOST_AT_ONCE
+        super().connection_made(transport)
 
     def data_received(self, data: bytes) -> None:
         if self._head is None and self.conn.their_state is h11.IDLE:
@@ -124,7 +131,8 @@ class Server(uvicorn.Server):
         begun: Callable[[], None] = lambda: None,
         close: Callable[[], Awaitable[None]] | None = None,
     ):
-        super().__init__(uvicorn.Config(app, http=H11Protocol, ws="none", log_level="warning", lifespan="off"))
+        config = uvicorn.Config(app, loop="asyncio", http=H11Protocol, ws="none", log_level="warning", lifespan="off")
+        super().__init__(config)
         self._listener, self._limits, self._begun, self._close = listener, limits or Limits(), begun, close
         self._refused = collections.deque[tuple[float, socket.socket]]()
         text = f"connections: found {self._limits.connections} already, expected fewer; try again"

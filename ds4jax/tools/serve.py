@@ -56,7 +56,9 @@ flags.DEFINE_list(
 )
 flags.DEFINE_bool("cors", False, "Allow calls from pages of any origin.", flag_values=FLAGS)
 flags.DEFINE_list("cors_origins", [], "Allow calls from pages of these origins.", flag_values=FLAGS)
-flags.DEFINE_integer("max_connections", None, "At once; by default what file descriptors allow.", 1, flag_values=FLAGS)
+flags.DEFINE_integer(
+    "max_connections", None, "At once; by default what file descriptors allow, at most 4096.", 1, flag_values=FLAGS
+)
 flags.DEFINE_integer("max_body_mb", 32, "MiB of a request's body.", 1, 1024, flag_values=FLAGS)
 flags.DEFINE_float("head_timeout", 15.0, "Seconds for the head of a request.", 0.01, flag_values=FLAGS)
 flags.DEFINE_float("body_timeout", 30.0, "Seconds until more of a body must come.", 0.01, flag_values=FLAGS)
