@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -212,6 +213,13 @@ def test_what_is_no_origin_is_refused(flags, origin):
         serve.main()
 
 
+@pytest.mark.parametrize("host", ["https://a.example", "a.example:80", "a*.example", ""])
+def test_what_is_no_host_is_refused(flags, host):
+    flags(f"--allowed_hosts=b.example,{host},::1")
+    with pytest.raises(ConfigError, match="^allowed_hosts: found '.*', expected the name of a host without a port"):
+        serve.main()
+
+
 # ---- the process -----------------------------------------------------------------------------------------------------
 PROGRAM = """
 import sys
@@ -287,3 +295,13 @@ def test_a_pipe_is_read_to_its_end():
     finally:
         writer.join()
         os.close(out)
+
+
+# ---- how it is run ---------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("path", [ROOT / "README.md", ROOT / "SECURITY.md", *(ROOT / "docs/deploy").iterdir()], ids=str)
+def test_flags_that_are_written_of_are_there(path):
+    text = path.read_text("utf-8")
+    if path.name == "README.md":
+        text = text.partition("### Server")[2].partition("Coding agents")[0]
+    written = set(re.findall(r"--([a-z]+_[a-z_]+)", text))
+    assert written and written <= set(serve.FLAGS)

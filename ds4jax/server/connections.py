@@ -31,7 +31,7 @@ MOST_DESCRIPTORS = 65536  # more are not asked for
 MOST_CONNECTIONS = 4096  # unless more are wanted
 MOST_REFUSED = 64  # refused connections that are kept a moment
 MOST_AT_ONCE = 16 << 10
-"""Bytes that are taken of one connection before it is another's turn. A body in chunks of one byte costs 0.1 ms each."""
+"""Bytes taken of a connection before it is another's turn. A body in chunks of one byte costs 0.1 ms for each."""
 LAST = 2.0  # seconds that clients have at the end to take what was written for them
 
 

@@ -31,6 +31,7 @@ if TYPE_CHECKING:  # JAX takes a second to import
     from ds4jax.server.replay import Replay
 
 _ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^/\s]+")
+_HOST = re.compile(r"\*|(\*\.)?[\w.-]+|\[?[0-9a-fA-F:]+\]?")
 
 FLAGS = flags.FlagValues()
 cli.define_model(FLAGS)
@@ -60,10 +61,10 @@ flags.DEFINE_integer(
     "max_connections", None, "At once; by default what file descriptors allow, at most 4096.", 1, flag_values=FLAGS
 )
 flags.DEFINE_integer("max_body_mb", 32, "MiB of a request's body.", 1, 1024, flag_values=FLAGS)
-flags.DEFINE_float("head_timeout", 15.0, "Seconds for the head of a request.", 0.01, flag_values=FLAGS)
-flags.DEFINE_float("body_timeout", 30.0, "Seconds until more of a body must come.", 0.01, flag_values=FLAGS)
-flags.DEFINE_float("write_timeout", 60.0, "Seconds that a client may take nothing.", 0.01, flag_values=FLAGS)
-flags.DEFINE_float("idle_timeout", 75.0, "Seconds between two requests of a connection.", 0.01, flag_values=FLAGS)
+flags.DEFINE_float("head_timeout", 15.0, "Seconds for the head of a request.", 0.01, 1e6, flag_values=FLAGS)
+flags.DEFINE_float("body_timeout", 30.0, "Seconds until more of a body must come.", 0.01, 1e6, flag_values=FLAGS)
+flags.DEFINE_float("write_timeout", 60.0, "Seconds that a client may take nothing.", 0.01, 1e6, flag_values=FLAGS)
+flags.DEFINE_float("idle_timeout", 75.0, "Seconds between two requests of a connection.", 0.01, 1e6, flag_values=FLAGS)
 flags.DEFINE_integer("ctx", None, "Tokens of prompt and answer together; by default the config's.", flag_values=FLAGS)
 flags.DEFINE_integer("max_seqs", None, "Answers at once; by default the config's batch.", 1, flag_values=FLAGS)
 flags.DEFINE_string("kv_dir", None, "A folder for prefixes, so that a restart computes none anew.", flag_values=FLAGS)
@@ -89,6 +90,8 @@ def main() -> int:
     keys, origins = _keys(), ("*",) if FLAGS.cors else tuple(FLAGS.cors_origins)
     if wrong := next((origin for origin in origins if not _ORIGIN.fullmatch(origin)), None):
         raise ConfigError(f"cors_origins: found {wrong!r}, expected SCHEME://HOST or SCHEME://HOST:PORT")
+    if wrong := next((host for host in FLAGS.allowed_hosts or () if not _HOST.fullmatch(host)), None):
+        raise ConfigError(f"allowed_hosts: found {wrong!r}, expected the name of a host without a port, or *.NAME")
     settings = Settings.load(FLAGS.config, model=FLAGS.model, ctx=FLAGS.ctx)
     settings.set_environment()
     from ds4jax.engine.async_engine import AsyncEngine
