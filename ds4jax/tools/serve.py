@@ -88,10 +88,12 @@ flags.DEFINE_float("grace", 30.0, "Seconds that running answers have once asked 
 def main() -> int:
     """Run the server as FLAGS say, until it is told to stop; → exit status. Raises Ds4Error."""
     keys, origins = _keys(), ("*",) if FLAGS.cors else tuple(FLAGS.cors_origins)
-    if wrong := next((origin for origin in origins if not _ORIGIN.fullmatch(origin)), None):
-        raise ConfigError(f"cors_origins: found {wrong!r}, expected SCHEME://HOST or SCHEME://HOST:PORT")
-    if wrong := next((host for host in FLAGS.allowed_hosts or () if not _HOST.fullmatch(host)), None):
-        raise ConfigError(f"allowed_hosts: found {wrong!r}, expected the name of a host without a port, or *.NAME")
+    for origin in origins:
+        if not _ORIGIN.fullmatch(origin):
+            raise ConfigError(f"cors_origins: found {origin!r}, expected SCHEME://HOST or SCHEME://HOST:PORT")
+    for host in FLAGS.allowed_hosts or ():
+        if not _HOST.fullmatch(host):
+            raise ConfigError(f"allowed_hosts: found {host!r}, expected the name of a host without a port, or *.NAME")
     settings = Settings.load(FLAGS.config, model=FLAGS.model, ctx=FLAGS.ctx)
     settings.set_environment()
     from ds4jax.engine.async_engine import AsyncEngine
