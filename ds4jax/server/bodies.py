@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from starlette.requests import Request
@@ -12,8 +13,13 @@ from ds4jax.chat import template as prompt
 from ds4jax.server.errors import ApiError
 
 MAX_VALUES = 1_250_000
-"""Of the JSON of a body, keys included. Python's parser lets no other thread run meanwhile, and takes its time for each
-value, not for each byte: these take some 0.2 s. A prompt of a million token ids is within it."""
+"""Of the JSON of a body: strings, keys and numbers count as one, objects and lists as OBJECT. Python's parser and its
+garbage collector let no other thread run meanwhile, and take their time for each value, not for each byte: some 0.2 s
+for these. A prompt of a million token ids is within it, and so are 50,000 messages."""
+OBJECT = 16
+LARGE = 1 << 20
+"""Bytes; larger bodies are parsed one after the other, or the event loop would wait for several of them in a row."""
+_LARGE = ThreadPoolExecutor(1, "large-bodies")
 IN_FLIGHT = 8  # bodies of the largest size that all requests together may have
 
 
@@ -70,13 +76,16 @@ async def read(request: Request, max_depth: int) -> dict[str, Any]:
     if request.headers.get("content-encoding", "identity") != "identity":
         raise ApiError("content-encoding: found a compressed body, expected plain JSON", 415)
     chunks = [chunk async for chunk in request.stream()]
-    return await asyncio.to_thread(parse, b"".join(chunks), max_depth)
+    body = b"".join(chunks)
+    thread = _LARGE if len(body) > LARGE else None
+    return await asyncio.get_running_loop().run_in_executor(thread, parse, body, max_depth)
 
 
 def parse(body: bytes, max_depth: int) -> dict[str, Any]:
     """The JSON object that a body is. Raises ApiError for anything else, or for more than MAX_VALUES values."""
-    if len(body) > MAX_VALUES and (n := _values(body)) > MAX_VALUES:
-        raise ApiError(f"body: found JSON of {n} values, expected at most {MAX_VALUES}", 413)
+    if OBJECT * len(body) > MAX_VALUES and (n := _values(body)) > MAX_VALUES:
+        text = f"body: found JSON of {n} values, an object or a list counted as {OBJECT}, expected at most {MAX_VALUES}"
+        raise ApiError(text, 413)
     try:
         value = prompt.read_json(body.decode())
     except ValueError as error:  # a UnicodeDecodeError is one too
@@ -99,8 +108,8 @@ def parse(body: bytes, max_depth: int) -> dict[str, Any]:
 def _values(body: bytes) -> int:
     """About how many values and keys JSON has, rather too many: its strings, and its commas and brackets outside."""
     quotes = body.replace(b"\\\\", b"").replace(b'\\"', b"")  # those that are left begin and end strings
-    n = quotes.count(b'"') // 2
-    if n > MAX_VALUES:
-        return n
+    strings = quotes.count(b'"') // 2
+    if strings > MAX_VALUES:
+        return strings
     outside = b"".join(quotes.split(b'"')[::2])
-    return n + sum(map(outside.count, (b",", b"[", b"{")))
+    return strings + outside.count(b",") + OBJECT * (outside.count(b"[") + outside.count(b"{"))

@@ -12,6 +12,7 @@ import resource
 import signal
 import socket
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from types import FrameType
 from typing import Any
 
@@ -145,6 +146,8 @@ class Server(uvicorn.Server):
         self._listener.setblocking(False)
         self._listener.listen(2048)
         self._accepting = asyncio.create_task(self._accept())
+        self._threads = ThreadPoolExecutor(thread_name_prefix="requests")
+        asyncio.get_running_loop().set_default_executor(self._threads)
         self._begun()
 
     async def on_tick(self, counter: int) -> bool:
@@ -162,6 +165,8 @@ class Server(uvicorn.Server):
         await asyncio.wait([self._accepting])
         self._listener.close()
         ending = asyncio.create_task(super().shutdown())
+        # What there is to be done at the end does not wait for what clients keep threads busy with.
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor())
         if self._close is not None:
             await self._close()
         await asyncio.wait([ending], timeout=LAST)
@@ -169,6 +174,7 @@ class Server(uvicorn.Server):
             connection.transport.abort()
         await asyncio.wait([ending], timeout=1.0)
         ending.cancel()
+        self._threads.shutdown(wait=False, cancel_futures=True)
         for _, sock in self._refused:
             sock.close()
 
