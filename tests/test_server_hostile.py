@@ -231,7 +231,7 @@ def test_the_good_ones_are_good(server, path):
 
 
 @pytest.mark.parametrize(
-    ("make", "n", "statuses"), [(wrong_values, 800, (400,)), (bad_json, 400, (400,)), (changed, 800, (200, 400))]
+    ("make", "n", "statuses"), [(wrong_values, 800, (400,)), (bad_json, 400, (400, 413)), (changed, 800, (200, 400))]
 )
 def test_two_thousand_hostile_requests(server, make, n, statuses):
     client, engine = server
