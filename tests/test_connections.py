@@ -31,9 +31,10 @@ HI: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}]}
 HEAD = f"POST {PATH} HTTP/1.1\r\nHost: localhost\r\n".encode()
 
 PROGRAM = """
-import asyncio, sys
+import asyncio, sys, time
 sys.path.insert(0, "tests")
 from fake_engine import FakeEngine
+from ds4jax.server import tokens
 from ds4jax.server.app import Options
 from ds4jax.server.connections import Limits, most_connections
 from ds4jax.server.replay import Replay
@@ -41,8 +42,9 @@ from ds4jax.tools import serve
 
 class Engine(FakeEngine):
     async def close(self, grace=0.0):
-        await asyncio.sleep(grace if self.running else 0)
+        await asyncio.to_thread(time.sleep, grace if self.running else 0)
 
+tokens.detokenize = lambda engine, body: time.sleep(60)  # work that takes its time
 engine = Engine(lambda _: "word " * 100_000, delay=0.001, ctx=1_000_000)
 options, limits, grace = eval(sys.argv[1])
 asyncio.run(serve.serve(engine, options, Replay(), serve.bind("127.0.0.1", 0), grace, limits))
@@ -333,8 +335,12 @@ def stubborn() -> Iterator[Any]:
 
 
 def test_the_process_ends_in_time_whatever_clients_do(stubborn):
-    with process("(Options(), None, 1.0)") as (address, server, log):
+    with process("(Options(), None, 1.0)") as (address, server, log), contextlib.ExitStack() as stack:
         stubborn(address)
+        busy = b"POST /detokenize HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\n\r\n{}"
+        for _ in range(40):  # more than there are threads
+            stack.enter_context(socket.create_connection(address)).sendall(busy)
+        time.sleep(0.5)
         start = time.monotonic()
         server.send_signal(signal.SIGTERM)
         assert server.wait(20) == -signal.SIGTERM and 0.9 < time.monotonic() - start < 1.0 + 5.0

@@ -1309,7 +1309,7 @@ def test_responses_of_odd_items_are_stored():
         assert more.status_code == 200 and more.json()["output"]
 
 
-LOCAL = Options(hosts=(*LOOPBACK, "127.0.0.1"))
+LOCAL = Options(hosts=LOOPBACK)
 
 
 @pytest.mark.parametrize(
@@ -1328,8 +1328,10 @@ LOCAL = Options(hosts=(*LOOPBACK, "127.0.0.1"))
             None,
             {"cors": ("https://a.example", "https://b.example:8"), "max_body": 3 << 20, "body_timeout": 4.0},
         ),
-        (["--allowed_hosts=a.example"], None, {"hosts": (*LOOPBACK, "127.0.0.1", "a.example")}),
+        (["--allowed_hosts=a.example"], None, {"hosts": (*LOOPBACK, "a.example")}),
         (["--host=0.0.0.0"], None, {"hosts": ()}),
+        (["--host=0.0.0.0", "--allowed_hosts=a"], None, {"hosts": (*LOOPBACK, "0.0.0.0", "a")}),
+        (["--host=127.0.0.2"], None, {"hosts": (*LOOPBACK, "127.0.0.2")}),
         (
             ["--max_connections=7", "--head_timeout=1", "--idle_timeout=2", "--write_timeout=3"],
             None,

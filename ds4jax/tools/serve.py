@@ -204,7 +204,7 @@ def _hosts(host: str, local: bool, more: list[str] | None) -> tuple[str, ...]:
     """The names by which clients may call this server, see `Access`: any unless some are given or it is a local one."""
     from ds4jax.server.access import LOOPBACK
 
-    return (*LOOPBACK, host, *(more or ())) if local or more else ()
+    return tuple(dict.fromkeys((*LOOPBACK, host, *(more or ())))) if local or more else ()
 
 
 async def _end_with(engine: AsyncEngine, server: Server) -> None:
