@@ -19,7 +19,7 @@ from fake_engine import CALL, TOKENIZER, FakeEngine, ids, serving
 from ds4jax.chat import calls
 from ds4jax.chat.calls import Calling
 from ds4jax.engine.form import Begin, Either, Pattern
-from ds4jax.engine.types import Budget, EngineFailed, Overloaded, Stopping
+from ds4jax.engine.types import Budget, EngineFailed, Overloaded, Stopping, TooMany
 from ds4jax.server.access import LOOPBACK, Keys
 from ds4jax.server.app import Options
 from ds4jax.server.connections import Limits, most_connections
@@ -1050,6 +1050,7 @@ def test_a_disconnect_frees_the_engine(path, stream):
     [
         (Overloaded("1024 requests are waiting already"), 503, "overloaded_error"),
         (Stopping("the server is stopping"), 503, "overloaded_error"),
+        (TooMany("3 requests of this key are waiting already"), 429, "rate_limit_error"),
         (EngineFailed("secret"), 500, "api_error"),
         (RuntimeError("secret"), 500, "api_error"),
     ],
@@ -1061,9 +1062,29 @@ def test_failures_of_the_engine(error, status, kind):
                 response = http.post(path, json=body | {"stream": stream})
                 assert response.status_code == status and "secret" not in response.text
                 error_type = response.json()["error"]["type"]
-                assert error_type == (kind if path == "/v1/messages" else "server_error")
-        failed = isinstance(error, EngineFailed | Stopping)
-        assert http.get("/health").status_code == (503 if failed else 200)
+                assert error_type == (kind if path == "/v1/messages" or status == 429 else "server_error")
+                assert response.headers.get("retry-after") == ("1" if status in (429, 503) else None)
+
+
+def test_health_and_readiness():
+    with clients("x") as (_, _, http, engine):
+        assert http.get("/health").json() == http.get("/ready").json() == {"status": "ok", "model": "fake"}
+        engine.full = True
+        assert http.get("/health").status_code == 200 and http.get("/ready").status_code == 503
+        engine.full, engine.problem = False, "no step has ended for 71 s"
+        for path in ("/health", "/ready", "/ping"):
+            assert (response := http.get(path)).status_code == 503
+            assert response.json() == {"status": "error", "error": engine.problem}
+
+
+def test_requests_bear_the_name_of_their_key():
+    keys = Keys.of([("ann", "a-key"), ("bob", "b-key")])
+    with clients("x", Options(keys=keys)) as (_, _, http, engine):
+        for path, (body, _, _) in STREAMS.items():
+            for key in ("a-key", "b-key"):
+                http.post(path, json=body, headers={"authorization": f"Bearer {key}"})
+        assert [request.client for request in engine.requests] == ["ann", "bob"] * len(STREAMS)
+        assert http.get("/ready").status_code == 200
 
 
 def test_overflow_is_named_as_agents_expect():

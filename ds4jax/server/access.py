@@ -18,7 +18,7 @@ from ds4jax.server.errors import ApiError, respond
 
 LOOPBACK = ("localhost", "*.localhost", "127.0.0.1", "::1")
 """The names of a server that only this machine reaches. A page whose own name was made to lead here has another."""
-FOR_ALL = ("/", "/health", "/v1/health", "/ping")  # need no key
+FOR_ALL = ("/", "/health", "/v1/health", "/ping", "/ready")  # need no key
 _KEY = re.compile(r"[!-~]+")
 
 

@@ -23,8 +23,6 @@ from starlette.types import ASGIApp
 
 import ds4jax
 from ds4jax.engine.async_engine import AsyncEngine
-from ds4jax.engine.types import EngineFailed, Stopping
-from ds4jax.errors import Ds4Error
 from ds4jax.server import bodies, conversation, tokens
 from ds4jax.server.access import Access, Keys
 from ds4jax.server.ask import Ask
@@ -102,6 +100,7 @@ def make_app(engine: AsyncEngine, options: Options | None = None, replay: Replay
         Route("/health", server.health),
         Route("/v1/health", server.health),
         Route("/ping", server.health, methods=["GET", "POST"]),
+        Route("/ready", server.ready),
         Route("/version", server.show(lambda engine: {"version": ds4jax.__version__})),
         Route("/tokenizer_info", server.show(tokens.tokenizer_info)),
         Route("/props", server.show(tokens.props)),
@@ -145,7 +144,6 @@ class _Server:
         self.engine, self.options, self.replay = engine, options, replay
         self.metrics, self._started = Metrics(engine, replay), int(time.time())
         self.stored = Stored(replay.notes)
-        self._down: Ds4Error | None = None  # why nothing will be answered any more
 
     # ---- answers -----------------------------------------------------------------------------------------------------
     async def answer(self, request: Request) -> Response:
@@ -154,6 +152,7 @@ class _Server:
         api, status = APIS[path], 200
         try:
             ask = await asyncio.to_thread(self._read, path, await bodies.read(request, self.options.max_depth))
+            ask = dataclasses.replace(ask, client=request.state.client)
             headers = self._warn(ask)
             started = conversation.start(
                 self.engine, ask, self.replay, id_prefix=api.reply.id_prefix, tick=self.options.keep_alive
@@ -179,7 +178,7 @@ class _Server:
             status = 499
             return Response(status_code=status)
         except Exception as error:
-            api_error = self._note(error)
+            api_error = ApiError.of(error)
             status = api_error.status
             return respond(request, api_error)
         finally:
@@ -187,11 +186,6 @@ class _Server:
 
     def _model_of(self, ask: Ask) -> str:
         return ask.model or self.engine.model_name
-
-    def _note(self, error: Exception) -> ApiError:
-        if isinstance(error, EngineFailed | Stopping):
-            self._down = error
-        return ApiError.of(error)
 
     @staticmethod
     async def _failed(data: bytes) -> AsyncIterator[bytes]:
@@ -216,7 +210,7 @@ class _Server:
             await asyncio.to_thread(reply.keep, self.stored)
             yield data
         except Exception as error:
-            yield reply.fail(self._note(error))
+            yield reply.fail(ApiError.of(error))
 
     def _read(self, path: str, body: dict[str, Any]) -> Ask:
         """What a body of one of `APIS` asks for, as this server's options complete it. Raises Ds4Error."""
@@ -323,10 +317,17 @@ class _Server:
         return {**openai, **limits, "type": "model", "display_name": id, "created_at": created}
 
     async def health(self, request: Request) -> Response:
-        """503 once the engine has refused to work on: it is stopping, or only a restart helps."""
-        if self._down is None:
-            return _json({"status": "ok", "model": self.engine.model_name})
-        return _json({"status": "error", "error": str(self._down)}, 503)
+        """503 if nothing is answered: the engine is stopping, hangs, or only a restart helps."""
+        return self._state(self.engine.problem)
+
+    async def ready(self, request: Request) -> Response:
+        """`health`, and 503 while a new request would be refused because too many wait."""
+        return self._state(self.engine.problem or ("too many requests are waiting" if self.engine.full else ""))
+
+    def _state(self, problem: str) -> Response:
+        if problem:
+            return _json({"status": "error", "error": problem}, 503)
+        return _json({"status": "ok", "model": self.engine.model_name})
 
     async def show_metrics(self, request: Request) -> Response:
         return Response(self.metrics.text(), media_type=prometheus_client.CONTENT_TYPE_PLAIN_0_0_4)

@@ -33,6 +33,7 @@ class Ask:
         Completions, Responses).
     echo: fields that Responses repeats in its answer. keep: the input that is to be kept with it, or None.
     ignored: names of fields in the body that nothing here knows, and which may have been meant to change the reply.
+    client: the name of the key that came with it, or "".
     """
 
     model: str
@@ -60,6 +61,7 @@ class Ask:
     echo: Json = dataclasses.field(default_factory=dict)
     keep: list[Json] | None = None
     ignored: tuple[str, ...] = ()
+    client: str = ""
 
     def choices(self) -> list[Ask]:
         """An `Ask` for every single answer: to one prompt after the other, each with a seed of its own."""

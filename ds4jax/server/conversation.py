@@ -431,6 +431,7 @@ def _prepare(
             stop_ids=frozenset({engine.tokenizer.eos_id}) | ask.stop_ids if ask.stop_ids else None,
             grammar=grammar,
             budget=budget,
+            client=ask.client,
         )
         out.append((one, request, parser))
     return out

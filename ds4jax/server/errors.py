@@ -7,11 +7,10 @@ import logging
 import re
 from typing import Any
 
-from ds4jax.engine.types import ContextOverflow, EngineFailed, Overloaded, StepFailed, Stopping, TooMany
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ds4jax.engine.types import ContextOverflow, EngineFailed, Overloaded, StepFailed, Stopping
+from ds4jax.engine.types import ContextOverflow, EngineFailed, Overloaded, StepFailed, Stopping, TooMany
 from ds4jax.errors import Ds4Error
 
 log = logging.getLogger(__name__)
@@ -26,8 +25,8 @@ _TYPES = {
     408: ("invalid_request_error", "invalid_request_error"),
     413: ("invalid_request_error", "request_too_large"),
     415: ("invalid_request_error", "invalid_request_error"),
-    429: ("rate_limit_error", "rate_limit_error"),
     421: ("invalid_request_error", "invalid_request_error"),
+    429: ("rate_limit_error", "rate_limit_error"),
     500: ("server_error", "api_error"),
     503: ("server_error", "overloaded_error"),
 }
@@ -83,5 +82,6 @@ def respond(request: Request, error: ApiError) -> Response:
     """The error in Anthropic's form for its paths and its clients, else in OpenAI's."""
     theirs = "/messages" in request.url.path or "anthropic-version" in request.headers
     content = json.dumps(error.anthropic() if theirs else error.openai())
-    headers = {401: {"www-authenticate": "Bearer"}, 408: {"connection": "close"}, 503: {"retry-after": "1"}}
+    headers = {401: {"www-authenticate": "Bearer"}, 408: {"connection": "close"}}
+    headers |= dict.fromkeys((429, 503), {"retry-after": "1"})
     return Response(content, error.status, headers.get(error.status), media_type="application/json")

@@ -67,6 +67,10 @@ flags.DEFINE_float("write_timeout", 60.0, "Seconds that a client may take nothin
 flags.DEFINE_float("idle_timeout", 75.0, "Seconds between two requests of a connection.", 0.01, 1e6, flag_values=FLAGS)
 flags.DEFINE_integer("ctx", None, "Tokens of prompt and answer together; by default the config's.", flag_values=FLAGS)
 flags.DEFINE_integer("max_seqs", None, "Answers at once; by default the config's batch.", 1, flag_values=FLAGS)
+flags.DEFINE_integer("max_waiting", 1024, "Requests that may wait for their turn.", 1, flag_values=FLAGS)
+flags.DEFINE_float("queue_timeout", 600.0, "Seconds that a request may wait for its turn.", 0.0, flag_values=FLAGS)
+flags.DEFINE_integer("max_seqs_per_key", None, "Answers at once for one API key.", 1, flag_values=FLAGS)
+flags.DEFINE_integer("max_waiting_per_key", None, "Requests of one API key that may wait.", 0, flag_values=FLAGS)
 flags.DEFINE_string("kv_dir", None, "A folder for prefixes, so that a restart computes none anew.", flag_values=FLAGS)
 flags.DEFINE_float("kv_budget_gb", 16.0, "GiB that --kv_dir may hold.", 0.0, flag_values=FLAGS)
 flags.DEFINE_float("prefix_budget_gb", 2.0, "GiB of memory for prefixes.", 0.0, flag_values=FLAGS)
@@ -133,6 +137,10 @@ def main() -> int:
         prefix_budget_bytes=int(FLAGS.prefix_budget_gb * 2**30),
         trace=FLAGS.trace,
         progress=True,
+        max_waiting=FLAGS.max_waiting,
+        waiting_per_client=FLAGS.max_waiting_per_key,
+        running_per_client=FLAGS.max_seqs_per_key,
+        patience=FLAGS.queue_timeout,
     )
     replay = Replay.beside(engine.kv_store, turns)
     asyncio.run(serve(engine, options, replay, listener, FLAGS.grace, limits))
@@ -177,7 +185,7 @@ async def serve(
         begun=lambda: print(text, file=sys.stderr, flush=True),
         close=lambda: engine.close(grace=grace),
     )
-    watching = asyncio.create_task(_end_with(engine, server))
+    watching = asyncio.create_task(_watch(engine, server))
     await server.serve()
     watching.cancel()
 
@@ -207,9 +215,16 @@ def _hosts(host: str, local: bool, more: list[str] | None) -> tuple[str, ...]:
     return tuple(dict.fromkeys((*LOOPBACK, host, *(more or ())))) if local or more else ()
 
 
-async def _end_with(engine: AsyncEngine, server: Server) -> None:
-    """Stop the server once the engine has failed, so that a supervisor starts the process anew."""
+async def _watch(engine: AsyncEngine, server: Server) -> None:
+    """Log where the engine hangs. Once it has failed stop the server, so that a supervisor starts it anew."""
+    hung = False
     while not engine.failed:
         await asyncio.sleep(0.5)
+        hangs = bool(engine.problem) and not server.should_exit
+        if hangs and not hung:
+            logging.error("the engine hangs: %s, at\n%s", engine.problem, engine.stack())
+        elif hung and not hangs:
+            logging.warning("the engine goes on")
+        hung = hangs
     await asyncio.sleep(1.0)  # clients are told
     server.should_exit = True
