@@ -119,10 +119,10 @@ class Server:
     def __init__(self, arguments: list[str], seed: int):
         self._arguments, self._seed, self.starts = arguments, seed, 0
         self.log: collections.deque[str] = collections.deque(maxlen=60)
-        self.told = False  # whether it was told to end
+        self.up = False  # whether it serves, or ended without having been told to
 
     async def start(self) -> None:
-        self.starts, self.told = self.starts + 1, False
+        self.starts += 1
         flags_given = ",".join(self._arguments)
         command = [__file__, f"--faulty_server={flags_given}", f"--seed={self._seed + self.starts}"]
         self._process = await asyncio.create_subprocess_exec(sys.executable, *command, stderr=asyncio.subprocess.PIPE)
@@ -131,6 +131,7 @@ class Server:
         await asyncio.wait((asyncio.create_task(up.wait()), self._reader), timeout=300, return_when="FIRST_COMPLETED")
         if not up.is_set():
             raise RuntimeError(f"the server did not start: {''.join(self.log)}")
+        self.up = True
 
     async def _read(self, up: asyncio.Event) -> None:
         assert self._process.stderr is not None
@@ -140,7 +141,7 @@ class Server:
             self.log.append(text)
 
     async def end(self, how: signal.Signals) -> int:
-        self.told = True
+        self.up = False
         self._process.send_signal(how)
         status = await asyncio.wait_for(self._process.wait(), 60)
         await self._reader
@@ -184,19 +185,17 @@ class Chaos:
     async def _excuse(self, starts: int, what: str) -> None:
         """A stream may break if the process was killed meanwhile."""
         await asyncio.sleep(0.5)
-        if self.server.starts == starts and not self.server.ended:
+        if self.server.starts == starts and self.server.up:
             raise RuntimeError(what)
         self.counts["cut off by a kill"] += 1
-        while self.server.ended:
-            await asyncio.sleep(0.2)
 
     async def worker(self, rng: random.Random) -> None:
         async with httpx.AsyncClient(base_url=self.url, timeout=LOST) as client:
             while time.monotonic() < self.until:
-                if self.server.ended:
-                    await asyncio.sleep(0.2)
-                else:
+                if self.server.up:
                     await self.stream(client, rng)
+                else:
+                    await asyncio.sleep(0.2)
 
     async def hostile(self, rng: random.Random) -> None:
         """Requests that cannot be answered get an error that is the client's; connections say nothing, or half."""
@@ -227,7 +226,7 @@ class Chaos:
         async with httpx.AsyncClient(base_url=self.url, timeout=LOST) as client:
             while time.monotonic() < self.until:
                 await asyncio.sleep(0.5)
-                if self.server.ended and not self.server.told:
+                if self.server.ended and self.server.up:
                     raise RuntimeError(f"the server ended: {''.join(self.server.log)}")
                 start, starts = time.monotonic(), self.server.starts
                 with contextlib.suppress(httpx.TransportError):
@@ -271,6 +270,7 @@ async def run() -> None:
                 for task in [*tasks, chaos.killer(rng, FLAGS.kill_every), chaos.health()]:
                     group.create_task(task)
         except* RuntimeError as errors:
+            await server.end(signal.SIGKILL)
             raise Ds4Error(f"{errors.exceptions[0]}; until then {dict(chaos.counts)}") from None
         async with httpx.AsyncClient(base_url=url, timeout=120) as client:
             await serving.settled(client)

@@ -74,7 +74,7 @@ async def answer(client: httpx.AsyncClient, ask: Ask, give_up: float | None = No
 def _read(path: str, event: dict[str, Any]) -> tuple[str, str]:
     """The text that an event adds, and what its being the last one says of the end."""
     match path, event:
-        case _, {"error": error}:
+        case _, {"error": error} | {"response": {"error": {} as error}}:
             raise RuntimeError(f"{path}: {error}")
         case "/v1/messages", {"type": "message_delta", "delta": delta}:
             return "", delta["stop_reason"]

@@ -10,7 +10,7 @@ from small import CFG, write
 from ds4jax.engine.engine import Engine
 from ds4jax.engine.model_runner import ModelRunner
 from ds4jax.engine.prefix_cache import PrefixCache
-from ds4jax.engine.types import Finished, Request, Sampling, Scored, Token
+from ds4jax.engine.types import Budget, Finished, Request, Sampling, Scored, Token
 from ds4jax.errors import Ds4Error
 from ds4jax.settings import Settings
 
@@ -135,3 +135,21 @@ def test_log_probabilities_of_a_prompt_are_those_of_its_logits(three):
         engine.check(Request(TOKENS, 1, GREEDY, prompt_logprobs=21))
     with pytest.raises(Ds4Error, match="max_tokens: found -1, expected at least 0"):
         engine.check(Request(TOKENS, -1, GREEDY))
+
+
+def test_a_budget_ends_a_thought_in_blocks_of_tokens(runner, monkeypatch):
+    """The first tokens are those without a budget, then comes the one that is forced, then what follows these."""
+    close, prompt, calls = 5, TOKENS[:20], []
+    decode = runner.decode_block
+    monkeypatch.setattr(runner, "decode_block", lambda last, n: calls.append(n) or decode(last, n))
+    monkeypatch.setattr(runner, "block", lambda room: min(room, 16))
+
+    def ids(prompt, n, budget=None):
+        return [token.id for _, token, _ in run(runner, [Request(prompt, n, GREEDY, budget=budget)])]
+
+    free = ids(prompt, 21)
+    assert close not in free
+    calls.clear()
+    found = ids(prompt, 60, Budget(21, close))
+    assert found[:22] == [*free, close] and found[22:] == ids([*prompt, *found[:22]], 38)
+    assert len(calls) < 20 and max(calls) == 16

@@ -1330,6 +1330,23 @@ def test_responses_of_odd_items_are_stored():
         assert more.status_code == 200 and more.json()["output"]
 
 
+def test_input_items_come_in_pages():
+    with clients("</think>Hi") as (_, _, http, _):
+        words = [{"role": "user", "content": text} for text in "abcdefg"]
+        path = f"/v1/responses/{http.post('/v1/responses', json={'input': words}).json()['id']}/input_items"
+
+        def page(**query):
+            found = http.get(path, params=query).json()
+            return "".join(item["content"][0]["text"] for item in found["data"]), found["has_more"], found["last_id"]
+
+        assert page()[:2] == ("gfedcba", False) and page(order="asc")[:2] == ("abcdefg", False)
+        text, more, last = page(order="asc", limit=3)
+        assert (text, more) == ("abc", True) and page(order="asc", limit=4, after=last)[:2] == ("defg", False)
+        for wrong in ({"order": "up"}, {"limit": "0"}, {"limit": "101"}, {"limit": "x"}, {"after": "item_x"}):
+            assert (response := http.get(path, params=wrong)).status_code == 400, wrong
+            assert response.json()["error"]["param"] in wrong
+
+
 LOCAL = Options(hosts=LOOPBACK)
 
 

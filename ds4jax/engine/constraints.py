@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
@@ -59,6 +60,13 @@ class Constraints:
         if self.matcher and self.matcher.ended:
             return []
         return self._ends if self._ends and self._answer.total() < self._sampling.min_tokens else []
+
+    @property
+    def free(self) -> float:
+        """How many tokens, one at least, may be drawn before the next one whose logits are edited."""
+        if self.matcher or self.ids or self._penalises:
+            return 1
+        return max(1, self._budget.tokens - self._answer.total()) if self._budget else math.inf
 
     def push(self, token: int) -> None:
         """The answer goes on with this token."""

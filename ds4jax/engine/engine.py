@@ -239,13 +239,14 @@ class Engine:
     def _block(self, seqs: list[Sequence]) -> int:
         """How many tokens to decode in one call: the device need not wait for the host in between, but streams and new
         requests wait for the end of the call."""
-        if any(seq.constraints or seq.request.logits for seq in seqs):
+        if any(seq.request.logits or seq.request.logprobs is not None for seq in seqs):
             return 1  # the host sees the logits of the last token of a block only
         wanted = max(seq.limit - len(seq.tokens) for seq in seqs)
         room = min(self.ctx - seq.computed for seq in seqs)
+        room = min([room, *(seq.constraints.free for seq in seqs if seq.constraints)])
         if self.prefix_cache is not None:  # blocks end where a snapshot may be taken
             room = min(room, *(ALIGN - seq.computed % ALIGN for seq in seqs))
-        return self.runner.block(min(wanted, room))
+        return self.runner.block(int(min(wanted, room)))
 
     def _decode(self, seqs: list[Sequence], n: int) -> None:
         last = {seq.held_slot: None if seq in self._on_device else seq.tokens[-1] for seq in seqs}

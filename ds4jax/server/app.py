@@ -285,9 +285,9 @@ class _Server:
 
     async def input_items(self, request: Request) -> Response:
         def listed(id: str) -> dict[str, Any]:
-            items = self.stored.items(id)
+            items, more = self.stored.page(id, request.query_params)
             ends = {"first_id": items[0]["id"] if items else None, "last_id": items[-1]["id"] if items else None}
-            return {"object": "list", "data": items, **ends, "has_more": False}
+            return {"object": "list", "data": items, **ends, "has_more": more}
 
         return await self._stored(request, listed)
 

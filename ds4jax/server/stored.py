@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ds4jax.server.errors import ApiError
@@ -29,9 +29,25 @@ class Stored:
         """Raises ApiError if it is not kept."""
         return self._note(id)["response"]
 
-    def items(self, id: str) -> list[Json]:
-        """The input items that were new then. Raises ApiError."""
-        return self._note(id)["input"]
+    def page(self, id: str, query: Mapping[str, str]) -> tuple[list[Json], bool]:
+        """Some of the input items that were new then, and whether there are more. Raises ApiError.
+
+        query: `order`, desc (from the last one, the default) or asc; `limit`, 1 to 100, by default 20; `after`, the id
+        of the item before the first. As OpenAI's API has them.
+        """
+        items = self._note(id)["input"]
+        if (order := query.get("order", "desc")) not in ("asc", "desc"):
+            raise ApiError(f"order: found {order!r:.80}, expected asc or desc", param="order")
+        if not (limit := query.get("limit", "20")).isdecimal() or not 1 <= int(limit[:9]) <= 100:
+            raise ApiError(f"limit: found {limit!r:.80}, expected 1 to 100", param="limit")
+        if order == "desc":
+            items = items[::-1]
+        if (after := query.get("after")) is not None:
+            at = next((i for i, item in enumerate(items) if item["id"] == after), None)
+            if at is None:
+                raise ApiError(f"after: found {after!r:.80}, expected the id of one of the items", param="after")
+            items = items[at + 1 :]
+        return items[: int(limit)], len(items) > int(limit)
 
     def delete(self, id: str) -> None:
         """Raises ApiError if it is not kept."""
