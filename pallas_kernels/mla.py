@@ -72,8 +72,11 @@ class Shape:
     def key(self) -> Shape:
         """Of calls that share a tuned config, see `common.Choice`: any stacks, any number of the rows there may be.
 
-        What counts is how many that may be: `chosen`, or else the capacity.
+        What counts is how many that may be: `chosen`, or else the capacity. In prefill, where each program has one query
+        and all its rows, all calls are alike.
         """
+        if self.batch * self.queries > 32:
+            return dataclasses.replace(self, batch=1, queries=64, context=0, ratio=0, chosen=None, layers=0)
         n = (self.context + self.queries) // self.ratio if self.ratio and not self.chosen else 0
         return dataclasses.replace(self, context=common.magnitude(n), layers=0)
 
