@@ -72,8 +72,8 @@ class Shape:
     def key(self) -> Shape:
         """Of calls that share a tuned config, see `common.Choice`: any stacks, any number of the rows there may be.
 
-        What counts is how many that may be: `chosen`, or else the capacity. In prefill, where each program has one query
-        and all its rows, all calls are alike.
+        What counts is how many that may be: `chosen`, or else the capacity. In prefill all calls are alike: a program
+        has one query and all its rows.
         """
         if self.batch * self.queries > 32:
             return dataclasses.replace(self, batch=1, queries=64, context=0, ratio=0, chosen=None, layers=0)
