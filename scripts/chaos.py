@@ -63,7 +63,10 @@ UNANSWERABLE = {
 # ---- the server ------------------------------------------------------------------------------------------------------
 def faulty_server(arguments: list[str], seed: int) -> int:
     """`ds4jax serve`, in which calls fail at random."""
+    import jax
+
     from ds4jax.engine import kv_file, kv_store
+    from ds4jax.engine.compiled_steps import CompiledSteps
     from ds4jax.engine.model_runner import ModelRunner
     from ds4jax.tools import serve
 
@@ -87,7 +90,7 @@ def faulty_server(arguments: list[str], seed: int) -> int:
         raise RuntimeError("INTERNAL: a fault was injected")
 
     def no_memory() -> None:
-        raise RuntimeError("RESOURCE_EXHAUSTED: a fault was injected")
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: a fault was injected")
 
     def disk() -> None:
         raise OSError(number := rng.choice((errno.ENOSPC, errno.EIO, errno.EMFILE, errno.EROFS)), os.strerror(number))
@@ -97,8 +100,8 @@ def faulty_server(arguments: list[str], seed: int) -> int:
 
     for name, rate in (("prefill", 0.005), ("decode_block", 0.001), ("put", 0.005), ("choose", 0.005)):
         spoil(ModelRunner, name, rate, fail)
-        spoil(ModelRunner, name, rate, no_memory)
         spoil(ModelRunner, name, rate, delay)
+    spoil(CompiledSteps, "get", 0.001, no_memory)
     spoil(kv_store, "write_whole", 0.05, disk)
     spoil(kv_file, "read", 0.05, disk)
     prefill = ModelRunner.prefill
@@ -276,7 +279,7 @@ async def run() -> None:
             await serving.settled(client)
         status = await server.end(signal.SIGTERM)
         disk = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
-    grown = max(soak.growth(memory) for memory in chaos.memory.values() if len(memory) > 40)
+    grown = max((soak.growth(memory) for memory in chaos.memory.values() if len(memory) > 40), default=0)
     if status not in (0, -signal.SIGTERM) or disk > DISK * 2**30 or grown > soak.GROWTH:
         text = f"status {status}, {disk} bytes on disk, memory grown by {grown} bytes"
         raise Ds4Error(f"in the end: {text}")

@@ -3,8 +3,11 @@
 import asyncio
 import dataclasses
 import json
+import logging
 import random
 import re
+import sys
+import threading
 from pathlib import Path
 
 import jax
@@ -12,7 +15,7 @@ import numpy as np
 import pytest
 from small import CFG, write
 
-from ds4jax.engine import compile_cache
+from ds4jax.engine import async_engine, compile_cache
 from ds4jax.engine.async_engine import AsyncEngine
 from ds4jax.engine.form import Begin
 from ds4jax.engine.model_runner import ModelRunner
@@ -29,6 +32,7 @@ from ds4jax.engine.types import (
     StepFailed,
     Stopping,
     Token,
+    TooMany,
 )
 from ds4jax.errors import Ds4Error
 from ds4jax.io import synthetic
@@ -209,6 +213,41 @@ def test_too_many_requests_are_refused(runner):
                 pass
 
     asyncio.run(main())
+
+
+def test_a_client_with_too_many_waiting_is_refused_and_others_are_not(runner):
+    engine = AsyncEngine(runner, PrefixCache(2 << 30), waiting_per_client=2)
+
+    async def main():
+        streams = [engine.submit(request(100, 300, client="ann")) for _ in range(9)]
+        for stream in streams[5:]:  # three have slots and two wait
+            with pytest.raises(TooMany, match="2 requests of this key are waiting already"):
+                await anext(stream)
+        other = engine.submit(request(50, 3, client="bob"))
+        for stream in streams:
+            stream.cancel()
+        assert len([event async for event in other if isinstance(event, Token)]) == 3
+        await engine.close()
+
+    asyncio.run(main())
+
+
+def test_closing_ends_though_a_step_hangs(runner, monkeypatch, caplog):
+    caplog.set_level(logging.CRITICAL)
+    engine, release = AsyncEngine(runner, PrefixCache(2 << 30)), threading.Event()
+
+    async def main():
+        engine.submit(request(9, 3))
+        await asyncio.sleep(0.2)
+        await asyncio.wait_for(engine.close(grace=0.1), 5)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(async_engine, "CLOSING", 0.2)
+        patch.setattr(runner, "prefill", lambda *args: release.wait() and sys.exit())
+        asyncio.run(main())
+        release.set()
+        engine._thread.join()
+    runner.reset()
 
 
 def test_closing_with_grace_lets_answers_end(runner):

@@ -1,5 +1,6 @@
 """Sequences that are suspended, or whose numbers overflow: their answers and all others are as if alone."""
 
+import dataclasses
 import time
 
 import jax
@@ -11,7 +12,18 @@ from small import CFG, write
 from ds4jax.engine.engine import Engine
 from ds4jax.engine.model_runner import ModelRunner
 from ds4jax.engine.prefix_cache import PrefixCache
-from ds4jax.engine.types import Failed, Finished, Overloaded, Prefilled, Request, Sampling, Scored, StepFailed, Token
+from ds4jax.engine.types import (
+    Budget,
+    Failed,
+    Finished,
+    Overloaded,
+    Prefilled,
+    Request,
+    Sampling,
+    Scored,
+    StepFailed,
+    Token,
+)
 from ds4jax.settings import Settings
 
 SIZES = [32, 128]
@@ -62,14 +74,20 @@ class Run:
         return self.engine.counters.report()[name]
 
 
-def alone(runner, request):
-    return Run(runner).run({0: [request]}).ids(request)
+_ALONE: dict[Request, list[int]] = {}
 
 
-@pytest.mark.parametrize("cached", [False, True])
+def alone(runner, request, again=False):
+    """The ids of the answer. again: even if they are known."""
+    if again or request not in _ALONE:
+        _ALONE[request] = Run(runner).run({0: [request]}).ids(request)
+    return _ALONE[request]
+
+
+@pytest.mark.parametrize("cached", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_short_prompt_takes_the_slot_of_a_long_one_which_goes_on(runner, cached):
-    longs = [request(500, 5, 40 * i) for i in range(3)]
-    longs[1] = request(500, 5, 40, prompt_logprobs=0)
+    longs = [request(400, 5, 40 * i) for i in range(3)]
+    longs[1] = request(400, 5, 40, prompt_logprobs=0)
     shorts = [request(20, 4, 400), request(30, 4, 450)]
     run = Run(runner, PrefixCache(1 << 30) if cached else None).run({0: longs, 2: shorts[:1], 4: shorts[1:]})
     assert run.count("suspended") >= 2 and set(run.order[:2]) == set(shorts)
@@ -81,11 +99,11 @@ def test_a_short_prompt_takes_the_slot_of_a_long_one_which_goes_on(runner, cache
     assert [token.id for token in scored] == list(longs[1].tokens[1:])
 
 
-@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("cached", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_new_client_takes_a_slot_of_one_who_has_two(runner, cached):
-    many = [request(9 + i, 200, i, "a") for i in range(6)]
+    many = [request(9 + i, 200, i, "a") for i in range(3)]
     few = [request(40 + i, 9, i, "b") for i in range(2)]
-    run = Run(runner, PrefixCache(1 << 30) if cached else None).run({0: many, 20: few})
+    run = Run(runner, PrefixCache(1 << 30) if cached else None).run({0: many, 5: few})
     assert run.order[:2] == few and run.count("suspended") == 1
     for each in many + few:
         assert run.ids(each) == alone(runner, each)
@@ -118,6 +136,34 @@ def test_a_suspended_sequence_can_be_cancelled_and_the_engine_recovers_with_one(
     run.engine.cancel(suspended)
     run.run({})
     assert run.ids(few) == alone(runner, few)
+
+
+def test_what_a_suspended_prompt_had_computed_is_kept(runner):
+    run = Run(runner, cache := PrefixCache(1 << 30))
+    longs = [request(500, 5, 40 * i) for i in range(2)]
+    run.add(longs[0])
+    run.add(longs[1])
+    for _ in range(3):
+        run.engine.step()
+    run.add(request(20, 100, 400))
+    while not (found := [seq for seq in run.engine.scheduler if seq.suspended]):
+        run.engine.step()
+    (suspended,) = found
+    run.engine.cancel(suspended)
+    found = cache.find(suspended.key)
+    assert found is not None and found.length == suspended.computed > 0
+    run.run({})
+    again = Run(runner, cache).run({0: [suspended.request]})
+    assert again.ids(suspended.request) == alone(runner, suspended.request)
+
+
+def test_a_budget_draws_the_same_tokens_in_blocks_and_one_by_one(runner, monkeypatch):
+    job = request(40, 60, budget=Budget(37, 5))
+    found = []
+    for block in (1, 7, 16):
+        monkeypatch.setattr(runner, "block", lambda room, block=block: max(1, min(room, block)))
+        found.append(alone(runner, job, again=True))
+    assert found[0][37] == 5 and found[0] == found[1] == found[2]
 
 
 def test_who_waits_too_long_is_told(runner):
@@ -162,3 +208,25 @@ def test_only_the_sequence_whose_numbers_overflow_fails(runner, rest):
     assert cache.find(np.array(jobs[0].tokens, np.uint32).tobytes()) is None  # nothing is kept of it
     again = Run(runner, cache).run({0: jobs})  # what a slot holds does not harm the next sequence
     assert [again.ids(each) for each in jobs] == [alone(runner, each) for each in jobs]
+
+
+def test_a_prompt_whose_numbers_overflow_leaves_nothing(runner, monkeypatch):
+    """Neither of the chunk that did, nor of those before it."""
+    jobs = [request(500, 5), request(500, 5, prompt_logprobs=1)]
+    for job in jobs:
+        cache, prefill, calls = PrefixCache(1 << 30), runner.prefill, []
+
+        def spoiled(*args, prefill=prefill, calls=calls):
+            calls.append(args)
+            sampled = prefill(*args)
+            if len(calls) != 3:
+                return sampled
+            scores = tuple(x * np.nan if x.dtype == np.float32 else x for x in sampled.scores)
+            return dataclasses.replace(sampled, token=sampled.token if scores else -1, scores=scores)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(runner, "prefill", spoiled)
+            run = Run(runner, cache).run({0: [job]})
+        assert isinstance(run.events[job][-1].error, StepFailed) and len(calls) == 3
+        assert len(cache) == 0 and run.count("not_finite") == 1
+        assert Run(runner, cache).run({0: [job]}).ids(job) == alone(runner, job)

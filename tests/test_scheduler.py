@@ -6,7 +6,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ds4jax.engine.scheduler import MAX_PASSED, Scheduler
+from ds4jax.engine.scheduler import LEAST, MAX_PASSED, Scheduler
 from ds4jax.engine.sequence import Sequence
 from ds4jax.engine.types import ALIGN, Request, Sampling
 
@@ -26,6 +26,7 @@ def step(scheduler, start=lambda job: 0) -> tuple[list, Any, list]:
         scheduler.suspend(victim)
         victim.suspended = True
     admitted = scheduler.admit(begin)
+    assert victim not in admitted
     for who in admitted:
         who.suspended = None
     chunk = scheduler.next_chunk()
@@ -53,8 +54,8 @@ def test_whatever_comes_and_goes(jobs, slots, chunk, clients, rng):
             scheduler.add(new[0])
         before, done = list(scheduler.decoding), {who: who.computed for who in scheduler}
         _, ran, decoded = step(scheduler)
-        # Every answer goes on in every step, beside one chunk at most, of at most `chunk` tokens; one is suspended only
-        # for another client.
+        # Every answer goes on in every step, beside one chunk at most, of at most `chunk` tokens; one is suspended for
+        # another client only.
         assert len(set(before) - set(decoded)) <= (clients > 1) and (not ran or 0 < ran[1] <= chunk)
         assert all(who.computed >= done[who] for who in scheduler)  # nothing is computed twice
         assert clients > 1 or all(who.passed <= MAX_PASSED for who in scheduler)
@@ -154,11 +155,47 @@ def test_clients_share_the_slots():
         scheduler.add(job(20, "second"))
     for _ in range(5):
         step(scheduler)
+    assert [who.client for who in scheduler.decoding] == ["first"] * 4  # which have not computed enough yet
+    for _ in range(LEAST):
+        step(scheduler)
     assert sorted(who.client for who in scheduler.decoding) == ["first", "first", "second", "second"]
     scheduler.add(job(20, "third"))
-    for _ in range(5):
+    for _ in range(LEAST):
         step(scheduler)
     assert {who.client for who in scheduler.decoding} == {"first", "second", "third"}
+
+
+def test_who_has_most_takes_nothing_from_who_has_less():
+    """A short prompt of a client with two answers would not get the slot that a long one of another gave up."""
+    scheduler = Scheduler(3, 128)
+    for new in (job(20, "a"), job(20, "a"), long := job(3800, "b")):
+        scheduler.add(new)
+    for _ in range(4):
+        step(scheduler)
+    scheduler.add(job(20, "a"))
+    before = long.computed
+    for _ in range(10):
+        step(scheduler)
+    assert long.slot is not None and long.computed == before + 10 * 128
+
+
+def test_who_is_suspended_goes_on_whatever_other_clients_ask():
+    scheduler = Scheduler(2, 128)
+    for _ in range(2):
+        scheduler.add(job(20, "a"))
+    for _ in range(3):
+        step(scheduler)
+    steps = 0
+    while steps < 300:
+        scheduler.add(job(20, "b"))
+        suspended = [who for who in scheduler.waiting if who.suspended]
+        for who in step(scheduler)[2]:
+            if who.client == "b" and who.computed > 25:
+                scheduler.remove(who)
+        steps += 1
+        assert all(who.passed <= MAX_PASSED for who in suspended)
+    mine = [who for who in scheduler if who.client == "a"]
+    assert all(who.computed > 40 for who in mine)
 
 
 def test_a_client_has_no_more_slots_than_it_may():

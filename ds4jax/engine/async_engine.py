@@ -12,6 +12,7 @@ after the environment is set.
 from __future__ import annotations
 
 import asyncio
+import collections
 import logging
 import math
 import queue
@@ -43,7 +44,8 @@ log = logging.getLogger(__name__)
 
 MAX_FAILURES = 5  # steps in a row that fail before the engine gives up
 STALLED = 60.0
-"""Seconds after which a step is taken to hang, if it is not the longest yet by less than a factor of ten."""
+"""A step hangs if it takes more seconds than this, and ten times longer than any before."""
+CLOSING = 60.0  # seconds after the grace in which the last step must end
 STALLED_COMPILING = 1800.0
 """The same while a step is compiled."""
 
@@ -126,8 +128,10 @@ class AsyncEngine:
         self._deadline: float | None = None  # when the thread ends
         self._grammars: GrammarCompiler | None = None
         self._lock = threading.Lock()  # guards the refusal and the grammars
-        self._step_began: float | None = None  # `time.perf_counter` when the present step did
-        self._longest_step = 0.0  # seconds
+        self._counting = threading.Lock()  # guards the next one
+        self._submitted = collections.Counter[str]()  # requests that the thread does not know yet, by client
+        self._step_began: float | None = None  # `time.perf_counter` when the present step or command did
+        self._longest_step = 0.0  # seconds, without compiling
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -173,13 +177,24 @@ class AsyncEngine:
                     raise self._refusal
                 if self.full:
                     raise Overloaded(f"{self._max_waiting} requests are waiting already")
-                waiting, most = [seq.client for seq in self._engine.scheduler.waiting], self._waiting_per_client
-                if most is not None and waiting.count(request.client) >= most:
+                most = self._waiting_per_client
+                if most is not None and self._waiting(request.client) >= most:
                     raise TooMany(f"{most} requests of this key are waiting already")
+                self._count(request.client, 1)
                 self._commands.put(Submit(request, stream))
         except Ds4Error as error:
             stream.push(Failed(error))
         return stream
+
+    def _count(self, client: str, more: int) -> None:
+        with self._counting:
+            self._submitted[client] += more
+
+    def _waiting(self, client: str) -> int:
+        """How many requests of a client wait for their first slot, those apart that can have a free one."""
+        scheduler = self._engine.scheduler
+        waiting = sum(seq.client == client and seq.started_at is None for seq in list(scheduler.waiting))
+        return waiting + self._submitted[client] - scheduler.free
 
     async def generate(self, request: Request) -> AsyncIterator[Event]:
         """The events of a request, which is cancelled if this iterator is closed early."""
@@ -198,7 +213,9 @@ class AsyncEngine:
         with self._lock:
             self._refusal = self._refusal or Stopping("the server is stopping")
         self._commands.put(Stop(time.perf_counter() + grace))
-        await asyncio.to_thread(self._thread.join)
+        await asyncio.to_thread(self._thread.join, grace + CLOSING)
+        if self._thread.is_alive():
+            return log.error("the engine does not end; what it computed is not saved. It is at\n%s", self.stack())
         if (cache := self._engine.prefix_cache) is not None:
             await asyncio.to_thread(cache.close, save)
         if self._grammars is not None:
@@ -229,9 +246,11 @@ class AsyncEngine:
             worked, failures = False, 0
             while self._receive(busy=worked):
                 began = self._step_began = time.perf_counter()
+                compiled = self._engine.runner.steps.seconds
                 try:
                     worked, failures = self._engine.step(), 0
-                    self._longest_step = max(self._longest_step, time.perf_counter() - began)
+                    seconds = time.perf_counter() - began - (self._engine.runner.steps.seconds - compiled)
+                    self._longest_step = max(self._longest_step, seconds)
                 except Exception as failure:
                     failures += 1
                     if failures == MAX_FAILURES:
@@ -259,7 +278,9 @@ class AsyncEngine:
         """Carry out the commands that are there, having waited for one unless busy; → whether to go on."""
         try:
             if not busy and not self._over():
-                left = None if self._deadline is None else max(0.0, self._deadline - time.perf_counter())
+                left = 1.0 if len(self._engine) else None  # so that nobody waits too long for a slot, or a disk
+                if self._deadline is not None:
+                    left = max(0.0, min(self._deadline - time.perf_counter(), 1.0))
                 self._carry_out(self._commands.get(timeout=left))
             while True:
                 self._carry_out(self._commands.get_nowait())
@@ -270,12 +291,14 @@ class AsyncEngine:
         return self._deadline is not None and (not len(self._engine) or time.perf_counter() >= self._deadline)
 
     def _carry_out(self, command: Command) -> None:
+        self._step_began = time.perf_counter()
         match command:
             case Submit(request, stream):
                 try:
                     stream.sequence = self._engine.add(request, stream.push)
                 except Exception as error:
                     stream.push(Failed(error))
+                self._count(request.client, -1)
             case Cancel(stream):
                 if stream.sequence is not None:
                     self._engine.cancel(stream.sequence)
@@ -283,3 +306,4 @@ class AsyncEngine:
                 self._deadline = deadline
             case Wake():
                 pass
+        self._step_began = None

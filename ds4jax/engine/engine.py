@@ -168,12 +168,16 @@ class Engine:
             "disk_prefixes": 0 if store is None else len(store),
         }
 
-    def _fail(self, seq: Sequence, error: Ds4Error) -> None:
-        self._end(seq, "failed")
+    def _fail(self, seq: Sequence, error: Ds4Error, keep: bool = True) -> None:
+        self._end(seq, "failed", keep)
         seq.emit(Failed(error))
 
-    def _end(self, seq: Sequence, reason: FinishReason | str) -> None:
-        self._reuse.end(seq, cancelled=reason == "cancelled")
+    def _end(self, seq: Sequence, reason: FinishReason | str, keep: bool = True) -> None:
+        """keep: whether what was computed may be of use."""
+        if keep:
+            self._reuse.end(seq, cancelled=reason == "cancelled")
+        else:
+            self._reuse.discard(seq)
         self.scheduler.remove(seq)
         self.counters.ended(seq, reason)
 
@@ -227,10 +231,10 @@ class Engine:
             seq.held_slot, tokens, seq.request.sampling, seq.computed > 0, self._sizes, targets
         )
         self.scheduler.advance(seq, end)
+        if sampled.token < 0 or any(not np.isfinite(x).all() for x in sampled.scores[:1]):
+            return self._not_finite(seq)
         seq.emit(Prefilled(end, seq.prompt_len))
         if top is not None and targets:
-            if not np.isfinite(sampled.scores[0]).all():
-                return self._not_finite(seq)
             seq.emit(Scored(tuple(_scored(targets, sampled.scores, top))))
         self._reuse.prefilled(seq, sampled)
         if end == seq.prompt_len:
@@ -253,7 +257,7 @@ class Engine:
         block = self.runner.decode_block(last, n)
         ids = block.tokens()
         by_slot = {seq.held_slot: seq for seq in seqs}
-        final = self._tokens(by_slot, {slot: row[-1] for slot, row in ids.items()}, block.batch_logits, held=1)
+        final = self._tokens(by_slot, {slot: row[-1] for slot, row in ids.items()}, block.batch_logits, held=n)
         self._on_device = {seq for seq in seqs if not seq.constraints}
         for slot, seq in by_slot.items():
             seconds = self.counters.pace(seq, n)
@@ -324,9 +328,8 @@ class Engine:
     def _not_finite(self, seq: Sequence) -> None:
         """End a sequence whose logits are no numbers, and what was kept of it."""
         self.counters.not_finite()
-        self._reuse.discard(seq)
         self.runner.clear(seq.held_slot)
-        self._fail(seq, StepFailed("the model computed a logit that is not a finite number"))
+        self._fail(seq, StepFailed("the model computed a logit that is not a finite number"), keep=False)
 
 
 def _scored(ids: list[int], scores: Iterable[np.ndarray], top: int) -> list[Token]:

@@ -124,11 +124,11 @@ class PrefixCache:
             self._count(victim, -1)
             self.save(victim)
 
-    def discard(self, key: bytes, more_than: int) -> None:
-        """Forget what is in memory of the beginnings of a sequence that have more than so many tokens."""
+    def discard(self, key: bytes) -> None:
+        """Forget what is in memory of the beginnings of a sequence."""
 
         def of_it(snapshot: Snapshot) -> bool:
-            return snapshot.length > more_than and key.startswith(snapshot.key)
+            return key.startswith(snapshot.key)
 
         for snapshot in [*filter(of_it, self._aligned), *filter(of_it, self._complete.values())]:
             if snapshot.logits is None:

@@ -1,9 +1,9 @@
 """Prefix reuse: where a sequence starts, and which snapshots are taken of it while it runs.
 
-A snapshot is taken at the marks of a prompt, at its end, at the last multiples of 128 in an answer, and when a sequence
-is suspended, of which it is the state to go on from. It is copied
-from the device in pieces, one for each step of the engine, so that no answer waits for a long one. Before the first
-piece is copied the sequence must not go on, nor another start in its slot; after that it may.
+A snapshot is taken at the marks of a prompt, at its end, at the last multiples of 128 in an answer, and of a sequence
+that is to be suspended, which later goes on from it. Snapshots are copied from the device in pieces, one for each step
+of the engine, so that no answer waits for a long one. Before the first piece is copied the sequence must not go on, nor
+another start in its slot; after that it may.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import logging
+import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger(__name__)
 
+READ_SECONDS = 10.0
+"""How long a sequence waits for a snapshot from disk."""
 LATE = 64
 """Tokens by which an answer may be past its end when the reader's decision to end it arrives."""
 
@@ -34,7 +37,7 @@ LATE = 64
 class _Due:
     """A snapshot of the first `end` tokens of a sequence that is being taken.
 
-    pieces: of `ModelRunner.take`. following: what was sampled after a whole prompt; None if the tokens are not one.
+    pieces: of `ModelRunner.take`. following: what was sampled after a whole prompt; None unless these are one.
     begun: whether the first piece is copied. leaves: whether the sequence is to be suspended.
     """
 
@@ -75,11 +78,11 @@ class PrefixReuse:
         if self.cache is None or seq.request.prompt_logprobs is not None:
             return 0
         if seq.disk_read:
-            if not seq.disk_read.done():
+            if not seq.disk_read.done() and time.perf_counter() - seq.submitted_at < READ_SECONDS:
                 return None
             read, seq.disk_read = seq.disk_read, None
             try:
-                seq.base = read.result()
+                seq.base = read.result(timeout=0)
             except Exception:
                 _LOG.exception("a prefix cannot be read from disk, and is computed instead")
             if seq.base:
@@ -116,9 +119,11 @@ class PrefixReuse:
 
         An answer that its reader has cancelled may be past the position at which the reader stopped reading.
         """
-        if self.cache is None or seq.slot is None:
+        if self.cache is None:
             return
-        due = any(due.seq is seq for due in self._due)
+        if seq.suspended or seq.slot is None:
+            return self._keep_suspended(seq)
+        due = any(due.seq is seq and not due.leaves for due in self._due)
         if not due and seq.cached < seq.computed < seq.prompt_len:
             if seq.computed % ALIGN == 0:  # a prompt that was interrupted
                 seq.tails.append((seq.computed, {}))
@@ -139,7 +144,7 @@ class PrefixReuse:
         seq.tails.clear()
         seq.latest = None
         if self.cache is not None:
-            self.cache.discard(key_of(seq.tokens), more_than=seq.cached)
+            self.cache.discard(key_of(seq.tokens))
 
     def forget(self) -> None:
         """Give up the snapshots that are being taken: what they are of is lost."""
@@ -166,9 +171,11 @@ class PrefixReuse:
         self._due.popleft()
         seq = due.seq
         if due.leaves:
+            seq.suspended = Snapshot(key_of(seq.tokens[: due.end]), planes)
             if seq in self._scheduler:
-                seq.suspended = Snapshot(key_of(seq.tokens[: due.end]), planes)
                 self._scheduler.suspend(seq)
+            else:
+                self._keep_suspended(seq)
             return True
         assert self.cache is not None  # nothing else is taken without one
         kept = {} if due.following and due.end not in seq.marks else {due.end: planes}
@@ -183,6 +190,14 @@ class PrefixReuse:
         if seq.latest and seq not in self._scheduler:
             self.cache.save(seq.latest)
         return True
+
+    def _keep_suspended(self, seq: Sequence) -> None:
+        """Keep the state of a sequence that has ended while it was suspended, or before."""
+        if self.cache is not None and (state := seq.suspended) is not None and state.length % ALIGN == 0:
+            self.cache.put(state)
+            seq.latest = state
+        if self.cache is not None and seq.latest:
+            self.cache.save(seq.latest)
 
     def _take(
         self,

@@ -6,9 +6,10 @@ waits for answers.
 
 Slots are shared fairly between clients: the one who holds the fewest is next. Among a client's prompts the short ones,
 those that lack no more than a chunk, pass the long ones, and so they do when prompts that hold a slot take turns, chunk
-by chunk. If no slot is free, one is taken from a long prompt, or from a client who has two more than the next one; it
-is suspended and goes on later where it was. Nothing waits for ever: no more than MAX_PASSED sequences pass one before
-it computes again, and no more than every other chunk goes out of turn.
+by chunk. If no slot is free, one is taken from a client who has two more than the next one, or from a long prompt of a
+client who would not have it back at once. That sequence is suspended and goes on later where it was. What has begun
+never waits for ever: no more than MAX_PASSED sequences pass one before it computes again, and no more than every other
+chunk goes out of turn.
 """
 
 from __future__ import annotations
@@ -22,10 +23,14 @@ from ds4jax.engine.sequence import Sequence
 from ds4jax.engine.types import ALIGN
 
 MAX_PASSED = 8
-"""Sequences that get a slot before one that came earlier, or instead of one that had it, until that one computes."""
+"""Sequences that get a slot before one that came earlier, until that one computes."""
+
+LEAST = 32
+"""Tokens that a sequence computes before its slot goes to another client."""
 
 Start = Callable[[Sequence], int | None]
-"""How many tokens of a sequence's prompt need not be computed, or None if it should wait longer."""
+"""How many tokens of a sequence's prompt need not be computed, or None if it should wait longer. It may note what it
+found."""
 
 
 class Scheduler:
@@ -34,8 +39,8 @@ class Scheduler:
     slots: number of sequences that hold a slot at once. chunk: the most tokens of a prompt in one step. per_client:
     the most slots that a client has, or None.
 
-    Attributes: waiting (without a slot, in order of arrival), prefilling (prompt not computed yet, the next one first),
-    decoding (the others).
+    Attributes: waiting (without a slot, in order of arrival), prefilling (prompt not computed yet, in turn), decoding
+    (the others).
     """
 
     def __init__(self, slots: int, chunk: int, per_client: int | None = None):
@@ -53,6 +58,11 @@ class Scheduler:
 
     def __len__(self) -> int:
         return len(self.waiting) + len(self.prefilling) + len(self.decoding)
+
+    @property
+    def free(self) -> int:
+        """Slots that nobody has."""
+        return len(self._free)
 
     def add(self, seq: Sequence) -> None:
         """Let a new sequence wait for a slot."""
@@ -77,7 +87,7 @@ class Scheduler:
             self.waiting.remove(seq)
             for other in self.waiting:
                 other.passed += other.arrival < seq.arrival
-            seq.slot, seq.computed = self._free.pop(0), computed
+            seq.slot, seq.computed, seq.begun_at = self._free.pop(0), computed, computed
             (self.prefilling if computed < seq.prompt_len else self.decoding).append(seq)
             admitted.append(seq)
         return admitted
@@ -91,9 +101,10 @@ class Scheduler:
         """Those that wait and may have a slot, the next one first."""
         held = self._held()
 
-        def turn(seq: Sequence) -> tuple[int, int, int]:
-            passable = 0 if seq.passed >= MAX_PASSED else 2 if self._is_long(seq) else 1
-            return held[seq.client], passable, seq.arrival
+        def turn(seq: Sequence) -> tuple[bool, int, int, int]:
+            patient = seq.passed >= MAX_PASSED
+            rank = 0 if patient else 2 if self._is_long(seq) else 1
+            return not (patient and seq.suspended), held[seq.client], rank, seq.arrival
 
         most = self._per_client
         return sorted((seq for seq in self.waiting if most is None or held[seq.client] < most), key=turn)
@@ -106,25 +117,34 @@ class Scheduler:
         return seq.prompt_len - max(seq.known, seq.computed) > self.chunk
 
     def victim(self, start: Start) -> Sequence | None:
-        """Who should give its slot to one that waits, if none is free."""
-        if self._free or not (queue := self._queue()):
+        """Who should give its slot to one that waits, if none is free. `admit` then gives it to that one."""
+        able = (seq for seq in self._queue() if seq.disk_read is None or seq.disk_read.done())
+        if self._free or (seq := next(able, None)) is None:
             return None
-        seq, held = queue[0], self._held()
+        held = self._held()
         client, most = held.most_common(1)[0]
         if most - held[seq.client] >= 2:
-            theirs = [other for other in (*self.prefilling, *self.decoding) if other.client == client]
-            found = min(theirs, key=lambda other: other.computed)  # the least to copy
+            theirs = [
+                other
+                for other in (*self.prefilling, *self.decoding)
+                if other.client == client and other.computed - other.begun_at >= LEAST
+            ]
+            found = min(theirs, key=lambda other: other.computed, default=None)  # the least to copy
         elif not self._is_long(seq) or seq.passed >= MAX_PASSED:
-            able = [other for other in self.prefilling if self._is_long(other) and other.passed < MAX_PASSED]
-            found = max(able, key=lambda other: other.prompt_len - other.computed, default=None)
+            longs = [
+                other
+                for other in self.prefilling
+                if self._is_long(other) and other.passed < MAX_PASSED
+                if other.client == seq.client or held[other.client] > held[seq.client]
+            ]
+            found = max(longs, key=lambda other: other.prompt_len - other.computed, default=None)
         else:
             return None
-        return None if start(seq) is None else found
+        return found if found and start(seq) is not None else None
 
     def suspend(self, seq: Sequence) -> None:
         """Let a sequence that has a slot wait for one again, in the place that it had by its arrival."""
         self.remove(seq)
-        seq.passed += 1
         bisect.insort(self.waiting, seq, key=lambda other: other.arrival)
 
     def should_wait(self, seq: Sequence, have: int) -> bool:

@@ -47,11 +47,12 @@ class Sequence:
     computed: int = 0
 
     # Scheduling. arrival: its number. known: tokens of the prompt that need not be computed, as was found when it came.
-    # passed: how many others got a slot in its place since it last computed. suspended: its state, while it waits to go
-    # on.
+    # passed: how many others got a slot in its place since it last computed. begun_at: `computed` when it got its slot.
+    # suspended: its state, while it waits to go on.
     arrival: int = 0
     known: int = 0
     passed: int = 0
+    begun_at: int = 0
     suspended: Snapshot | None = None
 
     # Prefix reuse. marks: positions in the prompt at which a chunk has to end, for a snapshot. deferred_mark: one whose

@@ -70,7 +70,7 @@ flags.DEFINE_integer("max_seqs", None, "Answers at once; by default the config's
 flags.DEFINE_integer("max_waiting", 1024, "Requests that may wait for their turn.", 1, flag_values=FLAGS)
 flags.DEFINE_float("queue_timeout", 600.0, "Seconds that a request may wait for its turn.", 0.0, flag_values=FLAGS)
 flags.DEFINE_integer("max_seqs_per_key", None, "Answers at once for one API key.", 1, flag_values=FLAGS)
-flags.DEFINE_integer("max_waiting_per_key", None, "Requests of one API key that may wait.", 0, flag_values=FLAGS)
+flags.DEFINE_integer("max_waiting_per_key", None, "Requests of one API key that may wait.", 1, flag_values=FLAGS)
 flags.DEFINE_string("kv_dir", None, "A folder for prefixes, so that a restart computes none anew.", flag_values=FLAGS)
 flags.DEFINE_float("kv_budget_gb", 16.0, "GiB that --kv_dir may hold.", 0.0, flag_values=FLAGS)
 flags.DEFINE_float("prefix_budget_gb", 2.0, "GiB of memory for prefixes.", 0.0, flag_values=FLAGS)
@@ -220,7 +220,7 @@ async def _watch(engine: AsyncEngine, server: Server) -> None:
     hung = False
     while not engine.failed:
         await asyncio.sleep(0.5)
-        hangs = bool(engine.problem) and not server.should_exit
+        hangs = bool(engine.problem) and not (server.should_exit or engine.failed)
         if hangs and not hung:
             logging.error("the engine hangs: %s, at\n%s", engine.problem, engine.stack())
         elif hung and not hangs:
