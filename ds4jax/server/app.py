@@ -353,6 +353,7 @@ def _json(value: Any, status: int = 200, headers: Mapping[str, str] | None = Non
 
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    found = f"{request.method} {request.url.path}"
-    text = f"found {found}, expected another method" if error.status_code == 405 else f"found no {request.url.path}"
+    path = request.scope["path"]
+    found = f"found {request.method} {path}, expected another method"
+    text = found if error.status_code == 405 else f"found no {path}"
     return respond(request, ApiError(text, error.status_code))

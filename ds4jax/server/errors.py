@@ -80,7 +80,7 @@ def overflow(prompt: int, ctx: int, note: str = "") -> ApiError:
 
 def respond(request: Request, error: ApiError) -> Response:
     """The error in Anthropic's form for its paths and its clients, else in OpenAI's."""
-    theirs = "/messages" in request.url.path or "anthropic-version" in request.headers
+    theirs = "/messages" in request.scope["path"] or "anthropic-version" in request.headers
     content = json.dumps(error.anthropic() if theirs else error.openai())
     headers = {401: {"www-authenticate": "Bearer"}, 408: {"connection": "close"}}
     headers |= dict.fromkeys((429, 503), {"retry-after": "1"})
