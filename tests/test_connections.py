@@ -143,6 +143,20 @@ def test_a_connection_is_kept_for_a_while(engine):
         assert everything(idle) == b""
 
 
+@pytest.mark.parametrize("last", [b"{}", b"{}POST"])
+def test_the_rest_of_a_body_does_not_keep_a_connection_for_ever(engine, last):
+    """It comes after the answer, when the next request may begin."""
+    with serving(engine, limits=Limits(idle=0.5)) as url, connections(url, 1) as (sock,):
+        sock.sendall(b"POST /none HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\n\r\n")
+        answer = b""
+        while not answer.endswith(b"}"):
+            answer += sock.recv(1 << 16)
+        assert answer.startswith(b"HTTP/1.1 404 ")
+        sock.sendall(last)
+        start = time.monotonic()
+        assert everything(sock) == b"" and time.monotonic() - start < 4
+
+
 def test_a_body_must_go_on(engine):
     with serving(engine, Options(body_timeout=0.3)) as url, connections(url, 2) as (slow, steady):
         slow.sendall(HEAD + b"Content-Length: 99\r\n\r\n{")
@@ -154,7 +168,7 @@ def test_a_body_must_go_on(engine):
 
 
 def test_the_rest_of_a_body_that_was_refused_is_not_read_for_ever(engine):
-    with serving(engine, Options(max_body=1000), Limits(rest=0.5)) as url, connections(url, 1) as (sock,):
+    with serving(engine, Options(max_body=1000), Limits(rest_of_body=0.5)) as url, connections(url, 1) as (sock,):
         sock.sendall(HEAD + b"Transfer-Encoding: chunked\r\n\r\n")
         start, answer = time.monotonic(), b""
         with pytest.raises(OSError):
