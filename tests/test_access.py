@@ -79,9 +79,9 @@ def test_a_host_that_holds_a_path_needs_a_key_as_others(engine, monkeypatch):
     )
     with serving(engine, Options(keys=KEYS)) as url:
         for host in ("x/health?", "x/health#", "x/ping/", "a@b", "[", "a b", "a:b", "[g]", "x\u00e9"):
-            answer = httpx.post(url + PATH, json=HI, headers={"host": host.encode()})
+            answer = httpx.post(url + PATH, json=HI, headers={b"host": host.encode()})
             assert answer.status_code == 400 and "expected a name or an address" in answer.text, host
-            assert httpx.get(f"{url}/health", headers={"host": host.encode()}).status_code == 400, host
+            assert httpx.get(f"{url}/health", headers={b"host": host.encode()}).status_code == 400, host
         for host in ("x", "x:", "X.example.:8000", "a_b:1", "[::1]:80", "[fe80::1%eth0]", "", ":80"):
             assert httpx.post(url + PATH, json=HI, headers={"host": host}).status_code == 401, host
     assert not engine.requests
