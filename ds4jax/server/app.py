@@ -49,10 +49,10 @@ MAX_COMPLETION = 393216  # tokens: the longest answer that the model was trained
 class Options:
     """How to serve.
 
-    keep_alive: a stream that was silent for so many seconds, or up to twice that, shows that it is alive. cors: origins
-    of pages that may call, or "*". hosts: the names of this server, see `Access`. keys: what clients must send as
-    `Authorization: Bearer` or `x-api-key`. max_body: bytes. body_timeout: seconds in which some of a body must come.
-    max_depth: of nested JSON. think_default: whether the model thinks where a request does not say; "asked" is "on",
+    keep_alive: an idle stream sends something after one to two times so many seconds. cors: origins of pages that may
+    call, or "*". hosts: the names of this server, see `Access`. keys: what clients must send as
+    `Authorization: Bearer` or `x-api-key`. max_body: bytes. body_timeout: seconds in which some of a body must come, see
+    `Bodies`. max_depth: of nested JSON. think_default: whether the model thinks where a request does not say; "asked" is "on",
     but "off" for Messages, as with Anthropic. strict: fields that are not known are refused; otherwise a header and the
     log name them.
     """
