@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 import signal
@@ -14,6 +15,8 @@ from pathlib import Path
 import httpx
 import pytest
 from fake_engine import FakeEngine, serving
+from starlette.datastructures import URL
+from starlette.requests import Request
 
 from ds4jax import files
 from ds4jax.errors import ConfigError, Ds4Error
@@ -67,6 +70,28 @@ def test_the_application_is_told_who_calls():
 
     asyncio.run(calls())
     assert seen == ["anna", "ben", "ben", "", ""]
+
+
+def test_a_host_that_holds_a_path_needs_a_key_as_others(engine, monkeypatch):
+    """As `Request.url` may be made of the Host header, whatever that says."""
+    monkeypatch.setattr(
+        Request, "url", property(lambda self: URL(f"http://{self.headers['host']}{self.scope['path']}"))
+    )
+    with serving(engine, Options(keys=KEYS)) as url:
+        for host in ("x/health?", "x/health#", "x/ping/", "a@b", "[", "a b", "a:b", "[g]", "x\u00e9"):
+            answer = httpx.post(url + PATH, json=HI, headers={b"host": host.encode()})
+            assert answer.status_code == 400 and "expected a name or an address" in answer.text, host
+            assert httpx.get(f"{url}/health", headers={b"host": host.encode()}).status_code == 400, host
+        for host in ("x", "x:", "X.example.:8000", "a_b:1", "[::1]:80", "[fe80::1%eth0]", "", ":80"):
+            assert httpx.post(url + PATH, json=HI, headers={"host": host}).status_code == 401, host
+    assert not engine.requests
+    # Without the check of the Host header, too.
+    monkeypatch.setattr(Access, "_check_host", lambda self, request: None)
+    with serving(engine, Options(keys=KEYS)) as url:
+        assert httpx.post(url + PATH, json=HI, headers={"host": "x/health?"}).status_code == 401
+        answer = httpx.post(f"{url}/v1/messages", json=HI, headers={"host": "x/health?"})
+        assert answer.status_code == 401 and answer.json()["type"] == "error"  # in Anthropic's form
+        assert "found no /none" in httpx.get(f"{url}/none", headers={"host": "x/y?", "x-api-key": "key-of-ben"}).text
 
 
 def test_every_key_is_compared_whichever_is_right(monkeypatch):
@@ -150,29 +175,43 @@ def test_keys_of_a_file_and_of_the_environment(flags, monkeypatch, tmp_path, cap
 # ---- names of the server, and pages ----------------------------------------------------------------------------------
 def test_other_hosts_are_refused_where_only_this_machine_can_connect(engine):
     with serving(engine, Options(hosts=(*LOOPBACK, "gpu.example", "*.lan"))) as url:
-        for host in ("localhost:8000", "LOCALHOST", "127.0.0.1", "[::1]:9", "a.localhost", "gpu.example:1", "b.lan"):
-            assert httpx.get(f"{url}/health", headers={"host": host}).status_code == 200, host
+        ours = ["localhost:8000", "LOCALHOST", "127.0.0.1", "[::1]:9", "a.localhost", "gpu.example:1", "b.lan"]
+        ours += ["localhost.", "gpu.example.:80", "127.0.0.2", "[0:0:0:0:0:0:0:1]:8000"]
+        for host in ours:
+            assert httpx.get(f"{url}/version", headers={"host": host}).status_code == 200, host
         for host in (
             "evil.example",
             "localhost.evil.example",
             "127.0.0.1.evil.example",
             "[::2]",
-            "[",
+            "128.0.0.1",
+            "localhost..",
             "",
             "lan",
-            "a@b",
         ):
-            answer = httpx.get(f"{url}/health", headers={"host": host})
+            answer = httpx.get(url, headers={"host": host})
             assert answer.status_code == 421, host
             assert answer.json()["error"]["message"].startswith(f"host: found {host!r}, expected one of localhost, ")
         answer = httpx.post(f"{url}/v1/messages", json=HI, headers={"host": "evil.example"})
         assert answer.status_code == 421 and answer.json()["type"] == "error"
+        for path in ("/health", "/v1/health", "/ping", "/ready"):  # a load balancer knows an address only
+            assert httpx.get(url + path, headers={"host": "10.0.0.5:8000"}).status_code == 200
         address = url.removeprefix("http://").split(":")
         with socket.create_connection((address[0], int(address[1]))) as sock:  # as a load balancer checks
             sock.sendall(b"GET /health HTTP/1.0\r\n\r\n")
             assert sock.recv(99).startswith(b"HTTP/1.1 200 ")
     with serving(engine) as url:
         assert httpx.get(f"{url}/health", headers={"host": "evil.example"}).status_code == 200
+
+
+def test_the_names_that_are_the_servers_own():
+    def hosts(host: str, address: str, *more: str) -> tuple[str, ...]:
+        return serve._hosts(host, ipaddress.ip_address(address), list(more) or None)
+
+    assert hosts("0.0.0.0", "0.0.0.0") == hosts("gpu.lan", "10.0.0.5") == ()
+    assert hosts("0.0.0.0", "0.0.0.0", "a.example") == hosts("::", "::", "a.example") == (*LOOPBACK, "a.example")
+    assert hosts("gpu.lan", "10.0.0.5", "a.example") == (*LOOPBACK, "gpu.lan", "a.example")
+    assert hosts("localhost", "127.0.0.1") == LOOPBACK
 
 
 @pytest.mark.parametrize("content", ["application/json", "text/plain", "application/x-www-form-urlencoded"])

@@ -23,6 +23,7 @@ from fake_engine import FakeEngine, serving
 
 from ds4jax.errors import Ds4Error
 from ds4jax.server import bodies
+from ds4jax.server.access import Keys
 from ds4jax.server.app import Options
 from ds4jax.server.connections import Limits, most_connections
 
@@ -143,18 +144,38 @@ def test_a_connection_is_kept_for_a_while(engine):
         assert everything(idle) == b""
 
 
-def test_a_body_must_go_on(engine):
-    with serving(engine, Options(body_timeout=0.3)) as url, connections(url, 2) as (slow, steady):
+@pytest.mark.parametrize("last", [b"{}", b"{}POST"])
+def test_the_rest_of_a_body_does_not_keep_a_connection_for_ever(engine, last):
+    """It comes after the answer, when the next request may begin."""
+    with serving(engine, limits=Limits(idle=0.5)) as url, connections(url, 1) as (sock,):
+        sock.sendall(b"POST /none HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\n\r\n")
+        answer = b""
+        while not answer.endswith(b"}"):
+            answer += sock.recv(1 << 16)
+        assert answer.startswith(b"HTTP/1.1 404 ")
+        sock.sendall(last)
+        start = time.monotonic()
+        assert everything(sock) == b"" and time.monotonic() - start < 4
+
+
+def test_a_body_must_go_on(engine, monkeypatch):
+    """At a pace, too: one that comes byte by byte is not waited for."""
+    monkeypatch.setattr(bodies, "RATE", 8)
+    with serving(engine, Options(body_timeout=0.3)) as url, connections(url, 3) as (slow, steady, dripping):
         slow.sendall(HEAD + b"Content-Length: 99\r\n\r\n{")
         answer = everything(slow)
         assert answer.startswith(b"HTTP/1.1 408 ") and b"body: found nothing of it for 0.3 s" in answer
         body = json.dumps(HI).encode()
         steady.sendall(HEAD + f"Connection: close\r\nContent-Length: {len(body)}\r\n\r\n".encode())
         assert drip(steady, body, 0.05).startswith(b"HTTP/1.1 200 ")  # in all longer than 0.3 s
+        dripping.sendall(HEAD + b"Content-Length: 99\r\n\r\n")
+        answer = drip(dripping, body, 0.2)
+        assert answer.startswith(b"HTTP/1.1 408 ")
+        assert re.search(rb"body: found \d bytes of it in [01]\.\d s, expected 99 bytes, 8 a second on average", answer)
 
 
 def test_the_rest_of_a_body_that_was_refused_is_not_read_for_ever(engine):
-    with serving(engine, Options(max_body=1000), Limits(rest=0.5)) as url, connections(url, 1) as (sock,):
+    with serving(engine, Options(max_body=1000), Limits(rest_of_body=0.5)) as url, connections(url, 1) as (sock,):
         sock.sendall(HEAD + b"Transfer-Encoding: chunked\r\n\r\n")
         start, answer = time.monotonic(), b""
         with pytest.raises(OSError):
@@ -279,23 +300,29 @@ def test_a_body_in_the_smallest_chunks_does_not_stall_others():
 
 
 # ---- bodies of all requests ------------------------------------------------------------------------------------------
-def test_bodies_of_all_requests_have_a_limit():
-    """For as long as they are being answered."""
+def test_bodies_of_all_requests_have_a_limit(monkeypatch):
+    """For as long as they are being answered. There is room left for other clients, and for small ones of any."""
+    monkeypatch.setattr(bodies, "SMALL", 200)
+    first, second = ({"x-api-key": f"key-of-{name}"} for name in ("anna", "ben"))
+    keys = Keys.of([("anna", "key-of-anna"), ("ben", "key-of-ben")])
     engine = FakeEngine(lambda _: "word " * 1000 + "…", delay=0.05)
     large = json.dumps(HI | {"x": "y" * 900, "stream": True}).encode()
-    begin = HEAD + f"Content-Length: {len(large)}\r\n\r\n".encode()
-    with serving(engine, Options(max_body=1000)) as url, connections(url, bodies.IN_FLIGHT) as all_:
+    begin = HEAD + f"X-Api-Key: key-of-anna\r\nContent-Length: {len(large)}\r\n\r\n".encode()
+    with serving(engine, Options(max_body=1000, keys=keys)) as url, connections(url, bodies.IN_FLIGHT // 2) as all_:
         for sock in all_:
             sock.sendall(begin + large)
             assert sock.recv(1000).startswith(b"HTTP/1.1 200 ")
-        answer = httpx.post(f"{url}{PATH}", content=large)
+        answer = httpx.post(f"{url}{PATH}", content=large, headers=first)
         assert answer.status_code == 503 and answer.headers["retry-after"] == "1"
         assert answer.json()["error"]["message"].startswith("body: found too many bytes in other requests")
-        assert httpx.post(f"{url}/tokenize", json={"prompt": "a"}).status_code == 200  # a small one has room
+        for _ in range(3):
+            assert httpx.post(f"{url}/tokenize", json={"prompt": "a"}, headers=first).status_code == 200
+            assert httpx.post(f"{url}/tokenize", json={"prompt": "a" * 900}, headers=first).status_code == 503
+            assert httpx.post(f"{url}/tokenize", json={"prompt": "a" * 900}, headers=second).status_code == 200
         all_[0].close()
         deadline = time.monotonic() + 5
         while True:
-            with httpx.stream("POST", f"{url}{PATH}", content=large) as response:
+            with httpx.stream("POST", f"{url}{PATH}", content=large, headers=first) as response:
                 if response.status_code == 200:
                     break
             assert time.monotonic() < deadline

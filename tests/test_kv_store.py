@@ -445,7 +445,7 @@ def test_faults_of_the_disk_lose_neither_entries_nor_counts(tmp_path, monkeypatc
             assert store.nbytes == disk(tmp_path) <= budget
             assert all(path.exists() for path in paths())
         assert len(store) > 3
-        while store._index._aside:  # what is left of failures goes first
+        while store._index._unused:  # what is left of failures goes first
             store.budget = store.nbytes - 1
             store._make_room(0)
         known = paths()
@@ -508,13 +508,17 @@ def test_a_folder_of_others_is_refused_and_left_as_it_is(tmp_path, monkeypatch):
     everybodys = tmp_path / "tmp"
     everybodys.mkdir()
     everybodys.chmod(0o1777)
-    with pytest.raises(Ds4Error, match="mode 1777 .* expected one that is the server's alone"):
+    with pytest.raises(Ds4Error, match=f"mode 1777 .* expected one of user {os.geteuid()} alone"):
         KVStore(everybodys, BIG, FP)
     everybodys.chmod(0o755)
     monkeypatch.setattr(os, "geteuid", lambda: everybodys.stat().st_uid + 1)
     with pytest.raises(Ds4Error, match="mode 755 of user"):
         KVStore(everybodys, BIG, FP)
     assert everybodys.stat().st_mode & 0o7777 == 0o755 and not list(everybodys.iterdir())
+    everybodys.chmod(0o700)  # which root may use, too
+    with pytest.raises(Ds4Error, match="mode 700 of user"):
+        KVStore(everybodys, BIG, FP)
+    everybodys.chmod(0o755)
     monkeypatch.undo()
     monkeypatch.setattr(os, "chmod", lambda *_, **__: None)  # a file system without modes
     with pytest.raises(Ds4Error, match="mode 755 of user"):
@@ -666,6 +670,21 @@ def test_before_the_content_is_known_nothing_is_found_or_stored(tmp_path):
         assert store.nbytes == disk(tmp_path) <= 4000 and len(files(tmp_path)) == 2
         store.begin("a")
         assert len(store) == 1 and store.nbytes == disk(tmp_path)
+
+
+def test_before_the_content_is_known_what_may_be_of_use_goes_last(tmp_path, clock):
+    for model, tokens in (("tiny", [1]), ("tiny", [2]), ("other", [3]), ("tiny", [4])):
+        clock[0] += 1
+        with KVStore(tmp_path, BIG, {**FP, "model": model}, "b" if tokens == [4] else "a") as store:
+            put(store, tokens)
+            one = longest(store, tokens).nbytes
+    for room, left in ((3, [[1], [2]]), (2, [[2]])):  # the file of another model went first, [4] may have been of use
+        with KVStore(tmp_path, one * room + 500, FP, None) as store:
+            assert store.nbytes == disk(tmp_path) and len(files(tmp_path)) == room
+            store.begin("a")
+            assert [t for t in ([1], [2]) if store.longest(t)] == left
+    with KVStore(tmp_path, BIG, FP, "b") as store:
+        assert exact(store, [4])
 
 
 def test_what_cannot_make_room_at_the_start_is_a_warning(tmp_path, monkeypatch, caplog):

@@ -4,6 +4,7 @@ import asyncio
 import dataclasses
 import errno
 import random
+import threading
 import time
 from typing import Any
 
@@ -14,7 +15,8 @@ from hypothesis import strategies as st
 from small import CFG, write
 
 from ds4jax import files
-from ds4jax.engine import content, kv_file
+from ds4jax.engine import content_hash, kv_file
+from ds4jax.engine import fingerprint as module
 from ds4jax.engine import snapshot as snapshots
 from ds4jax.engine.async_engine import AsyncEngine
 from ds4jax.engine.fingerprint import fingerprint, open_store
@@ -357,7 +359,7 @@ def test_the_store_is_of_the_whole_content_of_the_file(runner, path, tmp_path, m
         assert store.ready and store.put(TOKENS[:128], planes(runner, 128))
     with open_store(tmp_path / "kv", 1 << 30, other) as store:
         assert store.ready and len(store) == 0
-    monkeypatch.setattr(content, "AT_ONCE", 0)
+    monkeypatch.setattr(content_hash, "AT_ONCE", 0)
     for kept in (False, True):
         with open_store(tmp_path / "kv", 1 << 30, runner) as store:
             assert store.ready == kept
@@ -372,11 +374,29 @@ def test_a_file_that_changed_after_it_was_loaded_is_not_trusted(runner, path, tm
     loaded = ModelRunner.load(dataclasses.replace(runner.settings, model=str(copy)))
     changed(path, copy)
     for large in (False, True):
-        monkeypatch.setattr(content, "AT_ONCE", 0 if large else 1 << 30)
+        monkeypatch.setattr(content_hash, "AT_ONCE", 0 if large else 1 << 30)
         caplog.clear()
         with open_store(tmp_path / "kv", 1 << 30, loaded) as store:
             wait_until(lambda: "are not used" in caplog.text)
             assert not store.ready and "copy.gguf: it was replaced or changed" in caplog.text
+
+
+def test_without_a_thread_to_hash_in_the_store_is_unused(runner, tmp_path, caplog, monkeypatch):
+    def fail(thread):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(content_hash, "AT_ONCE", 0)
+    monkeypatch.setattr(threading.Thread, "start", fail)
+    with open_store(tmp_path / "kv", 1 << 30, runner) as store:
+        assert not store.ready and "are not used: can't start new thread" in caplog.text
+
+
+def test_a_store_that_was_closed_meanwhile_is_not_said_to_be_in_use(runner, tmp_path, caplog, monkeypatch):
+    store = KVStore(tmp_path / "kv", 1 << 30, fingerprint(runner), None)
+    monkeypatch.setattr(content_hash, "compute", lambda *_: store.close() or "")
+    module._begin_later(store, module._files(runner))
+    assert store.closed and "have been read for a hash" in caplog.text and "in use from now on" not in caplog.text
 
 
 def test_prefixes_in_memory_work_before_the_store_is_ready(engines, runner, tmp_path):

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from ds4jax.engine import content
+from ds4jax.engine import content_hash
 from ds4jax.engine.kv_store import KVStore
 from ds4jax.engine.model_runner import ModelRunner
 from ds4jax.engine.snapshot import LAYOUT
@@ -29,30 +31,32 @@ def open_store(folder: str | Path, budget_bytes: int, runner: ModelRunner) -> KV
     are read in the background, and it is ready then. If one of them has changed since it was loaded, it stays unused.
     """
     files, store = _files(runner), KVStore(folder, budget_bytes, fingerprint(runner), None, runner.fits)
-    try:
-        hashes = [content.known(file.path, file.status) for file in files]
-    except (Ds4Error, OSError) as e:
-        log.warning("%s: prefixes on disk are not used: %s", folder, e)
-        return store
-    if None not in hashes:
-        store.begin(" ".join(map(str, hashes)))
-    else:
-        threading.Thread(target=_begin_later, args=(store, files), name="content", daemon=True).start()
+    with _unused_if_it_fails(store):
+        hashes = [content_hash.lookup(file.path, file.status) for file in files]
+        if None not in hashes:
+            store.begin(" ".join(map(str, hashes)))
+        else:
+            threading.Thread(target=_begin_later, args=(store, files), name="content", daemon=True).start()
     return store
+
+
+@contextlib.contextmanager
+def _unused_if_it_fails(store: KVStore) -> Iterator[None]:
+    """What makes a store ready is done inside; an error, such as a thread that cannot start, leaves it unused."""
+    try:
+        yield
+    except (Ds4Error, OSError, RuntimeError) as e:
+        if not store.closed:
+            log.warning("%s: prefixes on disk are not used: %s", store.folder, e)
 
 
 def _begin_later(store: KVStore, files: list[GGUFFile]) -> None:
     size = sum(file.status.st_size for file in files) / 1e9
     log.warning("%s: prefixes on disk are used once the model's %.1f GB have been read for a hash", store.folder, size)
-    try:
-        hashes = [content.content(file.path, file.status, lambda: store.closed) for file in files]
-        store.begin(" ".join(hashes))
-    except InterruptedError:
-        return
-    except (Ds4Error, OSError) as e:
-        log.warning("%s: prefixes on disk are not used: %s", store.folder, e)
-        return
-    log.warning("%s: %d prefixes on disk are in use from now on", store.folder, len(store))
+    with _unused_if_it_fails(store):
+        store.begin(" ".join(content_hash.compute(file.path, file.status, lambda: store.closed) for file in files))
+        if store.ready:
+            log.warning("%s: %d prefixes on disk are in use from now on", store.folder, len(store))
 
 
 def fingerprint(runner: ModelRunner) -> dict[str, str | int]:

@@ -29,10 +29,10 @@ def lock_folder(folder: Path) -> FileIO:
         folder.chmod(0o700)
         log.warning("%s: its mode was %o, so that others could use it; made it 700", folder, status.st_mode & 0o7777)
         status = folder.stat()
-    if status.st_mode & 0o077:
+    if status.st_mode & 0o077 or status.st_uid != os.geteuid():
         raise Ds4Error(
             f"{folder}: found a folder with mode {status.st_mode & 0o7777:o} of user {status.st_uid}, which others may "
-            f"use; expected one that is the server's alone, as {folder}/kv would be, which it would make"
+            f"use; expected one of user {os.geteuid()} alone, such as {folder}/kv, which the server would make"
         )
     fd = os.open(folder / "lock", os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     lock = FileIO(fd, "w")

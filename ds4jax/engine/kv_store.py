@@ -12,7 +12,8 @@ was writing. Trouble with a file is never an error here, but a warning in the lo
 
 An entry is a file, see `kv_file`, named by a hash of fingerprint and tokens. Its time of modification is the entry's
 last use. All files of stores in the folder count, of any fingerprint. When room is needed, those that cannot be used
-here go first, the one used longest ago before the others, then the entry of least value, see `eviction`.
+here go first, the one used longest ago before the others, then the entry of least value, see `eviction`. Before the
+content of the model's file is known, those of this model in all else, which may be of use, are the last to go.
 
 Why the index is not a database: each file says itself what it holds, so there is no second record of it that could
 disagree after a crash, and a damaged file costs only its own entry.
@@ -65,13 +66,13 @@ class KVStore:
         folder: str | Path,
         budget_bytes: int,
         fingerprint: Mapping[str, str | int],
-        content: str | None = "",
+        content_hash: str | None = "",
         fits: Callable[[int, dict[str, np.ndarray]], bool] = lambda length, planes: True,
     ):
         """Opens the store in `folder`, made if need be, and deletes what is damaged or beyond the budget.
 
         budget_bytes: what all snapshots in the folder may take together, at any time. fingerprint: all that must agree
-            for a snapshot to be the state this process would compute, but for `content`, a hash of the model's file; if
+            for a snapshot to be the state this process would compute, but for `content_hash`, of the model's file; if
             that is None, the store is not ready before `begin`. fits: whether planes can be a state of so many tokens.
 
         Raises Ds4Error if `folder` is not a directory, is open to others, cannot be used or is in use.
@@ -86,18 +87,18 @@ class KVStore:
         self._writing = threading.Lock()  # held while files come and go
         self._epoch = time.time_ns() - time.monotonic_ns()  # the clock may be set while the store is open
         try:
-            self._open = lock_folder(self.folder)
+            self._lock_file = lock_folder(self.folder)
             try:
                 self._scan()
             except BaseException:
-                self._open.close()
+                self._lock_file.close()
                 raise
         except OSError as e:
             raise Ds4Error(f"{self.folder}: cannot be used as a store of snapshots: {e.strerror or e}") from e
-        if content is None:
+        if content_hash is None:
             self._keep_budget()
         else:
-            self.begin(content)
+            self.begin(content_hash)
 
     def _scan(self) -> None:
         with os.scandir(self.folder) as files:
@@ -117,7 +118,7 @@ class KVStore:
                 continue
             stat = file.stat(follow_symlinks=False)
             entries.append(entry := Entry(path, b"", stat.st_size, stat.st_mtime_ns))
-            self._index.count(entry)
+            self._index.add_unused(entry)
             if _ENTRY.fullmatch(file.name):
                 self._read_head(entry)
         # Of times that the clock, which was set back, has not reached, the order is kept. What is used now is later.
@@ -136,18 +137,21 @@ class KVStore:
         except (Foreign, OSError) as e:
             self._skipped.append((entry.path, e))
         else:
-            self._found.append((entry, head["fingerprint"]))
+            found = head["fingerprint"]
+            entry.pending = {**found, "content": ""} == {**self._fingerprint, "content": ""}
+            self._found.append((entry, found))
 
-    def begin(self, content: str) -> None:
+    def begin(self, content_hash: str) -> None:
         """Use the entries of models of this content; the store is ready then, unless it is closed."""
         with self._writing:
             if self.closed:
                 return
-            self._fingerprint = dict(sorted({**self._fingerprint, "content": content}.items()))
-            self._names = digest(json.dumps(self._fingerprint).encode())
+            self._fingerprint = dict(sorted({**self._fingerprint, "content": content_hash}.items()))
+            self._content_digest = digest(json.dumps(self._fingerprint).encode())
             for entry, fingerprint in self._found:
                 if entry not in self._index:  # it had to make room
                     continue
+                entry.pending = False
                 try:
                     self._check(entry.path, entry.key, fingerprint)
                 except Foreign as e:
@@ -173,13 +177,13 @@ class KVStore:
     @property
     def closed(self) -> bool:
         """Whether other processes may have the folder."""
-        return self._open.closed
+        return self._lock_file.closed
 
     def close(self) -> None:
         """Let other processes have the folder."""
         with self._writing:
             self.ready = False
-            self._open.close()
+            self._lock_file.close()
 
     def __enter__(self) -> KVStore:
         return self
@@ -222,17 +226,17 @@ class KVStore:
             with self._writing:
                 self._delete_or_warn(entry, str(e))
         except FileNotFoundError:
-            if self._index.set_aside(entry):  # otherwise it was evicted in the meantime
+            if self._index.stop_using(entry):  # otherwise it was evicted in the meantime
                 self._index.remove(entry)
                 log.warning("%s: it is gone", entry.path)
         except Foreign as e:
             log.warning("%s: skipped: %s", entry.path, e)
-            self._index.set_aside(entry)
+            self._index.stop_using(entry)
         except (OSError, MemoryError) as e:
             entry.failures += isinstance(e, OSError) and e.errno not in _BUSY
             log.warning("%s: skipped, it cannot be read: %s", entry.path, e)
             if entry.failures == MAX_FAILURES:
-                self._index.set_aside(entry)
+                self._index.stop_using(entry)
         else:
             entry.failures = 0
             self._touch(entry, self._now())
@@ -268,9 +272,9 @@ class KVStore:
                 write_whole(entry.path, kv_file.with_checksum(pieces), entry.used)
             except OSError as e:
                 log.warning("%s: snapshot not saved: %s", entry.path, e)
-                self._count(entry)
+                self._count_leftovers(entry)
                 return False
-            self._index.recount(_tmp(entry.path), 0, 0)  # of an earlier attempt
+            self._index.set_unused_size(_tmp(entry.path), 0, 0)  # of an earlier attempt
             self._index.insert(entry)
             return True
 
@@ -295,7 +299,7 @@ class KVStore:
         """Deletes a file, or raises OSError; then it still counts."""
         if entry not in self._index:  # the name may have become another's
             return
-        served = self._index.set_aside(entry)
+        served = self._index.stop_using(entry)
         try:
             entry.path.unlink(missing_ok=True)
         except OSError:
@@ -311,9 +315,9 @@ class KVStore:
             log.warning("%s: %s; deleted", entry.path, why)
         except OSError as e:
             log.warning("%s: %s; it cannot be deleted: %s", entry.path, why, e)
-            self._index.set_aside(entry)
+            self._index.stop_using(entry)
 
-    def _count(self, entry: Entry) -> None:
+    def _count_leftovers(self, entry: Entry) -> None:
         """Counts what a failed attempt to write an entry has left."""
         for path in (entry.path, _tmp(entry.path)):
             try:
@@ -322,7 +326,7 @@ class KVStore:
                 size = 0
             except OSError:
                 size = entry.nbytes
-            self._index.recount(path, size, entry.used)
+            self._index.set_unused_size(path, size, entry.used)
 
     def _now(self) -> int:
         return self._epoch + time.monotonic_ns()
@@ -334,7 +338,7 @@ class KVStore:
 
     # ---- files --------------------------------------------------------------------------------------------------
     def _path(self, key: bytes) -> Path:
-        return self.folder / f"{digest(self._names, key).hex()[:32]}.kv"
+        return self.folder / f"{digest(self._content_digest, key).hex()[:32]}.kv"
 
     def _check(self, path: Path, key: bytes, found: dict[str, Any]) -> None:
         """Raises Foreign or Damaged unless a file with this key and fingerprint is ours."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import hmac
+import ipaddress
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Self
-from urllib.parse import urlsplit
 
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -16,9 +16,13 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from ds4jax.errors import Ds4Error
 from ds4jax.server.errors import ApiError, respond
 
-LOOPBACK = ("localhost", "*.localhost", "127.0.0.1", "::1")
-"""The names of a server that only this machine reaches. A page whose own name was made to lead here has another."""
-FOR_ALL = ("/", "/health", "/v1/health", "/ping", "/ready")  # need no key
+LOOPBACK = ("localhost", "*.localhost", "127.0.0.0/8", "::1")
+"""The names of a server that only this machine reaches. After DNS rebinding the Host header still names the attacker's
+site."""
+PROBES = ("/health", "/v1/health", "/ping", "/ready")
+"""Paths that a load balancer asks under whatever name, mostly an address."""
+WITHOUT_KEY = ("/", *PROBES)
+_HOST = re.compile(r"([\w.-]*|\[[0-9a-f:.]+(?:%[\w.-]+)?\])(:[0-9]*)?", re.ASCII | re.IGNORECASE)
 _KEY = re.compile(r"[!-~]+")
 
 
@@ -80,14 +84,17 @@ class Keys:
 class Access:
     """Around the application: refuses what names another host, what a page of another origin sends, and wrong keys.
 
-    hosts: names of this server without ports, ``*.NAME`` for all below one; without any, every name will do. origins:
-    of other pages that may call, or "*". The name of the client is in the scope: ``scope["state"]["client"]``, and ""
-    where no key is needed.
+    hosts: names and addresses of this server without ports, ``*.NAME`` for all names below one, ``ADDRESS/BITS`` for a
+    network; without any, every name will do. origins: of other pages that may call, or "*". The name of the client is
+    in the scope: ``scope["state"]["client"]``, and "" where no key is needed. Paths are those of the scope, by which
+    the application routes: `Request.url` is made of the Host header, which may say anything.
     """
 
     def __init__(self, app: ASGIApp, *, keys: Keys, hosts: tuple[str, ...] = (), origins: tuple[str, ...] = ()):
         self._app, self._keys, self._origins = app, keys, origins
-        self._hosts = tuple(host.lower().strip("[]") for host in hosts)
+        self._hosts = hosts
+        self._names = {_plain(host) for host in hosts}
+        self._networks = [network for host in hosts if (network := _read(ipaddress.ip_network, _plain(host)))]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
@@ -103,18 +110,21 @@ class Access:
     def _check_host(self, request: Request) -> None:
         """Against DNS rebinding. What has no Host header, as HTTP/1.0 may, comes from no browser."""
         sent = request.headers.get("host")
-        if not self._hosts or sent is None:
+        if sent is None:
             return
-        try:
-            name = urlsplit(f"//{sent}").hostname or ""
-        except ValueError:
-            name = ""
-        if name not in self._hosts and not any(h[:1] == "*" and name.endswith(h[1:]) for h in self._hosts):
+        if not (found := _HOST.fullmatch(sent)):
+            raise ApiError(f"host: found {sent[:100]!r}, expected a name or an address, with or without :PORT")
+        if self._hosts and request.scope["path"] not in PROBES and not self._is_ours(_plain(found[1])):
             text = f"host: found {sent[:100]!r}, expected one of {', '.join(self._hosts)} (--allowed_hosts adds others)"
             raise ApiError(text, 421)
 
+    def _is_ours(self, name: str) -> bool:
+        if address := _read(ipaddress.ip_address, name):
+            return any(address in network for network in self._networks)
+        return name in self._names or any(known[:1] == "*" and name.endswith(known[1:]) for known in self._names)
+
     def _check_origin(self, request: Request) -> None:
-        """A browser sends what a page of any origin posts, and only keeps the answer from it."""
+        """Browsers send a cross-origin POST; CORS only hides the answer, so it is refused here."""
         origin = request.headers.get("origin")
         if origin is None or request.method in ("GET", "HEAD", "OPTIONS") or "*" in self._origins:
             return
@@ -124,13 +134,26 @@ class Access:
             raise ApiError(text, 403)
 
     def _client(self, request: Request) -> str:
-        if not self._keys.names or request.url.path in FOR_ALL:
+        if not self._keys.names or request.scope["path"] in WITHOUT_KEY:
             return ""
         scheme, _, token = request.headers.get("authorization", "").partition(" ")
         sent = (request.headers.get("x-api-key", ""), token.strip() if scheme.lower() == "bearer" else "")
         if (name := self._keys.client(sent)) is None:
             raise ApiError("the API key is missing or wrong", 401, code="invalid_api_key")
         return name
+
+
+def _plain(host: str) -> str:
+    """A host in the form in which it is compared: in lower case, without brackets and a final dot."""
+    return host.lower().strip("[]").removesuffix(".")
+
+
+def _read[T](kind: Callable[[str], T], text: str) -> T | None:
+    """An address or a network, or None if the text is none."""
+    try:
+        return kind(text)
+    except ValueError:
+        return None
 
 
 def _digest(key: str) -> bytes:

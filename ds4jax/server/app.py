@@ -49,10 +49,10 @@ MAX_COMPLETION = 393216  # tokens: the longest answer that the model was trained
 class Options:
     """How to serve.
 
-    keep_alive: a stream that was silent for so many seconds, or up to twice that, shows that it is alive. cors: origins
-    of pages that may call, or "*". hosts: the names of this server, see `Access`. keys: what clients must send as
-    `Authorization: Bearer` or `x-api-key`. max_body: bytes. body_timeout: seconds in which some of a body must come.
-    max_depth: of nested JSON. think_default: whether the model thinks where a request does not say; "asked" is "on",
+    keep_alive: an idle stream sends something after one to two times so many seconds. cors: origins of pages that may
+    call, or "*". hosts: the names of this server, see `Access`. keys: what clients must send as
+    `Authorization: Bearer` or `x-api-key`. max_body: bytes. body_timeout: seconds in which some of a body must come, see
+    `Bodies`. max_depth: of nested JSON. think_default: whether the model thinks where a request does not say; "asked" is "on",
     but "off" for Messages, as with Anthropic. strict: fields that are not known are refused; otherwise a header and the
     log name them.
     """
@@ -353,6 +353,7 @@ def _json(value: Any, status: int = 200, headers: Mapping[str, str] | None = Non
 
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    found = f"{request.method} {request.url.path}"
-    text = f"found {found}, expected another method" if error.status_code == 405 else f"found no {request.url.path}"
+    path = request.scope["path"]
+    found = f"found {request.method} {path}, expected another method"
+    text = found if error.status_code == 405 else f"found no {path}"
     return respond(request, ApiError(text, error.status_code))

@@ -6,7 +6,6 @@ import asyncio
 import collections
 import contextlib
 import dataclasses
-import json
 import logging
 import resource
 import signal
@@ -26,14 +25,14 @@ from ds4jax.server.errors import ApiError
 
 _LOG = logging.getLogger(__name__)
 
-RESERVE = 256
+RESERVED_DESCRIPTORS = 256
 """File descriptors that are kept for all but connections: files of the model and of prefixes, devices, libraries."""
 MOST_DESCRIPTORS = 65536  # more are not asked for
 MOST_CONNECTIONS = 4096  # unless more are wanted
 MOST_REFUSED = 64  # refused connections that are kept a moment
 MOST_AT_ONCE = 16 << 10
 """Bytes taken of a connection before it is another's turn. A body in chunks of one byte costs 0.1 ms for each."""
-LAST = 2.0  # seconds that clients have at the end to take what was written for them
+LAST_SECONDS = 2.0  # that clients have at the end to take what was written for them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,14 +41,14 @@ class Limits:
 
     connections: at once; one more gets 503. head: for the head of a request, from the connection or, where one was kept
     open, from the first byte. idle: from an answer to the next request. write: for which a client may take nothing of
-    what is there for it. rest: for the rest of a body that was answered before its end.
+    what is there for it. rest_of_body: for what is left of a body that was answered before its end.
     """
 
     connections: int = 1000
     head: float = 15.0
     idle: float = 75.0
     write: float = 60.0
-    rest: float = 10.0
+    rest_of_body: float = 10.0
 
 
 def most_connections(wanted: int | None = None) -> int:
@@ -65,7 +64,7 @@ def most_connections(wanted: int | None = None) -> int:
             soft = most
     else:
         soft = MOST_DESCRIPTORS
-    room = max(soft - RESERVE, soft // 4)
+    room = max(soft - RESERVED_DESCRIPTORS, soft // 4)
     if wanted is not None and wanted > room:
         raise Ds4Error(f"max_connections: found {wanted}, expected at most {room} where `ulimit -n` is {soft}")
     return min(room, MOST_CONNECTIONS) if wanted is None else wanted
@@ -77,7 +76,6 @@ class Connection(H11Protocol):
     def __init__(self, limits: Limits, **uvicorns: Any):
         super().__init__(**uvicorns)
         self._limits = limits
-        self.timeout_keep_alive = limits.idle
         self._head: float | None = self.loop.time()  # since when the head of a request has been awaited, if one is
         self._answered = 0.0  # when the last answer was complete
 
@@ -95,19 +93,23 @@ class Connection(H11Protocol):
     def on_response_complete(self) -> None:
         self._answered = self.loop.time()
         super().on_response_complete()
+        self._unset_keepalive_if_required()  # any byte of an old body would stop uvicorn's timer; `check` closes
 
     def check(self, now: float) -> None:
-        """Close the connection if the head of a request, or the rest of a body already answered, takes too long."""
+        """Close the connection if a request, its head, or the rest of a body already answered takes too long."""
         if self.transport.is_closing():
             return
         if self.conn.their_state is h11.IDLE:
-            if self._head is not None and now - self._head > self._limits.head:
+            if self._head is None:
+                if now - self._answered > self._limits.idle:
+                    self.transport.close()
+            elif now - self._head > self._limits.head:
                 if self.conn.trailing_data[0]:  # a part of it has come
                     text = f"head: found a part of one after {self._limits.head:g} s, expected a whole one"
                     self.transport.write(_whole(ApiError(text, 408)))
                 self.transport.close()
         elif self.conn.their_state is h11.SEND_BODY and self.cycle.response_complete:
-            if now - self._answered > self._limits.rest:
+            if now - self._answered > self._limits.rest_of_body:
                 self.transport.close()
 
     def shutdown(self) -> None:
@@ -119,7 +121,7 @@ class Server(uvicorn.Server):
     """uvicorn at `listener`, a bound socket, within `limits`.
 
     begun: is called once it listens. close: is awaited once the server is to stop, and ends the answers that still run.
-    Clients then have LAST seconds to take what is left; a process that serves in its main thread ends at once at a
+    Clients then have LAST_SECONDS to take what is left; a process that serves in its main thread ends at once at a
     second SIGTERM or SIGINT.
     """
 
@@ -169,7 +171,7 @@ class Server(uvicorn.Server):
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor())
         if self._close is not None:
             await self._close()
-        await asyncio.wait([ending], timeout=LAST)
+        await asyncio.wait([ending], timeout=LAST_SECONDS)
         for connection in list(self.server_state.connections):
             connection.transport.abort()
         await asyncio.wait([ending], timeout=1.0)
@@ -223,7 +225,7 @@ class Server(uvicorn.Server):
 
 def _whole(error: ApiError) -> bytes:
     """An answer, head and all, after which the connection is closed."""
-    body = json.dumps(error.openai())
-    again = "retry-after: 1\r\n" if error.status == 503 else ""
-    head = f"content-type: application/json\r\ncontent-length: {len(body)}\r\nconnection: close\r\n{again}"
-    return f"HTTP/1.1 {error.status} \r\n{head}\r\n{body}".encode()
+    response = error.response()
+    response.headers["connection"] = "close"
+    head = b"".join(b"%s: %s\r\n" % header for header in response.raw_headers)
+    return b"HTTP/1.1 %d \r\n%s\r\n%s" % (error.status, head, response.body)

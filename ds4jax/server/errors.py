@@ -71,6 +71,13 @@ class ApiError(Ds4Error):
     def anthropic(self) -> dict[str, Any]:
         return {"type": "error", "error": {"type": _TYPES[self.status][1], "message": self.message}}
 
+    def response(self, anthropic: bool = False) -> Response:
+        """The answer to the client, in OpenAI's form or in Anthropic's."""
+        content = json.dumps(self.anthropic() if anthropic else self.openai())
+        headers = {401: {"www-authenticate": "Bearer"}, 408: {"connection": "close"}}
+        headers |= dict.fromkeys((429, 503), {"retry-after": "1"})
+        return Response(content, self.status, headers.get(self.status), media_type="application/json")
+
 
 def overflow(prompt: int, ctx: int, note: str = "") -> ApiError:
     """The error for a prompt that leaves no room for an answer. Coding agents look for these words, or for the code."""
@@ -80,8 +87,5 @@ def overflow(prompt: int, ctx: int, note: str = "") -> ApiError:
 
 def respond(request: Request, error: ApiError) -> Response:
     """The error in Anthropic's form for its paths and its clients, else in OpenAI's."""
-    theirs = "/messages" in request.url.path or "anthropic-version" in request.headers
-    content = json.dumps(error.anthropic() if theirs else error.openai())
-    headers = {401: {"www-authenticate": "Bearer"}, 408: {"connection": "close"}}
-    headers |= dict.fromkeys((429, 503), {"retry-after": "1"})
-    return Response(content, error.status, headers.get(error.status), media_type="application/json")
+    theirs = "/messages" in request.scope["path"] or "anthropic-version" in request.headers
+    return error.response(theirs)

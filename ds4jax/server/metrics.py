@@ -62,10 +62,10 @@ class Metrics:
     def collect(self) -> Iterator[Metric]:
         values, works = self._engine.metrics(), not self._engine.problem
         yield GaugeMetricFamily("ds4jax_works", "Whether requests are answered", value=int(works))
-        if not works:  # the last state is not the present one
-            values = {key: value for key, value in values.items() if key not in _GAUGES}
         if works:
             values["disk_bytes"] = values.get("disk_bytes", 0) + self._replay.nbytes
+        else:  # the last state is not the present one
+            values = {key: value for key, value in values.items() if key not in _GAUGES}
         histograms = values.pop("histograms")
         for key, value in values.items():
             kind = GaugeMetricFamily if key in _GAUGES else CounterMetricFamily

@@ -30,6 +30,8 @@ if TYPE_CHECKING:  # JAX takes a second to import
     from ds4jax.server.connections import Limits, Server
     from ds4jax.server.replay import Replay
 
+type Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+
 _ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^/\s]+")
 _HOST = re.compile(r"\*|(\*\.)?[\w.-]+|\[?[0-9a-fA-F:]+\]?")
 
@@ -113,14 +115,15 @@ def main() -> int:
         write=FLAGS.write_timeout,
     )
     listener = bind(FLAGS.host, FLAGS.port)  # a port in use is not to be found out after minutes of loading
-    local = ipaddress.ip_address(listener.getsockname()[0]).is_loopback
+    address = ipaddress.ip_address(listener.getsockname()[0])
+    local = address.is_loopback
     if not local and not keys.names:
         text = f"warning: whoever reaches {FLAGS.host} may call: no key is set (--api_key_file, DS4JAX_API_KEY)"
         print(text, file=sys.stderr)
     options = Options(
         keep_alive=FLAGS.keep_alive,
         cors=origins,
-        hosts=_hosts(FLAGS.host, local, FLAGS.allowed_hosts),
+        hosts=_hosts(FLAGS.host, address, FLAGS.allowed_hosts),
         keys=keys,
         max_body=FLAGS.max_body_mb << 20,
         body_timeout=FLAGS.body_timeout,
@@ -208,11 +211,15 @@ def _keys() -> Keys:
     return Keys.of(keys)
 
 
-def _hosts(host: str, local: bool, more: list[str] | None) -> tuple[str, ...]:
-    """The names by which clients may call this server, see `Access`: any unless some are given or it is a local one."""
+def _hosts(host: str, address: Address, more: list[str] | None) -> tuple[str, ...]:
+    """The names by which clients may call this server, see `Access`: any unless some are given or it is a local one.
+
+    host: as asked for, a name or an address; address: the one that it listens at.
+    """
     from ds4jax.server.access import LOOPBACK
 
-    return tuple(dict.fromkeys((*LOOPBACK, host, *(more or ())))) if local or more else ()
+    own = () if address.is_unspecified else (host,)  # nobody calls 0.0.0.0
+    return tuple(dict.fromkeys((*LOOPBACK, *own, *(more or ())))) if address.is_loopback or more else ()
 
 
 async def _watch(engine: AsyncEngine, server: Server) -> None:

@@ -7,6 +7,7 @@ can set, is among them: a file that was written and given its old time of modifi
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -34,13 +35,13 @@ class Changed(Ds4Error):
     """A file is not the one that was opened."""
 
 
-def known(path: Path, status: os.stat_result) -> str | None:
+def lookup(path: Path, status: os.stat_result) -> str | None:
     """The hash of the file at `path`, if it is kept or the file is small. status: of the file as it was opened.
 
     Raises Changed if another file is there, and OSError if it cannot be read.
     """
     if status.st_size <= AT_ONCE:
-        return content(path, status)
+        return compute(path, status)
     _check(path, status)
     try:
         kept = json.loads(_place(path).read_bytes())
@@ -50,7 +51,7 @@ def known(path: Path, status: os.stat_result) -> str | None:
     return found if kept == _identity(path, status) and isinstance(found, str) else None
 
 
-def content(path: Path, status: os.stat_result, stopped: Callable[[], bool] = lambda: False) -> str:
+def compute(path: Path, status: os.stat_result, stopped: Callable[[], bool] = lambda: False) -> str:
     """Hash the file at `path`, and keep the hash of a large one. status: of the file as it was opened.
 
     stopped: asked now and then, whether to give up. Raises Changed if another file is there or it changes meanwhile,
@@ -69,23 +70,33 @@ def content(path: Path, status: os.stat_result, stopped: Callable[[], bool] = la
 
 
 def _digests(path: Path, size: int, stopped: Callable[[], bool]) -> list[bytes]:
-    """The SHA-256 of each piece. The threads end with the process, unlike those of a pool."""
+    """The SHA-256 of each piece, by this thread and as many others as can be started, up to THREADS.
+
+    They end with the process, unlike those of a pool, and at once if one of them fails.
+    """
     starts = iter(range(0, size, PIECE))  # of all threads
     digests: dict[int, bytes] = {}
     errors: list[BaseException] = []
+
+    def ended() -> bool:
+        return bool(errors) or stopped()
 
     def work() -> None:
         try:
             with open(path, "rb", buffering=0) as file:
                 buffer = memoryview(bytearray(_READ))
                 for start in starts:
-                    digests[start] = _digest(file.fileno(), start, min(start + PIECE, size), buffer, stopped)
+                    digests[start] = _digest(file.fileno(), start, min(start + PIECE, size), buffer, ended)
         except BaseException as e:
             errors.append(e)
 
-    threads = [threading.Thread(target=work, name="content", daemon=True) for _ in range(THREADS)]
-    for thread in threads:
-        thread.start()
+    threads: list[threading.Thread] = []
+    with contextlib.suppress(RuntimeError):  # there are too many threads already
+        while len(threads) < THREADS - 1:
+            thread = threading.Thread(target=work, name="content", daemon=True)
+            thread.start()
+            threads.append(thread)
+    work()
     for thread in threads:
         thread.join()
     if errors:
@@ -98,7 +109,7 @@ def _digest(fd: int, start: int, end: int, buffer: memoryview, stopped: Callable
     digest = hashlib.sha256()
     while start < end:
         if stopped():
-            raise InterruptedError("the store was closed")
+            raise InterruptedError(f"stopped at byte {start}")
         if not (n := os.preadv(fd, [buffer[: end - start]], start)):
             raise Changed(f"it ends at byte {start}, expected {end} or more")
         digest.update(buffer[:n])
