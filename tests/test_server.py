@@ -371,7 +371,7 @@ def test_who_thinks_where_nobody_says(default, thinks):
 
 @pytest.mark.parametrize("profile", ["original", "0731"])
 def test_efforts_of_both_releases(profile):
-    """In all three APIs. The context is small: the first release's highest effort needs 384 K tokens, 0731's does not."""
+    """In all three APIs. The context is small: the first release's highest effort needs 384 K tokens."""
     highest, high = ("", "") if profile == "original" else ("Beyond maximum", "Absolute maximum")
     openings = dict.fromkeys(("medium", "high", "xhigh", None), high) | {"max": highest, "ultra": highest}
     with clients("t</think>Hi", profile=profile) as (_, _, http, engine):
