@@ -1,8 +1,19 @@
 """The prompt format: chat messages become segments of trusted control tokens and plain text.
 
-The layout follows the reference encoder; where that and the published Jinja templates differ, or do something unwise,
-a comment says what is done here. Only text written in this file becomes control tokens. Whatever comes from a client
-(messages, tool schemas, tool names and arguments, results) stays plain text, also where it spells a control token.
+The layout follows the reference encoder, published with the model; where that and the published Jinja templates differ,
+or do something unwise, a comment says what is done here. Only text written in this file becomes control tokens.
+Whatever comes from a client (messages, tool schemas, tool names and arguments, results) stays plain text, also where it
+spells a control token.
+
+DeepSeek's later renderer, the package deepseek-recipe 0.2.0, writes the same text and control tokens, except:
+
+- As the reference encoder does, and that package does not: with thinking off there are no earlier thoughts, even beside
+  tools; the thought of a last turn stays; a call without parameters has a blank line; calls keep their order, whatever
+  their ids; results stay where results are among a user's texts, those of unknown calls as if they were of the first;
+  empty texts are joined by blank lines too; a tool is shown as the client gave it; numbers are written as by Python.
+- As neither does: only the leading system messages come first; thoughts stay beside results of tools that are no longer
+  declared; a continued text without a thought stands after ``</think>`` alone; empty arguments are none; closing tags
+  within results and arguments are escaped.
 """
 
 from __future__ import annotations
