@@ -36,6 +36,8 @@ class Settings:
     ctx: tokens that one sequence can hold, prompt and answer together.
     batch: sequences that a batch job decodes together; each has its own cache of `ctx` tokens.
     max_tokens: the longest answer, unless a request says otherwise.
+    profile: the model's release, which decides how efforts are asked for: ``original``, ``0731``, or ``auto``, the one
+        that the file shows, see `profile.choose`.
     numerics: ``official``, the low-precision round trips that the model was trained with, or ``plain``, none.
     dtype: of the activations, ``float32`` or ``bfloat16``. Weights stay as the file has them.
     kernels: ``pallas``, kernels for NVIDIA GPUs (numerics official, one device), or ``xla``, none; an op apart from the
@@ -50,6 +52,7 @@ class Settings:
     ctx: int = 4096
     batch: int = 1
     max_tokens: int = 1024
+    profile: Literal["auto", "original", "0731"] = "auto"
     numerics: Literal["official", "plain"] = "official"
     dtype: Literal["float32", "bfloat16"] = "float32"
     kernels: str = "xla"

@@ -15,6 +15,7 @@ from ds4jax.engine.sequence import Sequence
 from ds4jax.engine.stream import Stream
 from ds4jax.engine.types import Failed, Finished, Prefilled, Request, Scored, Started, Token
 from ds4jax.io.tokenizer import Special, byte_tokenizer
+from ds4jax.profile import choose
 from ds4jax.server.app import Options, make_app
 from ds4jax.server.connections import Limits, Server
 from ds4jax.tools.serve import bind
@@ -53,9 +54,10 @@ class FakeEngine:
         delay: float = 0.0,
         cached: int = 0,
         real_grammars: bool = False,
+        profile: str = "auto",
     ):
         self.script, self.ctx, self._chunks, self._delay, self._cached = script, ctx, chunks, delay, cached
-        self.tokenizer, self.model_name = TOKENIZER, "fake"
+        self.tokenizer, self.model_name, self.profile = TOKENIZER, "fake", choose(profile, {}, "")
         self.requests: list[Request] = []
         self.running: set[Stream] = set()
         self.closed = self.failed = self.full = False

@@ -8,18 +8,9 @@ from typing import Any
 import deepseek_reference as reference
 import pytest
 
-from ds4jax.chat.template import (
-    THINK_MODES,
-    effort_prefix,
-    effort_profile,
-    normalise_tools,
-    opens_thought,
-    render,
-    render_ids,
-    to_text,
-)
+from ds4jax.chat.template import normalise_tools, opens_thought, render, render_ids, to_text
 from ds4jax.errors import Ds4Error
-from ds4jax.io.tokenizer import Special, Tokenizer, byte_tokenizer
+from ds4jax.io.tokenizer import Special, byte_tokenizer
 
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 P1 = """\
@@ -180,12 +171,7 @@ def test_ids_equal_the_published_tokenizer_on_the_rendered_text(name):
     """Without hostile text, trusted ids and plain text must give what tokenizing the whole string gives."""
     messages, options = BENIGN[name]
     prompt = text(messages, **options)
-    metadata = reference.metadata()
-    if options.get("profile") == "0731":  # render_ids takes the profile from the template
-        metadata = metadata | {"tokenizer.chat_template": f"{{{{- '{P2}' -}}}}"}
-    tokenizer = Tokenizer.from_metadata(metadata) if "profile" in options else reference.real()
-    ids = render_ids(tokenizer, messages, **{k: v for k, v in options.items() if k != "profile"})
-    assert ids == reference.official_ids(prompt)
+    assert render_ids(reference.real(), messages, **options) == reference.official_ids(prompt)
 
 
 # Where text may come from a client: name -> (messages, options) with the text in that place.
@@ -437,46 +423,6 @@ def test_what_cannot_be_continued_is_named(message, think, error):
             function([user("Q"), message], think=think, continues=True)
 
 
-@pytest.mark.parametrize(("profile", "prefixes"), [("original", ["", "", "", P1]), ("0731", ["", "", P1, P2])])
-def test_effort_prefixes(profile, prefixes):
-    assert THINK_MODES == ("off", "on", "high", "max")
-    assert [effort_prefix(think, profile) for think in THINK_MODES] == prefixes
-    assert [effort_prefix(think, profile, ctx=393216) for think in THINK_MODES] == prefixes
-    small = [effort_prefix(think, profile, ctx=393215) for think in THINK_MODES]
-    assert small == (["", "", "", ""] if profile == "original" else prefixes)
-    header = "</think>", "<think>", "<think>", "<think>"
-    for think, prefix, tag in zip(THINK_MODES, prefixes, header, strict=True):
-        prompt = text([system("S"), user("Q")], think=think, profile=profile)
-        assert prompt == f"{BOS}{prefix}S<｜User｜>Q<｜Assistant｜>{tag}"
-
-
-def test_effort_profile_of_templates():
-    # As published: Jinja, the tags put together from a variable.
-    head = "{%- set dsml_token = '｜DSML｜' -%}{{- '<' + dsml_token + 'tool_calls>' -}} {#- final tool calls or #}"
-    assert effort_profile(None) == "original"
-    assert effort_profile(head + "{{- 'Reasoning Effort: Absolute maximum' -}}") == "original"
-    assert effort_profile(head + "{%- set effort_max = 'Reasoning Effort: Beyond maximum — ' -%}") == "0731"
-    for newer in (
-        "{{- '<｜DSML｜ calls>' -}}",
-        "{{- '\\n\\n<' + dsml_token + ' calls>\\n' -}}",
-        "{{- ' (range 1-100, ' -}}",
-    ):
-        with pytest.raises(Ds4Error, match=r"tokenizer.chat_template: found DeepSeek-V4.1's format"):
-            effort_profile(head + newer)
-
-
-def test_render_ids_takes_the_profile_from_the_template():
-    metadata = byte_tokenizer().to_metadata()
-    for template, prefix in ((None, P1), (P2, P2)):
-        extra = {} if template is None else {"tokenizer.chat_template": template}
-        tokenizer = Tokenizer.from_metadata(metadata | extra)
-        prompt = tokenizer.decode(render_ids(tokenizer, [user("Q")], think="max"))
-        assert prompt == f"{BOS}{prefix}<｜User｜>Q<｜Assistant｜><think>"
-    tokenizer = Tokenizer.from_metadata(metadata | {"tokenizer.chat_template": "<｜DSML｜ calls>"})
-    with pytest.raises(Ds4Error, match=r"V4\.1"):
-        render_ids(tokenizer, [user("Q")])
-
-
 BAD_MESSAGES = [
     ([], "messages: found none"),
     ("Q", "messages: found str, expected a list"),
@@ -530,5 +476,5 @@ def test_bad_tools_are_named(tools, error):
 
 
 def test_unknown_think_mode():
-    with pytest.raises(Ds4Error, match="think: found 'medium', expected one of off, on, high, max"):
+    with pytest.raises(Ds4Error, match="think: found 'medium', expected one of off, on, low, high, max"):
         render([user("Q")], think="medium")

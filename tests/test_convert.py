@@ -703,6 +703,23 @@ def test_memory_is_that_of_a_slab(recipe, tmp_path, monkeypatch):
     assert int(run.stdout) < 3 * 2**29
 
 
+def test_a_checkpoint_with_a_drafter_is_marked_as_0731(folders, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(folders("official"), source)
+    config = json.loads((source / "config.json").read_text())
+    convert(source, tmp_path / "first.gguf", RECIPES["q8"])
+    (source / "config.json").write_text(json.dumps(config | {"dspark_block_size": 5}))
+    convert(source, tmp_path / "marked.gguf", RECIPES["q8"])
+    convert(tmp_path / "marked.gguf", tmp_path / "again.gguf", RECIPES["q8"])
+    os.link(tmp_path / "first.gguf", tmp_path / "named-0731.gguf")
+    convert(tmp_path / "named-0731.gguf", tmp_path / "renamed.gguf", RECIPES["q8"])
+    found = {
+        name: open_checkpoint(tmp_path / f"{name}.gguf").file.metadata.get("general.version")
+        for name in ("first", "marked", "again", "renamed")
+    }
+    assert found == {"first": None, "marked": "0731", "again": "0731", "renamed": "0731"}
+
+
 # ---- from GGUF -------------------------------------------------------------------------------------------------------
 def test_a_gguf_file_in_other_types(folders, tmp_path):
     """By way of a file of float32, the bytes are those of the checkpoint."""

@@ -189,6 +189,24 @@ def test_maximal_thinking_is_lost_below_its_context(run):
     assert len(short) < len(long)
 
 
+def test_the_profile_is_that_of_the_file_unless_a_flag_says_otherwise(run, model, tmp_path):
+    newer = tmp_path / "small-0731.gguf"
+    newer.symlink_to(model)  # as in a cache, where the name is a link's
+
+    def begins(*argv, model=model):
+        status, out, err = run("--dump_tokens", "--prompt=Hi", *argv, model=model)
+        assert status == 0 and "acts as on" not in err
+        return TOKENIZER.decode([int(line.split("\t")[0]) for line in out.splitlines()])[21:51]
+
+    assert begins().startswith("<｜User｜>Hi") and begins("--think=high").startswith("<｜User｜>Hi")
+    assert begins(model=newer) == begins("--profile=0731") == "Reasoning Effort: Absolute max"
+    assert begins("--think=max", model=newer) == "Reasoning Effort: Beyond maximu"[:30]
+    assert begins("--think=low", model=newer).startswith("<｜User｜>Hi")
+    assert begins("--profile=original", model=newer) == begins()
+    status, _, err = run("--profile=0801")
+    assert status == 1 and "0801" in err and "original" in err
+
+
 # ---- batch jobs ------------------------------------------------------------------------------------------------------
 def job(run, tmp_path, lines, *argv):
     """Runs a batch job of dicts or raw lines: (status, result objects, stderr)."""

@@ -89,7 +89,8 @@ def test_json_object_with_a_schema():
         (messages, {"messages": [{"role": "user", "content": [{}]}]},
          "messages[0].content[0].type: found nothing, expected a value"),
         (messages, HI | {"output_config": {"effort": 1}},
-         "output_config.effort: found 1, expected 'minimal', 'low', 'medium', 'high', 'xhigh', 'max' or 'none'"),
+         "output_config.effort: found 1, "
+         "expected 'none', 'minimal', 'low', 'medium', 'high', 'xhigh', 'max' or 'ultra'"),
         (chat, {"messages": [PREFIX, *HI["messages"]]},
          "messages[0].prefix: found true, expected it on the last message only, if that is the assistant's"),
         (chat, {"messages": [HI["messages"][0] | {"prefix": True}]},
@@ -147,6 +148,8 @@ def test_a_long_list_of_wrong_values_is_one_error():
         ({"chat_template_kwargs": {"enable_thinking": True}, "enable_thinking": True}, "on"),
         ({"reasoning": {"enabled": False}}, "off"),
         ({"reasoning": {"effort": "max"}}, "max"),
+        ({"reasoning_effort": "minimal"}, "low"),
+        ({"reasoning_effort": "medium"}, "high"),
         ({"reasoning": {"effort": "none"}, "thinking": {"type": "disabled"}}, "off"),
         ({"reasoning_effort": "high", "reasoning": {"effort": "high", "enabled": True}}, "high"),
         ({"thinking": True, "enable_thinking": False},

@@ -369,6 +369,29 @@ def test_who_thinks_where_nobody_says(default, thinks):
         assert rendered.endswith("<think>" if thinks[0] else "</think>")
 
 
+@pytest.mark.parametrize("profile", ["original", "0731"])
+def test_efforts_of_both_releases(profile):
+    """In all three APIs. The context is small: the first release's highest effort needs 384 K tokens."""
+    highest, high = ("", "") if profile == "original" else ("Beyond maximum", "Absolute maximum")
+    openings = dict.fromkeys(("medium", "high", "xhigh", None), high) | {"max": highest, "ultra": highest}
+    with clients("t</think>Hi", profile=profile) as (_, _, http, engine):
+        for effort in ("none", "minimal", "low", "medium", "high", "xhigh", "max", "ultra", None):
+            opening = openings.get(effort, "")
+            instruction = f"Reasoning Effort: {opening}" if opening else "<｜User｜>"
+            for path, body in (
+                ("chat/completions", {"messages": HI, "reasoning_effort": effort}),
+                ("responses", {"input": "Hi", "reasoning": {"effort": effort}}),
+                ("messages", {"messages": HI, "max_tokens": 9, "output_config": {"effort": effort}}),
+            ):
+                assert http.post(f"/v1/{path}", json=body).status_code == 200
+                assert prompt(engine).startswith(f"<｜begin▁of▁sentence｜>{instruction}"), (path, effort)
+                assert prompt(engine).endswith("</think>" if effort == "none" else "<think>")
+        nothing = http.post("/apply-template", json={"messages": HI}).json()
+        switch = http.post("/apply-template", json={"messages": HI, "thinking": {"type": "enabled"}}).json()
+        assert nothing == switch == {"prompt": prompt(engine)}  # a switch is no effort
+        assert http.get("/props").json()["profile"] == profile
+
+
 def test_stop_strings():
     with clients("No stop here</think>One STOP two") as (o, a, _, engine):
         done = o.chat.completions.create(model="m", messages=HI, stop="STOP")

@@ -46,6 +46,9 @@ def test_turns_and_commands(loop, tmp_path, capsys):
     assert prompt(engine).endswith("<｜end▁of▁sentence｜><｜User｜> /not a command<｜Assistant｜></think>")
     session.enter("/think-max")
     assert "acts as /think" in capsys.readouterr().err
+    newer = session_with(FakeEngine(lambda _: "</think>x", profile="0731"), loop.run)
+    newer.enter("/think-max")
+    assert not capsys.readouterr().err
     text = tmp_path / "text.txt"
     text.write_text("From a file")
     session.enter(f"/read {text}")

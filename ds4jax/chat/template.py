@@ -1,8 +1,19 @@
 """The prompt format: chat messages become segments of trusted control tokens and plain text.
 
-The layout follows the reference encoder; where that and the published Jinja templates differ, or do something unwise,
-a comment says what is done here. Only text written in this file becomes control tokens. Whatever comes from a client
-(messages, tool schemas, tool names and arguments, results) stays plain text, also where it spells a control token.
+The layout follows the reference encoder, published with the model; where that and the published Jinja templates differ,
+or do something unwise, a comment says what is done here. Only text written in this file becomes control tokens.
+Whatever comes from a client (messages, tool schemas, tool names and arguments, results) stays plain text, also where it
+spells a control token.
+
+DeepSeek's later renderer, the package deepseek-recipe 0.2.0, writes the same text and control tokens, except:
+
+- As the reference encoder does, and that package does not: with thinking off there are no earlier thoughts, even beside
+  tools; the thought of a last turn stays; a call without parameters has a blank line; calls keep their order, whatever
+  their ids; results stay where results are among a user's texts, those of unknown calls as if they were of the first;
+  empty texts are joined by blank lines too; a tool is shown as the client gave it; numbers are written as by Python.
+- As neither does: only the leading system messages come first; thoughts stay beside results of tools that are no longer
+  declared; a continued text without a thought stands after ``</think>`` alone; empty arguments are none; closing tags
+  within results and arguments are escaped.
 """
 
 from __future__ import annotations
@@ -17,6 +28,7 @@ from typing import Any
 
 from ds4jax.errors import Ds4Error
 from ds4jax.io.tokenizer import Special, Tokenizer
+from ds4jax.profile import effort_prefix
 
 Segment = str | Special | int
 """One piece of a prompt: plain text, a trusted control token, or a token of a turn that is repeated as sampled."""
@@ -73,60 +85,13 @@ Otherwise, output directly after </think> with tool calls or final response.
 _TOOLS_TAIL = "\nYou MUST strictly follow the above defined tool name and parameter schemas to invoke tool calls.\n"
 _RESPONSE_FORMAT = "\n\n## Response Format:\n\nYou MUST strictly adhere to the following schema to reply:\n"
 
-_EFFORT_1 = """\
-Reasoning Effort: Absolute maximum with no shortcuts permitted.
-You MUST be very thorough in your thinking and comprehensively decompose the problem to resolve the root cause, rigorously stress-testing your logic against all potential paths, edge cases, and adversarial scenarios.
-Explicitly write out your entire deliberation process, documenting every intermediate step, considered alternative, and rejected hypothesis to ensure absolutely no assumption is left unchecked.
-
-"""  # noqa: E501
-_EFFORT_2_OPENING = "Reasoning Effort: Beyond maximum"
-_EFFORT_2 = f"""\
-{_EFFORT_2_OPENING} — exhaustive, relentless, and uncompromising.
-You MUST reason with the utmost depth and rigor, leaving absolutely nothing to chance: exhaustively decompose the problem into its most fundamental components, trace every causal chain to its root, and resolve the underlying cause rather than any surface symptom.
-Do not stop reasoning until you have independently verified the solution from multiple angles and are certain that no assumption remains unchecked and no error remains undiscovered.
-
-"""  # noqa: E501
-
-THINK_MODES = ("off", "on", "high", "max")
-"""Off, and three levels of effort; `on` is the reference encoder's default, called low there."""
-
-_EFFORT_PREFIXES = {"original": {"max": _EFFORT_1}, "0731": {"high": _EFFORT_1, "max": _EFFORT_2}}
-MAX_EFFORT_CTX = 393216  # 384 K tokens: the context below which the original model's max is not to be used
-
-
-def effort_profile(template: str | None) -> str:
-    """Which effort prefixes a checkpoint was trained with: ``"0731"`` if its chat template has them, or ``"original"``.
-
-    template: the file's tokenizer.chat_template, or None (the first release shipped none).
-    Raises Ds4Error for the template of V4.1, a different format (`<｜DSML｜ calls>`, effort as a number).
-    """
-    if template is None:
-        return "original"
-    if " calls>" in template or "range 1-100" in template:  # templates assemble the tag: '<' + dsml_token + ' calls>'
-        raise Ds4Error("tokenizer.chat_template: found DeepSeek-V4.1's format, expected DeepSeek-V4's")
-    return "0731" if _EFFORT_2_OPENING in template else "original"
-
-
-def effort_prefix(think: str, profile: str = "original", ctx: int | None = None) -> str:
-    """The instruction that sets the reasoning effort, or "".
-
-    The original model wants `max` only with a context of 384 K tokens or more: with a smaller `ctx` (in tokens) it
-    gets none. 0731 has no such condition.
-    """
-    if think not in THINK_MODES:
-        raise Ds4Error(f"think: found {think!r}, expected one of {', '.join(THINK_MODES)}")
-    if profile == "original" and ctx is not None and ctx < MAX_EFFORT_CTX:
-        return ""
-    return _EFFORT_PREFIXES[profile].get(think, "")
-
 
 def render_ids(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
-    """The ids of a chat prompt: `render` with the effort profile of the tokenizer's chat template, then BPE.
+    """The ids of a chat prompt: `render` with its options, then BPE.
 
-    options: those of `render`, except `profile`.
-    Raises Ds4Error as `render` does, and if the vocabulary lacks a control token or the template is V4.1's.
+    Raises Ds4Error as `render` does, and if the vocabulary lacks a control token.
     """
-    return to_ids(tokenizer, render(messages, profile=effort_profile(tokenizer.chat_template), **options))
+    return to_ids(tokenizer, render(messages, **options))
 
 
 def to_ids(tokenizer: Tokenizer, segments: Sequence[Segment]) -> list[int]:
@@ -155,7 +120,7 @@ def render(
 
     messages: OpenAI-style dicts. Roles: system, developer, user, assistant (with reasoning_content and tool_calls),
         tool (with tool_call_id) and latest_reminder. Content is a string or a list of parts, of which text is used.
-    think: one of `THINK_MODES`.  profile, ctx: see `effort_prefix`.
+    think: one of `ds4jax.profile.THINK_MODES`.  profile, ctx: see `ds4jax.profile.effort_prefix`.
     tools: function tools as the Chat Completions, Responses or Messages API has them; see `normalise_tools`.
     response_format: a JSON value, put into the prompt as the schema that the reply must follow.
     add_generation_header: whether to end with the opening of the assistant's next turn.

@@ -53,7 +53,7 @@ STALLED_COMPILING = 1800.0
 class AsyncEngine:
     """An engine in a thread of its own.
 
-    Attributes: tokenizer, ctx (tokens of prompt and answer together), model_name, kv_store (or None).
+    Attributes: tokenizer, ctx (tokens of prompt and answer together), model_name, profile, kv_store (or None).
     """
 
     @classmethod
@@ -114,6 +114,7 @@ class AsyncEngine:
         from ds4jax.engine.engine import Engine
 
         self.tokenizer, self.model_name, self.ctx = runner.tokenizer, name, runner.settings.ctx
+        self.profile = runner.profile
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._engine: Engine = Engine(
             runner,

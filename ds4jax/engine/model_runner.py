@@ -29,6 +29,7 @@ from ds4jax.io.tokenizer import Tokenizer, byte_tokenizer
 from ds4jax.model import cache as kv
 from ds4jax.model import transformer, weights
 from ds4jax.model.cache import Cache
+from ds4jax.profile import choose
 from ds4jax.settings import Settings
 
 Array = jax.Array
@@ -82,8 +83,8 @@ class ModelRunner:
     `prefill` starts a sequence in a slot and samples its first token; `decode` appends one token to each of some
     sequences and samples the next. Every shape is compiled once, when first used, and can then only run as compiled.
 
-    Attributes: settings, cfg (of the model), checkpoint (the open file), steps, plan (of memory), weights, cache,
-    batch, lengths (tokens in each slot's cache), stats.
+    Attributes: settings, cfg (of the model), checkpoint (the open file), profile (its release), steps, plan (of
+    memory), weights, cache, batch, lengths (tokens in each slot's cache), stats.
     """
 
     @classmethod
@@ -103,8 +104,10 @@ class ModelRunner:
 
         batch: number of slots, by default the settings'. progress: report loading and compilation on stderr. sizes:
         what chunks of prompts will be padded to; prefill for these and decoding are then compiled here, in parallel.
-        Raises Ds4Error for weights, mesh and memory that do not go together.
+        Raises Ds4Error for weights, mesh and memory that do not go together, and for the chat template of V4.1.
         """
+        file = None if isinstance(checkpoint, Synthetic) else checkpoint.file
+        self.profile = choose(settings.profile, file.metadata if file else {}, file.path.name if file else "")
         self.steps = CompiledSteps(checkpoint, settings, batch, progress)
         self.settings, self.checkpoint, self.cfg = settings, checkpoint, checkpoint.cfg
         self.batch, self._compute = self.steps.batch, self.steps.compute

@@ -33,6 +33,7 @@ from ds4jax.errors import Ds4Error, show
 from ds4jax.files import LARGE, read_small
 from ds4jax.io.tokenizer import Tokenizer
 from ds4jax.model.tensors import TensorSpec, mtp_table, tensor_table
+from ds4jax.profile import MARKER
 from pallas_kernels.numerics import e2m1
 
 Array = jax.Array
@@ -345,7 +346,8 @@ def open_source(folder: str | Path, mtp: Mtp = "keep") -> Source:
     finder.check_no_others("" if mtp == "only" else "mtp." if mtp == "skip" else None)
 
     def about() -> dict[str, Any]:
-        return read_tokenizer(folder, cfg.vocab_size).to_metadata()
+        marker = MARKER if any(key.startswith("dspark_") for key in config) else {}  # its drafter came with 0731
+        return read_tokenizer(folder, cfg.vocab_size).to_metadata() | marker
 
     return Source(cfg, table, matrices, plain, identity, about)
 

@@ -19,6 +19,7 @@ from ds4jax.io.gguf import GGUFFile
 from ds4jax.io.hf import Mtp, Source
 from ds4jax.io.tokenizer import Tokenizer
 from ds4jax.model.tensors import mtp_table, tensor_table
+from ds4jax.profile import MARKER, choose
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,5 +90,6 @@ def open_source(path: str | Path, mtp: Mtp = "keep") -> Source:
 def _about(checkpoint: Checkpoint) -> dict[str, Any]:
     """Metadata of the tokenizer, and what the file says of its origin."""
     found = checkpoint.file.metadata
+    marker = MARKER if choose("auto", found, checkpoint.file.path.name).name == "0731" else {}
     kept = ("general.name", "general.description", "general.license", "general.author", "general.url")
-    return {key: found[key] for key in kept if key in found} | Tokenizer.from_metadata(found).to_metadata()
+    return {key: found[key] for key in kept if key in found} | marker | Tokenizer.from_metadata(found).to_metadata()

@@ -71,7 +71,7 @@ class Tokenizer:
     All others are control tokens (or unused): they enter a prompt by id only, and decode to their literal spelling.
 
     Attributes: ``tokens`` (spelling by id), ``bos_id``, ``eos_id``, ``add_bos`` (whether `encode_raw` starts with BOS)
-    and ``chat_template`` (the file's template, or None; `ds4jax.chat.template.effort_profile` reads it).
+    and ``chat_template`` (the file's template, or None; `ds4jax.profile.choose` reads it).
     """
 
     def __init__(

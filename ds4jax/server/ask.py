@@ -22,7 +22,7 @@ class Ask:
     continues: the model goes on with the last message, an assistant's, and the answer is what it adds.
     tools: those the model may call. custom_tools: names of those that take free text; namespaces: (namespace, name) of
         those that have one, by the name that the model sees (Responses).
-    think: one of `ds4jax.chat.template.THINK_MODES`, or "" where the request does not say. budget: the most tokens of
+    think: one of `ds4jax.profile.THINK_MODES`, or "" where the request does not say. budget: the most tokens of
         the thought, or None.
     form: what the reply must be, unless it is calls; calling: which calls it may have. max_tokens: None for all the
         room there is. stop_ids: tokens that end the reply, beside EOS, and are nothing of it.

@@ -369,7 +369,7 @@ def render(engine: AsyncEngine, ask: Ask, replay: Replay) -> list[int]:
     segments = chat.render(
         ask.messages,
         think=ask.think,
-        profile=chat.effort_profile(tokenizer.chat_template),
+        profile=engine.profile.name,
         ctx=engine.ctx,
         tools=ask.tools,
         response_format=ask.form if isinstance(ask.form, dict) and not ask.calling.required else None,

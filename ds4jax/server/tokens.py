@@ -93,6 +93,7 @@ def props(engine: AsyncEngine) -> Json:
         "total_slots": len(engine.slots()),
         "model_alias": engine.model_name,
         "model_path": engine.model_name,
+        "profile": engine.profile.name,
         "modalities": {"vision": False, "audio": False},
         "chat_template": info["chat_template"] or "",
         "bos_token": info["bos_token"],

@@ -30,6 +30,7 @@ from ds4jax.chat.parser import TextDelta, ThinkingDelta
 from ds4jax.errors import Ds4Error
 from ds4jax.files import LARGE, read_small
 from ds4jax.paths import cache_dir
+from ds4jax.profile import MAX_EFFORT_CTX, THINK_MODES, effort_prefix
 from ds4jax.settings import Settings
 from ds4jax.tools import cli
 
@@ -38,8 +39,9 @@ if TYPE_CHECKING:  # JAX takes a second to import
 
 FLAGS = flags.FlagValues()
 cli.define_model(FLAGS)
+cli.define_profile(FLAGS)
 flags.DEFINE_string("system", "", "The system prompt.", flag_values=FLAGS)
-flags.DEFINE_enum("think", "on", chat.THINK_MODES, "Whether the model reasons first.", flag_values=FLAGS)
+flags.DEFINE_enum("think", "on", THINK_MODES, "Whether the model reasons first.", flag_values=FLAGS)
 flags.DEFINE_integer("max_tokens", None, "The longest answer; by default all the room.", 1, flag_values=FLAGS)
 flags.DEFINE_integer("ctx", None, "Tokens of the whole conversation; by default the config's.", flag_values=FLAGS)
 flags.DEFINE_float("temperature", 1.0, "0 takes the likeliest token.", flag_values=FLAGS)
@@ -52,7 +54,7 @@ _DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
 
 def main() -> int:
     """Chat as FLAGS say, until the user leaves; → exit status. Raises Ds4Error."""
-    settings = Settings.load(FLAGS.config, model=FLAGS.model, ctx=FLAGS.ctx)
+    settings = Settings.load(FLAGS.config, model=FLAGS.model, ctx=FLAGS.ctx, profile=FLAGS.profile)
     with asyncio.Runner() as loop, _line_editing():
         session = Session(loop.run, settings, lambda settings: _open(settings))
         try:
@@ -236,9 +238,8 @@ class Session:
             print(f"{'> ' if message['role'] == 'user' else ''}{message.get('content') or ''}")
 
     def _note_lost_effort(self) -> None:
-        profile = chat.effort_profile(self._engine.tokenizer.chat_template)
-        if self.think == "max" and not chat.effort_prefix("max", profile, self._engine.ctx):
-            print(f"note: /think-max acts as /think with a context below {chat.MAX_EFFORT_CTX} tokens", file=sys.stderr)
+        if self.think == "max" and not effort_prefix("max", self._engine.profile.name, self._engine.ctx):
+            print(f"note: /think-max acts as /think with a context below {MAX_EFFORT_CTX} tokens", file=sys.stderr)
 
 
 def _read(path: str) -> str:

@@ -23,6 +23,12 @@ def define_model(flag_values: flags.FlagValues) -> None:
     flags.DEFINE_string("model", None, text, flag_values=flag_values)
 
 
+def define_profile(flag_values: flags.FlagValues) -> None:
+    """Define --profile, for tools that write prompts."""
+    text = "The model's release, which decides how efforts are asked for; by default the config's."
+    flags.DEFINE_enum("profile", None, ["auto", "original", "0731"], text, flag_values=flag_values)
+
+
 def define_synthetic(flag_values: flags.FlagValues) -> None:
     """Define --synthetic, for tools whose model need not be a file."""
     from ds4jax.io.synthetic import SHAPES

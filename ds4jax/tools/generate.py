@@ -24,6 +24,7 @@ from ds4jax.files import LARGE, read_small
 from ds4jax.io.checkpoint import Checkpoint, open_checkpoint
 from ds4jax.io.download import resolve_model
 from ds4jax.io.tokenizer import StreamDecoder, Tokenizer
+from ds4jax.profile import MAX_EFFORT_CTX, THINK_MODES, choose, effort_prefix
 from ds4jax.settings import Settings
 from ds4jax.tools import cli
 
@@ -35,6 +36,7 @@ DEFAULT_PROMPT = "Once upon a time"
 
 FLAGS = flags.FlagValues()
 cli.define_model(FLAGS)
+cli.define_profile(FLAGS)
 flags.DEFINE_string("prompt", None, f"The user's message. Without any prompt: {DEFAULT_PROMPT!r}.", flag_values=FLAGS)
 flags.DEFINE_string("prompt_file", None, "A UTF-8 file with the user's message.", flag_values=FLAGS)
 flags.DEFINE_string(
@@ -46,7 +48,7 @@ flags.DEFINE_string(
 )
 flags.DEFINE_string("out", None, "Where a batch job's results go, as JSON lines; by default stdout.", flag_values=FLAGS)
 flags.DEFINE_string("system", "", "The system prompt.", flag_values=FLAGS)
-flags.DEFINE_enum("think", "on", ["on", "off", "max"], "Whether the model reasons first.", flag_values=FLAGS)
+flags.DEFINE_enum("think", "on", THINK_MODES, "Whether the model reasons first.", flag_values=FLAGS)
 flags.DEFINE_bool("raw", False, "Continue the prompt as it is, without the chat template.", flag_values=FLAGS)
 flags.DEFINE_integer("max_tokens", None, "The longest answer; by default the config's.", flag_values=FLAGS)
 flags.DEFINE_integer("ctx", None, "Tokens of prompt and answer together; by default the config's.", flag_values=FLAGS)
@@ -67,15 +69,18 @@ flags.DEFINE_integer("logprobs_top_k", 20, "Alternatives per step in --dump_logp
 def main() -> int:
     """Run the tool as FLAGS say; → exit status. Raises Ds4Error."""
     source, several = _prompt_source()
-    overrides = {key: FLAGS[key].value for key in ("model", "ctx", "max_tokens", "numerics", "kernels")}
+    overrides = {key: FLAGS[key].value for key in ("model", "ctx", "max_tokens", "profile", "numerics", "kernels")}
     settings = Settings.load(FLAGS.config, **overrides)
     settings.set_environment()
     checkpoint = open_checkpoint(resolve_model(settings))
+    file = checkpoint.file
     try:
-        tokenizer = Tokenizer.from_metadata(checkpoint.file.metadata)
+        tokenizer = Tokenizer.from_metadata(file.metadata)
+        profile = choose(settings.profile, file.metadata, file.path.name).name
     except Ds4Error as error:
-        raise Ds4Error(f"{checkpoint.file.path}: {error}") from None
-    _note_lost_effort(tokenizer, settings)
+        raise Ds4Error(f"{file.path}: {error}") from None
+    settings = dataclasses.replace(settings, profile=profile)
+    _note_lost_effort(settings)
     if several:
         return _batch_job(source, checkpoint, tokenizer, settings)
     tokens = _encode(source, tokenizer, settings)
@@ -304,7 +309,8 @@ def _encode(values: dict[str, Any], tokenizer: Tokenizer, settings: Settings) ->
         return tokenizer.encode_raw(values["prompt"])
     messages = [{"role": "system", "content": system}] if system else []
     messages += values.get("messages", [{"role": "user", "content": values.get("prompt")}])
-    return chat.render_ids(tokenizer, messages, think=values.get("think", FLAGS.think), ctx=settings.ctx)
+    think = values.get("think", FLAGS.think)
+    return chat.render_ids(tokenizer, messages, think=think, profile=settings.profile, ctx=settings.ctx)
 
 
 def _request(
@@ -348,12 +354,10 @@ def _engine(checkpoint: Checkpoint, settings: Settings, batch: int, requests: It
         print(f"compilation: {stats.compile_seconds:.1f} s; {peak}", file=sys.stderr)
 
 
-def _note_lost_effort(tokenizer: Tokenizer, settings: Settings) -> None:
-    if FLAGS.think == "max" and not FLAGS.raw:
-        profile = chat.effort_profile(tokenizer.chat_template)
-        if not chat.effort_prefix("max", profile, settings.ctx):
-            print(
-                f"note: --think=max acts as on: this model's instruction for it needs a ctx of "
-                f"{chat.MAX_EFFORT_CTX}, found {settings.ctx}",
-                file=sys.stderr,
-            )
+def _note_lost_effort(settings: Settings) -> None:
+    if FLAGS.think == "max" and not FLAGS.raw and not effort_prefix("max", settings.profile, settings.ctx):
+        print(
+            f"note: --think=max acts as on: this model's instruction for it needs a ctx of {MAX_EFFORT_CTX}, found "
+            f"{settings.ctx}",
+            file=sys.stderr,
+        )

@@ -12,6 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from ds4jax.chat.calls import Calling
 from ds4jax.engine.form import Form, Pattern, quoted
 from ds4jax.engine.types import Sampling
+from ds4jax.profile import EFFORTS
 from ds4jax.server.ask import Json
 from ds4jax.server.errors import ApiError
 
@@ -36,7 +37,7 @@ type BudgetTokens = Annotated[Annotated[int, Field(ge=0)] | None, BeforeValidato
 type Answers = Annotated[int, Field(ge=1, le=MAX_ANSWERS)]
 type TopLogprobs = Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)]
 type TokenId = Annotated[int, Field(ge=0)]
-type Effort = Literal["minimal", "low", "medium", "high", "xhigh", "max", "none"]
+type Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max", "ultra"]  # the keys of `EFFORTS`
 type Unsupported = None
 
 
@@ -236,7 +237,7 @@ def think(switch: bool | None, effort: Effort | None) -> str:
         return "off"
     if effort is None:
         return "" if switch is None else "on"
-    return {"high": "high", "xhigh": "high", "max": "max", "none": "off"}.get(effort, "on")
+    return EFFORTS[effort]
 
 
 class Named(Schema):
