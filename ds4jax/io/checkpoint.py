@@ -106,7 +106,7 @@ def _opened(path: str | os.PathLike) -> Iterator[GGUFFile]:
         yield file
     except GGUFError as error:
         file.close()
-        named = str(error).startswith((str(path), str(file.path)))
+        named = str(error).startswith((f"{path}: ", f"{file.path}: "))
         raise error if named else GGUFError(f"{file.path}: {error}") from None
 
 
