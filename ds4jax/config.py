@@ -296,7 +296,8 @@ class ModelConfig:
         required = {key for key, *_ in (*_INTS.values(), *_FLOATS.values())} | _ALSO_REQUIRED
         lacking = sorted(required - keys.values.keys() - ({"vocab_size"} if n_tokens is not None else set()))
         if len(lacking) > 1:
-            raise keys.failure(f"found no keys {', '.join(repr(keys.spelling(key)) for key in lacking)}, expected all")
+            each = "; ".join(f"key '{keys.spelling(key)}': found nothing" for key in lacking)
+            raise keys.failure(f"{each}, expected values for all of them")
         ints = {
             field: keys.integer(key, low, high, n_tokens if field == "vocab_size" else None)
             for field, (key, low, high) in _INTS.items()

@@ -55,10 +55,10 @@ def plain(tmp_path_factory):
     return path
 
 
-def rewrite(source, path, *, without=(), changes=None, name=lambda name: name, per_part=0):
+def rewrite(source, path, *, without=(), changes=None, name=lambda name: name, more=None, per_part=0):
     """The file once more, by the `gguf` package: without some keys, with others changed, tensors renamed, or in parts.
 
-    name: gives None for a tensor that is left out. Returns the path of the (first) file.
+    name: gives None for a tensor that is left out. more: further tensors. Returns the path of the (first) file.
     """
     reader = GGUFReader(source)
     fields = {k: f for k, f in reader.fields.items() if not k.startswith("GGUF.") and k not in without}
@@ -78,6 +78,8 @@ def rewrite(source, path, *, without=(), changes=None, name=lambda name: name, p
     for t in reader.tensors:
         if new := name(t.name):
             writer.add_tensor(new, t.data, raw_dtype=t.tensor_type)
+    for new, array in (more or {}).items():
+        writer.add_tensor(new, array)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -135,7 +137,7 @@ def test_each_key_that_the_tensors_imply(plain, key):
 
 def test_what_the_tensors_do_not_tell_is_named(plain, tmp_path):
     path = rewrite(plain, tmp_path / "m.gguf", without=NOT_IMPLIED | IMPLIED)
-    with fails(f"{path}: found no keys {', '.join(map(repr, sorted(NOT_IMPLIED)))}, expected all"):
+    with fails(f"{path}: {'; '.join(f"key '{key}': found nothing" for key in sorted(NOT_IMPLIED))}, expected values"):
         open_checkpoint(path)
     for key in NOT_IMPLIED:
         with fails(f"{path}: key '{key}': found nothing, expected "):
@@ -263,6 +265,22 @@ def test_no_mtp_head_beside_0731(plain, tmp_path, sign):
 
 
 # ---- Vision-Exp's text weights ---------------------------------------------------------------------------------------
+def test_what_only_images_need_is_left_out(plain, tmp_path):
+    """The published file of the text weights has a second routing bias for image tokens, and no vocab_size."""
+    cfg = config(plain)
+    biases = {f"blk.{i}.exp_probs_b_vl.bias": np.ones(cfg.n_experts, np.float32) for i in range(cfg.n_layers)}
+    changes = {f"{PREFIX}attention.layer_norm_rms_epsilon": 1e-20}
+    path = rewrite(plain, tmp_path / "m.gguf", without={f"{PREFIX}vocab_size"}, changes=changes, more=biases)
+    assert config(path) == dataclasses.replace(cfg, norm_eps=float(np.float32(1e-20)))
+    assert right(rewrite(plain, path, more=biases))
+    for wrong in (
+        {"blk.0.exp_probs_b_vl.bias": np.ones(3, np.float32)},
+        {"v.blk.0.norm.weight": np.ones(3, np.float32)},
+    ):
+        with fails(f"{path}: 1 tensors that belong to no known part of the model: '{next(iter(wrong))}'"):
+            open_checkpoint(rewrite(plain, path, more=wrong))
+
+
 def denominators(jaxpr, found):
     """What is added below every reciprocal square root of a jaxpr and those inside it, its kernels' too."""
     made = {out: eqn for eqn in jaxpr.eqns for out in eqn.outvars}

@@ -122,6 +122,7 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
             which = "mtp.*" if all(in_mtp) else "blk.*.nextn.*"
             raise GGUFError(f"{path}: found only an MTP head ({which}), expected the main model that it must accompany")
         cfg = ModelConfig.from_metadata(dialect.complete(file.metadata, file.tensors), file.tensors)
+        file.tensors = dialect.without_images(file.tensors, cfg)
         layout = mtp_layout(cfg, file.tensors)
         table = tensor_table(cfg) + (mtp_table(cfg, layout) if layout else [])
         checkpoint = _checkpoint(file, cfg, table, layout)

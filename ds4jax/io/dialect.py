@@ -42,7 +42,7 @@ def full_names(tensors: Tensors) -> dict[str, TensorInfo]:
     out: dict[str, TensorInfo] = {}
     for name, tensor in tensors.items():
         if not name.endswith((".weight", ".bias")):
-            name += ".bias" if name.endswith("exp_probs_b") else ".weight"
+            name += ".bias" if name.endswith(("exp_probs_b", "exp_probs_b_vl")) else ".weight"
         if name in out:
             raise GGUFError(f"tensor {show(tensor.name)}: found beside {show(out[name].name)}, expected one of them")
         out[name] = tensor
@@ -90,6 +90,15 @@ def complete(metadata: Mapping[str, Any], tensors: Tensors) -> dict[str, Any]:
         "expert_shared_count": quotient(size(".ffn_gate_shexp.weight", 0), value("expert_feed_forward_length")),
     }
     return {PREFIX + key: found for key, found in implied.items() if found is not None} | dict(metadata)
+
+
+def without_images(tensors: Tensors, cfg: ModelConfig) -> dict[str, TensorInfo]:
+    """Tensors less those that only images need: the routers' bias for image tokens, in DeepSeek-V4-Flash-Vision-Exp.
+
+    Its vision encoder is in a file of its own.
+    """
+    biases = {f"blk.{i}.exp_probs_b_vl.bias" for i in range(cfg.n_layers + cfg.n_mtp)}
+    return {name: t for name, t in tensors.items() if name not in biases or t.shape != (cfg.n_experts,)}
 
 
 def sidecar(tensors: Tensors, cfg: ModelConfig) -> dict[str, TensorInfo]:
