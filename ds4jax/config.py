@@ -15,6 +15,21 @@ ARCHITECTURE = "deepseek4"
 PREFIX = "deepseek4."
 SQRT_SOFTPLUS = 4  # the value of expert_gating_func, llama.cpp's numbering
 
+# general.architecture, or config.json's model_type, of what is often taken for a model of this architecture → its name.
+OTHERS = {
+    "deepseek41": "DeepSeek-V4.1, another architecture",
+    "deepseek_v41": "DeepSeek-V4.1, another architecture",
+    "deepseek4-dspark": "a DSpark drafter",
+    "dflash": "a drafter",
+    "clip": "a vision encoder; images are not supported",
+}
+
+
+def other(architecture: Any) -> str:
+    """What a wrong architecture stands for, as the end of an error message; empty if that is not known."""
+    return f"; it is {OTHERS[architecture]}" if isinstance(architecture, str) and architecture in OTHERS else ""
+
+
 # Field → (GGUF key, smallest, largest value). The upper bounds are far from any real model; they keep a damaged file
 # from asking for absurd work before its tensors are looked at.
 _INTS = {
@@ -51,6 +66,14 @@ _FLOATS = {
     "route_scale": ("expert_weights_scale", 0.0),
     "hc_eps": ("hyper_connection.epsilon", 0.0),
     "norm_eps": ("attention.layer_norm_rms_epsilon", 0.0),
+}
+
+_ALSO_REQUIRED = {
+    "attention.head_count_kv",
+    "attention.value_length",
+    "attention.compress_ratios",
+    "expert_weights_norm",
+    "swiglu_clamp_exp",
 }
 
 # Keys that select variants of the architecture, where a file has them → the variant that the forward pass implements,
@@ -152,20 +175,20 @@ class _Keys:
             raise self.error(key, f"a finite number above {above:g}")
         return float(value)
 
-    def per_layer(self, key: str, types: tuple[type, ...], lengths: tuple[int, int]) -> list:
-        """An array of one value per layer. The values of MTP layers, which may follow, are cut."""
+    def per_layer(self, key: str, types: tuple[type, ...], n_layers: int) -> list:
+        """An array of one value per layer. What follows, for an MTP head or the stages of a drafter, is cut."""
         value = self.get(key)
         values = value.tolist() if isinstance(value, np.ndarray) else value
         if not isinstance(values, list | tuple) or not all(type(v) in types for v in values):
             raise self.error(key, f"an array of {' or '.join(t.__name__ for t in types)}")
-        if len(values) not in lengths:
-            raise self.error(key, f"{lengths[0]}, one per layer", f"{len(values)} values")
-        return list(values[: lengths[0]])
+        if len(values) < n_layers:
+            raise self.error(key, f"{n_layers}, one per layer", f"{len(values)} values")
+        return list(values[:n_layers])
 
-    def clamps(self, key: str, lengths: tuple[int, int]) -> tuple[float, ...]:
+    def clamps(self, key: str, n_layers: int) -> tuple[float, ...]:
         value = self.get(key)  # one for all layers, or an array
         is_scalar = type(value) in (int, float)
-        values = [value] * lengths[0] if is_scalar else self.per_layer(key, (int, float), lengths)
+        values = [value] * n_layers if is_scalar else self.per_layer(key, (int, float), n_layers)
         if not all(0 < v < math.inf for v in values):
             raise self.error(key, "finite numbers above 0")
         return tuple(map(float, values))
@@ -227,9 +250,9 @@ class ModelConfig:
         tensors: the file's tensor names. They tell whether an MTP head is present, and whether ``block_count`` counts
             it (llama.cpp's layout): ``nextn_predict_layers`` alone does not, files without the head carry it too.
         """
-        architecture = metadata.get("general.architecture")
-        if type(architecture) is not str or architecture != ARCHITECTURE:
-            raise GGUFError(f"key 'general.architecture': found {show(architecture)}, expected {ARCHITECTURE!r}")
+        found = metadata.get("general.architecture")
+        if type(found) is not str or found != ARCHITECTURE:
+            raise GGUFError(f"key 'general.architecture': found {show(found)}, expected {ARCHITECTURE!r}{other(found)}")
         values = {key.removeprefix(PREFIX): value for key, value in metadata.items() if key.startswith(PREFIX)}
         keys = _Keys(values, lambda key: PREFIX + key, GGUFError)
         # The tokens imply the vocabulary's size. Nothing else may be missing.
@@ -246,7 +269,7 @@ class ModelConfig:
         for key, expected in _HF_VARIANTS.items():
             found = _lookup(config, key)
             if found != expected and not (found is None and key != "model_type"):
-                raise Ds4Error(f"key '{key}': found {show(found)}, expected {expected!r}")
+                raise Ds4Error(f"key '{key}': found {show(found)}, expected {expected!r}{other(found)}")
         names = {
             key: next((p for p in paths if _lookup(config, p) is not None), paths[-1])
             for key, paths in _HF_KEYS.items()
@@ -270,6 +293,11 @@ class ModelConfig:
 
     @classmethod
     def _from_keys(cls, keys: _Keys, n_tokens: int | None, tensors: Collection[str]) -> Self:
+        required = {key for key, *_ in (*_INTS.values(), *_FLOATS.values())} | _ALSO_REQUIRED
+        lacking = sorted(required - keys.values.keys() - ({"vocab_size"} if n_tokens is not None else set()))
+        if len(lacking) > 1:
+            each = "; ".join(f"key '{keys.spelling(key)}': found nothing" for key in lacking)
+            raise keys.failure(f"{each}, expected values for all of them")
         ints = {
             field: keys.integer(key, low, high, n_tokens if field == "vocab_size" else None)
             for field, (key, low, high) in _INTS.items()
@@ -292,12 +320,12 @@ class ModelConfig:
                 raise keys.error("nextn_predict_layers", "one MTP head in the file, after the main layers")
             ints["n_layers"] -= 1
             n_mtp = 1
-        lengths = (ints["n_layers"], ints["n_layers"] + max(1, nextn))
-        ratios = keys.per_layer("attention.compress_ratios", (int,), lengths)
+        n_layers = ints["n_layers"]
+        ratios = keys.per_layer("attention.compress_ratios", (int,), n_layers)
         if not set(ratios) <= {0, CSA_RATIO, HCA_RATIO}:
             raise keys.error("attention.compress_ratios", f"values of 0, {CSA_RATIO} and {HCA_RATIO}")
-        clamps = keys.clamps("swiglu_clamp_exp", lengths)
-        if "swiglu_clamp_shexp" in keys.values and keys.clamps("swiglu_clamp_shexp", lengths) != clamps:
+        clamps = keys.clamps("swiglu_clamp_exp", n_layers)
+        if "swiglu_clamp_shexp" in keys.values and keys.clamps("swiglu_clamp_shexp", n_layers) != clamps:
             raise keys.error("swiglu_clamp_shexp", "the values of swiglu_clamp_exp")
 
         arrays = {"compress_ratios": tuple(ratios), "swiglu_clamp": clamps}
@@ -317,6 +345,22 @@ class ModelConfig:
             if not ok:
                 raise keys.error(key, expected)
         return cfg
+
+    def contradiction(self, metadata: Mapping[str, Any]) -> str | None:
+        """What a file with this model's MTP head says of another model, as key, what was found and what was expected.
+
+        It need not have any of the keys. ``block_count`` is not compared: it counts the head or it does not.
+        """
+
+        def stored(value: Any) -> Any:
+            return np.float32(value) if type(value) is float else value
+
+        own = {key: getattr(self, field) for field, (key, *_) in (_INTS | _FLOATS).items() if field != "n_layers"}
+        for key, expected in (own | {"expert_weights_norm": self.route_norm}).items():
+            found = metadata.get(PREFIX + key, expected)
+            if type(found) not in (bool, int, float) or stored(found) != stored(expected):
+                return f"key '{PREFIX}{key}': found {show(found)}, expected {show(expected)}, the main model's"
+        return None
 
     def to_metadata(self) -> dict[str, Any]:
         """The GGUF keys `from_metadata` reads back, as values for `gguf.write_gguf`.

@@ -491,6 +491,18 @@ def test_bad_checkpoints(change, message, tmp_path):
     assert not (tmp_path / "m.gguf").exists()
 
 
+def test_what_only_images_need_is_left_out(tmp_path):
+    """Vision-Exp's checkpoint: its text weights, with their epsilon, are taken."""
+    files = hf_checkpoint.Files(dict(FILES.stored), copy.deepcopy(FILES.json), 2)
+    names = ("vision.norm.weight", "aligner.w1.bias", "image_start", "image_pad", "layers.1.ffn.gate.bias_vl")
+    files.stored.update({name: f32(3) for name in names})
+    files.json["config.json"].update(rms_norm_eps=1e-20, vision_n_layers=32)
+    files.write(tmp_path / "source")
+    convert(tmp_path / "source", tmp_path / "m.gguf", RECIPES["f16"])
+    assert open_checkpoint(tmp_path / "m.gguf").cfg.norm_eps == float(np.float32(1e-20))
+    assert not any("vl" in name or "image" in name for name in open_checkpoint(tmp_path / "m.gguf").types)
+
+
 INDEX, SHARD = "model.safetensors.index.json", "model-00002-of-00003.safetensors"
 
 

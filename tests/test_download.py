@@ -21,6 +21,7 @@ from ds4jax.io import download
 from ds4jax.settings import Settings
 
 MODEL = "hf:owner/repo/model.gguf"
+PARTS = [f"q2/m-0000{i}-of-00003.gguf" for i in (1, 2, 3)]  # the server has the same content for each
 CONTENT = random.Random(0).randbytes(25 * 10**6)  # huggingface_hub writes in pieces of 10 MiB
 STATED = hashlib.sha256(CONTENT).hexdigest()
 
@@ -58,6 +59,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """404 and 401 as the Hub has them."""
         code = {
             "/owner/repo/resolve/main/model.gguf": None,
+            **{f"/owner/repo/resolve/main/{part}": None for part in PARTS},
             "/owner/repo/resolve/main/other.gguf": "EntryNotFound",
             "/owner/gated/resolve/main/model.gguf": "GatedRepo",
         }.get(self.path, "RepoNotFound")
@@ -246,6 +248,20 @@ def test_models_that_need_no_download(fetch, environment, tmp_path):
     assert status == 0 and printed(out).stat().st_size
     status, _, err = fetch("--model=none.gguf")
     assert status == 1 and err.startswith("error: model none.gguf: no such file; python -m ds4jax.download --config")
+
+
+def test_all_parts_of_a_split_file_are_fetched(fetch, hub, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hf" / "hub"))
+    model = f"hf:owner/repo/{PARTS[1]}"
+    status, out, _ = fetch(f"--model={model}")
+    assert status == 0 and printed(out).name == "m-00002-of-00003.gguf"
+    paths = sorted(printed(out).parent.iterdir())
+    assert [path.name for path in paths] == [Path(name).name for name in PARTS]
+    assert all(path.read_bytes() == CONTENT for path in paths)
+    assert download.resolve_model(Settings(model)) == printed(out)
+    paths[2].unlink()
+    with pytest.raises(Ds4Error, match=f"model {model}: not on this machine; get it with"):
+        download.resolve_model(Settings(model))
 
 
 def test_resolving_a_model_never_downloads(monkeypatch, tmp_path):

@@ -11,8 +11,8 @@ from gguf.constants import GGMLQuantizationType as Type
 
 from ds4jax import sharding
 from ds4jax.errors import GGUFError
+from ds4jax.io import checkpoint, synthetic
 from ds4jax.io import load as loader
-from ds4jax.io import synthetic
 from ds4jax.io.gguf import TensorData, write_gguf
 from ds4jax.io.synthetic import random_data
 from ds4jax.model import cache as kv
@@ -69,6 +69,19 @@ def nextn(tensors, with_own_head=True):
     return {spec.name: head[spec.family] for spec in table if with_own_head or not spec.optional}
 
 
+def sidecar(tensors, own_names):
+    """llama.cpp's file of the head alone: the block, what it shares with the main model, and its own norm and
+    hyper-connection under the main model's names (unless `own_names`)."""
+    main, head = tensors
+    out = nextn(head) | {name: main[name] for name in ("token_embd.weight", "output.weight")}
+    block = f"blk.{CFG.n_layers}.nextn"
+    names = {f"{block}.hc_head_{leaf}.weight": f"output_hc_{leaf}.weight" for leaf in ("fn", "base", "scale")}
+    names |= {f"{block}.shared_head_norm.weight": "output_norm.weight"}
+    if own_names:  # then those of the main model may be there, too, and mean nothing
+        return out | {name: main[name] for name in names.values()}
+    return {names.get(name, name): tensor for name, tensor in out.items()}
+
+
 def nextn_metadata():
     cfg = dataclasses.replace(CFG, n_layers=CFG.n_layers + 1, n_mtp=0)
     return cfg.to_metadata() | {
@@ -82,20 +95,65 @@ def assert_equal(found, expected):
         np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(path))
 
 
-@pytest.mark.parametrize("layout", ["nextn", "separate"])
+@pytest.mark.parametrize("layout", ["nextn", "separate", "sidecar", "sidecar, own names"])
 def test_layouts_load_to_the_same_weights(tmp_path, tensors, in_file, layout):
     main, head = tensors
-    expected, checkpoint = loader.load(in_file)
-    assert checkpoint.cfg == CFG and checkpoint.mtp == "mtp"
+    expected, opened = loader.load(in_file)
+    assert opened.cfg == CFG and opened.mtp == "mtp"
     if layout == "nextn":
-        found, checkpoint = loader.load(write(tmp_path / "m.gguf", nextn_metadata(), main | nextn(head)))
+        found, opened = loader.load(write(tmp_path / "m.gguf", nextn_metadata(), main | nextn(head)))
     else:
-        path = write(tmp_path / "mtp.gguf", {"general.architecture": "deepseek4_mtp_support"}, head)
-        found, checkpoint = loader.load(write(tmp_path / "m.gguf", MAIN.to_metadata(), main), mtp_path=path)
+        if layout == "separate":
+            path = write(tmp_path / "mtp.gguf", {"general.architecture": "deepseek4_mtp_support"}, head)
+        else:
+            path = write(tmp_path / "mtp.gguf", nextn_metadata(), sidecar(tensors, layout == "sidecar, own names"))
+        found, opened = loader.load(write(tmp_path / "m.gguf", MAIN.to_metadata(), main), mtp_path=path)
         with pytest.raises(GGUFError, match="second MTP head"):
             loader.load(in_file, mtp_path=path)
-    assert checkpoint.cfg == CFG and checkpoint.mtp == ("nextn" if layout == "nextn" else "mtp")
+    assert opened.cfg == CFG and opened.mtp == ("mtp" if layout == "separate" else "nextn")
     assert_equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"deepseek4.expert_used_count": 3},
+            "key 'deepseek4.expert_used_count': found 3, expected 4, the main model's",
+        ),
+        (
+            {"deepseek4.attention.layer_norm_rms_epsilon": 0.5},
+            r"key 'deepseek4.attention.layer_norm_rms_epsilon': found 0.5, expected 7.6\d*e-06, the main model's",
+        ),
+        ({"deepseek4.rope.freq_base": "x"}, "key 'deepseek4.rope.freq_base': found 'x', expected 5000.0"),
+        ({"token_embd.weight": None}, None),
+        ({"token_embd.weight": "output_hc_fn.weight"}, r"tensor 'token_embd.weight': found shape \(2, 256\), expected"),
+        ({"blk.2.nextn.eh_proj.weight": "blk.3"}, "tensor 'blk.3.nextn.eh_proj.weight': found the MTP head of another"),
+        ({"output_norm.weight": "mtp.0.main_proj"}, "tensor 'mtp.0.main_proj.weight': found a DSpark drafter"),
+        ({"blk.2.nextn.enorm.weight": None}, r"tensor 'blk.2.nextn.enorm.weight': not found, expected shape"),
+        ({"output_norm.weight": "blk.2.x"}, "1 tensors that belong to no known part of the model: 'blk.2.x"),
+    ],
+)
+def test_a_sidecar_of_another_model_is_refused(tmp_path, tensors, change, message):
+    """The keys and tensors that a sidecar has fit the main model's, or are named."""
+    metadata, held = nextn_metadata(), sidecar(tensors, False)
+    ((what, value),) = change.items()
+    if what in metadata:
+        metadata |= change
+    elif value is None:
+        del held[what]
+    elif value in held:
+        held[what] = held[value]
+    else:
+        held[what.replace("blk.2", value) if value == "blk.3" else f"{value}.weight"] = held.pop(what)
+    path = write(tmp_path / "mtp.gguf", metadata, held)
+    with pytest.raises(GGUFError, match="found only an MTP head"):
+        checkpoint.open_checkpoint(path)
+    if message is None:
+        assert checkpoint.open_mtp(path, MAIN).cfg == CFG
+    else:
+        with pytest.raises(GGUFError, match=rf"^{path}: [^\n]*{message}"):
+            checkpoint.open_mtp(path, MAIN)
 
 
 def test_a_head_without_its_own_norm_takes_the_main_models(tmp_path, tensors):
@@ -119,9 +177,9 @@ def test_blocks_that_straddle_the_halves_are_refused(tmp_path, tensors):
 
 def test_memory_and_shards_count_the_head(in_file):
     mesh = sharding.make_mesh(1, 2)
-    found, checkpoint = loader.load(in_file, mesh)
-    tree = weights.abstract(CFG, checkpoint.types)
-    assert weights.nbytes(tree) == sum(t.nbytes for t in checkpoint.file.tensors.values())
+    found, opened = loader.load(in_file, mesh)
+    tree = weights.abstract(CFG, opened.types)
+    assert weights.nbytes(tree) == sum(t.nbytes for t in opened.file.tensors.values())
     assert jax.tree.map(lambda v: v.sharding, found) == weights.shardings(tree, mesh)
     rings = [kv.abstract(c, "plain", "float32", 1, 256).window["x"].shape[0] for c in (CFG, MAIN)]
     assert rings == [MAIN.n_layers + 1, MAIN.n_layers]

@@ -95,4 +95,4 @@ def _files(runner: ModelRunner) -> list[GGUFFile]:
     source = runner.checkpoint
     if isinstance(source, Synthetic):
         return []
-    return [file for file in (source.file, source.mtp_file) if file]
+    return [part for file in (source.file, source.mtp_file) if file for part in file.parts]

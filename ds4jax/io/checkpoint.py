@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from gguf.constants import GGMLQuantizationType
 
-from ds4jax.config import ARCHITECTURE, ModelConfig
+from ds4jax.config import ARCHITECTURE, ModelConfig, other
 from ds4jax.errors import GGUFError, show
+from ds4jax.io import dialect, split
 from ds4jax.io.gguf import TYPES, GGUFFile
 from ds4jax.model.tensors import Kind, MtpLayout, TensorSpec, mtp_layout, mtp_table, tensor_table
 
@@ -44,10 +46,14 @@ class Checkpoint:
     def with_mtp(self, path: str | os.PathLike) -> Checkpoint:
         """This main model with the MTP head in a file of its own.
 
-        Raises GGUFError as `open_mtp` does, or for a second head.
+        Raises GGUFError as `open_mtp` does, for a second head, or if the main model came without one.
         """
         if self.mtp:
             raise GGUFError(f"{path}: found a second MTP head, expected none: {self.file.path} has one")
+        if why := dialect.release_0731(self.file.metadata, self.cfg):
+            raise GGUFError(
+                f"{path}: found an MTP head, expected none: {self.file.path} is DeepSeek-V4-Flash-0731, as {why}"
+            )
         head = open_mtp(path, self.cfg)
         return Checkpoint(self.file, head.cfg, self.types | head.types, head.mtp, head.file)
 
@@ -67,7 +73,7 @@ def check_tensors(file: GGUFFile, table: Sequence[TensorSpec]) -> None:
                 f"{file.path}: tensor '{spec.name}': found type {found.type.name}, "
                 f"expected one of {', '.join(t.name for t in allowed)}"
             )
-    unknown = [show(name) for name in file.tensors.keys() - {spec.name for spec in table}]
+    unknown = [show(file.tensors[name].name) for name in file.tensors.keys() - {spec.name for spec in table}]
     if unknown:
         some = ", ".join(sorted(unknown)[:3]) + (", ..." if len(unknown) > 3 else "")
         raise GGUFError(f"{file.path}: {len(unknown)} tensors that belong to no known part of the model: {some}")
@@ -91,50 +97,63 @@ def _checkpoint(file: GGUFFile, cfg: ModelConfig, table: Sequence[TensorSpec], m
     return Checkpoint(file, cfg, {name: t.type for name, t in file.tensors.items()}, mtp)
 
 
-def _config(file: GGUFFile) -> ModelConfig:
+@contextlib.contextmanager
+def _opened(path: str | os.PathLike) -> Iterator[GGUFFile]:
+    """An open file with its tensors' full names. An error in the block closes it, and names it."""
+    file = split.open_file(path)
     try:
-        return ModelConfig.from_metadata(file.metadata, file.tensors)
+        file.tensors = dialect.full_names(file.tensors)
+        yield file
     except GGUFError as error:
-        raise GGUFError(f"{file.path}: {error}") from None
+        file.close()
+        named = str(error).startswith((f"{path}: ", f"{file.path}: "))
+        raise error if named else GGUFError(f"{file.path}: {error}") from None
 
 
 def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
     """Opens a main model, with or without an MTP head in the same file, and checks all but the weights' values.
 
-    Raises GGUFError naming the key or tensor, what was found and what was expected.
+    path: of the file, or of any part of a split one. Raises GGUFError naming the key or tensor, what was found and what
+    was expected.
     """
-    file = GGUFFile.open(path)
-    try:
+    with _opened(path) as file:
         in_mtp = [name.startswith("mtp.") for name in file.tensors]
-        if in_mtp and all(in_mtp):
-            raise GGUFError(f"{path}: found only an MTP head (mtp.*), expected the main model that it must accompany")
-        cfg = _config(file)
+        if in_mtp and all(in_mtp) or dialect.is_sidecar(file.tensors):
+            which = "mtp.*" if all(in_mtp) else "blk.*.nextn.*"
+            raise GGUFError(f"{path}: found only an MTP head ({which}), expected the main model that it must accompany")
+        cfg = ModelConfig.from_metadata(dialect.complete(file.metadata, file.tensors), file.tensors)
+        file.tensors = dialect.without_images(file.tensors, cfg)
         layout = mtp_layout(cfg, file.tensors)
         table = tensor_table(cfg) + (mtp_table(cfg, layout) if layout else [])
         checkpoint = _checkpoint(file, cfg, table, layout)
         check_expert_ids(file, cfg)
         return checkpoint
-    except GGUFError:
-        file.close()
-        raise
 
 
 def open_mtp(path: str | os.PathLike, cfg: ModelConfig) -> Checkpoint:
-    """Opens a file that holds only the MTP head (``mtp.0.*``) of the main model `cfg`, and checks it likewise.
+    """Opens a file that holds only the MTP head of the main model `cfg`, and checks it likewise.
 
-    The result's config is `cfg` with n_mtp = 1.
+    It is ``mtp.0.*``, or llama.cpp's sidecar: one block after the layers of `cfg`, with ``nextn.*``. What the file says
+    of the main model must be true of `cfg`. The result's config is `cfg` with n_mtp = 1.
     """
-    file = GGUFFile.open(path)
-    try:
+    with _opened(path) as file:
         found = file.metadata.get("general.architecture")
         if type(found) is not str or found not in (MTP_ARCHITECTURE, ARCHITECTURE):
             raise GGUFError(
-                f"{path}: key 'general.architecture': found {show(found)}, "
-                f"expected {MTP_ARCHITECTURE!r} or {ARCHITECTURE!r}"
+                f"key 'general.architecture': found {show(found)}, "
+                f"expected {MTP_ARCHITECTURE!r} or {ARCHITECTURE!r}{other(found)}"
             )
-        if not any(name.startswith("mtp.") for name in file.tensors):
-            raise GGUFError(f"{path}: found no tensor mtp.0.*, expected the MTP head of a DeepSeek-V4 model")
-        return _checkpoint(file, dataclasses.replace(cfg, n_mtp=1), mtp_table(cfg, "mtp"), "mtp")
-    except GGUFError:
-        file.close()
-        raise
+        drafter = next((t.name for name, t in file.tensors.items() if name.endswith("main_proj.weight")), None)
+        if drafter:
+            raise GGUFError(f"tensor {show(drafter)}: found a DSpark drafter, expected an MTP head of one layer")
+        layout: MtpLayout = "nextn" if dialect.is_sidecar(file.tensors) else "mtp"
+        if layout == "mtp" and not any(name.startswith("mtp.") for name in file.tensors):
+            raise GGUFError(
+                "found no tensor mtp.0.*, expected the MTP head of a DeepSeek-V4 model, or blk.*.nextn.* alone"
+            )
+        if wrong := cfg.contradiction(file.metadata):
+            raise GGUFError(wrong)
+        if layout == "nextn":
+            file.tensors = dialect.sidecar(file.tensors, cfg)
+        cfg = dataclasses.replace(cfg, n_mtp=1)
+        return _checkpoint(file, cfg, mtp_table(cfg, layout), layout)

@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 from ds4jax.errors import Ds4Error
+from ds4jax.io.split import part_names
 from ds4jax.paths import EMBEDDED, embedded_model
 from ds4jax.settings import Settings
 
@@ -40,23 +41,33 @@ def resolve_model(settings: Settings) -> Path:
         return path
     from huggingface_hub import try_to_load_from_cache
 
+    repo, file = settings.hf_file
     try:
-        path = try_to_load_from_cache(*settings.hf_file)
+        paths = {name: try_to_load_from_cache(repo, name) for name in part_names(file)}
     except ValueError as error:  # not the name of a repository
         raise Ds4Error(f"model {settings.model}: {error}") from None
-    if not isinstance(path, str):
+    if not all(isinstance(path, str) for path in paths.values()):
         raise Ds4Error(
             f"model {settings.model}: not on this machine; get it with: "
             f"python -m ds4jax.download --model {settings.model}"
         )
-    return Path(path)
+    return Path(str(paths[file]))
 
 
 def download(repo: str, file: str) -> Path:
     """Fetch a file of a Hugging Face repository into the local cache, unless it is there; → its path.
 
+    Of a split file, NAME-00001-of-00003.gguf, all parts are fetched, whichever is named. Raises Ds4Error: no such file
+    or repository, no network, not enough disk.
+    """
+    return {name: _fetch(repo, name) for name in part_names(file)}[file]
+
+
+def _fetch(repo: str, file: str) -> Path:
+    """Fetch one file, unless it is there; → its path.
+
     Continues what an earlier call left incomplete. The result has the size and, for large files, the SHA-256 that the
-    repository states. Raises Ds4Error: no such file or repository, no network, not enough disk.
+    repository states.
     """
     from huggingface_hub import (
         constants,

@@ -124,9 +124,6 @@ class _Header:
         n_tensors, n_keys = self._u64("tensor count"), self._u64("key count")
         self._need(n_keys * _MIN_KEY_BYTES, f"{n_keys} keys")
         self.metadata = self._metadata(n_keys)
-        parts = self.metadata.get("split.count", 1)
-        if type(parts) is not int or parts > 1:
-            raise GGUFError(f"key 'split.count': found {show(parts)}, expected 1; merge the parts into one file")
         self._need(n_tensors * _MIN_TENSOR_BYTES, f"{n_tensors} tensors")
         self.tensors = self._tensors(n_tensors)
 
@@ -249,19 +246,21 @@ class GGUFFile:
 
     path, version.
     status: of the file that is mapped, whatever has that path later.
+    parts: the files that it consists of: itself.
     metadata: key → int, float, bool, str, list[str] or, for arrays of numbers, a numpy array of their type.
-    tensors: name → TensorInfo, in file order.
+    tensors: name → TensorInfo, in file order. Who opens a file may replace them, under other names for example.
     """
 
     def __init__(self, path: Path, buf: mmap.mmap, status: os.stat_result):
         header = _Header(buf)
         self.path, self.version, self.status = path, header.version, status
         self.metadata, self.tensors = header.metadata, header.tensors
+        self.parts: list[GGUFFile] = [self]
         self._buf = buf
 
     @classmethod
-    def open(cls, path: str | os.PathLike) -> Self:
-        """Maps and checks the file at `path`.
+    def open(cls, path: str | os.PathLike, part: bool = False) -> Self:
+        """Maps and checks the file at `path`. part: it may be one of the parts of a split file.
 
         Raises GGUFError, naming the key or tensor, for a file that cannot be read or is not a sound GGUF container (all
         text must be UTF-8); memory stays proportional to the metadata present, whatever lengths it claims.
@@ -278,7 +277,11 @@ class GGUFFile:
         except (OSError, ValueError) as error:
             raise GGUFError(f"{path}: cannot be opened: {getattr(error, 'strerror', None) or error}") from None
         try:
-            return cls(path, buf, status)
+            file = cls(path, buf, status)
+            count = file.metadata.get("split.count", 1)
+            if not part and (type(count) is not int or count > 1):
+                raise GGUFError(f"key 'split.count': found {show(count)}, expected 1; merge the parts into one file")
+            return file
         except GGUFError as error:
             buf.close()
             raise GGUFError(f"{path}: {error}") from None
@@ -292,7 +295,7 @@ class GGUFFile:
     def raw(self, name: str) -> np.ndarray:
         """The mapped bytes of a tensor, read-only, not copied: uint8 (*shape[:-1], bytes per row)."""
         t = self.info(name)
-        return np.frombuffer(self._buf, np.uint8, t.nbytes, t.offset).reshape(*t.shape[:-1], -1)
+        return np.frombuffer(self._holder(t)._buf, np.uint8, t.nbytes, t.offset).reshape(*t.shape[:-1], -1)
 
     def array(self, name: str) -> np.ndarray:
         """A tensor of type F32, F16, BF16 or I32 as an array of its shape and dtype, read-only, not copied."""
@@ -306,20 +309,24 @@ class GGUFFile:
 
     def will_need(self, name: str, start: int = 0, stop: int | None = None) -> None:
         """Has bytes [start, stop) of a tensor read from the disk in large pieces, without waiting for them."""
-        self._buf.madvise(mmap.MADV_WILLNEED, *self._pages(name, start, stop))
+        self._advise(mmap.MADV_WILLNEED, name, start, stop)
 
     def drop_pages(self, name: str, start: int = 0, stop: int | None = None) -> None:
         """Gives the memory behind bytes [start, stop) of a tensor back to the system; reading them again still works.
 
         Rounds outwards to whole pages, so that consecutive ranges leave nothing behind.
         """
-        self._buf.madvise(mmap.MADV_DONTNEED, *self._pages(name, start, stop))
+        self._advise(mmap.MADV_DONTNEED, name, start, stop)
 
-    def _pages(self, name: str, start: int, stop: int | None) -> tuple[int, int]:
-        """Offset in the file, at the start of a page, and length of bytes [start, stop) of a tensor."""
+    def _advise(self, advice: int, name: str, start: int, stop: int | None) -> None:
         t = self.info(name)
         first = (t.offset + start) // mmap.PAGESIZE * mmap.PAGESIZE
-        return first, t.offset + (t.nbytes if stop is None else stop) - first
+        end = t.offset + (t.nbytes if stop is None else stop)
+        self._holder(t)._buf.madvise(advice, first, end - first)
+
+    def _holder(self, tensor: TensorInfo) -> GGUFFile:
+        """The part that a tensor is in."""
+        return self
 
     def close(self) -> None:
         """Unmaps the file; if arrays still show it, that happens when the last of them is gone."""

@@ -124,6 +124,10 @@ def _names(spec: TensorSpec) -> tuple[str, ...]:
     return tuple(f"layers.{spec.layer}.{name}" for name in _BLOCK[family])
 
 
+# What only images need, in DeepSeek-V4-Flash-Vision-Exp: encoder, embeddings, and the routers' bias for their tokens.
+_IMAGES = re.compile(r"(vision|aligner)\..*|image_(start|end|newline|pad)|layers\.\d+\.ffn\.gate\.bias_vl")
+
+
 # ---- shards ----------------------------------------------------------------------------------------------------------
 @dataclasses.dataclass(frozen=True)
 class Stored:
@@ -434,8 +438,9 @@ class _Finder:
         return block[0], block[1]
 
     def check_no_others(self, ignored: str | None) -> None:
-        """Raises unless every tensor is used, but for those whose names begin with `ignored`."""
+        """Raises unless every tensor is used, but for what images need and those whose names begin with `ignored`."""
         others = [n for n in self.stored.keys() - self.used if ignored is None or not n.startswith(ignored)]
+        others = [n for n in others if not _IMAGES.fullmatch(n)]
         if others:
             some = ", ".join(map(show, sorted(others)[:3])) + (", ..." if len(others) > 3 else "")
             raise Ds4Error(f"{self.folder}: {len(others)} tensors that belong to no known part of the model: {some}")

@@ -82,8 +82,7 @@ def open_source(path: str | Path, mtp: Mtp = "keep") -> Source:
             rows = spec.shape[-2]
             count = math.prod(spec.shape[:-2])
             matrices[spec.name] = [Matrix(file, spec.name, rows, i * rows) for i in range(count)]
-    stat = file.path.stat()
-    identity = [f"{file.path.name} {stat.st_size} {stat.st_mtime_ns}"]
+    identity = [f"{part.path.name} {part.status.st_size} {part.status.st_mtime_ns}" for part in file.parts]
     return Source(cfg, table, matrices, plain, identity, functools.partial(_about, checkpoint))
 
 
