@@ -419,8 +419,8 @@ DAMAGED = {
         "tensor 't': shape (4294967296, 4294967296)",
     ),
     "type": (
-        container([], [record(qtype=14)], bytes(64)),
-        "tensor 't': found type Q6_K, expected one of F32, F16, BF16, Q8_0, Q4_K, Q2_K, IQ2_XXS, MXFP4, I32",
+        container([], [record(qtype=15)], bytes(64)),
+        "tensor 't': found type Q8_K, expected one of F32, F16, BF16, Q8_0, Q4_K, Q2_K, IQ2_XXS, MXFP4, Q6_K,",
     ),
     "unknown type": (container([], [record(qtype=999)], bytes(64)), "tensor 't': found type 999, expected one of F32"),
     "blocks": (
