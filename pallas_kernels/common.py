@@ -25,6 +25,17 @@ class Unsupported(ValueError):
     """A kernel was asked for a shape, dtype or format that it does not take; the message names it."""
 
 
+class UnsupportedFormat(Unsupported):
+    """A kernel was asked for weights in a format that it does not take.
+
+    found: the name of the format. expected: the names of those that the kernel takes.
+    """
+
+    def __init__(self, found: str, expected: Sequence[str]):
+        super().__init__(f"format: found {found}, expected one of {', '.join(expected)}")
+        self.found, self.expected = found, tuple(expected)
+
+
 def call(
     kernel: Callable[..., None],
     *,

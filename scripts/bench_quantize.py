@@ -21,10 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from ds4jax.formats import FORMATS, Q8_0
+from ds4jax.formats import Q8_0, WRITABLE
 from ds4jax.formats.quantize import quantize
 
-NAMES = {fmt.__name__: fmt for fmt in FORMATS.values()}
+NAMES = {fmt.__name__: fmt for fmt in WRITABLE}
 EXPERTS = flags.DEFINE_integer("experts", None, "Experts of the layer (default: 256 on a GPU, 1 on the CPU).")
 AT_ONCE = flags.DEFINE_integer("experts_at_once", 64, "Experts in one call: 64 are 2 GiB of float32.")
 DIM = flags.DEFINE_integer("dim", None, "Model width (default: 4096 on a GPU, 512 on the CPU).")

@@ -314,7 +314,7 @@ def zeros(shape, qtype):
         ({}, [("t", zeros((), T.F32))], "tensor 't': shape ()"),
         ({}, [("t", zeros((0, 4), T.F32))], "tensor 't': shape (0, 4)"),
         ({}, [("t", zeros((1,) * 5, T.F32))], "tensor 't': shape (1, 1, 1, 1, 1)"),
-        ({}, [("t", zeros((256,), T.Q6_K))], "tensor 't': shape (256,)"),
+        ({}, [("t", zeros((256,), T.Q8_K))], "tensor 't': shape (256,)"),
     ],
 )
 def test_writer_refuses(tmp_path, metadata, tensors, message):
@@ -419,8 +419,8 @@ DAMAGED = {
         "tensor 't': shape (4294967296, 4294967296)",
     ),
     "type": (
-        container([], [record(qtype=14)], bytes(64)),
-        "tensor 't': found type Q6_K, expected one of F32, F16, BF16, Q8_0, Q4_K, Q2_K, IQ2_XXS, MXFP4, I32",
+        container([], [record(qtype=15)], bytes(64)),
+        "tensor 't': found type Q8_K, expected one of F32, F16, BF16, Q8_0, Q4_K, Q2_K, IQ2_XXS, MXFP4, Q6_K,",
     ),
     "unknown type": (container([], [record(qtype=999)], bytes(64)), "tensor 't': found type 999, expected one of F32"),
     "blocks": (

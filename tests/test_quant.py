@@ -6,8 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ds4jax.formats import FORMATS, Q2_K, Q8_0
-from ds4jax.io.recipes import MATRIX_TYPES
+from ds4jax.errors import ConfigError, Ds4Error
+from ds4jax.formats import FORMATS, Q2_K, Q8_0, READ_ONLY, WRITABLE, GGMLType
+from ds4jax.formats.quantize import quantize
+from ds4jax.io.gguf import TYPES
+from ds4jax.io.recipes import MATRIX_TYPES, parse_types
 from ds4jax.ops.linear import linear, product, products
 from ds4jax.ops.weight import single
 
@@ -49,9 +52,28 @@ def test_every_mxfp4_scale_and_code():
     assert_same_bits(on_device(fmt, raw).dequantize(), expected)
 
 
-def test_recipes_know_every_format():
-    """`io/recipes.py` does without JAX, so it has a list of its own."""
-    assert tuple(FORMATS) == MATRIX_TYPES
+def test_files_and_recipes_know_every_format():
+    """They do without JAX, so they have lists of their own."""
+    assert (*FORMATS, GGMLType.I32) == TYPES
+    assert tuple(fmt.ggml_type for fmt in WRITABLE) == MATRIX_TYPES
+
+
+def test_every_type_that_gguf_dequantizes_has_a_format():
+    known = {
+        t
+        for t in gguf.GGMLQuantizationType
+        if t not in (GGMLType.F32, GGMLType.F16) and hasattr(getattr(gguf.quants, t.name, None), "dequantize_blocks")
+    }
+    assert known == FORMATS.keys() - {GGMLType.F32, GGMLType.F16}
+
+
+@pytest.mark.parametrize("fmt", READ_ONLY, ids=lambda f: f.ggml_type.name)
+def test_a_format_that_is_read_only_is_not_written(fmt):
+    expected = "expected one that can be written: F32, F16, BF16, Q8_0, Q4_K, Q2_K, IQ2_XXS, MXFP4"
+    with pytest.raises(Ds4Error, match=f"format: found {fmt.__name__}, {expected}"):
+        quantize(jnp.ones((1, 256)), fmt)
+    with pytest.raises(ConfigError, match=f"found 'embed={fmt.__name__}', expected FAMILY=TYPE with a type of F32"):
+        parse_types([f"embed={fmt.__name__}"])
 
 
 @formats

@@ -49,7 +49,10 @@ class Quantized:
     # ---- what a format defines -------------------------------------------------------------------------------------
     @staticmethod
     def _decode(*planes: Array) -> Array:
-        """The formula: planes (..., elements), in order → float32 (..., blocks, ...), weights in the file's order."""
+        """The formula: planes (..., blocks, elements of a block), in order → float32 (..., blocks, ...).
+
+        Weights come in the file's order.
+        """
         raise NotImplementedError
 
     @classmethod
@@ -128,7 +131,10 @@ class Quantized:
     @classmethod
     def decode(cls, *planes: Array) -> Array:
         """Planes in the order of `planes` → the weights they hold, float32 (..., out, in), exact."""
-        values, lead = cls._decode(*planes), planes[0].shape[:-1]
+        lead = planes[0].shape[:-1]
+        sizes = [nbytes // dtype.itemsize for dtype, nbytes in cls.planes.values()]
+        blocks = [p.reshape(*lead, p.shape[-1] // n, n) for p, n in zip(planes, sizes, strict=True)]
+        values = cls._decode(*blocks)
         return values.reshape(*lead, math.prod(values.shape[len(lead) :]))
 
     def dequantize(self, dtype=jnp.float32) -> Array:
@@ -173,9 +179,27 @@ def bytes_of(words: Array) -> Array:
     return bits(words, 8).reshape(*words.shape[:-1], -1)
 
 
+def unpack(words: Array, width: int, run: int = 1) -> Array:
+    """Fields of `width` bits, at most 8, of uint32 words: (..., n) → (..., 32 n // width) uint32.
+
+    They are taken from runs of `run` bytes: the lowest field of each of its bytes, then the next field of each. With
+    the default, the fields of a byte follow one another.
+    """
+    runs = bytes_of(words).reshape(*words.shape[:-1], -1, 1, run)
+    shifts = jnp.arange(0, 8, width, dtype=jnp.uint32)[:, None]
+    return ((runs >> shifts) & ((1 << width) - 1)).reshape(*words.shape[:-1], -1)
+
+
 def words_of(bytes_: Array) -> Array:
     """(..., 4 n) uint32 bytes in file order → (..., n) uint32 words."""
     return pack_bits(bytes_.reshape(*bytes_.shape[:-1], -1, 4), 8)
+
+
+# ---- formulas --------------------------------------------------------------------------------------------------------
+def scaled(d: Array, scales: Array, values: Array) -> Array:
+    """(d·scale)·value in float32: d (..., 1), scales (..., groups), values (..., weights) → (..., groups, group)."""
+    d, scales, values = (v.astype(jnp.float32) for v in (d, scales, values))
+    return (d * scales)[..., None] * values.reshape(*scales.shape, -1)
 
 
 # ---- random planes ---------------------------------------------------------------------------------------------------

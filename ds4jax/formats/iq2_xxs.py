@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 
-import gguf
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +11,8 @@ from flax import struct
 from gguf import GGMLQuantizationType as GGMLType
 from jax import lax
 
-from ds4jax.formats.base import Quantized, bits, mean_square, pack_bits, random_bits, random_scales
+from ds4jax.formats.base import Quantized, bytes_of, mean_square, pack_bits, random_bits, random_scales, scaled
+from ds4jax.formats.iq import SIGNS, grid_of, sign_bytes, signed_points
 from ds4jax.formats.search import F16_MAX, error_weights, half, level, normalized, ratio, search, super_scale
 from pallas_kernels.formats.dots import Dots, i32, signed_bytes
 from pallas_kernels.formats.tiles import Planes, Tile, Tiles, stack, u32
@@ -20,14 +20,8 @@ from pallas_kernels.formats.tiles import Planes, Tile, Tiles, stack, u32
 Array = jax.Array
 
 
-def _tables() -> tuple[np.ndarray, np.ndarray]:
-    reference = gguf.quants.IQ2_XXS
-    reference.init_grid()
-    return np.asarray(reference.grid, np.float32).reshape(256, 8), np.frombuffer(reference.ksigns, np.uint8)
-
-
-# The 256 × 8 grid of magnitudes {8, 25, 43} and the 128 sign bytes (7 bits and their parity), as ggml has them.
-GRID, SIGNS = _tables()
+# The 256 × 8 grid of magnitudes {8, 25, 43}.
+GRID = grid_of(GGMLType.IQ2_XXS)
 
 
 # ---- in kernels ------------------------------------------------------------------------------------------------------
@@ -153,15 +147,8 @@ class IQ2_XXS(Quantized):
 
     @staticmethod
     def _decode(d, grid, signs):
-        lead = (*d.shape, 8)
-        signs = signs.reshape(lead)
-        scale = 0.5 + (signs >> 28).astype(jnp.float32)
-        scale = d[..., None].astype(jnp.float32) * scale * 0.25
-        sets = (signs[..., None] >> jnp.array([0, 7, 14, 21], jnp.uint32)) & 127
-        negative = (jnp.asarray(SIGNS)[sets][..., None] >> jnp.arange(8, dtype=jnp.uint8)) & 1
-        magnitude = jnp.asarray(GRID)[bits(grid.reshape(lead), 8)]
-        # The reference multiplies by ±1; a zero scale must give its signed zeros too.
-        return scale[..., None, None] * magnitude * jnp.where(negative == 0, jnp.float32(1), jnp.float32(-1))
+        values = signed_points(GRID, bytes_of(grid), sign_bytes(signs))
+        return scaled(d, ((signs >> 28).astype(jnp.float32) + 0.5) / 4, values)
 
     @classmethod
     def _fields(cls, raw):

@@ -9,20 +9,31 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ds4jax.formats.base import mean_square, random_scales
+from ds4jax.formats.base import bits, mean_square, random_scales, scaled
 from ds4jax.formats.search import error_weights, half, level, normalized, ratio, search, super_scale
 
 Array = jax.Array
 
 
 def decode(dm: Array, sc: Array, m: Array, q: Array) -> Array:
-    """The formula: dm float16 (..., 2·blocks); sc, m integers (..., blocks, groups); q (..., blocks, groups, group).
+    """The formula: dm float16 (..., blocks, 2); sc, m integers (..., blocks, groups); q (..., blocks, weights).
 
-    → float32 like q.
+    → float32 (..., blocks, groups, group).
     """
-    d, dmin = (dm.reshape(*sc.shape[:-1], 2)[..., i, None].astype(jnp.float32) for i in (0, 1))
-    sc, m, q = (v.astype(jnp.float32) for v in (sc, m, q))
-    return (d * sc)[..., None] * q - (dmin * m)[..., None]
+    d, dmin = dm[..., :1], dm[..., 1:].astype(jnp.float32)
+    return scaled(d, sc, q) - (dmin * m.astype(jnp.float32))[..., None]
+
+
+def scales_and_minima(words: Array) -> tuple[Array, Array]:
+    """The 6-bit sc and m, (..., 8) uint32, of the eight groups of Q4_K and Q5_K, from their three words.
+
+    Bytes 0-3 hold sc[0:4] and, on top, the high two bits of sc[4:8]; bytes 4-7 the same of m; bytes 8-11 the low
+    nibbles of sc[4:8] and, on top, of m[4:8].
+    """
+    low_sc, low_m, rest = (bits(words[..., i], 8) for i in range(3))
+    sc = jnp.concatenate([low_sc & 63, (rest & 15) | (low_sc >> 2 & 48)], axis=-1)
+    m = jnp.concatenate([low_m & 63, (rest >> 4) | (low_m >> 2 & 48)], axis=-1)
+    return sc, m
 
 
 def random_dm(key: Array, shape: tuple[int, ...], std: float, top: int, top_scale: int) -> Array:

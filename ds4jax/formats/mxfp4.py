@@ -12,7 +12,7 @@ from flax import struct
 from gguf import GGMLQuantizationType as GGMLType
 from jax import lax
 
-from ds4jax.formats.base import Quantized, bytes_of, random_bits, words_of
+from ds4jax.formats.base import Quantized, random_bits, unpack, words_of
 from ds4jax.formats.search import INVERTIBLE, error_weights, normalized, search
 from pallas_kernels.formats import runs
 from pallas_kernels.formats.dots import OneScale, signed_bytes
@@ -111,9 +111,7 @@ class MXFP4(Quantized):
 
     @staticmethod
     def _decode(e, q):
-        bytes_ = bytes_of(q).reshape(*e.shape, 1, 16)
-        code = (bytes_ >> jnp.array([0, 4], jnp.uint32)[:, None]) & 15
-        return e2m1.decode_scaled(code.reshape(*e.shape, 32), e.astype(jnp.int32)[..., None])
+        return e2m1.decode_scaled(unpack(q, 4, run=16), e.astype(jnp.int32))
 
     @classmethod
     def random(cls, key, shape, std):

@@ -11,7 +11,7 @@ from flax import struct
 from gguf import GGMLQuantizationType as GGMLType
 
 from ds4jax.formats import k_quant
-from ds4jax.formats.base import Quantized, bytes_of, pack_bits, random_bits, words_of
+from ds4jax.formats.base import Quantized, bytes_of, pack_bits, random_bits, unpack, words_of
 from ds4jax.formats.search import F16_MAX
 from pallas_kernels.formats.dots import KQuant, i32
 from pallas_kernels.formats.tiles import Planes, Tile, Tiles, stack, u32
@@ -101,12 +101,9 @@ class Q2_K(Quantized):
 
     @staticmethod
     def _decode(scales, q, dm):
-        lead = (*dm.shape[:-1], dm.shape[-1] // 2)
-        scales = bytes_of(scales).reshape(*lead, 16)
+        scales = bytes_of(scales)
         # A run of 32 bytes holds eight groups: bits 0-1 of the bytes, then bits 2-3, 4-5, 6-7.
-        bytes_ = bytes_of(q).reshape(*lead, 2, 1, 32)
-        q = (bytes_ >> jnp.array([0, 2, 4, 6], jnp.uint32)[:, None]) & 3
-        return k_quant.decode(dm, scales & 15, scales >> 4, q.reshape(*lead, 16, 16))
+        return k_quant.decode(dm, scales & 15, scales >> 4, unpack(q, 2, run=32))
 
     @classmethod
     def random(cls, key, shape, std):

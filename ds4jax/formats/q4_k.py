@@ -12,7 +12,7 @@ from gguf import GGMLQuantizationType as GGMLType
 from jax import lax
 
 from ds4jax.formats import k_quant
-from ds4jax.formats.base import Quantized, bits, bytes_of, random_bits, words_of
+from ds4jax.formats.base import Quantized, random_bits, unpack, words_of
 from ds4jax.formats.search import F16_MAX
 from pallas_kernels.formats import runs
 from pallas_kernels.formats.dots import KQuant, i32
@@ -132,16 +132,8 @@ class Q4_K(Quantized):
 
     @staticmethod
     def _decode(dm, scales, q):
-        lead = (*dm.shape[:-1], dm.shape[-1] // 2)
-        # Bytes 0-3 hold the low 6 bits of sc[0:4] and the high bits of sc[4:8]; bytes 4-7 the same for m; bytes 8-11
-        # the low nibbles of sc[4:8] and m[4:8].
-        lo_sc, lo_m, hi = (bits(scales.reshape(*lead, 3)[..., i], 8) for i in range(3))
-        sc = jnp.concatenate([lo_sc & 63, (hi & 15) | (lo_sc >> 2 & 48)], axis=-1)
-        m = jnp.concatenate([lo_m & 63, (hi >> 4) | (lo_m >> 2 & 48)], axis=-1)
         # A run of 32 bytes holds two groups: the low nibbles, then the high ones.
-        bytes_ = bytes_of(q).reshape(*lead, 4, 1, 32)
-        q = (bytes_ >> jnp.array([0, 4], jnp.uint32)[:, None]) & 15
-        return k_quant.decode(dm, sc, m, q.reshape(*lead, 8, 32))
+        return k_quant.decode(dm, *k_quant.scales_and_minima(scales), unpack(q, 4, run=32))
 
     @classmethod
     def random(cls, key, shape, std):
@@ -155,7 +147,7 @@ class Q4_K(Quantized):
     @staticmethod
     def quantize_blocks(x, importance):
         d, dmin, sc, m, q = k_quant.quantize_blocks(x, importance, group=32, top=15, top_scale=63)
-        # The layout is that of `_decode`.
+        # The layout is that of `k_quant.scales_and_minima`.
         low, high = (v[:, :4] | v[:, 4:] >> 4 << 6 for v in (sc, m))
         rest = sc[:, 4:] & 15 | (m[:, 4:] & 15) << 4
         q = q.reshape(-1, 4, 2, 32)

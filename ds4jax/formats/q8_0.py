@@ -98,8 +98,7 @@ class Q8_0(Quantized):
 
     @staticmethod
     def _decode(d, q):
-        q = q.reshape(*d.shape, 32).astype(jnp.float32)
-        return q * d[..., None].astype(jnp.float32)
+        return q.astype(jnp.float32) * d.astype(jnp.float32)
 
     @classmethod
     def random(cls, key, shape, std):

@@ -1,4 +1,4 @@
-"""The quantizer: a float matrix → the planes of any format, one jitted function of array operations.
+"""The quantizer: a float matrix → the planes of any format that is written, one jitted function of array operations.
 
 Each format searches in its own way (`Quantized.quantize_blocks`, from the pieces in `ds4jax.formats.search`). Rows are
 independent, and are taken in chunks, so that memory stays bounded for matrices of any size. The same array, sharding
@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
 from ds4jax.errors import Ds4Error
-from ds4jax.formats import FORMATS, Quantized
+from ds4jax.formats import WRITABLE, Quantized
 from ds4jax.formats.search import INVERTIBLE
 
 Array = jax.Array
@@ -64,8 +64,9 @@ def _count_outside(x: Array, low: float, high: float) -> Array:
 
 
 def _check_shapes(x: Array, fmt: type[Quantized], importance: Array | None) -> None:
-    if fmt not in FORMATS.values():
-        raise Ds4Error(f"format {fmt!r}: expected one of {', '.join(f.__name__ for f in FORMATS.values())}")
+    if fmt not in WRITABLE:
+        names = ", ".join(f.__name__ for f in WRITABLE)
+        raise Ds4Error(f"format: found {getattr(fmt, '__name__', fmt)}, expected one that can be written: {names}")
     if not jnp.issubdtype(x.dtype, jnp.floating) or x.ndim < 1:
         raise Ds4Error(f"{fmt.__name__}: found {x.dtype}{list(x.shape)}, expected floating-point rows")
     if x.shape[-1] % fmt.block:

@@ -37,14 +37,19 @@ MAGIC = b"GGUF"
 MAX_DIMS = 4
 _T, _V = GGMLQuantizationType, GGUFValueType
 
-# Tensor types that are plain arrays, and all that can be read and written.
+# Tensor types that are plain arrays.
 DTYPES = {
     _T.F32: np.dtype("<f4"),
     _T.F16: np.dtype("<f2"),
     _T.BF16: np.dtype(ml_dtypes.bfloat16),
     _T.I32: np.dtype("<i4"),
 }
-TYPES = (_T.F32, _T.F16, _T.BF16, _T.Q8_0, _T.Q4_K, _T.Q2_K, _T.IQ2_XXS, _T.MXFP4, _T.I32)
+# All types of tensors: of matrices, as in `ds4jax.formats`, and of routing ids.
+TYPES = (
+    _T.F32, _T.F16, _T.BF16, _T.Q8_0, _T.Q4_K, _T.Q2_K, _T.IQ2_XXS, _T.MXFP4, _T.Q6_K, _T.Q5_K, _T.Q3_K, _T.IQ4_XS,
+    _T.IQ4_NL, _T.IQ3_XXS, _T.IQ3_S, _T.IQ2_XS, _T.IQ2_S, _T.IQ1_S, _T.IQ1_M, _T.Q5_1, _T.Q5_0, _T.Q4_1, _T.Q4_0,
+    _T.TQ2_0, _T.TQ1_0, _T.NVFP4, _T.I32,
+)  # fmt: skip
 
 # Metadata value types of fixed size.
 _NUMBERS = {

@@ -15,6 +15,7 @@ from ds4jax.model.tensors import TensorSpec
 Type = GGMLQuantizationType
 Recipe = Callable[[TensorSpec], Type]
 
+# The types that matrices can be written in.
 MATRIX_TYPES = (Type.F32, Type.F16, Type.BF16, Type.Q8_0, Type.Q4_K, Type.Q2_K, Type.IQ2_XXS, Type.MXFP4)
 
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 
 from ds4jax.formats import Quantized
-from pallas_kernels.common import Unsupported
+from pallas_kernels.common import Unsupported, UnsupportedFormat
 
 Array = jax.Array
 
@@ -43,9 +43,9 @@ class Weight(NamedTuple):
 
     @property
     def values(self) -> Array:
-        """The stack of a matrix in F32, F16 or BF16 as a kernel reads it. Raises Unsupported for other formats."""
+        """The stack of a matrix in F32, F16 or BF16 as a kernel reads it. Raises UnsupportedFormat for others."""
         if not hasattr(self.stack, "values"):
-            raise Unsupported(f"found a matrix in {self.format}, expected F32, F16 or BF16")
+            raise UnsupportedFormat(self.format, ("F32", "F16", "BF16"))
         return self.stack.values
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.common import Unsupported
+from pallas_kernels.common import UnsupportedFormat
 from pallas_kernels.formats.dots import Dots
 from pallas_kernels.formats.runs import Runs
 from pallas_kernels.formats.tiles import Tiles
@@ -65,9 +65,9 @@ def names(kernel: Kernel | None = None) -> list[str]:
 
 
 def find(name: str, kernel: Kernel | None = None) -> Format:
-    """The format of this name. Raises Unsupported if there is none, or if it is not for `kernel`."""
+    """The format of this name. Raises UnsupportedFormat if there is none, or if it is not for `kernel`."""
     if name not in names(kernel):
-        raise Unsupported(f"format: found {name}, expected one of {', '.join(names(kernel))}")
+        raise UnsupportedFormat(name, names(kernel))
     return _FORMATS[name]
 
 
