@@ -323,7 +323,7 @@ def test_an_interrupted_batch_job_keeps_what_it_finished(run, tmp_path, interrup
         (["--prompt=x", "--dump_logprobs=x", "--logprobs_top_k=-1"], "logprobs_top_k: found -1"),
         (["--prompt=" + "x" * 200], "prompt: found 204 tokens, expected 1 to 127 (ctx is 128)"),
         (["--prompt=x", "--kernels=pallas"], "kernels: found 'pallas with numerics"),
-        (["--think=hard"], "flag --think=hard: value should be one of <on|off|max>"),
+        (["--think=hard"], "flag --think=hard: value should be one of <off|on|low|high|max>"),
         (["--nonsense"], "Unknown command line flag 'nonsense'"),
         (["Hello"], "found the argument 'Hello', expected only flags"),
     ],
