@@ -147,10 +147,10 @@ def is_sidecar(tensors: Tensors) -> bool:
     return any(name.endswith("." + _NEXTN) for name in tensors) and "blk.0.attn_norm.weight" not in tensors
 
 
-def release_0731(metadata: Mapping[str, Any], cfg: ModelConfig) -> str | None:
-    """What tells that a main model is DeepSeek-V4-Flash-0731; None if nothing does.
+def drafter_of(metadata: Mapping[str, Any], cfg: ModelConfig) -> str | None:
+    """What tells that a main model is DeepSeek-V4-Flash-0731 or a later one; None if nothing does.
 
-    It came without an MTP head, but with a DSpark drafter of three stages, which its compress ratios count.
+    These came without an MTP head, but with a DSpark drafter of three stages, which their compress ratios count.
     """
     ratios: Sequence | None = metadata.get(f"{PREFIX}attention.compress_ratios")
     if ratios is not None and len(ratios) > cfg.n_layers + 1:
@@ -158,6 +158,6 @@ def release_0731(metadata: Mapping[str, Any], cfg: ModelConfig) -> str | None:
     names = ("general.version", "general.name", "general.basename")
     for key in (*names, "general.base_model.0.version", "general.base_model.0.name"):
         found = metadata.get(key)
-        if isinstance(found, str) and "0731" in found:
+        if isinstance(found, str) and ("0731" in found or "vision-exp" in found.lower().replace(" ", "-")):
             return f"key '{key}' is {show(found)}"
     return None
