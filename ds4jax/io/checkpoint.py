@@ -50,9 +50,10 @@ class Checkpoint:
         """
         if self.mtp:
             raise GGUFError(f"{path}: found a second MTP head, expected none: {self.file.path} has one")
-        if why := dialect.release_0731(self.file.metadata, self.cfg):
+        if why := dialect.drafter_of(self.file.metadata, self.cfg):
             raise GGUFError(
-                f"{path}: found an MTP head, expected none: {self.file.path} is DeepSeek-V4-Flash-0731, as {why}"
+                f"{path}: found an MTP head, expected none beside {self.file.path}: "
+                f"DeepSeek-V4-Flash-0731 and later have a DSpark drafter instead, and {why}"
             )
         head = open_mtp(path, self.cfg)
         return Checkpoint(self.file, head.cfg, self.types | head.types, head.mtp, head.file)

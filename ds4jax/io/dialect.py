@@ -6,8 +6,9 @@ the MTP head as one more block: in the main file, or in a sidecar that repeats w
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ds4jax.config import PREFIX, ModelConfig
@@ -16,25 +17,72 @@ from ds4jax.io.gguf import TensorInfo
 
 Tensors = Mapping[str, TensorInfo]
 
-# Key that a file may lack → the tensor that implies it, of the first block that has one where it begins with a dot, and
-# the axis of its shape. `complete` has the keys that take more than this, and no others can be lacking.
-IMPLIED = {
-    "vocab_size": ("token_embd.weight", 0),
-    "embedding_length": ("token_embd.weight", 1),
-    "attention.head_count": (".attn_sinks.weight", 0),
-    "attention.key_length": (".attn_kv.weight", 0),
-    "attention.value_length": (".attn_kv.weight", 0),
-    "attention.q_lora_rank": (".attn_q_a.weight", 0),
-    "attention.indexer.head_count": (".indexer.proj.weight", 0),
-    "attention.indexer.key_length": (".indexer_compressor_norm.weight", 0),
-    "expert_count": (".ffn_gate_inp.weight", 0),
-    "expert_used_count": (".ffn_gate_tid2eid.weight", 1),
-    "expert_feed_forward_length": (".ffn_gate_exps.weight", 1),
-    "hyper_connection.count": ("output_hc_base.weight", 0),
-}
-_RATIO = "attn_compressor_ape.weight"  # has a row for each token of a window
 _NEXTN = "nextn.eh_proj.weight"
 _BLOCK = re.compile(r"blk\.(\d{1,4})\.")
+
+
+class _File:
+    """What a file tells of its model: ``file[key]`` is a number in its metadata, or the one that its tensors imply.
+
+    Raises LookupError where they tell nothing, or nothing that makes sense.
+    """
+
+    def __init__(self, metadata: Mapping[str, Any], tensors: Tensors):
+        self.metadata, self.tensors = metadata, tensors
+        self.blocks = range(1 + max((int(found[1]) for name in tensors if (found := _BLOCK.match(name))), default=-1))
+
+    def __getitem__(self, key: str) -> int:
+        found = self.metadata[PREFIX + key] if PREFIX + key in self.metadata else IMPLIED[key](self)
+        if type(found) is not int or found < 1:
+            raise LookupError(key)
+        return found
+
+    def size(self, name: str, axis: int) -> int:
+        """The size of a tensor on an axis; of the first block that has it if its name begins with a dot."""
+        names = [f"blk.{i}{name}" for i in self.blocks] if name.startswith(".") else [name]
+        return next((self.tensors[n].shape for n in names if n in self.tensors), ())[axis]
+
+    def sizes(self, name: str) -> list[int]:
+        """By block, the size of a tensor on its first axis; 0 in a block that does not have it."""
+        names = [f"blk.{i}{name}" for i in self.blocks]
+        return [self.tensors[n].shape[0] if n in self.tensors else 0 for n in names]
+
+
+def _divided(a: int, b: int) -> int:
+    if a % b:
+        raise LookupError(f"{a} / {b}")
+    return a // b
+
+
+# Every key that a file may lack → what implies it.
+IMPLIED: dict[str, Callable[[_File], Any]] = {
+    "block_count": lambda file: file.blocks[-1] + 1,
+    "nextn_predict_layers": lambda file: sum(map(bool, file.sizes(f".{_NEXTN}"))),
+    "vocab_size": lambda file: file.size("token_embd.weight", 0),
+    "embedding_length": lambda file: file.size("token_embd.weight", 1),
+    "attention.head_count": lambda file: file.size(".attn_sinks.weight", 0),
+    "attention.head_count_kv": lambda file: _divided(file.size(".attn_kv.weight", 0), file["attention.key_length"]),
+    "attention.key_length": lambda file: file.size(".attn_kv.weight", 0),
+    "attention.value_length": lambda file: file.size(".attn_kv.weight", 0),
+    "attention.q_lora_rank": lambda file: file.size(".attn_q_a.weight", 0),
+    "attention.output_group_count": lambda file: _divided(
+        file["attention.head_count"] * file["attention.key_length"], file.size(".attn_output_a.weight", 1)
+    ),
+    "attention.output_lora_rank": lambda file: _divided(
+        file.size(".attn_output_a.weight", 0), file["attention.output_group_count"]
+    ),
+    "attention.compress_ratios": lambda file: file.sizes(".attn_compressor_ape.weight"),
+    "attention.indexer.head_count": lambda file: file.size(".indexer.proj.weight", 0),
+    "attention.indexer.key_length": lambda file: file.size(".indexer_compressor_norm.weight", 0),
+    "expert_count": lambda file: file.size(".ffn_gate_inp.weight", 0),
+    "expert_used_count": lambda file: file.size(".ffn_gate_tid2eid.weight", 1),
+    "expert_feed_forward_length": lambda file: file.size(".ffn_gate_exps.weight", 1),
+    "expert_shared_count": lambda file: _divided(
+        file.size(".ffn_gate_shexp.weight", 0), file["expert_feed_forward_length"]
+    ),
+    "hash_layer_count": lambda file: sum(map(bool, file.sizes(".ffn_gate_tid2eid.weight"))),
+    "hyper_connection.count": lambda file: file.size("output_hc_base.weight", 0),
+}
 
 
 def full_names(tensors: Tensors) -> dict[str, TensorInfo]:
@@ -54,42 +102,12 @@ def complete(metadata: Mapping[str, Any], tensors: Tensors) -> dict[str, Any]:
 
     What is there stays as it is, and what nothing implies stays away: `ModelConfig.from_metadata` names it.
     """
-    blocks = 1 + max((int(found[1]) for name in tensors if (found := _BLOCK.match(name))), default=-1)
-
-    def shape(name: str) -> tuple[int, ...]:
-        names = [f"blk.{i}{name}" for i in range(blocks)] if name.startswith(".") else [name]
-        return next((tensors[n].shape for n in names if n in tensors), ())
-
-    def count(name: str) -> int:
-        return sum(f"blk.{i}.{name}" in tensors for i in range(blocks))
-
-    def quotient(a: int | None, b: int | None) -> int | None:
-        return a // b if a and b and a % b == 0 else None
-
-    def size(name: str, axis: int) -> int | None:
-        return dict(enumerate(shape(name))).get(axis)
-
-    implied: dict[str, Any] = {key: size(*tensor) for key, tensor in IMPLIED.items()}
-
-    def value(key: str) -> int | None:
-        found = metadata.get(PREFIX + key, implied[key])
-        return found if type(found) is int and found > 0 else None
-
-    heads, dim = value("attention.head_count"), value("attention.key_length")
-    groups = quotient((heads or 0) * (dim or 0), size(".attn_output_a.weight", 1))
-    implied |= {
-        "block_count": blocks or None,
-        "nextn_predict_layers": count(_NEXTN) or None,
-        "hash_layer_count": count("ffn_gate_tid2eid.weight"),
-        "attention.compress_ratios": [
-            tensors[name].shape[0] if (name := f"blk.{i}.{_RATIO}") in tensors else 0 for i in range(blocks)
-        ],
-        "attention.head_count_kv": quotient(size(".attn_kv.weight", 0), dim),
-        "attention.output_group_count": groups,
-        "attention.output_lora_rank": quotient(size(".attn_output_a.weight", 0), groups),
-        "expert_shared_count": quotient(size(".ffn_gate_shexp.weight", 0), value("expert_feed_forward_length")),
-    }
-    return {PREFIX + key: found for key, found in implied.items() if found is not None} | dict(metadata)
+    file, out = _File(metadata, tensors), dict(metadata)
+    for key, implied in IMPLIED.items():
+        if PREFIX + key not in metadata:
+            with contextlib.suppress(LookupError):
+                out[PREFIX + key] = implied(file)
+    return out
 
 
 def without_images(tensors: Tensors, cfg: ModelConfig) -> dict[str, TensorInfo]:
@@ -129,10 +147,10 @@ def is_sidecar(tensors: Tensors) -> bool:
     return any(name.endswith("." + _NEXTN) for name in tensors) and "blk.0.attn_norm.weight" not in tensors
 
 
-def release_0731(metadata: Mapping[str, Any], cfg: ModelConfig) -> str | None:
-    """What tells that a main model is DeepSeek-V4-Flash-0731; None if nothing does.
+def drafter_of(metadata: Mapping[str, Any], cfg: ModelConfig) -> str | None:
+    """What tells that a main model is DeepSeek-V4-Flash-0731 or a later one; None if nothing does.
 
-    It came without an MTP head, but with a DSpark drafter of three stages, which its compress ratios count.
+    These came without an MTP head, but with a DSpark drafter of three stages, which their compress ratios count.
     """
     ratios: Sequence | None = metadata.get(f"{PREFIX}attention.compress_ratios")
     if ratios is not None and len(ratios) > cfg.n_layers + 1:
@@ -140,6 +158,6 @@ def release_0731(metadata: Mapping[str, Any], cfg: ModelConfig) -> str | None:
     names = ("general.version", "general.name", "general.basename")
     for key in (*names, "general.base_model.0.version", "general.base_model.0.name"):
         found = metadata.get(key)
-        if isinstance(found, str) and "0731" in found:
+        if isinstance(found, str) and ("0731" in found or "vision-exp" in found.lower().replace(" ", "-")):
             return f"key '{key}' is {show(found)}"
     return None
