@@ -38,6 +38,12 @@ def chosen(spec, types):
     return qtype if fits(spec, qtype) else Type.Q5_0
 
 
+@functools.cache
+def random_rows(qtype, columns, std):
+    """1009 rows as a file has them, which the matrices of a model repeat, each from another one on."""
+    return FORMATS[qtype].random(jax.random.key(0), (1009, columns), std).to_bytes()
+
+
 def write(path, types, dequantized):
     """A model of random matrices in `types`; or of the same values in F32, dequantized by the gguf package."""
     tensors = []
@@ -47,9 +53,9 @@ def write(path, types, dequantized):
             raw = synthetic.random_data(CFG, 3, spec, qtype)
         else:
             qtype = chosen(spec, types)
-            key = jax.random.key(zlib.crc32(spec.name.encode()))
-            std = 1.0 if spec.family == "embed" else spec.shape[-1] ** -0.5
-            raw = FORMATS[qtype].random(key, spec.shape, std).to_bytes()
+            rows = random_rows(qtype, spec.shape[-1], 1.0 if spec.family == "embed" else spec.shape[-1] ** -0.5)
+            rows = np.roll(rows, zlib.crc32(spec.name.encode()), axis=0)
+            raw = np.resize(rows, (*spec.shape[:-1], rows.shape[-1]))
             if dequantized:
                 raw, qtype = dequantize(raw, qtype), Type.F32
         tensors.append((spec.name, TensorData(spec.shape, qtype, functools.partial(np.asarray, raw))))
@@ -57,12 +63,12 @@ def write(path, types, dequantized):
 
 
 def logits(path):
-    """Of 40 tokens, a chunk of 36 and four of one token: experts are taken all at once, and one by one."""
+    """Of 38 tokens, a chunk of 36 and two of one token: experts are taken all at once, and one by one."""
     model, checkpoint = load(path)
-    compute, tokens = Compute("plain"), jnp.arange(40, dtype=jnp.int32)[None] * 7 % CFG.vocab_size
+    compute, tokens = Compute("plain"), jnp.arange(38, dtype=jnp.int32)[None] * 7 % CFG.vocab_size
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     cache, out = kv.empty(checkpoint.cfg, "plain", compute.dtype, 1, 128, device), []
-    for start, stop in ((0, 36), (36, 37), (37, 38), (38, 39), (39, 40)):
+    for start, stop in ((0, 36), (36, 37), (37, 38)):
         n = jnp.array([stop - start], jnp.int32)
         found, cache = prefill(model, cache, tokens[:, start:stop], n, cfg=CFG, compute=compute, all_positions=True)
         out.append(np.asarray(found[0]))
