@@ -211,7 +211,8 @@ def test_the_names_that_are_the_servers_own():
     assert hosts("0.0.0.0", "0.0.0.0") == hosts("gpu.lan", "10.0.0.5") == ()
     assert hosts("0.0.0.0", "0.0.0.0", "a.example") == hosts("::", "::", "a.example") == (*LOOPBACK, "a.example")
     assert hosts("gpu.lan", "10.0.0.5", "a.example") == (*LOOPBACK, "gpu.lan", "a.example")
-    assert hosts("localhost", "127.0.0.1") == LOOPBACK
+    assert hosts("localhost", "127.0.0.1") == hosts("127.0.0.1", "127.0.0.1") == hosts("::1", "::1") == LOOPBACK
+    assert hosts("gpu", "127.0.1.1") == (*LOOPBACK, "gpu")
 
 
 @pytest.mark.parametrize("content", ["application/json", "text/plain", "application/x-www-form-urlencoded"])

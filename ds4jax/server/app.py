@@ -51,10 +51,10 @@ class Options:
 
     keep_alive: an idle stream sends something after one to two times so many seconds. cors: origins of pages that may
     call, or "*". hosts: the names of this server, see `Access`. keys: what clients must send as
-    `Authorization: Bearer` or `x-api-key`. max_body: bytes. body_timeout: seconds in which some of a body must come,
-    see `Bodies`. max_depth: of nested JSON. think_default: whether the model thinks where a request does not say;
-    "asked" is "on", but "off" for Messages, as with Anthropic. strict: fields that are not known are refused; otherwise
-    a header and the log name them.
+    `Authorization: Bearer` or `x-api-key`. max_body: bytes. body_timeout: seconds in which some of a body must come
+    (`Bodies`). max_depth: of nested JSON. think_default: whether the model thinks where a request does not say; "asked"
+    is "on", but "off" for Messages, as with Anthropic. strict: fields that are not known are refused; else a header
+    and the log name them.
     """
 
     keep_alive: float = 10.0

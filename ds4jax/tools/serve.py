@@ -220,7 +220,8 @@ def _hosts(host: str, address: Address, more: list[str] | None) -> tuple[str, ..
     """
     from ds4jax.server.access import LOOPBACK
 
-    own = () if address.is_unspecified else (host,)  # nobody calls 0.0.0.0
+    in_loopback = address.is_loopback and host == str(address)
+    own = () if in_loopback or address.is_unspecified else (host,)  # nobody calls 0.0.0.0
     return tuple(dict.fromkeys((*LOOPBACK, *own, *(more or ())))) if address.is_loopback or more else ()
 
 
