@@ -107,7 +107,7 @@ class Settings:
             values = tomllib.loads(read_small(path).decode())
         except OSError as error:
             raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise ConfigError(f"{path}: not a TOML file: {error}") from None
         keys = [field.name for field in dataclasses.fields(cls)]
         if unknown := values.keys() - set(keys):

@@ -42,3 +42,15 @@ def test_an_unknown_tool_is_one_line(capsys):
 def test_nothing_imports_jax_before_it_is_needed(argv):
     code = f"import sys; from ds4jax.__main__ import main; main({argv}); assert 'jax' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ, stdout=subprocess.DEVNULL)
+
+
+@pytest.mark.parametrize("stderr", ["2>&-", "2>/dev/full"])
+def test_a_stderr_that_takes_nothing_stops_no_tool(stderr):
+    command = f"{sys.executable} -m ds4jax memory --config tiny {stderr}"
+    run = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=os.environ)
+    assert run.returncode == 0 and "weights" in run.stdout
+
+
+def test_no_number_is_not_a_number(capsys):
+    assert main(["serve", "--queue_timeout", "nan"]) == 1
+    assert capsys.readouterr().err == "error: queue_timeout: found nan, expected a number\n"

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from ds4jax.engine.form import Begin, Either, Pattern
+from ds4jax.engine.form import Begin, Either, Pattern, TooHard
 from ds4jax.engine.grammar import GrammarError, Matcher
 from ds4jax.engine.grammar_compiler import GrammarCompiler, Limits, check_size
 from ds4jax.io.tokenizer import byte_tokenizer
@@ -79,7 +79,7 @@ def test_sizes_come_first(compiler):
     deep = {}
     for _ in range(200):
         deep = {"items": deep}
-    with pytest.raises(GrammarError, match="more than 128 levels"):
+    with pytest.raises(TooHard, match="more than 128 levels"):
         check_size(deep)
 
 

@@ -1353,6 +1353,25 @@ def test_responses_of_odd_items_are_stored():
         assert more.status_code == 200 and more.json()["output"]
 
 
+def test_references_are_counted_each_time():
+    """A few bytes may not stand for gigabytes."""
+    with clients("</think>Hi") as (_, _, http, engine):
+        big = {"role": "user", "content": "word " * 200_000, "id": "big"}
+        http.post("/v1/responses", json={"input": [big, {"role": "user", "content": "Hi", "id": "hi"}], "store": True})
+        assert http.post("/v1/responses", json={"input": [{"id": "hi"}] * 50}).status_code == 200
+        response = http.post("/v1/responses", json={"input": [{"id": "hi"}, *[{"id": "big"}] * 9]})
+        assert response.status_code == 413 and "by reference" in response.json()["error"]["message"]
+        long = http.post("/v1/responses", json={"input": "x", "previous_response_id": "r" * 10**6})
+        assert long.status_code == 400 and len(long.content) < 1000
+
+
+def test_a_schema_as_text_has_a_limit():
+    with clients("{}") as (_, _, http, _):
+        body = {"messages": [{"role": "user", "content": "Hi"}], "guided_json": "[" + "{}," * 400_000 + "{}]"}
+        response = http.post("/v1/chat/completions", json=body)
+        assert response.status_code == 400 and "at most 1000000 characters" in response.json()["error"]["message"]
+
+
 def test_input_items_come_in_pages():
     with clients("</think>Hi") as (_, _, http, _):
         words = [{"role": "user", "content": text} for text in "abcdefg"]

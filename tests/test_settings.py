@@ -113,3 +113,9 @@ def test_xla_is_told_unless_the_user_has(monkeypatch):
         ["0.5", None, "false"],
         [None, "0.5", "true"],  # the deprecated name: XLA refuses to see both
     ]
+
+
+def test_a_file_that_nests_too_deep_is_no_toml_file(tmp_path):
+    (path := tmp_path / "deep.toml").write_text("x = " + "[" * 100_000)
+    with pytest.raises(ConfigError, match="not a TOML file"):
+        Settings.load(path)

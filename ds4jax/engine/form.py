@@ -15,7 +15,7 @@ class GrammarError(Ds4Error):
 
 
 class TooHard(GrammarError):
-    """A schema that takes more to compile than it may."""
+    """A schema or grammar that is larger, or takes more to compile, than it may."""
 
 
 @dataclasses.dataclass(frozen=True)

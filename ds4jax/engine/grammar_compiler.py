@@ -162,7 +162,7 @@ def _check_schema(schema: Mapping[str, Any]) -> None:
 
 def _at_most(name: str, found: int, expected: int, things: str) -> None:
     if found > expected:
-        raise GrammarError(f"{name}: found more than {expected} {things}, expected at most that")
+        raise TooHard(f"{name}: found more than {expected} {things}, expected at most that")
 
 
 # ---- the other process -----------------------------------------------------------------------------------------------

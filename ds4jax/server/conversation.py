@@ -36,6 +36,8 @@ if TYPE_CHECKING:  # llguidance takes a while to import
 
 _GRAMMARS = ThreadPoolExecutor(1, "grammar")
 
+BLAME = 2.0
+"""Seconds to find out which of the tools makes a grammar impossible."""
 ADMISSION = 1.0
 """Seconds to wait for a place in the engine before the first event goes out without the number of cached tokens."""
 
@@ -341,7 +343,10 @@ def _grammar(engine: AsyncEngine, ask: Ask) -> Grammar | None:
     except Ds4Error as error:  # which should name the one that is wrong
         if form is not None:
             engine.grammar(form, begin)
+        end = _now() + BLAME
         for tool in chat.normalise_tools(ask.tools):
+            if _now() > end:
+                break
             if calling.only is None or tool["name"] in calling.only:
                 one = calls.grammar(tokenizer, [tool], dataclasses.replace(calling, only=None), begun=free)
                 try:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ds4jax.server.errors import ApiError
 from ds4jax.server.replay import NoteLog
+
+MAX_REFERENCED = 8 << 20
+"""Characters of JSON of all items that an input names by reference, each as often as it is named."""
 
 type Json = dict[str, Any]
 
@@ -59,7 +63,7 @@ class Stored:
         turns = []
         while previous is not None:
             if (note := self._notes.get(f"response:{previous}")) is None:
-                text = f"previous_response_id: found {previous!r}, expected that of a response that is stored"
+                text = f"previous_response_id: found {previous!r:.80}, expected that of a response that is stored"
                 raise ApiError(text, param="previous_response_id", code="previous_response_not_found")
             turns.append([*note["input"], *note["response"]["output"]])
             previous = note["response"]["previous_response_id"]
@@ -67,18 +71,26 @@ class Stored:
 
     def resolved(self, items: list[Any]) -> Iterator[Any]:
         """The items, with those that are named by id in the place of their references. Raises ApiError."""
+        found: dict[str, tuple[Json, int]] = {}  # and how many characters of JSON it is
+        total = 0
         for i, item in enumerate(items):
             if isinstance(item, dict) and (item.get("type") == "item_reference" or item.keys() == {"id"}):
-                yield self._item(item.get("id"), f"input[{i}].id")
-            else:
-                yield item
+                where, id = f"input[{i}].id", item.get("id")
+                if isinstance(id, str) and id not in found and (stored := self._item(id)) is not None:
+                    found[id] = stored, len(json.dumps(stored))
+                if id not in found:
+                    raise ApiError(f"{where}: found {id!r:.80}, expected the id of an item that is stored", param=where)
+                item, size = found[id]
+                total += size
+                if total > MAX_REFERENCED:
+                    text = f"input: found items of more than {MAX_REFERENCED} characters by reference"
+                    raise ApiError(f"{text}, expected at most that", 413, param="input")
+            yield item
 
-    def _item(self, id: Any, where: str) -> Json:
+    def _item(self, id: str) -> Json | None:
         note = self._notes.get(f"response:{self._notes.get(f'item:{id}')}")
-        for item in [*note["input"], *note["response"]["output"]] if note else ():
-            if item["id"] == id:
-                return item
-        raise ApiError(f"{where}: found {id!r:.80}, expected the id of an item that is stored", param=where)
+        items = [*note["input"], *note["response"]["output"]] if note else []
+        return next((item for item in items if item["id"] == id), None)
 
     def _note(self, id: str) -> Json:
         if (note := self._notes.get(f"response:{id}")) is None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import math
 import os
 import signal
 import sys
 from collections.abc import Callable
 from types import FrameType
+from typing import Any, TextIO, cast
 
 from absl import flags
 
@@ -35,6 +38,25 @@ def define_synthetic(flag_values: flags.FlagValues) -> None:
 
     text = "Instead of a model file: random weights of this shape, in the q2 file's types; full is DeepSeek-V4-Flash."
     flags.DEFINE_enum("synthetic", None, list(SHAPES), text, flag_values=flag_values)
+
+
+class _Lossy:
+    """A text stream that loses what cannot be written: it is closed, or the disk is full."""
+
+    def __init__(self, stream: TextIO | None):
+        self._stream = open(os.devnull, "w") if stream is None else stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 _interrupted = False
@@ -74,6 +96,9 @@ def run(
             _, *rest = flag_values(["ds4jax", *argv])
         except flags.Error as error:
             raise ConfigError(f"{error} (--help lists the flags)") from None
+        for name in flag_values:
+            if isinstance(value := flag_values[name].value, float) and math.isnan(value):
+                raise ConfigError(f"{name}: found nan, expected a number")
         if rest:
             raise ConfigError(f"found the argument {rest[0]!r}, expected only flags (--help lists them)")
         return tool()
@@ -90,6 +115,7 @@ def exit_status(work: Callable[[], int | None]) -> int:
     _interrupted = False
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _interrupt)
+    stderr, sys.stderr = sys.stderr, cast(TextIO, _Lossy(sys.stderr))
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8")  # whatever the locale: models write any script
     try:
@@ -105,3 +131,5 @@ def exit_status(work: Callable[[], int | None]) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter's last flush fails again
         return 1
+    finally:
+        sys.stderr = stderr

@@ -218,16 +218,19 @@ def _choice(texts: list[str] | None) -> Pattern | None:
     return Pattern("lark", "start: " + " | ".join(map(quoted, texts)))
 
 
+MAX_SCHEMA = 1_000_000
+
+
 def _read_json(where: str, schema: Json | str | None) -> Json | None:
-    """A schema that may come as its text."""
+    """A schema that may come as its text, of at most MAX_SCHEMA characters."""
     if not isinstance(schema, str):
         return schema
     try:
-        value = json.loads(schema)
+        value = json.loads(schema) if len(schema) <= MAX_SCHEMA else None
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
-        raise wrong(where, schema, "a JSON schema")
+        raise wrong(where, schema, f"a JSON schema of at most {MAX_SCHEMA} characters")
     return value
 
 
