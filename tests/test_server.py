@@ -1356,7 +1356,7 @@ def test_responses_of_odd_items_are_stored():
 def test_references_are_counted_each_time():
     """A few bytes may not stand for gigabytes."""
     with clients("</think>Hi") as (_, _, http, engine):
-        big = {"role": "user", "content": "word " * 200_000, "id": "big"}
+        big = {"type": "web_search_call", "id": "big", "blob": "x" * 10**6}  # nothing of it is in the prompt
         http.post("/v1/responses", json={"input": [big, {"role": "user", "content": "Hi", "id": "hi"}], "store": True})
         assert http.post("/v1/responses", json={"input": [{"id": "hi"}] * 50}).status_code == 200
         response = http.post("/v1/responses", json={"input": [{"id": "hi"}, *[{"id": "big"}] * 9]})
