@@ -122,3 +122,10 @@ def test_no_kernel_takes_them(kernel):
     assert names <= {*known.names()} and names.isdisjoint(known.names(kernel))
     with pytest.raises(UnsupportedFormat, match="format: found Q6_K, expected one of .*Q8_0"):
         known.find("Q6_K", kernel)
+
+
+def test_random_weights_are_the_same_within_a_program():
+    """The deviation of the codes is measured while the program is traced."""
+    fmt = FORMATS[Type.TQ2_0]
+    within = jax.jit(lambda key: fmt.random(key, (3, 512), 0.5))(jax.random.key(0))
+    np.testing.assert_array_equal(within.to_bytes(), fmt.random(jax.random.key(0), (3, 512), 0.5).to_bytes())

@@ -23,8 +23,8 @@ def unsupported(cfg: ModelConfig, weights: Weights, cache: Cache, compute: Compu
     """The ops whose kernels cannot run, and why; empty if a step of `tokens` tokens a sequence can run as asked.
 
     weights, cache: of arrays or `jax.ShapeDtypeStruct`s. Each op is traced with its own implementation and the others
-    in XLA, without compiling: the kernels' own checks decide. An MTP head is traced, too. Where the
-    reason is the type of matrices, it ends with the command that writes them in another.
+    in XLA, without compiling: the kernels' own checks decide. An MTP head is traced, too. A reason
+    that is the type of matrices ends with the command that writes them in another.
     """
     batch = cache.length.shape[0]
     ids, n = jax.ShapeDtypeStruct((batch, tokens), jnp.int32), jax.ShapeDtypeStruct((batch,), jnp.int32)
@@ -38,9 +38,10 @@ def unsupported(cfg: ModelConfig, weights: Weights, cache: Cache, compute: Compu
         try:
             jax.eval_shape(functools.partial(_step, cfg=cfg, compute=alone), weights, cache, ids, n)
         except UnsupportedFormat as error:
-            types = _replacements(weights, op, error.expected)
-            command = f"ds4jax convert --source FILE.gguf --out NEW.gguf --types {types}"
-            found[op] = f"{error}; a file of types that have kernels is made by: {command}"
+            found[op] = str(error)
+            if types := _replacements(weights, op, error.expected):
+                command = f"ds4jax convert --source FILE.gguf --out NEW.gguf --types {types}"
+                found[op] += f"; a file of types that have kernels is made by: {command}"
         except Unsupported as error:
             found[op] = re.sub(r"^(compressor|hyper|indexer|latent|mla|router|topk): ", "", str(error))  # the kernel's
     return found
@@ -55,7 +56,7 @@ def _step(w: Weights, cache: Cache, tokens: jax.Array, n: jax.Array, *, cfg: Mod
 def _replacements(weights: Weights, op: Op, takes: Sequence[str]) -> str:
     """FAMILY=TYPE,… for the op's matrices of other formats than its kernel takes.
 
-    The type is the smallest one with at least as many bits, if there is one.
+    The type is the smallest one with at least as many bits, or else the largest.
     """
     found = {}
     leaves = jax.tree_util.tree_leaves_with_path(weights, is_leaf=lambda x: isinstance(x, Quantized))
@@ -67,7 +68,8 @@ def _replacements(weights: Weights, op: Op, takes: Sequence[str]) -> str:
         fitting = [f for f in (Q2_K, Q4_K, Q8_0, F16) if f.__name__ in takes and matrix.shape[-1] % f.block == 0]
         size = matrix.block_bytes / matrix.block
         large = [f for f in fitting if f.block_bytes / f.block >= size]
-        found[family] = (large or fitting[-1:])[0].__name__
+        if fitting:
+            found[family] = (large or fitting[-1:])[0].__name__
     return ",".join(f"{family}={name}" for family, name in found.items())
 
 
