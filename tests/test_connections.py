@@ -54,9 +54,9 @@ asyncio.run(serve.serve(engine, options, Replay(), serve.bind("127.0.0.1", 0), g
 
 @contextlib.contextmanager
 def process(setting: str, descriptors: int | None = None) -> Iterator[tuple[tuple[str, int], subprocess.Popen, list]]:
-    """(address, process, lines of its stderr) of a server of its own. setting: an expression, (options, limits, grace).
+    """(address, process, lines of its stderr from "serving" on) of a server of its own.
 
-    descriptors: what `ulimit -n` says.
+    setting: an expression, (options, limits, grace). descriptors: what `ulimit -n` says.
     """
 
     def limit() -> None:
@@ -75,6 +75,7 @@ def process(setting: str, descriptors: int | None = None) -> Iterator[tuple[tupl
                 break
         else:
             raise AssertionError(lines)
+        del lines[:-1]
         reader = threading.Thread(target=lambda: lines.extend(server.stderr or ()))
         reader.start()
         yield ("127.0.0.1", int(found[1])), server, lines
