@@ -216,7 +216,7 @@ def test_rows_are_kept_when_the_sweep_breaks_off(run, small, tmp_path, monkeypat
         (["--ctx_start=21"], "ctx_start: found 21, expected 1 to 20 (ctx_max)"),
         (["--ctx_start=0"], "ctx_start: found 0, expected 1 to 20 (ctx_max)"),
         (["--step_mul=1"], "step_mul: found 1, expected more than 1"),
-        (["--step_mul=nan"], "step_mul: found nan, expected more than 1"),
+        (["--step_mul=nan"], "step_mul: found nan, expected a number"),
         (["--gen_tokens=0"], "gen_tokens: found 0, expected at least 1"),
         (["--fill=0"], "fill: found 0, expected at least 1"),
         (["--fill=254"], "ctx: found 256, expected at least 258 for this table"),

@@ -59,13 +59,11 @@ def process(setting: str, descriptors: int | None = None) -> Iterator[tuple[tupl
     setting: an expression, (options, limits, grace). descriptors: what `ulimit -n` says.
     """
 
-    def limit() -> None:
-        if descriptors is not None:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors, descriptors))
-
     command = [sys.executable, "-c", PROGRAM, setting]
+    if descriptors is not None:
+        command = ["bash", "-c", f'ulimit -n {descriptors} && exec "$@"', "bash", *command]
     root = Path(__file__).parents[1]
-    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=root, preexec_fn=limit)
+    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=root)
     assert server.stderr is not None
     lines: list[str] = []
     try:

@@ -99,7 +99,8 @@ def test_a_short_prompt_takes_the_slot_of_a_long_one_which_goes_on(runner, cache
     assert [token.id for token in scored] == list(longs[1].tokens[1:])
 
 
-@pytest.mark.parametrize("cached", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("cached", [False, True])
 def test_a_new_client_takes_a_slot_of_one_who_has_two(runner, cached):
     many = [request(9 + i, 200, i, "a") for i in range(3)]
     few = [request(40 + i, 9, i, "b") for i in range(2)]
@@ -168,7 +169,7 @@ def test_a_budget_draws_the_same_tokens_in_blocks_and_one_by_one(runner, monkeyp
 
 def test_who_waits_too_long_is_told(runner):
     run = Run(runner, patience=0.05)
-    jobs = [request(9, 400, i) for i in range(3)]
+    jobs = [request(9, 60, i) for i in range(3)]
     for each in jobs:
         run.add(each)
     run.engine.step()
@@ -176,7 +177,7 @@ def test_who_waits_too_long_is_told(runner):
     run.run({})
     (event,) = run.events[jobs[2]]
     assert isinstance(event.error, Overloaded) and "found no place within" in str(event.error)
-    assert all(len(run.ids(each)) == 400 for each in jobs[:2])
+    assert all(len(run.ids(each)) == 60 for each in jobs[:2])
 
 
 # ---- logits that are no numbers --------------------------------------------------------------------------------------

@@ -161,6 +161,7 @@ def test_implementations_that_are_none(text, problem):
         implementation.parse(text)
 
 
+@pytest.mark.slow
 def test_what_there_are_no_kernels_for_is_named():
     """One line for each op that cannot run, of every one that was asked for."""
 

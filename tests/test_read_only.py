@@ -75,7 +75,9 @@ def logits(path):
     return np.concatenate(out)
 
 
-@pytest.mark.parametrize("types", [RECIPE, OTHER], ids=lambda types: types["dense"].name)
+@pytest.mark.parametrize(
+    "types", [RECIPE, pytest.param(OTHER, marks=pytest.mark.slow)], ids=lambda types: types["dense"].name
+)
 def test_logits_are_those_of_the_dequantized_model(types, tmp_path):
     for name, dequantized in (("quantized", False), ("f32", True)):
         write(tmp_path / f"{name}.gguf", types, dequantized)

@@ -99,6 +99,7 @@ def by_family(gradient):
     return {s.tensors[0].family: g for s, g in zip(specs, jax.tree.leaves(gradient), strict=True)}
 
 
+@pytest.mark.slow
 def test_every_weight_has_a_gradient(gradients):
     for family, gradient in gradients[0].items():
         per_layer = np.abs(np.asarray(gradient)).reshape(len(gradient), -1).max(1)
@@ -107,6 +108,7 @@ def test_every_weight_has_a_gradient(gradients):
             assert (per_layer > 0).all(), f"{family}: no gradient in layer {np.argmin(per_layer)} of its kind"
 
 
+@pytest.mark.slow
 def test_the_main_loss_reaches_all_but_the_indexer_and_the_head(gradients):
     for family, gradient in gradients[1].items():
         assert bool(np.any(gradient)) == (not family.startswith(("csa.indexer.", "mtp."))), family

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import functools
+import time
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -343,9 +344,9 @@ def _grammar(engine: AsyncEngine, ask: Ask) -> Grammar | None:
     except Ds4Error as error:  # which should name the one that is wrong
         if form is not None:
             engine.grammar(form, begin)
-        end = _now() + BLAME
+        end = time.monotonic() + BLAME
         for tool in chat.normalise_tools(ask.tools):
-            if _now() > end:
+            if time.monotonic() > end:
                 break
             if calling.only is None or tool["name"] in calling.only:
                 one = calls.grammar(tokenizer, [tool], dataclasses.replace(calling, only=None), begun=free)

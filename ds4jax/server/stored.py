@@ -76,9 +76,10 @@ class Stored:
         for i, item in enumerate(items):
             if isinstance(item, dict) and (item.get("type") == "item_reference" or item.keys() == {"id"}):
                 where, id = f"input[{i}].id", item.get("id")
-                if isinstance(id, str) and id not in found and (stored := self._item(id)) is not None:
+                known = isinstance(id, str)
+                if known and id not in found and (stored := self._item(id)) is not None:
                     found[id] = stored, len(json.dumps(stored))
-                if id not in found:
+                if not known or id not in found:
                     raise ApiError(f"{where}: found {id!r:.80}, expected the id of an item that is stored", param=where)
                 item, size = found[id]
                 total += size
