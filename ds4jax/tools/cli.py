@@ -115,7 +115,9 @@ def exit_status(work: Callable[[], int | None]) -> int:
     _interrupted = False
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _interrupt)
-    stderr, sys.stderr = sys.stderr, cast(TextIO, _Lossy(sys.stderr))
+    stderr = sys.stderr
+    if not isinstance(stderr, _Lossy):
+        sys.stderr = cast(TextIO, _Lossy(stderr))
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8")  # whatever the locale: models write any script
     try:
