@@ -165,7 +165,7 @@ class Chaos:
         self.memory: dict[int, list[float]] = collections.defaultdict(list)  # bytes, prefixes aside, by start
 
     async def stream(self, client: httpx.AsyncClient, rng: random.Random) -> None:
-        """One request; → RuntimeError for a wrong answer, or one that is lost."""
+        """Send one request. Raises RuntimeError if its answer is wrong or does not come."""
         i, starts = rng.randrange(len(self.asks)), self.server.starts
         give_up = rng.choice((None, None, None, 0.001, rng.uniform(0, 1), rng.uniform(0, 5)))
         try:

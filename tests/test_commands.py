@@ -10,6 +10,7 @@ import pytest
 
 import ds4jax.tools
 from ds4jax.__main__ import TOOLS, main
+from ds4jax.tools import cli
 
 LIBRARIES = {"cli", "limits"}  # modules of ds4jax.tools that are no tool
 
@@ -49,6 +50,12 @@ def test_a_stderr_that_takes_nothing_stops_no_tool(stderr):
     command = f"{sys.executable} -m ds4jax memory --config tiny {stderr}"
     run = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=os.environ)
     assert run.returncode == 0 and "weights" in run.stdout
+
+
+def test_who_closes_the_guarded_stderr_closes_no_other(capfd):
+    assert cli.exit_status(lambda: cli.exit_status(lambda: sys.stderr.close())) == 0
+    print("still here", file=sys.stderr)
+    assert capfd.readouterr().err == "still here\n"
 
 
 def test_no_number_is_not_a_number(capsys):

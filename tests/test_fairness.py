@@ -67,6 +67,11 @@ class Run:
             step += 1
         return self
 
+    def until_answering(self, requests):
+        """Step until each of some requests has a token."""
+        while not all(map(self.ids, requests)):
+            self.engine.step()
+
     def ids(self, request):
         return [event.id for event in self.events[request] if isinstance(event, Token)]
 
@@ -114,27 +119,23 @@ def test_a_suspended_sequence_can_be_cancelled_and_the_engine_recovers_with_one(
     many = [request(200 + i, 100, i, "a") for i in range(2)]
     few = request(40, 50, 0, "b")
     run = Run(runner, PrefixCache(1 << 30))
-    for each in many:
-        run.add(each)
-    while not all(map(run.ids, many)):
-        run.engine.step()
-    run.add(few)
-    while not run.ids(few):
-        run.engine.step()
-    (suspended,) = [seq for seq in run.engine.scheduler if seq.suspended]
+
+    def suspend():
+        """Let `many` run and `few` take a slot; → the sequence that had it."""
+        for each in many:
+            run.add(each)
+        run.until_answering(many)
+        run.add(few)
+        run.until_answering([few])
+        (suspended,) = [seq for seq in run.engine.scheduler if seq.suspended]
+        return suspended
+
+    suspended = suspend()
     run.engine.recover(StepFailed("lost"))
     assert len(run.engine) == 1 and suspended in run.engine.scheduler
     run.run({})
     assert run.ids(suspended.request) == alone(runner, suspended.request)
-    for each in many:
-        run.add(each)
-    while not all(map(run.ids, many)):
-        run.engine.step()
-    run.add(few)
-    while not run.ids(few):
-        run.engine.step()
-    (suspended,) = [seq for seq in run.engine.scheduler if seq.suspended]
-    run.engine.cancel(suspended)
+    run.engine.cancel(suspend())
     run.run({})
     assert run.ids(few) == alone(runner, few)
 
@@ -198,8 +199,7 @@ def test_only_the_sequence_whose_numbers_overflow_fails(runner, rest):
     jobs = [request(200, 50, i, **rest) for i in range(2)]
     for each in jobs:
         run.add(each)
-    while not all(map(run.ids, jobs)):
-        run.engine.step()
+    run.until_answering(jobs)
     poison(runner, next(seq.slot for seq in run.engine.scheduler if seq.request is jobs[0]))
     run.run({})
     failed = run.events[jobs[0]][-1]

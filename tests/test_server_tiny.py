@@ -278,6 +278,16 @@ def test_short_soak(url):
     assert report["equal"] >= 10 and report["given up"] >= 5
 
 
+@pytest.mark.slow
+def test_short_chaos():
+    """scripts/chaos.py does it for as long as one likes: things fail, it is killed, and no answer is wrong or lost."""
+    command = [sys.executable, ROOT / "scripts" / "chaos.py", "--minutes=0.6", "--streams=8", "--kill_every=8"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0, run.stderr[-2000:]
+    report = json.loads(run.stdout)
+    assert report["equal"] > 0 and report["kills"] > 0 and report["starts"] == report["kills"] + 1
+
+
 def test_load_and_reuse(url):
     report: dict[str, Any] = asyncio.run(load.load(url, streams=3, prompt=990, answer=12, long=500))
     assert 6 < report["tokens"] <= 36 and report["decode_tokens_per_second"] > 0

@@ -45,9 +45,10 @@ log = logging.getLogger(__name__)
 MAX_FAILURES = 5  # steps in a row that fail before the engine gives up
 STALLED = 60.0
 """A step hangs if it takes more seconds than this, and ten times longer than any before."""
-CLOSING = 60.0  # seconds after the grace in which the last step must end
 STALLED_COMPILING = 1800.0
-"""The same while a step is compiled."""
+"""A step that is being compiled hangs if it takes more seconds than this."""
+CLOSING = 60.0
+"""Seconds after the grace in which the last step must end."""
 
 
 class AsyncEngine:

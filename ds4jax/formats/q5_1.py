@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from gguf import GGMLQuantizationType as GGMLType
 
 from ds4jax.formats.base import unpack
-from ds4jax.formats.read_only import ReadOnly, random_dm
+from ds4jax.formats.read_only import ReadOnly, random_dm, with_minimum
 
 Array = jax.Array
 
@@ -29,9 +28,7 @@ class Q5_1(ReadOnly):
 
     @staticmethod
     def _decode(dm, high, q):
-        codes = unpack(q, 4, run=16) | unpack(high, 1) << 4
-        d, m = dm[..., :1].astype(jnp.float32), dm[..., 1:].astype(jnp.float32)
-        return d * codes.astype(jnp.float32) + m
+        return with_minimum(dm, unpack(q, 4, run=16) | unpack(high, 1) << 4)
 
     @classmethod
     def random_scales(cls, key, planes, std):

@@ -49,6 +49,12 @@ class ReadOnly(Quantized):
             return float(jnp.sqrt(jnp.mean(weights**2)))
 
 
+def with_minimum(dm: Array, codes: Array) -> Array:
+    """d·q + m in float32: dm (..., 2), the d and m of each block; codes (..., weights)."""
+    d, m = dm[..., :1].astype(jnp.float32), dm[..., 1:].astype(jnp.float32)
+    return d * codes.astype(jnp.float32) + m
+
+
 def random_dm(key: Array, shape: tuple[int, ...], std: float, top: int) -> Array:
     """The plane dm of `shape`, float16 d and m of each block, for weights d·q + m of uniform codes 0 … top."""
     deviation = (mean_square(top + 1) - (top / 2) ** 2) ** 0.5

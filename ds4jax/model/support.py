@@ -23,8 +23,8 @@ def unsupported(cfg: ModelConfig, weights: Weights, cache: Cache, compute: Compu
     """The ops whose kernels cannot run, and why; empty if a step of `tokens` tokens a sequence can run as asked.
 
     weights, cache: of arrays or `jax.ShapeDtypeStruct`s. Each op is traced with its own implementation and the others
-    in XLA, without compiling: the kernels' own checks decide. An MTP head is traced, too. A reason
-    that is the type of matrices ends with the command that writes them in another.
+    in XLA, without compiling: the kernels' own checks decide. An MTP head is traced, too. Where the reason is the type
+    of matrices, it ends with the command that writes them in another type.
     """
     batch = cache.length.shape[0]
     ids, n = jax.ShapeDtypeStruct((batch, tokens), jnp.int32), jax.ShapeDtypeStruct((batch,), jnp.int32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import secrets
 from collections.abc import Iterator, Mapping
@@ -42,8 +43,9 @@ class Stored:
         items = self._note(id)["input"]
         if (order := query.get("order", "desc")) not in ("asc", "desc"):
             raise ApiError(f"order: found {order!r:.80}, expected asc or desc", param="order")
-        if not (limit := query.get("limit", "20")).isdecimal() or not 1 <= int(limit[:9]) <= 100:
-            raise ApiError(f"limit: found {limit!r:.80}, expected 1 to 100", param="limit")
+        asked = query.get("limit", "20")
+        if not asked.isdecimal() or len(asked) > 3 or not 1 <= (limit := int(asked)) <= 100:
+            raise ApiError(f"limit: found {asked!r:.80}, expected 1 to 100", param="limit")
         if order == "desc":
             items = items[::-1]
         if (after := query.get("after")) is not None:
@@ -51,7 +53,7 @@ class Stored:
             if at is None:
                 raise ApiError(f"after: found {after!r:.80}, expected the id of one of the items", param="after")
             items = items[at + 1 :]
-        return items[: int(limit)], len(items) > int(limit)
+        return items[:limit], len(items) > limit
 
     def delete(self, id: str) -> None:
         """Raises ApiError if it is not kept."""
@@ -71,27 +73,25 @@ class Stored:
 
     def resolved(self, items: list[Any]) -> Iterator[Any]:
         """The items, with those that are named by id in the place of their references. Raises ApiError."""
-        found: dict[str, tuple[Json, int]] = {}  # and how many characters of JSON it is
-        total = 0
+        look_up, total = functools.cache(self._item), 0
         for i, item in enumerate(items):
             if isinstance(item, dict) and (item.get("type") == "item_reference" or item.keys() == {"id"}):
                 where, id = f"input[{i}].id", item.get("id")
-                known = isinstance(id, str)
-                if known and id not in found and (stored := self._item(id)) is not None:
-                    found[id] = stored, len(json.dumps(stored))
-                if not known or id not in found:
+                stored = look_up(id) if isinstance(id, str) else None
+                if stored is None:
                     raise ApiError(f"{where}: found {id!r:.80}, expected the id of an item that is stored", param=where)
-                item, size = found[id]
+                item, size = stored
                 total += size
                 if total > MAX_REFERENCED:
                     text = f"input: found items of more than {MAX_REFERENCED} characters by reference"
                     raise ApiError(f"{text}, expected at most that", 413, param="input")
             yield item
 
-    def _item(self, id: str) -> Json | None:
+    def _item(self, id: str) -> tuple[Json, int] | None:
+        """An item that is stored, and how many characters of JSON it is."""
         note = self._notes.get(f"response:{self._notes.get(f'item:{id}')}")
         items = [*note["input"], *note["response"]["output"]] if note else []
-        return next((item for item in items if item["id"] == id), None)
+        return next(((item, len(json.dumps(item))) for item in items if item["id"] == id), None)
 
     def _note(self, id: str) -> Json:
         if (note := self._notes.get(f"response:{id}")) is None:

@@ -41,7 +41,10 @@ def define_synthetic(flag_values: flags.FlagValues) -> None:
 
 
 class _Lossy:
-    """A text stream that loses what cannot be written: it is closed, or the disk is full."""
+    """A text stream that loses what cannot be written: it is closed, or the disk is full.
+
+    `close` does nothing: a logging handler that holds it, as absl's does, would close the process's own stderr.
+    """
 
     def __init__(self, stream: TextIO | None):
         self._stream = open(os.devnull, "w") if stream is None else stream
@@ -54,6 +57,9 @@ class _Lossy:
     def flush(self) -> None:
         with contextlib.suppress(OSError, ValueError):
             self._stream.flush()
+
+    def close(self) -> None:
+        pass
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -115,9 +121,7 @@ def exit_status(work: Callable[[], int | None]) -> int:
     _interrupted = False
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _interrupt)
-    stderr = sys.stderr
-    if not isinstance(stderr, _Lossy):
-        sys.stderr = cast(TextIO, _Lossy(stderr))
+    stderr, sys.stderr = sys.stderr, cast(TextIO, _Lossy(sys.stderr))
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8")  # whatever the locale: models write any script
     try:
