@@ -160,8 +160,10 @@ class AsyncEngine:
 
     def stack(self) -> str:
         """What the engine's thread is doing."""
+        if not self._thread.is_alive():  # another thread may have its number by now
+            return "the thread has ended\n"
         frame = sys._current_frames().get(self._thread.ident or 0)
-        return "".join(traceback.format_stack(frame)) if frame else "the thread has ended\n"
+        return "".join(traceback.format_stack(frame)) if frame else "the thread ends\n"
 
     @property
     def kv_store(self) -> KVStore | None:
