@@ -50,7 +50,10 @@ SCHEMAS = {
         "properties": {"at": {"$ref": "#/$defs/point"}},
         "required": ["at"],
         "additionalProperties": False,
-        "$defs": {"point": {"type": "array", "items": {"enum": [1, 2]}, "minItems": 2, "maxItems": 2}},
+        "$defs": {
+            "point": {"type": "array", "items": {"$ref": "#/$defs/a%20~1%20b"}, "minItems": 2, "maxItems": 2},
+            "a / b": {"enum": [1, 2]},
+        },
     },
     "either": {
         "anyOf": [
@@ -256,3 +259,16 @@ def test_the_text_of_a_tool_of_free_text(pattern):
 def test_what_cannot_be_enforced_is_refused(schema, message):
     with pytest.raises(Ds4Error, match=message):
         matcher([{"name": "f", "parameters": schema}])
+
+
+def test_definitions_are_written_where_they_are_used():
+    """All of them at each of many parameters would be more than memory holds."""
+    large = {f"d{i}": {"enum": [f"{i}" * 50]} for i in range(2000)}
+    properties = {f"p{i}": {"$ref": f"#/$defs/d{i}"} for i in range(200)}
+    schema = {"type": "object", "properties": properties, "$defs": large}
+    text = calls.grammar(TOKENIZER, [{"name": "f", "parameters": schema}], REQUIRED, begun=False).text
+    assert len(text) < 200_000 and "1" * 50 in text
+    schema["properties"] = {f"p{i}": {"$ref": "#/$defs/all"} for i in range(200)}
+    schema["$defs"] = large | {"all": {"anyOf": [{"$ref": f"#/$defs/{name}"} for name in large]}}
+    with pytest.raises(Ds4Error, match="tools: f: parameters: found schemas of more than 1000000 characters"):
+        calls.grammar(TOKENIZER, [{"name": "f", "parameters": schema}], REQUIRED, begun=False)

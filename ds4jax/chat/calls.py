@@ -12,9 +12,10 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+from urllib.parse import unquote
 
 from ds4jax.chat import template
-from ds4jax.engine.form import Pattern, llguidance_schema, quoted, unanchored, without_one_of
+from ds4jax.engine.form import MAX_TEXT, Pattern, llguidance_schema, quoted, unanchored, without_one_of
 from ds4jax.errors import Ds4Error
 from ds4jax.io.tokenizer import Special, Tokenizer
 
@@ -75,10 +76,13 @@ class _Rules:
     """The text of a grammar in Lark as it grows. dsml: the control token."""
 
     def __init__(self, dsml: str):
-        self._dsml, self._lines = dsml, dict[str, str]()
+        self._dsml, self._lines, self._size = dsml, dict[str, str](), 0
 
     def add(self, kind: str, body: str) -> str:
-        """→ the name of a new rule."""
+        """→ the name of a new rule. Raises Ds4Error if the text gets longer than MAX_TEXT."""
+        self._size += len(body)
+        if self._size > MAX_TEXT:
+            raise Ds4Error(f"found schemas of more than {MAX_TEXT} characters, expected at most that")
         name = f"{kind}_{len(self._lines)}"
         self._lines[name] = body
         return name
@@ -206,7 +210,21 @@ def _values(rules: _Rules, schema: Any, definitions: Mapping[str, Any]) -> list[
     """The alternatives of a parameter's value; see `_parameter`."""
     strings, others = _split(without_one_of(schema) if isinstance(schema, Mapping) else {})
     out = [("true", rules.add("STRING", text)) for text in strings]
-    return out + [("false", _json(rules, {**inner, **definitions})) for inner in others]
+    return out + [("false", _json(rules, {**inner, **_used(inner, definitions)})) for inner in others]
+
+
+def _used(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Those of the definitions that a schema refers to, directly or not."""
+    out: dict[str, dict[str, Any]] = {}
+    open_ = [*_references(schema)]
+    while open_:
+        # A JSON pointer in a URI: RFC 6901.
+        group, name, *_ = [unquote(part).replace("~1", "/").replace("~0", "~") for part in open_.pop().split("/")[1:]]
+        found = definitions.get(group)
+        if isinstance(found, Mapping) and name in found and name not in out.setdefault(group, {}):
+            out[group][name] = found[name]
+            open_ += _references(found[name])
+    return out
 
 
 def _split(schema: Mapping[str, Any]) -> tuple[list[str], list[Mapping[str, Any]]]:

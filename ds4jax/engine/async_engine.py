@@ -24,6 +24,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from ds4jax import heap
 from ds4jax.engine.commands import Cancel, Command, Stop, Submit, Wake
 from ds4jax.engine.form import Begin, Form
 from ds4jax.engine.sequence import Sequence
@@ -89,6 +90,7 @@ class AsyncEngine:
         model = model_runner.open_model(settings, synthetic)
         runner = model_runner.ModelRunner(model, settings, max_seqs, progress, serving_sizes(settings))
         runner.compile()
+        heap.trim()
         store = open_store(kv_dir, kv_budget_bytes, runner) if kv_dir else None
         name = f"synthetic-{synthetic}" if synthetic else Path(settings.model).stem
         return cls(runner, PrefixCache(prefix_budget_bytes, store), name=name, trace=trace, **limits)

@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 from ds4jax.errors import Ds4Error
 
+MAX_TEXT = 1_000_000  # characters of a regular expression or a grammar
+
 
 class GrammarError(Ds4Error):
     """A schema that is not valid, or asks for what cannot be enforced."""

@@ -20,12 +20,11 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from ds4jax.engine.form import Begin, Either, Form, GrammarError, Pattern, TooHard
+from ds4jax.engine.form import MAX_TEXT, Begin, Either, Form, GrammarError, Pattern, TooHard
 from ds4jax.engine.grammar import Grammar, Vocabulary
 from ds4jax.errors import Ds4Error
 from ds4jax.io.tokenizer import Tokenizer
 
-MAX_TEXT = 1_000_000  # characters of a regular expression or a grammar
 MAX_NODES, MAX_DEPTH, MAX_REFERENCES = 100_000, 128, 1000  # of a schema
 KEPT = 32  # the most grammars that are remembered
 

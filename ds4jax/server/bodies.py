@@ -10,6 +10,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ds4jax import heap
 from ds4jax.chat import template as prompt
 from ds4jax.server.errors import ApiError
 
@@ -78,6 +79,8 @@ class Bodies:
             await self._app(scope, limited, send)
         finally:
             self._take(-size, client)
+            if size > LARGE:
+                _LARGE_POOL.submit(heap.trim)
 
     def _take(self, n: int, client: str) -> None:
         self._room -= n
