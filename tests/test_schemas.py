@@ -113,7 +113,7 @@ def test_json_object_with_a_schema():
         (messages, begun(CALLS),
          'messages[1].content[1].type: found "tool_use", expected no calls in a message that is continued'),
         (messages, begun(BLOCKS[:1], thinking={"type": "disabled"}),
-         'messages[1].content[0].type: found "thinking", expected no thought to go on from, with thinking disabled'),
+         'messages[1].content[0].type: found "thinking", expected no thought to go on from, with thinking off'),
         (responses, {"input": ""}, "input: found [], expected at least 1 item"),
         (responses, {"input": "Hi", "previous_response_id": "r"},
          "previous_response_id: found 'r', expected that of a response that is stored"),

@@ -367,6 +367,10 @@ def test_who_thinks_where_nobody_says(default, thinks):
         assert http.post("/v1/messages", json=asked).status_code == 200 and prompt(engine).endswith("<think>")
         rendered = http.post("/apply-template", json={"messages": HI}).json()["prompt"]
         assert rendered.endswith("<think>" if thinks[0] else "</think>")
+        thought = {"role": "assistant", "content": [{"type": "thinking", "thinking": "So", "signature": ""}]}
+        answer = http.post("/v1/messages", json={"messages": [*HI, thought], "max_tokens": 9})
+        assert answer.status_code == (200 if thinks[1] else 400)
+        assert thinks[1] or answer.json()["error"]["message"].startswith("messages[1].content[0].type: found")
 
 
 @pytest.mark.parametrize("profile", ["original", "0731"])

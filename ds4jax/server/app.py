@@ -215,12 +215,15 @@ class _Server:
     def _read(self, path: str, body: dict[str, Any]) -> Ask:
         """What a body of one of `APIS` asks for, as this server's options complete it. Raises Ds4Error."""
         api = APIS[path]
-        ask = responses.read(body, self.stored) if api.reply is ResponsesReply else api.read(body)
+        think = self.options.think_default
+        if api.reply is MessagesReply:
+            ask = messages.read(body, "off" if think == "asked" else think)
+        else:
+            ask = responses.read(body, self.stored) if api.reply is ResponsesReply else api.read(body)
         if ask.ignored and self.options.strict:
             name = ask.ignored[0]
             raise base.wrong(name, body[name], "nothing: it is not known")
-        default = {"on": "on", "off": "off", "asked": "off" if api.reply is MessagesReply else "on"}
-        return dataclasses.replace(ask, think=ask.think or default[self.options.think_default])
+        return dataclasses.replace(ask, think=ask.think or ("off" if think == "off" else "on"))
 
     @staticmethod
     def _warn(ask: Ask) -> dict[str, str]:

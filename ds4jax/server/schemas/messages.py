@@ -142,11 +142,11 @@ class Messages(base.Body):
         return base.calling(self.tools, kind, None, choice.disable_parallel_tool_use)
 
 
-def read(body: Json) -> Ask:
-    """The `Ask` of `POST /v1/messages`. Raises Ds4Error."""
+def read(body: Json, think_default: str = "on") -> Ask:
+    """The `Ask` of `POST /v1/messages`. think_default: its `think` where the body does not say. Raises Ds4Error."""
     asked = base.parse(Messages, body)
     system = asked.system_text()
-    think = base.think(asked.thinking and asked.thinking.on, asked.output_config.effort)
+    think = base.think(asked.thinking and asked.thinking.on, asked.output_config.effort) or think_default
     last = asked.messages[-1]
     if continues := isinstance(last, Assistant):
         _check_continued(last, f"messages[{len(asked.messages) - 1}].content", think)
@@ -175,7 +175,7 @@ def _check_continued(message: Assistant, where: str, think: str) -> None:
             case ToolUse():
                 raise base.wrong(f"{where}[{i}].type", block.type, "no calls in a message that is continued")
             case Thought(thinking=thought) if thought and think == "off":
-                raise base.wrong(f"{where}[{i}].type", block.type, "no thought to go on from, with thinking disabled")
+                raise base.wrong(f"{where}[{i}].type", block.type, "no thought to go on from, with thinking off")
             case Text():
                 texts.append(block.text)
     text = "\n\n".join(texts)
