@@ -1,5 +1,7 @@
 """Request bodies: what is wrong with one is named by its path, with what was found and what was expected."""
 
+import json
+
 import pytest
 
 from ds4jax.engine.form import Pattern
@@ -10,6 +12,9 @@ HI = {"messages": [{"role": "user", "content": "Hi"}]}
 BLOCKS = [{"type": "thinking", "thinking": "r"}, {"type": "tool_use", "id": "1", "name": "f", "input": "x"}]
 PREFIX = {"role": "assistant", "content": "A", "prefix": True}
 CALLS = [{"type": "text", "text": "A"}, {"type": "tool_use", "id": "1", "name": "f", "input": {}}]
+
+
+SAID = {"type": "json_schema", "schema": {}}
 
 
 def begun(content, **fields):
@@ -92,6 +97,8 @@ def test_json_object_with_a_schema():
         (messages, HI | {"output_config": {"effort": 1}},
          "output_config.effort: found 1, "
          "expected 'none', 'minimal', 'low', 'medium', 'high', 'xhigh', 'max' or 'ultra'"),
+        (messages, HI | {"output_format": SAID, "output_config": {"format": SAID | {"schema": {"type": "null"}}}},
+         f"output_format: found {json.dumps(SAID)}, expected what output_config.format says, or nothing"),
         (chat, {"messages": [PREFIX, *HI["messages"]]},
          "messages[0].prefix: found true, expected it on the last message only, if that is the assistant's"),
         (chat, {"messages": [HI["messages"][0] | {"prefix": True}]},

@@ -235,8 +235,9 @@ def test_json_formats():
         flat = {"format": {"type": "json_schema", "name": "n", "schema": schema}}
         o.responses.create(model="m", input="Hi", text=flat)
         assert engine.requests[-1].grammar == (schema, end)
-        a.messages.create(model="m", max_tokens=9, messages=HI, extra_body={"output_config": flat})
-        assert engine.requests[-1].grammar == (schema, end)
+        for old_or_new in ({"output_config": flat}, {"output_format": flat["format"]}):
+            a.messages.create(model="m", max_tokens=9, messages=HI, extra_body=old_or_new)
+            assert engine.requests[-1].grammar == (schema, end)
         raw = {"prompt": "x", "guided_regex": "a+"}
         assert http.post("/v1/completions", json=raw).status_code == 200
         assert engine.requests[-1].grammar == (Pattern("regex", "a+"), Begin())  # a raw prompt has no thoughts

@@ -120,8 +120,17 @@ class Messages(base.Body):
     tool_choice: ToolChoice = Choice(type="auto")
     thinking: base.Thinking | None = None
     output_config: OutputConfig = OutputConfig()
+    output_format: base.Format | None = None  # the name of output_config.format in Anthropic's beta
     max_tokens: base.Limit | None = None
     stop_sequences: base.Stops = []
+
+    def format(self) -> base.Format | None:
+        """What the answer must be. Raises ApiError if the two fields for it contradict each other."""
+        old, new = self.output_format, self.output_config.format
+        if old and new and old != new:
+            found = old.model_dump(mode="json", by_alias=True)
+            raise base.wrong("output_format", found, "what output_config.format says, or nothing")
+        return new or old
 
     def system_text(self) -> str:
         """The system prompt.
@@ -160,7 +169,7 @@ def read(body: Json, think_default: str = "on") -> Ask:
         calling=asked.calling(),
         think=think,
         budget=asked.thinking.budget_tokens if asked.thinking else None,
-        form=base.form_of(asked.output_config.format),
+        form=base.form_of(asked.format()),
         max_tokens=asked.max_tokens,
         stop=base.stops(asked.stop_sequences),
         **asked.common(),
