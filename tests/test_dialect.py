@@ -223,7 +223,7 @@ def test_every_part_counts_for_states_on_disk(parts, tmp_path, monkeypatch):
 
 
 def test_parts_are_a_source_for_convert(parts, plain):
-    split, whole = regguf.open_source(parts[1]), regguf.open_source(plain)
+    (split,), (whole,) = regguf.open_sources(parts[1]), regguf.open_sources(plain)
     assert (split.cfg, split.table) == (whole.cfg, whole.table) and len(split.identity) == len(parts)
     for spec in whole.table:
         if spec.kind != "matrix":
@@ -276,6 +276,11 @@ def test_what_only_images_need_is_left_out(plain, tmp_path):
     path = rewrite(plain, tmp_path / "m.gguf", without={f"{PREFIX}vocab_size"}, changes=changes, more=biases)
     assert config(path) == dataclasses.replace(cfg, norm_eps=float(np.float32(1e-20)))
     assert right(rewrite(plain, path, more=biases))
+    with open_checkpoint(path).file as file:
+        assert not any("_vl" in name for name in file.tensors)
+    (source,) = regguf.open_sources(path)
+    names = "blk.0.exp_probs_b_vl.bias, blk.1.exp_probs_b_vl.bias, blk.2.exp_probs_b_vl.bias, ..."
+    assert source.notes == [f"left out: 4 tensors that only images need, which are not supported: {names}"]
     for wrong in (
         {"blk.0.exp_probs_b_vl.bias": np.ones(3, np.float32)},
         {"v.blk.0.norm.weight": np.ones(3, np.float32)},

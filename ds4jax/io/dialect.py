@@ -119,6 +119,12 @@ def without_images(tensors: Tensors, cfg: ModelConfig) -> dict[str, TensorInfo]:
     return {name: t for name, t in tensors.items() if name not in biases or t.shape != (cfg.n_experts,)}
 
 
+def without_images_note(names: Sequence[str]) -> str:
+    """A line that names tensors which are left out because only images need them."""
+    some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return f"left out: {len(names)} tensors that only images need, which are not supported: {some}"
+
+
 def sidecar(tensors: Tensors, cfg: ModelConfig) -> dict[str, TensorInfo]:
     """The tensors of a file with the MTP head alone, named as they are in a main file.
 
@@ -147,17 +153,8 @@ def is_sidecar(tensors: Tensors) -> bool:
     return any(name.endswith("." + _NEXTN) for name in tensors) and "blk.0.attn_norm.weight" not in tensors
 
 
-def drafter_of(metadata: Mapping[str, Any], cfg: ModelConfig) -> str | None:
-    """What tells that a main model is DeepSeek-V4-Flash-0731 or a later one; None if nothing does.
-
-    These came without an MTP head, but with a DSpark drafter of three stages, which their compress ratios count.
-    """
-    ratios: Sequence | None = metadata.get(f"{PREFIX}attention.compress_ratios")
-    if ratios is not None and len(ratios) > cfg.n_layers + 1:
-        return f"key '{PREFIX}attention.compress_ratios' has {len(ratios)} values for {cfg.n_layers} layers"
-    names = ("general.version", "general.name", "general.basename")
-    for key in (*names, "general.base_model.0.version", "general.base_model.0.name"):
-        found = metadata.get(key)
-        if isinstance(found, str) and ("0731" in found or "vision-exp" in found.lower().replace(" ", "-")):
-            return f"key '{key}' is {show(found)}"
-    return None
+def drafter_in(tensors: Tensors) -> str | None:
+    """The name of a tensor that only a DSpark drafter has, if there is one."""
+    return next(
+        (t.name for name, t in tensors.items() if name.endswith(("main_proj.weight", "markov_w1.weight"))), None
+    )
