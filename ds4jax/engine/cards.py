@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import importlib.util
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 from jax.experimental import topologies
@@ -41,7 +42,7 @@ class Card:
         """Whether this machine has one."""
         return jax.default_backend() == "gpu" and self.name in jax.local_devices()[0].device_kind
 
-    def device(self) -> jax.Device:
+    def device(self) -> Any:
         """A device to compile for, with the CUDA plugin's compiler; nothing can run on it."""
         major, minor = self.capability
         target = f"""
