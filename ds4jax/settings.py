@@ -46,6 +46,7 @@ class Settings:
     prefill_chunk: tokens per prefill call. More are faster and need more memory for activations.
     memory_fraction: the part of each GPU's memory that JAX may take (XLA_CLIENT_MEM_FRACTION).
     preallocate: whether to take it all at the start (XLA_PYTHON_CLIENT_PREALLOCATE).
+    device: the GPU that the config is for, see `engine.cards`, or ``here``, whatever is there. Only plans depend on it.
     """
 
     model: str
@@ -61,6 +62,7 @@ class Settings:
     prefill_chunk: int = 128
     memory_fraction: float = 0.75
     preallocate: bool = True
+    device: str = "here"
 
     def __post_init__(self):
         if problem := self._problem():

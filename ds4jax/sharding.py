@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ds4jax.errors import ConfigError
 
@@ -32,12 +32,19 @@ def make_mesh(tp: int = 1, ep: int = 1, devices=None) -> Mesh:
     return jax.make_mesh((ep, tp), (EXPERT, TENSOR), axis_types=(AxisType.Auto,) * 2, devices=devices[: tp * ep])
 
 
+def abstract_mesh(tp: int = 1, ep: int = 1) -> AbstractMesh:
+    """The mesh that `make_mesh` would make, of devices that need not be there."""
+    return AbstractMesh((ep, tp), (EXPERT, TENSOR), axis_types=(AxisType.Auto,) * 2)
+
+
 def partition_spec(axes: tuple[str | None, ...]) -> PartitionSpec:
     """Logical axis names, one per dimension → PartitionSpec."""
     return PartitionSpec(*(RULES.get(axis or "") for axis in axes))
 
 
-def named_sharding(mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...], name: str) -> NamedSharding:
+def named_sharding(
+    mesh: Mesh | AbstractMesh, axes: tuple[str | None, ...], shape: tuple[int, ...], name: str
+) -> NamedSharding:
     """Sharding of an array of `shape`; raises ConfigError naming `name` when an axis does not divide evenly."""
     for axis, size in zip(axes, shape, strict=True):
         parts = math.prod(mesh.shape[a] for a in RULES.get(axis or "", ()))
@@ -46,6 +53,6 @@ def named_sharding(mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, .
     return NamedSharding(mesh, partition_spec(axes))
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """The sharding of everything that every device holds whole: the cache, tokens, activations."""
     return NamedSharding(mesh, PartitionSpec())

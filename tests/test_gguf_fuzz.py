@@ -8,18 +8,18 @@ from test_gguf import SMALL, blank
 
 from ds4jax.errors import GGUFError
 from ds4jax.io.checkpoint import open_checkpoint
-from ds4jax.io.gguf import GGUFFile, _Header, write_gguf
+from ds4jax.io.gguf import GGUFFile, Header, write_gguf
 from ds4jax.model.tensors import mtp_table, tensor_table
 
 MEMORY_LIMIT = 16 << 20  # the file is 0.2 MB and its header parses to less than 1 MB
 
 
-class Tracing(_Header):
+class Tracing(Header):
     """Notes where each number of the header is stored: (offset, size) of structure and of metadata values."""
 
     def __init__(self, buf):
         self.fields, self.values = [], []
-        super().__init__(buf)
+        super().__init__(buf, len(buf))
 
     def _u32(self, what):
         self.fields.append((self.pos, 4))

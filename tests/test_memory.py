@@ -12,7 +12,7 @@ from small import CFG
 
 from ds4jax import sharding
 from ds4jax.__main__ import main
-from ds4jax.engine import compile_cache, compiled_steps, memory
+from ds4jax.engine import compile_cache, memory, planning
 from ds4jax.engine.compiled_steps import CompiledSteps
 from ds4jax.engine.model_runner import ModelRunner
 from ds4jax.engine.types import Sampling
@@ -103,7 +103,7 @@ class Fake:
     compilations = []
 
     def __init__(self, ctx, batch, fixed=0):
-        self.ctx, self.batch, self.fixed, self.compiled = ctx, batch, fixed, {}
+        self.ctx, self.batch, self.fixed, self.compiled, self.card, self.can_compile = ctx, batch, fixed, {}, None, True
         self.settings = types.SimpleNamespace(ctx=ctx)
         self.weights = jax.ShapeDtypeStruct((1000,), np.uint8)
         self.cache = jax.ShapeDtypeStruct((batch, ctx, 10), np.uint8)
@@ -204,9 +204,11 @@ def run(monkeypatch, capsys):
 
 
 def test_the_table(run):
-    status, out, err = run("--synthetic=full", "--config=h200", "--ctx=32768", "--batch=1", "--nocompile")
+    size = "--ctx=32768", "--batch=1"
+    status, out, err = run("--synthetic=full", "--config=h200", *size, "--nocompile", "--device=here")
     assert (status, err) == (0, "")
-    table = dict(line.split(maxsplit=1) for line in out.splitlines()[1:])
+    assert out.startswith("shapes: full, in the q2 file's types\nGiB on each device (cpu)\n")
+    table = dict(line.split(maxsplit=1) for line in out.splitlines()[2:])
     assert table["weights"] == "80.759"
     assert table["cache"].endswith("batch 1, ctx 32768")
     assert table["workspace"] == "?  not compiled" and table["limit"].startswith("?")
@@ -216,18 +218,18 @@ def test_the_table(run):
 
 def test_the_tool_fails_where_loading_would(run, limit):
     limit(80 * 2**30)
-    status, out, _ = run("--synthetic=full", "--config=h200")
+    status, out, _ = run("--synthetic=full", "--config=h200", "--device=here")
     assert status == 1 and out.splitlines()[-1].startswith("no ctx or batch would fit")
     assert "\nleft          -5.9" in out
 
 
 def test_the_steps_are_compiled_for_the_workspace(run, monkeypatch, compilations):
     monkeypatch.setattr(
-        compiled_steps, "CompiledSteps", lambda model, settings, progress: Fake(settings.ctx, settings.batch)
+        planning, "CompiledSteps", lambda model, settings, progress, card: Fake(settings.ctx, settings.batch)
     )
     status, out, _ = run("--synthetic=base", "--ctx=1048576", "--batch=16")
     assert (status, compilations) == (0, [(2**20, 16)])
-    assert "workspace      0.062  decode 0.062\n" in out
+    assert "workspace      0.062  decode 0.062, compiled here\n" in out
 
 
 def test_a_missing_file_is_an_error(run):

@@ -23,7 +23,8 @@ from jax import lax
 
 from ds4jax import sharding
 from ds4jax.config import ModelConfig
-from ds4jax.engine import compile_cache, sampling
+from ds4jax.engine import cards, compile_cache, sampling
+from ds4jax.engine.cards import Card
 from ds4jax.engine.chunks import pad
 from ds4jax.engine.types import MAX_LOGPROBS, Sampling
 from ds4jax.errors import ConfigError
@@ -50,14 +51,21 @@ class CompiledSteps:
     """The steps of a model for one batch and context length, each compiled for the shapes that it is called with.
 
     Attributes: source, settings, cfg (of the model), batch, compute, tree (`weights.abstract`); weights, cache and
-    results (of the decoding step beside the cache), all three trees of `jax.ShapeDtypeStruct`; compiled (programs by
-    name and shapes); seconds (spent compiling); compiling (whether it does so now).
+    results (of the decoding step beside the cache), all three trees of `jax.ShapeDtypeStruct`; card (planned for);
+    can_compile (whether that is possible here); compiled (programs by name and shapes); seconds (spent compiling);
+    compiling (whether it does so now).
     """
 
     def __init__(
-        self, source: Checkpoint | Synthetic, settings: Settings, batch: int | None = None, progress: bool = False
+        self,
+        source: Checkpoint | Synthetic,
+        settings: Settings,
+        batch: int | None = None,
+        progress: bool = False,
+        card: Card | None = None,
     ):
-        """batch: number of slots, by default the settings'. progress: report each compilation on stderr.
+        """batch: number of slots, by default the settings'. progress: report each compilation on stderr. card: plan for
+        such devices instead of those of this machine; see `can_compile`.
 
         Raises Ds4Error for weights, numerics and mesh that do not go together.
         """
@@ -66,8 +74,13 @@ class CompiledSteps:
         self.batch = settings.batch if batch is None else batch
         self._progress = progress
         numerics.check(self.cfg, settings.numerics)
-        mesh = sharding.make_mesh(settings.tp, settings.ep) if settings.tp * settings.ep > 1 else None
+        self.card, n = card, settings.tp * settings.ep
+        make_mesh: Any = sharding.make_mesh if card is None else sharding.abstract_mesh
+        mesh = make_mesh(settings.tp, settings.ep) if n > 1 else None
+        self.can_compile = card is None or (mesh is None and cards.compiler_is_here())
         self.everywhere = None if mesh is None else sharding.replicated(mesh)
+        if card and self.can_compile:
+            self.everywhere = jax.sharding.SingleDeviceSharding(card.device())
         self.compute = Compute(settings.numerics, settings.dtype, mesh, kernels=settings.kernels)
         self.tree = weights.abstract(self.cfg, source.types)
         self.weights = weights.structs(self.tree)
@@ -77,7 +90,7 @@ class CompiledSteps:
         self.results = tuple(jax.ShapeDtypeStruct(*shape, sharding=self.everywhere) for shape in shapes)
         if mesh is not None:
             self.weights = jax.tree.map(_placed, self.weights, weights.shardings(self.tree, mesh))
-            self.cache = jax.tree.map(functools.partial(_placed, sharding=self.everywhere), self.cache)
+            self.cache = jax.tree.map(self._everywhere, self.cache)
         model = {"cfg": self.cfg, "compute": self.compute}
         self._steps = {
             name: jax.jit(functools.partial(step, **model), donate_argnums=donated, out_shardings=self.everywhere)
@@ -116,21 +129,25 @@ class CompiledSteps:
         return [("decode", (self.results, *decode_args({}, 1, every))), *prefills]
 
     def _compile(self, name: str, args: tuple) -> Callable:
-        if self.compute.implementations.uses("pallas") and (found := jax.default_backend()) != "gpu":
+        backend = jax.default_backend() if self.card is None else "gpu"
+        if self.compute.implementations.uses("pallas") and backend != "gpu":
             expected = "xla, or pallas_interpret to test, or an NVIDIA GPU"
-            raise ConfigError(f"kernels: found {self.settings.kernels!r} on a {found.upper()}, expected {expected}")
-        args, options = (self.weights, self.cache, *args), compiler_options(name, self.compute.implementations)
+            raise ConfigError(f"kernels: found {self.settings.kernels!r} on a {backend.upper()}, expected {expected}")
+        args, options = (self.weights, self.cache, *args), compiler_options(name, self.compute.implementations, backend)
+        if self.card:
+            args = jax.tree.map(self._everywhere, args)
         shapes = jax.tree.map(lambda x: (x.shape, np.dtype(x.dtype).name), args)
         what = name, self.cfg, self.compute, options, jax.tree.structure(args), jax.tree.leaves(shapes)
         others = {"prefill": 5, "decode": 3}[name]  # results beside the cache
-        if (program := compile_cache.load(what, args, (*range(others), self.cache))) is not None:
+        program = None if self.card else compile_cache.load(what, args, (*range(others), self.cache))
+        if program is not None:
             return program
         if self._progress:
             what_for = f"{name}, {args[3 if name == 'decode' else 4].size} tokens"
             sys.stderr.write(f"compiling {what_for} ...\n")  # one write: several threads do this
         try:
             with self._lowering:  # Python's work, which threads do not speed up; it also compiles small programs
-                lowered = self._steps[name].lower(*args)
+                lowered = self._lower(name, args)
         except Unsupported:
             tokens = args[4].shape[1] if name == "prefill" else 1
             problems = support.unsupported(self.cfg, self.weights, self.cache, self.compute, tokens)
@@ -139,8 +156,19 @@ class CompiledSteps:
                 f"kernels: found {self.settings.kernels!r}, expected xla for this model: {listed}"
             ) from None
         program = lowered.compile(options)
-        compile_cache.save(what, program)
+        if self.card is None:
+            compile_cache.save(what, program)
         return program
+
+    def _lower(self, name: str, args: tuple) -> jax.stages.Lowered:
+        if self.card is None:
+            return self._steps[name].lower(*args)
+        with self.card.assumed():
+            return self._steps[name].trace(*args).lower(lowering_platforms=("cuda",))
+
+    def _everywhere(self, x: Any) -> jax.ShapeDtypeStruct:
+        """The shape of an array that every device holds whole."""
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.everywhere)
 
     @property
     def ctx(self) -> int:
@@ -150,7 +178,7 @@ class CompiledSteps:
     def but(self, key: str, value: int) -> Self:
         """The steps of the same model with another value of `key`, ctx or batch."""
         ctx, batch = {"ctx": (value, self.batch), "batch": (self.ctx, value)}[key]
-        return type(self)(self.source, dataclasses.replace(self.settings, ctx=ctx), batch, self._progress)
+        return type(self)(self.source, dataclasses.replace(self.settings, ctx=ctx), batch, self._progress, self.card)
 
     def compile_largest(self, sizes: Iterable[int] = ()) -> None:
         """Compile the calls that need the most memory: decoding and the largest chunk; and prefill for `sizes`."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from ds4jax.config import HCA_RATIO
+from ds4jax.engine import workspace
 from ds4jax.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -28,8 +29,8 @@ class Plan:
     """Bytes on each device.
 
     device: its kind. limit: what JAX may take of it, or None where JAX does not say (a CPU). ctx, batch: of the cache.
-    workspace: what the compiled calls of each step need beside weights and cache; empty if none is compiled.
-    programs: the compiled code. The driver keeps it outside of what JAX may take.
+    workspace: what the calls of each step need beside weights and cache; empty if that is not known. origin: who says
+    so. programs: the compiled code. The driver keeps it outside of what JAX may take.
     """
 
     device: str
@@ -40,6 +41,7 @@ class Plan:
     cache: int
     workspace: dict[str, int]
     programs: int
+    origin: str = "compiled here"
 
     @property
     def total(self) -> int:
@@ -52,41 +54,52 @@ class Plan:
 
     def __str__(self) -> str:
         """The plan as a table."""
-        steps = ", ".join(f"{name} {n / _GIB:.3f}" for name, n in self.workspace.items())
+        steps = ", ".join([*(f"{name} {n / _GIB:.3f}" for name, n in self.workspace.items()), self.origin])
         rows: list[tuple[str, int | None, str]] = [
             ("weights", self.weights, ""),
             ("cache", self.cache, f"batch {self.batch}, ctx {self.ctx}"),
-            ("workspace", max(self.workspace.values(), default=None), steps or "not compiled"),
+            ("workspace", max(self.workspace.values(), default=None), steps),
             ("together", self.total, ""),
             ("limit", self.limit, "what JAX may take (memory_fraction)" if self.limit else "JAX does not say here"),
             *([("left", self.limit - self.total, "")] if self.limit else []),
-            ("programs", self.programs if self.workspace else None, "compiled code, outside of the limit"),
+            ("programs", self.programs or None, "compiled code, outside of the limit"),
         ]
         lines = [f"{name:<10} {'?' if n is None else f'{n / _GIB:.3f}':>9}  {note}" for name, n, note in rows]
         return "\n".join([f"GiB on each device ({self.device})", *(line.rstrip() for line in lines)])
 
 
 def plan(programs: CompiledSteps) -> Plan:
-    """The plan for `programs`, with the workspace of those that are compiled."""
-    device = jax.local_devices()[0]
-    workspace: dict[str, int] = {}
-    code = 0
+    """The plan for `programs`, with the workspace of those that are compiled.
+
+    If there are none, and they are for a card, its workspace is the one that `workspace.predict` tells.
+    """
+    card, code = programs.card, 0
     cache = per_device(programs.cache)
+    needs: dict[str, int] = {}
     for (name, *_), program in programs.compiled.items():
         stats = program.memory_analysis()
         # Of the outputs, the cache takes the place of the old one, which was donated.
-        needs = stats.temp_size_in_bytes + stats.output_size_in_bytes - cache
-        workspace[name] = max(needs, workspace.get(name, 0))
+        needs[name] = max(stats.temp_size_in_bytes + stats.output_size_in_bytes - cache, needs.get(name, 0))
         code += stats.generated_code_size_in_bytes
+    if card is None:
+        device = jax.local_devices()[0]
+        kind, limit = device.device_kind, (device.memory_stats() or {}).get("bytes_limit")
+        origin = "compiled here" if needs else "not compiled"
+    else:
+        kind, limit = card.kind, int(card.memory * programs.settings.memory_fraction)
+        origin = f"compiled here for {card.name}" if needs else f"from {workspace.SOURCE}"
+        needs = needs or workspace.predict(programs)
+        origin = origin if needs else "not known without compiling"
     return Plan(
-        device=device.device_kind,
-        limit=(device.memory_stats() or {}).get("bytes_limit"),
+        device=kind,
+        limit=limit,
         ctx=programs.settings.ctx,
         batch=programs.batch,
         weights=per_device(programs.weights),
         cache=cache,
-        workspace=workspace,
+        workspace=needs,
         programs=code,
+        origin=origin,
     )
 
 

@@ -87,7 +87,7 @@ def check_tensors(file: GGUFFile, table: Sequence[TensorSpec]) -> None:
 def check_expert_ids(file: GGUFFile, cfg: ModelConfig) -> None:
     """Raises GGUFError unless every expert that the hash-routed layers choose by token id exists."""
     for spec in tensor_table(cfg):
-        if spec.kind == "ids":
+        if spec.kind == "ids" and file.has_data:
             ids = file.array(spec.name)
             low, high = ids.min(), ids.max()
             if low < 0 or high >= cfg.n_experts:
@@ -103,9 +103,9 @@ def _checkpoint(file: GGUFFile, cfg: ModelConfig, table: Sequence[TensorSpec], m
 
 
 @contextlib.contextmanager
-def opened(path: str | os.PathLike) -> Iterator[GGUFFile]:
+def opened(path: str | os.PathLike | GGUFFile) -> Iterator[GGUFFile]:
     """An open file with its tensors' full names. An error in the block closes it, and names it."""
-    file = split.open_file(path)
+    file = path if isinstance(path, GGUFFile) else split.open_file(path)
     try:
         file.tensors = dialect.full_names(file.tensors)
         yield file
@@ -115,11 +115,11 @@ def opened(path: str | os.PathLike) -> Iterator[GGUFFile]:
         raise error if named else GGUFError(f"{file.path}: {error}") from None
 
 
-def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
+def open_checkpoint(path: str | os.PathLike | GGUFFile) -> Checkpoint:
     """Opens a main model, with or without an MTP head in the same file, and checks all but the weights' values.
 
-    path: of the file, or of any part of a split one. Raises GGUFError naming the key or tensor, what was found and what
-    was expected.
+    path: of the file, or of any part of a split one; or an open file. Raises GGUFError naming the key or tensor, what
+    was found and what was expected.
     """
     with opened(path) as file:
         in_mtp = [name.startswith("mtp.") for name in file.tensors]

@@ -120,11 +120,18 @@ def _alignment(value: Any) -> int:
     return value
 
 
-class _Header:
-    """Parses everything before the tensor data. `pos` never passes `end`, whatever the file claims."""
+class Short(GGUFError):
+    """A header that goes on where the bytes at hand end."""
 
-    def __init__(self, buf: mmap.mmap):
-        self.buf, self.pos, self.end = buf, 0, len(buf)
+
+class Header:
+    """Parses everything before the tensor data. `pos` never passes `end`, whatever the file claims.
+
+    buf: the file, or its first bytes. size: of the whole file. Raises GGUFError: Short if `buf` has not all of it.
+    """
+
+    def __init__(self, buf: mmap.mmap | bytes, size: int):
+        self.buf, self.pos, self.end, self.size = buf, 0, len(buf), size
         self._magic()
         n_tensors, n_keys = self._u64("tensor count"), self._u64("key count")
         self._need(n_keys * _MIN_KEY_BYTES, f"{n_keys} keys")
@@ -134,7 +141,7 @@ class _Header:
 
     def _need(self, n: int, what: str) -> None:
         if n > self.end - self.pos:
-            raise GGUFError(f"{what}: needs at least {n} bytes at offset {self.pos}, found {self.end - self.pos}")
+            raise Short(f"{what}: needs at least {n} bytes at offset {self.pos}, found {self.end - self.pos}")
 
     def _u32(self, what: str) -> int:
         self._need(4, what)
@@ -158,7 +165,7 @@ class _Header:
             if start <= end:
                 pos += _U64.unpack_from(buf, start - 8)[0]
             if pos > end:
-                raise GGUFError(f"{what}: string {len(out)} ends at byte {pos}, found a file of {end} bytes")
+                raise Short(f"{what}: string {len(out)} ends at byte {pos}, found a file of {end} bytes")
             try:
                 out.append(buf[start:pos].decode())
             except UnicodeDecodeError:
@@ -235,10 +242,10 @@ class _Header:
         out = {name: dataclasses.replace(t, offset=start + t.offset) for name, t in out.items()}
         previous = None
         for t in sorted(out.values(), key=lambda t: t.offset):
-            if t.offset + t.nbytes > self.end:
+            if t.offset + t.nbytes > self.size:
                 raise GGUFError(
                     f"tensor {show(t.name)}: shape {t.shape} in {t.type.name} ends at byte {t.offset + t.nbytes}, "
-                    f"found a file of {self.end} bytes; truncated?"
+                    f"found a file of {self.size} bytes; truncated?"
                 )
             if previous and t.offset < previous.offset + previous.nbytes:
                 raise GGUFError(f"tensor {show(t.name)}: overlaps tensor {show(previous.name)}")
@@ -254,10 +261,13 @@ class GGUFFile:
     parts: the files that it consists of: itself.
     metadata: key → int, float, bool, str, list[str] or, for arrays of numbers, a numpy array of their type.
     tensors: name → TensorInfo, in file order. Who opens a file may replace them, under other names for example.
+    has_data: whether the tensors can be read, too.
     """
 
+    has_data = True
+
     def __init__(self, path: Path, buf: mmap.mmap, status: os.stat_result):
-        header = _Header(buf)
+        header = Header(buf, len(buf))
         self.path, self.version, self.status = path, header.version, status
         self.metadata, self.tensors = header.metadata, header.tensors
         self.parts: list[GGUFFile] = [self]

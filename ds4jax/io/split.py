@@ -33,7 +33,7 @@ class SplitFile(GGUFFile):
     def __init__(self, parts: Sequence[GGUFFile]):
         first = parts[0]
         self.path, self.version, self.status, self.metadata = first.path, first.version, first.status, first.metadata
-        self.parts = list(parts)
+        self.parts, self.has_data = list(parts), first.has_data
         self.tensors = {name: tensor for part in parts for name, tensor in part.tensors.items()}
         self._parts = {name: part for part in parts for name in part.tensors}
 
@@ -68,7 +68,7 @@ def open_file(path: str | os.PathLike) -> GGUFFile:
     try:
         for p in paths:
             parts.append(GGUFFile.open(p, part=True))
-        _check(parts)
+        check(parts)
     except GGUFError:
         for part in parts:
             part.close()
@@ -76,7 +76,7 @@ def open_file(path: str | os.PathLike) -> GGUFFile:
     return SplitFile(parts)
 
 
-def _check(parts: Sequence[GGUFFile]) -> None:
+def check(parts: Sequence[GGUFFile]) -> None:
     """Raises GGUFError unless these are all parts of one file, in order."""
     first, holders = parts[0], dict[str, GGUFFile]()
     for number, part in enumerate(parts):

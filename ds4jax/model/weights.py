@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from gguf import GGMLQuantizationType as GGMLType
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from ds4jax import sharding
 from ds4jax.config import ModelConfig
@@ -238,7 +238,7 @@ class WeightSpec:
             return jax.ShapeDtypeStruct(self.shape, self.format)
         return self.format.struct(self.shape)
 
-    def shardings(self, mesh: Mesh) -> Any:
+    def shardings(self, mesh: Mesh | AbstractMesh) -> Any:
         """The same structure with a NamedSharding per plane (planes have the logical rank, so one spec serves all)."""
         name = self.tensors[0].name
 
@@ -343,7 +343,7 @@ def structs(tree: Weights) -> Weights:
     return jax.tree.map(lambda s: s.struct(), tree)
 
 
-def shardings(tree: Weights, mesh: Mesh) -> Weights:
+def shardings(tree: Weights, mesh: Mesh | AbstractMesh) -> Weights:
     """`abstract` → the same tree of `NamedSharding`s."""
     return jax.tree.map(lambda s: s.shardings(mesh), tree)
 

@@ -32,6 +32,12 @@ def define_profile(flag_values: flags.FlagValues) -> None:
     flags.DEFINE_enum("profile", None, ["auto", "original", "0731"], text, flag_values=flag_values)
 
 
+def define_device(flag_values: flags.FlagValues) -> None:
+    """Define --device, for tools that plan."""
+    text = "The GPU to plan for, H200 or RTX PRO 6000 for example, or here; by default the config's."
+    flags.DEFINE_string("device", None, text, flag_values=flag_values)
+
+
 def define_synthetic(flag_values: flags.FlagValues) -> None:
     """Define --synthetic, for tools whose model need not be a file."""
     from ds4jax.io.synthetic import SHAPES

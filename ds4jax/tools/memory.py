@@ -1,6 +1,10 @@
-"""Show what a model needs of each device's memory, before any is taken: ``python -m ds4jax.memory --config h200``.
+"""Show what a model needs of each device's memory, and what would fit: ``python -m ds4jax.memory --config h200``.
 
-See `ds4jax.engine.memory`.
+Neither the model's file nor the GPU need be there. The first line says where the shapes are from: the file, what is
+known of the published ones, or with --remote the header of the file on its server. The table says where the workspace
+is from: steps compiled for the GPU, which takes the CUDA plugin and a minute, or the config folder's workspace.json.
+
+See `ds4jax.engine.memory` and `ds4jax.engine.planning`.
 """
 
 from __future__ import annotations
@@ -13,26 +17,33 @@ from ds4jax.tools import cli
 FLAGS = flags.FlagValues()
 cli.define_model(FLAGS)
 cli.define_synthetic(FLAGS)
+cli.define_device(FLAGS)
 flags.DEFINE_integer("ctx", None, "Tokens that one sequence can hold; by default the config's.", flag_values=FLAGS)
 flags.DEFINE_integer("batch", None, "Sequences at once; by default the config's.", flag_values=FLAGS)
+flags.DEFINE_integer("prefill_chunk", None, "Tokens per prefill call; by default the config's.", flag_values=FLAGS)
+flags.DEFINE_bool("remote", False, "Read the header of the file on its server, and no more.", flag_values=FLAGS)
 flags.DEFINE_bool(
-    "compile", True, "Compile the steps, which takes a minute at full size; without, the workspace is left out.",
+    "compile", True, "Compile the steps if that is possible here; without, the workspace is predicted or left out.",
     flag_values=FLAGS,
 )  # fmt: skip
 
 
 def main() -> int:
     """Run the tool as FLAGS say; → exit status: 1 if the plan does not fit. Raises Ds4Error."""
-    settings = Settings.load(FLAGS.config, **{key: FLAGS[key].value for key in ("model", "ctx", "batch")})
+    keys = ("model", "ctx", "batch", "prefill_chunk", "device")
+    settings = Settings.load(FLAGS.config, **{key: FLAGS[key].value for key in keys})
     settings.set_environment()
-    from ds4jax.engine import compile_cache, compiled_steps, memory, model_runner
+    from ds4jax.engine import compile_cache, memory, planning
 
-    compile_cache.keep_compilations()
-    steps = compiled_steps.CompiledSteps(model_runner.open_model(settings, FLAGS.synthetic), settings, progress=True)
-    if FLAGS.compile and memory.plan(steps).fits:
+    source, origin = planning.shapes(settings, FLAGS.synthetic, FLAGS.remote)
+    print(origin, flush=True)
+    steps = planning.steps(source, settings)
+    if steps.card is None:
+        compile_cache.keep_compilations()
+    if FLAGS.compile and steps.can_compile and memory.plan(steps).fits:
         steps.compile_largest()
+    print(planning.describe(steps))
     found = memory.plan(steps)
-    print(found)
     if not found.fits:
-        print(memory.advice(steps) if FLAGS.compile else "does not fit")
+        print(memory.advice(steps) if FLAGS.compile and steps.card is None else "does not fit")
     return 0 if found.fits else 1

@@ -1,0 +1,116 @@
+"""A plan on any machine: without the model's file, and without the GPU that the config is for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ds4jax.config import HCA_RATIO
+from ds4jax.engine import cards, memory, workspace
+from ds4jax.engine.compiled_steps import CompiledSteps
+from ds4jax.engine.memory import Plan
+from ds4jax.engine.model_runner import open_model
+from ds4jax.errors import ConfigError, Ds4Error
+from ds4jax.io import remote
+from ds4jax.io.checkpoint import Checkpoint, open_checkpoint
+from ds4jax.io.download import resolve_model
+from ds4jax.io.published import DRAFTER_BYTES, DRAFTER_STAGES, published
+from ds4jax.io.synthetic import FULL, Synthetic
+from ds4jax.model import cache as kv
+from ds4jax.settings import Settings
+
+MOST_BATCH = 1024
+Source = Checkpoint | Synthetic
+
+
+def shapes(settings: Settings, synthetic: str | None = None, from_server: bool | None = False) -> tuple[Source, str]:
+    """The tensors' shapes and types, and where they are from.
+
+    That is the file on this machine; if it is not there, what is known of it (`io.published`). For a model that is an
+    address, or from_server, it is the header of the file on its server; None: if nothing else tells. Raises Ds4Error.
+    """
+    if synthetic:
+        return open_model(settings, synthetic), f"shapes: {synthetic}, in the q2 file's types"
+    if remote.is_url(settings.model):
+        return open_checkpoint(remote.open_url(settings.model)), f"shapes: the header of {settings.model}"
+    if from_server:
+        if settings.hf_file is None:
+            raise ConfigError(f"remote: found model {settings.model!r}, expected hf:OWNER/REPO/FILE or an address")
+        return open_checkpoint(remote.open_hf(*settings.hf_file)), f"shapes: the header of {settings.model}"
+    try:
+        path = resolve_model(settings)
+    except Ds4Error as error:
+        if known := published(settings):
+            return known, f"shapes: known of {settings.model}, which is not on this machine"
+        if from_server is None and settings.hf_file:
+            return shapes(settings, from_server=True)
+        if settings.hf_file:
+            raise Ds4Error(f"{error}, or read its header with --remote") from None
+        raise
+    return open_checkpoint(path), f"shapes: {path}"
+
+
+def steps(source: Source, settings: Settings) -> CompiledSteps:
+    """The steps to plan for, on `settings.device`. Raises Ds4Error."""
+    card = None if settings.device == "here" else cards.find(settings.device)
+    return CompiledSteps(source, settings, progress=True, card=None if card and card.here() else card)
+
+
+def describe(programs: CompiledSteps) -> str:
+    """The plan as a table, and what fits besides."""
+    found = memory.plan(programs)
+    lines, limit = [str(found)], found.limit
+    if limit is not None:
+        at = _total(programs, found)
+        ctx = _largest(lambda n: at(n * HCA_RATIO, 1) <= limit, _most_ctx(programs) // HCA_RATIO) * HCA_RATIO
+        batch = _largest(lambda n: at(found.ctx, n) <= limit, MOST_BATCH)
+        lines += [
+            f"fits       {'yes' if found.fits else 'no':>9}",
+            f"context    {ctx or 'none':>9}  the largest that fits with batch 1",
+            f"batch      {batch or 'none':>9}  the largest that fits with ctx {found.ctx}",
+        ]
+        if _takes_drafter(programs):
+            more = DRAFTER_BYTES + rings(programs)
+            fits = "yes" if found.total + more <= limit else "no"
+            lines.append(f"drafter    {fits:>9}  {more / 2**30:.2f} GiB more: its file and its rings")
+    return "\n".join(lines)
+
+
+def rings(programs: CompiledSteps) -> int:
+    """Bytes that a DSpark drafter keeps of the last tokens: per stage and slot as many rows as a layer's window has."""
+    window = memory.per_device(programs.cache.window)
+    return window // programs.cfg.n_layers * DRAFTER_STAGES
+
+
+def _takes_drafter(programs: CompiledSteps) -> bool:
+    cfg = programs.cfg
+    return (cfg.n_layers, cfg.embed_dim, cfg.vocab_size) == (FULL.n_layers, FULL.embed_dim, FULL.vocab_size)
+
+
+def _most_ctx(programs: CompiledSteps) -> int:
+    """The context that the model was made for."""
+    return int(programs.cfg.yarn_factor * programs.cfg.yarn_original_ctx)
+
+
+def _total(programs: CompiledSteps, found: Plan) -> Callable[[int, int], int]:
+    """What is needed with another ctx and batch.
+
+    The workspace changes as `workspace.predict` says; where it cannot, it stays.
+    """
+    settings, here = programs.settings, max(found.workspace.values(), default=0)
+    base = max(workspace.predict(programs).values(), default=0)
+
+    def total(ctx: int, batch: int) -> int:
+        other = workspace.predict(programs, ctx, batch)
+        cache = kv.nbytes(kv.abstract(programs.cfg, settings.numerics, settings.dtype, batch, ctx))
+        return found.weights + cache + here + max(other.values(), default=0) - base
+
+    return total
+
+
+def _largest(fits: Callable[[int], bool], most: int) -> int:
+    """The largest n up to `most` with `fits(n)`, which larger ones do not if a smaller one does not; 0 if none does."""
+    low, high = 0, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
