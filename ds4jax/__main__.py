@@ -18,6 +18,9 @@ TOOLS = {
     "roofline": "show what a step must read and compute, and where its time goes",
     "convert": "make a GGUF file of a Hugging Face checkpoint, or of a GGUF file of other types",
     "imatrix": "measure which columns of the weights matter, for convert",
+    "perplexity": "measure how likely a text is to a model, and how far it is from another model",
+    "vectors": "compare a model with reference vectors: prompts, their continuations, log-probabilities",
+    "eval": "ask a model questions and count the right answers",
     "synthetic": "write a GGUF file of random weights",
 }
 """Name → what it does. Each is the module of its name in `ds4jax.tools`, with `main`, FLAGS and a docstring."""

@@ -32,6 +32,13 @@ def define_profile(flag_values: flags.FlagValues) -> None:
     flags.DEFINE_enum("profile", None, ["auto", "original", "0731"], text, flag_values=flag_values)
 
 
+def define_compute(flag_values: flags.FlagValues) -> None:
+    """Define --numerics and --kernels, for tools that run a model."""
+    flags.DEFINE_enum("numerics", None, ["official", "plain"], "By default the config's.", flag_values=flag_values)
+    text = "pallas, xla, or pallas,OP=xla for one op in XLA; by default the config's."
+    flags.DEFINE_string("kernels", None, text, flag_values=flag_values)
+
+
 def define_synthetic(flag_values: flags.FlagValues) -> None:
     """Define --synthetic, for tools whose model need not be a file."""
     from ds4jax.io.synthetic import SHAPES

@@ -57,10 +57,7 @@ flags.DEFINE_float("top_p", 1.0, "Sample from the likeliest tokens that reach th
 flags.DEFINE_integer("top_k", 0, "Sample from this many of the likeliest tokens; 0 is off.", flag_values=FLAGS)
 flags.DEFINE_float("min_p", 0.05, "Drop tokens this much less likely than the likeliest.", flag_values=FLAGS)
 flags.DEFINE_integer("seed", 0, "Of the random draws.", flag_values=FLAGS)
-flags.DEFINE_enum("numerics", None, ["official", "plain"], "By default the config's.", flag_values=FLAGS)
-flags.DEFINE_string(
-    "kernels", None, "pallas, xla, or pallas,OP=xla for one op in XLA; by default the config's.", flag_values=FLAGS
-)
+cli.define_compute(FLAGS)
 flags.DEFINE_bool("dump_tokens", False, "Print the prompt's token ids and pieces, and stop.", flag_values=FLAGS)
 flags.DEFINE_string("dump_logprobs", None, "A JSON file for the logits behind every token.", flag_values=FLAGS)
 flags.DEFINE_integer("logprobs_top_k", 20, "Alternatives per step in --dump_logprobs.", flag_values=FLAGS)
