@@ -91,12 +91,17 @@ def check_interrupt() -> None:
 
 
 def run(
-    tool: Callable[[], int | None], flag_values: flags.FlagValues, usage: str | None, argv: list[str] | None = None
+    tool: Callable[[], int | None],
+    flag_values: flags.FlagValues,
+    usage: str | None,
+    argv: list[str] | None = None,
+    argument: str | None = None,
 ) -> int:
     """Parse the flags, call `tool` and return its exit status, see `exit_status`; or print the usage for --help.
 
     flag_values: the tool's own set of flags, so that several tools can be imported into one process.
     usage: what --help prints before the flags. argv: arguments without the program's name, by default the process's.
+    argument: the flag that an argument without a name stands for, if the tool takes one.
     """
     argv = sys.argv[1:] if argv is None else argv
     flag_values.unparse_flags()
@@ -109,6 +114,8 @@ def run(
             _, *rest = flag_values(["ds4jax", *argv])
         except flags.Error as error:
             raise ConfigError(f"{error} (--help lists the flags)") from None
+        if argument and rest and flag_values[argument].value is None:
+            flag_values[argument].value = rest.pop(0)
         for name in flag_values:
             if isinstance(value := flag_values[name].value, float) and math.isnan(value):
                 raise ConfigError(f"{name}: found nan, expected a number")
