@@ -125,7 +125,11 @@ class _Reader:
             )
             for step in value["steps"]
         ]
-        return Vector(str(value.get("id", path.stem)), [int(i) for i in value["prompt_tokens"]], tuple(steps))
+        tokens, n = [int(i) for i in value["prompt_tokens"]], self._tokenizer.vocab_size
+        for id in [*tokens, *(id for step in steps for id in (step.token, *step.logprobs))]:
+            if not 0 <= id < n:
+                raise Ds4Error(f"{path}: found token id {id}, expected 0 to {n - 1}")
+        return Vector(str(value.get("id", path.stem)), tokens, tuple(steps))
 
     def _official(self, path: Path, value: dict[str, Any]) -> Vector:
         def entry(at: dict[str, Any], where: str) -> tuple[int, float]:

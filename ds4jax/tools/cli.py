@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import math
 import os
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO, cast
 
 from absl import flags
 
 from ds4jax.errors import ConfigError, Ds4Error
+from ds4jax.files import write_whole
 
 flags.disclaim_key_flags()  # --help lists what is defined here under the tool
 
@@ -39,12 +42,44 @@ def define_compute(flag_values: flags.FlagValues) -> None:
     flags.DEFINE_string("kernels", None, text, flag_values=flag_values)
 
 
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed")
+"""The flags of `define_sampling`: parameters of `engine.types.Sampling`."""
+
+
+def define_sampling(flag_values: flags.FlagValues) -> None:
+    """Define the flags in SAMPLING."""
+    flags.DEFINE_float("temperature", 1.0, "0 takes the likeliest token.", flag_values=flag_values)
+    text = "Sample from the likeliest tokens that reach this probability."
+    flags.DEFINE_float("top_p", 1.0, text, flag_values=flag_values)
+    text = "Sample from this many of the likeliest tokens; 0 is off."
+    flags.DEFINE_integer("top_k", 0, text, flag_values=flag_values)
+    flags.DEFINE_float("min_p", 0.05, "Drop tokens this much less likely than the likeliest.", flag_values=flag_values)
+    flags.DEFINE_integer("seed", 0, "Of the random draws.", flag_values=flag_values)
+
+
 def define_synthetic(flag_values: flags.FlagValues) -> None:
     """Define --synthetic, for tools whose model need not be a file."""
     from ds4jax.io.synthetic import SHAPES
 
     text = "Instead of a model file: random weights of this shape, in the q2 file's types; full is DeepSeek-V4-Flash."
     flags.DEFINE_enum("synthetic", None, list(SHAPES), text, flag_values=flag_values)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder for results, unless it is there. Raises ConfigError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{folder}: cannot be made a folder: {error.strerror}") from None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a report; what is no number in it becomes null. Raises Ds4Error."""
+    value = json.loads(json.dumps(value), parse_constant=lambda _: None)
+    try:
+        write_whole(path, [json.dumps(value, ensure_ascii=False, indent=1).encode() + b"\n"])
+    except OSError as error:
+        raise Ds4Error(f"{path}: cannot be written: {error.strerror}") from None
 
 
 class _Lossy:

@@ -20,7 +20,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
-import json
 import math
 import shutil
 import sys
@@ -33,7 +32,6 @@ from absl import flags
 from tqdm import tqdm
 
 from ds4jax.errors import ConfigError, Ds4Error
-from ds4jax.files import write_whole
 from ds4jax.io.checkpoint import Checkpoint, open_checkpoint
 from ds4jax.io.download import resolve_model
 from ds4jax.io.tokenizer import Tokenizer
@@ -108,7 +106,7 @@ def main() -> None:
         worst = library.worst(records, model.windows, model.tokenizer, FLAGS.worst)
         _print(model, found, worst)
         if folder is not None:
-            _write_report(folder / "report.json", {"model": model.name, **found, "worst": worst})
+            cli.write_json(folder / "report.json", {"model": model.name, **found, "worst": worst})
         if FLAGS.against is not None and compare is not None:  # they have served
             shutil.rmtree(compare / "distributions", ignore_errors=True)
 
@@ -146,10 +144,7 @@ def _read(model: _Model, folder: Path | None, save: bool = False, reference: Ref
     compile_cache.keep_compilations()
     saved: Distributions | None = None
     if folder is not None:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"{folder}: cannot be made a folder: {error.strerror}") from None
+        cli.make_folder(folder)
     if save and folder is not None:
         saved = library.Distributions(folder, model.checkpoint.cfg.vocab_size, FLAGS.precision)
         print(
@@ -194,10 +189,3 @@ def _print(model: _Model, found: dict[str, Any], worst: Sequence[dict[str, Any]]
     for at in worst:
         by = f"KL {at['kl']:.3f}, {at['nats']:.3f} nats" if "kl" in at else f"{at['nats']:.3f} nats"
         print(f"{by}, text {at['text']} token {at['token']}: {at['before']}[{at['was']}] likeliest [{at['said']}]")
-
-
-def _write_report(path: Path, report: dict[str, Any]) -> None:
-    try:
-        write_whole(path, [json.dumps(report, ensure_ascii=False, indent=1).encode() + b"\n"])
-    except OSError as error:
-        raise Ds4Error(f"{path}: cannot be written: {error.strerror}") from None

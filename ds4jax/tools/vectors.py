@@ -106,7 +106,5 @@ def _beyond(found: Sequence[Agreement]) -> list[str]:
             problems.append(f"{name}: KL: found {one.kl:.4f} nats, expected at most {FLAGS.max_kl}")
     same, steps = sum(one.same for one in found), sum(len(one.vector.steps) for one in found)
     if same < FLAGS.min_same * steps:
-        problems.append(
-            f"the likeliest token is the vector's at {same} of {steps} steps, expected {FLAGS.min_same:.0%}"
-        )
+        problems.append(f"same: found {same} of {steps} steps, expected at least {FLAGS.min_same:.0%} of them")
     return problems
