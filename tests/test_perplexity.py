@@ -292,6 +292,10 @@ def test_wrong_texts_are_one_line(run, tmp_path, name, content, problem):
         (["--compare=/none"], "/none/journal.jsonl: cannot be read: No such file"),
         (["--out=/dev/null/x"], "/dev/null/x: cannot be made a folder: Not a directory"),
         (["--precision=int8"], "float32"),
+        (
+            ["--kernels=pallas,mhc=xla", "--numerics=official"],
+            "expected xla, or pallas_interpret to test",
+        ),
     ],
 )
 def test_wrong_flags_are_one_line(run, argv, problem):

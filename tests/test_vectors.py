@@ -244,7 +244,7 @@ def test_control_tokens_as_the_api_spells_them(written):
         (
             "a.json",
             '{"prompt_tokens": [512], "steps": [{"id": 1, "logprob": 0, "top": []}]}',
-            "a: prompt: found token id",
+            "a.json: found token id 512, expected 0 to 511",
         ),
     ],
 )

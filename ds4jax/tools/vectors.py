@@ -95,11 +95,9 @@ def _beyond(found: Sequence[Agreement]) -> list[str]:
     """What is beyond the bounds, a line each."""
     problems = []
     for one in found:
-        name, given = one.vector.name, one.vector.prompt_tokens
-        if given not in (None, len(one.vector.tokens)) and not FLAGS.raw:
-            problems.append(
-                f"{name}: prompt: found {len(one.vector.tokens)} tokens, expected {given}; another template?"
-            )
+        name, n, given = one.vector.name, len(one.vector.tokens), one.vector.prompt_tokens
+        if given not in (None, n) and not FLAGS.raw:
+            problems.append(f"{name}: prompt: found {n} tokens, expected {given}; another template or tokenizer?")
         if one.gap > FLAGS.max_gap:
             problems.append(f"{name}: gap: found {one.gap:.4f} nats, expected at most {FLAGS.max_gap}")
         if one.kl is not None and one.kl > FLAGS.max_kl:
