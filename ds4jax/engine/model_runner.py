@@ -15,11 +15,11 @@ import numpy as np
 
 from ds4jax.config import ModelConfig
 from ds4jax.engine import memory, sampling, snapshot
-from ds4jax.engine.chunks import LARGEST_BUCKET, pad
+from ds4jax.engine.chunks import pad
 from ds4jax.engine.compiled_steps import BLOCK, SCORED, CompiledSteps, block_logits, compiler_options, decode_args
 from ds4jax.engine.constraints import edits
 from ds4jax.engine.snapshot import Planes
-from ds4jax.engine.types import Sampling
+from ds4jax.engine.types import ALIGN, Sampling
 from ds4jax.errors import Ds4Error
 from ds4jax.io.checkpoint import Checkpoint, open_checkpoint
 from ds4jax.io.download import resolve_model
@@ -249,7 +249,8 @@ class ModelRunner:
         check_prompt(tokens, self.cfg, self.settings.ctx + 1)
         streams, block_logits = _reading(self.cfg, self._compute)
         cache = self._empty(1, self.settings.ctx)
-        padded_to = bucket(min(self.settings.prefill_chunk, self.settings.ctx), LARGEST_BUCKET)
+        longest = min(self.settings.prefill_chunk, self.settings.ctx)
+        padded_to = bucket(longest, ALIGN) if longest < ALIGN else -(-longest // ALIGN) * ALIGN
         size = min(SCORED, padded_to)
         for start in range(0, len(tokens), self.settings.prefill_chunk):
             padded, n = pad(tokens[start : start + self.settings.prefill_chunk], [padded_to])

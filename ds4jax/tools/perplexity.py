@@ -78,10 +78,9 @@ class _Model:
 def main() -> None:
     """Run the tool as FLAGS say. Raises Ds4Error."""
     _check_flags()
-    settings = Settings.load(
-        FLAGS.config, ctx=-(-(FLAGS.window + 1) // 128) * 128,
-        **{name: FLAGS[name].value for name in ("model", "numerics", "kernels")},
-    )  # fmt: skip
+    overrides = {name: FLAGS[name].value for name in ("model", "numerics", "kernels")}
+    ctx = -(-FLAGS.window // 128) * 128  # of BOS and a window only the last token is not read
+    settings = Settings.load(FLAGS.config, ctx=ctx, **overrides)
     settings.set_environment()
     from ds4jax.quality import perplexity as library
 
