@@ -39,13 +39,13 @@ cli.define_model(FLAGS)
 cli.define_profile(FLAGS)
 flags.DEFINE_string("dir", None, "The folder of the vectors; the flag's name may be left out.", flag_values=FLAGS)
 flags.DEFINE_bool("raw", False, "Continue prompts as they are, without the chat template.", flag_values=FLAGS)
-# The bounds leave room for a file in 2 bits, and none for a mistake in template, weights or attention. With the vectors
-# of another numerics or of kernels on the same file, take --max_gap 0.1 and --max_kl 0.01.
-text = "Nats by which another token may be the likeliest: 1 is a near tie of two tokens under quantization."
+# Chosen, not measured: there are no real weights yet. They leave room for a file in 2 bits; between two runs of one
+# file, such as with and without kernels, they can be far tighter.
+text = "By how many nats another token may be likelier than the vector's: near ties may change places in a small file."
 flags.DEFINE_float("max_gap", 1.0, text, flag_values=FLAGS)
-text = "The part of all steps at which the likeliest token must be the vector's; others are to be near ties."
+text = "The part of all steps at which the likeliest token must be the vector's: near ties are few."
 flags.DEFINE_float("min_same", 0.8, text, flag_values=FLAGS)
-text = "Nats of mean divergence in a vector: an order of magnitude below what an unrelated distribution has."
+text = "The mean divergence that a vector may have, in nats: room for what few bits cost."
 flags.DEFINE_float("max_kl", 0.5, text, flag_values=FLAGS)
 cli.define_compute(FLAGS)
 
