@@ -1,6 +1,6 @@
 """Compare a model with reference vectors: prompts, the tokens that follow, and how likely these and others were.
 
-    ds4jax vectors DIR [--config NAME] [--max_gap 1] [--min_same 0.8] [--max_kl 0.5]
+    ds4jax vectors DIR [--config NAME] [--max_gap 2] [--min_same 0.8] [--max_kl 0.5]
 
 The first thing to run when a model's weights arrive: each prompt is prefilled and its tokens are decoded as the engine
 does it, and every step compared. DIR has ds4's vectors (*.vec, *.json) or what ``generate --dump_logprobs`` wrote.
@@ -39,10 +39,11 @@ cli.define_model(FLAGS)
 cli.define_profile(FLAGS)
 flags.DEFINE_string("dir", None, "The folder of the vectors; the flag's name may be left out.", flag_values=FLAGS)
 flags.DEFINE_bool("raw", False, "Continue prompts as they are, without the chat template.", flag_values=FLAGS)
-# Chosen, not measured: there are no real weights yet. They leave room for a file in 2 bits; between two runs of one
-# file, such as with and without kernels, they can be far tighter.
+# Wide enough for a file in few bits: tiny_q2 on vectors of tiny, answers to 20 questions: 120 of 120 steps the same, KL
+# at most 0.0025; continuations of five texts: 26 of 30, gap at most 1.22, KL at most 0.124. No real weights have been
+# run. Between two runs of one file, such as with and without kernels, the bounds can be far tighter.
 text = "By how many nats another token may be likelier than the vector's: near ties may change places in a small file."
-flags.DEFINE_float("max_gap", 1.0, text, flag_values=FLAGS)
+flags.DEFINE_float("max_gap", 2.0, text, flag_values=FLAGS)
 text = "The part of all steps at which the likeliest token must be the vector's: near ties are few."
 flags.DEFINE_float("min_same", 0.8, text, flag_values=FLAGS)
 text = "The mean divergence that a vector may have, in nats: room for what few bits cost."
