@@ -18,9 +18,13 @@ TOOLS = {
     "roofline": "show what a step must read and compute, and where its time goes",
     "convert": "make a GGUF file of a Hugging Face checkpoint, or of a GGUF file of other types",
     "imatrix": "measure which columns of the weights matter, for convert",
+    "perplexity": "measure how likely a text is to a model, and how far it is from another model",
+    "vectors": "compare a model with reference vectors: prompts, their continuations, log-probabilities",
+    "eval": "ask a model questions and count the right answers",
     "synthetic": "write a GGUF file of random weights",
 }
-"""Name → what it does. Each is the module of its name in `ds4jax.tools`, with `main`, FLAGS and a docstring."""
+"""Name → what it does. Each is the module of its name in `ds4jax.tools`, with `main`, FLAGS and a docstring;
+ARGUMENT is the flag that an argument without a name stands for, if it takes one."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -32,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     if name not in TOOLS:
         return cli.exit_status(lambda: _list_tools(name))
     tool = importlib.import_module(f"ds4jax.tools.{name}")
-    return cli.run(tool.main, tool.FLAGS, tool.__doc__, rest)
+    return cli.run(tool.main, tool.FLAGS, tool.__doc__, rest, getattr(tool, "ARGUMENT", None))
 
 
 def _list_tools(argument: str) -> None:

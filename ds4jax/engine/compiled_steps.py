@@ -6,13 +6,14 @@ here allocates memory on a device, so a memory plan can be made from the steps b
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Self
 
@@ -128,11 +129,24 @@ class CompiledSteps:
         ]
         return [("decode", (self.results, *decode_args({}, 1, every))), *prefills]
 
-    def _compile(self, name: str, args: tuple) -> Callable:
+    @contextlib.contextmanager
+    def refusing(self, tokens: int) -> Iterator[None]:
+        """Steps of so many tokens are traced inside; raises ConfigError where the kernels do not take the model."""
         backend = jax.default_backend() if self.card is None else "gpu"
         if self.compute.implementations.uses("pallas") and backend != "gpu":
             expected = "xla, or pallas_interpret to test, or an NVIDIA GPU"
             raise ConfigError(f"kernels: found {self.settings.kernels!r} on a {backend.upper()}, expected {expected}")
+        try:
+            yield
+        except Unsupported:
+            problems = support.unsupported(self.cfg, self.weights, self.cache, self.compute, tokens)
+            listed = "; ".join(f"{op}: {reason}" for op, reason in problems.items())
+            raise ConfigError(
+                f"kernels: found {self.settings.kernels!r}, expected xla for this model: {listed}"
+            ) from None
+
+    def _compile(self, name: str, args: tuple) -> Callable:
+        backend = jax.default_backend() if self.card is None else "gpu"
         args, options = (self.weights, self.cache, *args), compiler_options(name, self.compute.implementations, backend)
         if self.card:
             args = jax.tree.map(self._everywhere, args)
@@ -142,19 +156,12 @@ class CompiledSteps:
         program = None if self.card else compile_cache.load(what, args, (*range(others), self.cache))
         if program is not None:
             return program
-        if self._progress:
-            what_for = f"{name}, {args[3 if name == 'decode' else 4].size} tokens"
-            sys.stderr.write(f"compiling {what_for} ...\n")  # one write: several threads do this
-        try:
+        with self.refusing(args[4].shape[1] if name == "prefill" else 1):
+            if self._progress:
+                what_for = f"{name}, {args[3 if name == 'decode' else 4].size} tokens"
+                sys.stderr.write(f"compiling {what_for} ...\n")  # one write: several threads do this
             with self._lowering:  # Python's work, which threads do not speed up; it also compiles small programs
                 lowered = self._lower(name, args)
-        except Unsupported:
-            tokens = args[4].shape[1] if name == "prefill" else 1
-            problems = support.unsupported(self.cfg, self.weights, self.cache, self.compute, tokens)
-            listed = "; ".join(f"{op}: {reason}" for op, reason in problems.items())
-            raise ConfigError(
-                f"kernels: found {self.settings.kernels!r}, expected xla for this model: {listed}"
-            ) from None
         program = lowered.compile(options)
         if self.card is None:
             compile_cache.save(what, program)
@@ -221,17 +228,20 @@ def _scores(w, s: Streams, targets: Array, cfg: ModelConfig, compute: Compute) -
     size = min(T, SCORED)
 
     def of(i: Array, out: tuple) -> tuple:
-        def part(x: Array) -> Array:
-            return lax.dynamic_slice_in_dim(x, i * size, size)
-
-        logits = transformer.head(jax.tree.map(part, s), w.head, cfg, compute)
-        new = sampling.logprobs(logits, jnp.maximum(part(targets), 0))
+        ids = lax.dynamic_slice_in_dim(targets, i * size, size)
+        new = sampling.logprobs(block_logits(w, s, i, size, cfg, compute), jnp.maximum(ids, 0))
         return tuple(lax.dynamic_update_slice_in_dim(x, y, i * size, 0) for x, y in zip(out, new, strict=True))
 
     top = min(MAX_LOGPROBS, cfg.vocab_size)
     shapes = ((T,), jnp.float32), ((T, top), jnp.int32), ((T, top), jnp.float32)
     end = jnp.max(jnp.where(targets >= 0, jnp.arange(1, T + 1, dtype=jnp.int32), 0))
     return lax.fori_loop(0, (end + size - 1) // size, of, tuple(jnp.zeros(*shape) for shape in shapes))
+
+
+def block_logits(w, s: Streams, i: Array, size: int, cfg: ModelConfig, compute: Compute) -> Array:
+    """The logits (size, vocab) of the i-th `size` of a chunk's tokens."""
+    part = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, i * size, size), s)
+    return transformer.head(part, w.head, cfg, compute)
 
 
 def decode_step(w, cache: Cache, results, tokens, active, n, params, *, cfg: ModelConfig, compute: Compute):

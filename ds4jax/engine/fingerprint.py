@@ -76,6 +76,19 @@ def fingerprint(runner: ModelRunner) -> dict[str, str | int]:
     }
 
 
+def content(runner: ModelRunner) -> str:
+    """What tells the model's files from any others: a small file's hash, a large one's size and time of modification.
+
+    Reading a large one whole would take minutes. Raises Ds4Error if a file has changed since it was opened.
+    """
+    said = []
+    for file in _files(runner):
+        status = file.status
+        large = status.st_size > content_hash.AT_ONCE
+        said.append(f"{status.st_size} {status.st_mtime_ns}" if large else content_hash.compute(file.path, status))
+    return ", ".join(said)
+
+
 def _model(runner: ModelRunner) -> str:
     digest, source = hashlib.blake2b(repr(runner.cfg).encode(), digest_size=16), runner.checkpoint
     if isinstance(source, Synthetic):

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import jax
@@ -16,10 +16,10 @@ import numpy as np
 from ds4jax.config import ModelConfig
 from ds4jax.engine import memory, sampling, snapshot
 from ds4jax.engine.chunks import pad
-from ds4jax.engine.compiled_steps import BLOCK, CompiledSteps, decode_args
+from ds4jax.engine.compiled_steps import BLOCK, SCORED, CompiledSteps, block_logits, compiler_options, decode_args
 from ds4jax.engine.constraints import edits
 from ds4jax.engine.snapshot import Planes
-from ds4jax.engine.types import Sampling
+from ds4jax.engine.types import ALIGN, Sampling
 from ds4jax.errors import Ds4Error
 from ds4jax.io.checkpoint import Checkpoint, open_checkpoint
 from ds4jax.io.download import resolve_model
@@ -29,6 +29,8 @@ from ds4jax.io.tokenizer import Tokenizer, byte_tokenizer
 from ds4jax.model import cache as kv
 from ds4jax.model import transformer, weights
 from ds4jax.model.cache import Cache
+from ds4jax.model.compute import Compute
+from ds4jax.model.transformer import bucket
 from ds4jax.profile import choose
 from ds4jax.settings import Settings
 
@@ -238,17 +240,29 @@ class ModelRunner:
         seconds = self.stats.token_seconds
         return max(1, min(room, BLOCK, int(BLOCK_SECONDS / seconds) if seconds else 1))
 
-    def logits(self, tokens: Sequence[int]) -> np.ndarray:
-        """The logits at every position of a text: float32 (S, vocab). No slot is touched; takes a cache of its own."""
+    def logit_blocks(self, tokens: Sequence[int]) -> Iterator[tuple[Array, int]]:
+        """The logits at every position of a text, a block at a time, so that those of a long one need no memory.
+
+        → (rows, vocab), SCORED rows at most, on the device, and how many of the rows count: the others mean nothing.
+        All chunks are padded to one size. No slot is touched; takes a cache of its own.
+        """
         check_prompt(tokens, self.cfg, self.settings.ctx + 1)
-        cache, out = self._empty(1, self.settings.ctx), []
+        streams, block_logits = _reading(self.cfg, self._compute)
+        cache = self._empty(1, self.settings.ctx)
+        longest = min(self.settings.prefill_chunk, self.settings.ctx)
+        padded_to = bucket(longest, ALIGN) if longest < ALIGN else -(-longest // ALIGN) * ALIGN
+        size = min(SCORED, padded_to)
         for start in range(0, len(tokens), self.settings.prefill_chunk):
-            padded, n = pad(tokens[start : start + self.settings.prefill_chunk])
-            logits, cache = transformer.prefill(
-                self.weights, cache, padded, n, cfg=self.cfg, compute=self._compute, all_positions=True
-            )
-            out.append(np.asarray(logits)[0, : n[0]])
-        return np.concatenate(out)
+            padded, n = pad(tokens[start : start + self.settings.prefill_chunk], [padded_to])
+            left = int(n[0])
+            with self._enough_memory("logits"), self.steps.refusing(padded_to):
+                s, cache = streams(self.weights, cache, padded, n)
+                for i in range(-(-left // size)):
+                    yield block_logits(self.weights, s, np.int32(i), size), min(size, left - i * size)
+
+    def logits(self, tokens: Sequence[int]) -> np.ndarray:
+        """`logit_blocks` in one array: float32 (S, vocab)."""
+        return np.concatenate([np.asarray(block)[:n] for block, n in self.logit_blocks(tokens)])
 
     def snapshot(self, slot: int) -> Cache:
         """The sequence in `slot` as it is now, for `restore`; no larger than its length needs."""
@@ -354,6 +368,14 @@ class Block:
 _copy = jax.jit(functools.partial(jax.tree.map, jnp.copy))
 _edited = jax.jit(sampling.edited)
 _choose = jax.jit(sampling.choose)
+
+
+@functools.cache
+def _reading(cfg: ModelConfig, compute: Compute) -> tuple[Callable, Callable]:
+    """What `ModelRunner.logit_blocks` runs: from tokens to streams, and from these to a block of logits."""
+    options, model = compiler_options("prefill", compute.implementations), {"cfg": cfg, "compute": compute}
+    streams = jax.jit(functools.partial(transformer.run, **model), donate_argnums=1, compiler_options=options)
+    return streams, jax.jit(functools.partial(block_logits, **model), static_argnums=3, compiler_options=options)
 
 
 def check_prompt(tokens: Sequence[int], cfg: ModelConfig, ctx: int, before: int = 0) -> None:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import math
 import os
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO, cast
 
 from absl import flags
 
 from ds4jax.errors import ConfigError, Ds4Error
+from ds4jax.files import write_whole
 
 flags.disclaim_key_flags()  # --help lists what is defined here under the tool
 
@@ -38,12 +41,51 @@ def define_device(flag_values: flags.FlagValues) -> None:
     flags.DEFINE_string("device", None, text, flag_values=flag_values)
 
 
+def define_compute(flag_values: flags.FlagValues) -> None:
+    """Define --numerics and --kernels, for tools that run a model."""
+    flags.DEFINE_enum("numerics", None, ["official", "plain"], "By default the config's.", flag_values=flag_values)
+    text = "pallas, xla, or pallas,OP=xla for one op in XLA; by default the config's."
+    flags.DEFINE_string("kernels", None, text, flag_values=flag_values)
+
+
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed")
+"""The flags of `define_sampling`: parameters of `engine.types.Sampling`."""
+
+
+def define_sampling(flag_values: flags.FlagValues) -> None:
+    """Define the flags in SAMPLING."""
+    flags.DEFINE_float("temperature", 1.0, "0 takes the likeliest token.", flag_values=flag_values)
+    text = "Sample from the likeliest tokens that reach this probability."
+    flags.DEFINE_float("top_p", 1.0, text, flag_values=flag_values)
+    text = "Sample from this many of the likeliest tokens; 0 is off."
+    flags.DEFINE_integer("top_k", 0, text, flag_values=flag_values)
+    flags.DEFINE_float("min_p", 0.05, "Drop tokens this much less likely than the likeliest.", flag_values=flag_values)
+    flags.DEFINE_integer("seed", 0, "Of the random draws.", flag_values=flag_values)
+
+
 def define_synthetic(flag_values: flags.FlagValues) -> None:
     """Define --synthetic, for tools whose model need not be a file."""
     from ds4jax.io.synthetic import SHAPES
 
     text = "Instead of a model file: random weights of this shape, in the q2 file's types; full is DeepSeek-V4-Flash."
     flags.DEFINE_enum("synthetic", None, list(SHAPES), text, flag_values=flag_values)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder for results, unless it is there. Raises ConfigError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{folder}: cannot be made a folder: {error.strerror}") from None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a report; what is no number in it becomes null. Raises Ds4Error."""
+    value = json.loads(json.dumps(value), parse_constant=lambda _: None)
+    try:
+        write_whole(path, [json.dumps(value, ensure_ascii=False, indent=1).encode() + b"\n"])
+    except OSError as error:
+        raise Ds4Error(f"{path}: cannot be written: {error.strerror}") from None
 
 
 class _Lossy:
@@ -90,12 +132,17 @@ def check_interrupt() -> None:
 
 
 def run(
-    tool: Callable[[], int | None], flag_values: flags.FlagValues, usage: str | None, argv: list[str] | None = None
+    tool: Callable[[], int | None],
+    flag_values: flags.FlagValues,
+    usage: str | None,
+    argv: list[str] | None = None,
+    argument: str | None = None,
 ) -> int:
     """Parse the flags, call `tool` and return its exit status, see `exit_status`; or print the usage for --help.
 
     flag_values: the tool's own set of flags, so that several tools can be imported into one process.
     usage: what --help prints before the flags. argv: arguments without the program's name, by default the process's.
+    argument: the flag that an argument without a name stands for, if the tool takes one.
     """
     argv = sys.argv[1:] if argv is None else argv
     flag_values.unparse_flags()
@@ -108,6 +155,8 @@ def run(
             _, *rest = flag_values(["ds4jax", *argv])
         except flags.Error as error:
             raise ConfigError(f"{error} (--help lists the flags)") from None
+        if argument and rest and flag_values[argument].value is None:
+            flag_values[argument].value = rest.pop(0)
         for name in flag_values:
             if isinstance(value := flag_values[name].value, float) and math.isnan(value):
                 raise ConfigError(f"{name}: found nan, expected a number")

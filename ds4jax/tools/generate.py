@@ -52,15 +52,8 @@ flags.DEFINE_enum("think", "on", THINK_MODES, "Whether the model reasons first."
 flags.DEFINE_bool("raw", False, "Continue the prompt as it is, without the chat template.", flag_values=FLAGS)
 flags.DEFINE_integer("max_tokens", None, "The longest answer; by default the config's.", flag_values=FLAGS)
 flags.DEFINE_integer("ctx", None, "Tokens of prompt and answer together; by default the config's.", flag_values=FLAGS)
-flags.DEFINE_float("temperature", 1.0, "0 takes the likeliest token.", flag_values=FLAGS)
-flags.DEFINE_float("top_p", 1.0, "Sample from the likeliest tokens that reach this probability.", flag_values=FLAGS)
-flags.DEFINE_integer("top_k", 0, "Sample from this many of the likeliest tokens; 0 is off.", flag_values=FLAGS)
-flags.DEFINE_float("min_p", 0.05, "Drop tokens this much less likely than the likeliest.", flag_values=FLAGS)
-flags.DEFINE_integer("seed", 0, "Of the random draws.", flag_values=FLAGS)
-flags.DEFINE_enum("numerics", None, ["official", "plain"], "By default the config's.", flag_values=FLAGS)
-flags.DEFINE_string(
-    "kernels", None, "pallas, xla, or pallas,OP=xla for one op in XLA; by default the config's.", flag_values=FLAGS
-)
+cli.define_sampling(FLAGS)
+cli.define_compute(FLAGS)
 flags.DEFINE_bool("dump_tokens", False, "Print the prompt's token ids and pieces, and stop.", flag_values=FLAGS)
 flags.DEFINE_string("dump_logprobs", None, "A JSON file for the logits behind every token.", flag_values=FLAGS)
 flags.DEFINE_integer("logprobs_top_k", 20, "Alternatives per step in --dump_logprobs.", flag_values=FLAGS)
@@ -324,7 +317,7 @@ def _request(
     max_tokens = line.get("max_tokens", settings.max_tokens)
     if max_tokens < 1:
         raise ConfigError(f"max_tokens: found {max_tokens}, expected at least 1")
-    params: dict[str, Any] = {name: line.get(name, FLAGS[name].value) for name in _SAMPLING}
+    params: dict[str, Any] = {name: line.get(name, FLAGS[name].value) for name in cli.SAMPLING}
     return Request(
         tokens, max_tokens, Sampling(**params), frozenset([tokenizer.eos_id]), logits=FLAGS.dump_logprobs is not None
     )

@@ -1,0 +1,1 @@
+"""How good a model is, in numbers: likelihood of texts, agreement with reference vectors, answers to tasks."""
