@@ -21,6 +21,14 @@ from pallas_kernels.common import Unsupported
 from pallas_kernels.experts import SHAPES, Config, Shape
 
 FORMATS = known.names("experts")
+# The formats that describe their units for all kernels; their formulas are in `test_units.py`.
+UNITS = ("Q6_K", "Q5_K", "Q3_K", "IQ4_XS", "IQ3_XXS", "IQ2_XS", "IQ2_S")
+
+
+def formats_but(*fast):
+    """All formats, those of UNITS as slow tests, except some."""
+    return [pytest.param(f, marks=[pytest.mark.slow] * (f in UNITS and f not in fast)) for f in FORMATS]
+
 
 # Fixed-point activations are 2e-5 of the norm off, gate times up a little more; sums are float32 or exact.
 TOLERANCE = 1e-4
@@ -47,18 +55,18 @@ def check(shape, config, inputs=None):
 
 
 # ---- meaning ---------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("fmt", formats_but("IQ2_S"))
 def test_gate_up(fmt):
     check(small("gate_up", fmt), SMALL)
 
 
-@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("fmt", formats_but("Q5_K"))
 def test_down(fmt):
     """Units of 32 threads and more, so that a row takes several steps where the format has them."""
     check(small("down", fmt, k=1024 if fmt != "IQ2_XXS" else 256), SMALL)
 
 
-@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("fmt", formats_but("IQ4_XS"))
 def test_a_format_takes_every_scale_and_code(fmt):
     """Random bytes instead of weights with equal scales; only float16 and exponent planes keep to a sensible range."""
     shape = small("down", fmt)
@@ -175,7 +183,7 @@ def test_gate_up_takes_packed_activations():
     np.testing.assert_array_equal(check(shape, SMALL), found)
 
 
-@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("fmt", formats_but("Q5_K"))
 def test_pack(fmt):
     """Every activation is in its word, at 1/65534 of the unit's largest; sums and scales are those of the words."""
     k, form = 512, known.needs(fmt, "experts")
@@ -199,7 +207,7 @@ def test_pack(fmt):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"fmt": "F16"}, "format: found F16, expected one of Q8_0, Q4_K, Q2_K, IQ2_XXS, MXFP4"),
+        ({"fmt": "F16"}, "format: found F16, expected one of Q8_0, Q4_K, Q2_K, IQ2_XXS, MXFP4, Q6_K"),
         ({"tokens": 33}, "tokens: found 33, expected 1 to 32"),
         ({"k": 768}, "columns: found 768, expected a power of two"),
         ({"n": 6}, r"rows: found 6, expected a multiple of 4 · 1"),
@@ -244,10 +252,18 @@ def test_candidates_cover_the_default():
         assert experts.default_config(shape) in experts.configs(shape)
 
 
+REAL = {
+    f"{stage} {fmt} {tokens}": Shape(stage, fmt, tokens, *size)
+    for fmt in UNITS
+    for tokens in (1, 16)
+    for stage, size in (("gate_up", (4096, 2048)), ("down", (2048, 4096)))
+}
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", SHAPES | REAL)
 def test_on_the_gpu(name):
-    shape = SHAPES[name]
+    shape = (SHAPES | REAL)[name]
     inputs = shape.inputs(jax.random.key(1))
     run = jax.jit(lambda *a: experts.experts(*a, **shape.static))
     found = run(*inputs)

@@ -95,10 +95,23 @@ DOT = {
     "Q4_K": (Shape(6, 256, (Output(16, "Q4_K"),)), Config("dot", 16, 256, 4)),
     "MXFP4": (Shape(6, 256, (Output(16, "MXFP4"),)), Config("dot", 16, 128, 4)),
 }
+# The formats that describe their units for all kernels, see `test_units.py`.
+UNITS = ("Q6_K", "Q5_K", "Q3_K", "IQ4_XS", "IQ3_XXS", "IQ2_XS", "IQ2_S")
+VECTOR |= {name: (Shape(1, 512, (Output(2, name),)), Config("vector", 2, 256, 1)) for name in UNITS}
+DOT |= {name: (Shape(6, 256, (Output(16, name),)), Config("dot", 16, 256, 4)) for name in UNITS}
 SMALL = {**{f"vector {k}": v for k, v in VECTOR.items()}, **{f"dot {k}": v for k, v in DOT.items()}}
 
 
-@pytest.mark.parametrize("case", SMALL.values(), ids=SMALL)
+FAST = "vector Q6_K", "vector IQ2_S", "dot Q5_K"  # of those formats
+
+
+def mostly_slow(names):
+    """Of the formats in UNITS only some are tested at every change: their formulas are in `test_units.py`."""
+    rare = {f"{method} {name}" for method in ("vector", "dot") for name in UNITS} - {*FAST}
+    return [pytest.param(SMALL[name], id=name, marks=[pytest.mark.slow] * (name in rare)) for name in names]
+
+
+@pytest.mark.parametrize("case", mostly_slow(SMALL))
 def test_products(case):
     check(*case, interpret=True)
 
@@ -170,7 +183,7 @@ def lowered(shape, config, **kwargs):
 @pytest.mark.parametrize(
     "device", ["NVIDIA GB10", *(pytest.param(d, marks=pytest.mark.slow) for d in list(DEVICES)[:2])]
 )
-@pytest.mark.parametrize("case", SMALL.values(), ids=SMALL)
+@pytest.mark.parametrize("case", mostly_slow(SMALL))
 def test_lowers_for_every_device(case, device):
     kernels = 1 if case[1].splits == 1 else 2
     assert lowered(*case, device=device, cores=DEVICES[device]).count("__gpu$xla.gpu.triton") == kernels
@@ -206,6 +219,26 @@ def test_small_on_gpu(case):
     check(*case)
 
 
+# In every such format: two matrices, long rows in parts, and another format beside it.
+REAL = {
+    f"{name} {fmt}": shape
+    for fmt in UNITS
+    for name, shape in {
+        "shared gate+up/1": Shape(1, 4096, (Output(2048, fmt, clamp=10.0),)),
+        "o_b/2": Shape(2, 8192, (Output(4096, fmt),)),
+        "o_b/16": Shape(16, 8192, (Output(4096, fmt),)),
+        "q_a+kv/32": Shape(32, 4096, (Output(1024, fmt), Output(512, "Q8_0", "float32"))),
+    }.items()
+}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_defaults_fit_every_format(name):
+    matmul.check(REAL[name], matmul.default_config(REAL[name]))
+    for config in matmul.configs(REAL[name]):
+        matmul.check(REAL[name], config)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", matmul.SHAPES)
 def test_real_shapes_on_gpu(name):
@@ -214,6 +247,12 @@ def test_real_shapes_on_gpu(name):
     first, second = (run(matmul.matmul, shape, seed=1) for _ in range(2))
     for a, b in zip(first, second, strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", REAL)
+def test_every_format_on_gpu(name):
+    check(REAL[name], matmul.default_config(REAL[name]))
 
 
 @pytest.mark.gpu
