@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from candidates import each_value
+from unit_formats import UNITS
 
 from ds4jax import formats
 from ds4jax.formats.iq2_xxs import NIBBLES, SIGNS, spread
@@ -21,8 +22,6 @@ from pallas_kernels.common import Unsupported
 from pallas_kernels.experts import SHAPES, Config, Shape
 
 FORMATS = known.names("experts")
-# The formats that describe their units for all kernels; their formulas are in `test_units.py`.
-UNITS = ("Q6_K", "Q5_K", "Q3_K", "IQ4_XS", "IQ3_XXS", "IQ2_XS", "IQ2_S")
 
 
 def formats_but(*fast):

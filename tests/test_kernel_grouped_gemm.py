@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
+from unit_formats import UNITS
 
 from ds4jax import formats
 from ds4jax.ops import experts as experts_op
@@ -20,8 +21,6 @@ from pallas_kernels.common import Unsupported
 from pallas_kernels.grouped_gemm import SHAPES, Config, Shape
 
 FORMATS = known.names("grouped_gemm")
-# The formats that describe their units for all kernels; their formulas are in `test_units.py`.
-UNITS = ("Q6_K", "Q5_K", "Q3_K", "IQ4_XS", "IQ3_XXS", "IQ2_XS", "IQ2_S")
 CONFIG = Config(bm=32, num_warps=2)
 DEVICES = {"NVIDIA H200": 132, "NVIDIA RTX PRO 6000 Blackwell": 188, "NVIDIA GB10": 48}
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
+from unit_formats import UNITS
 
 from ds4jax import formats
 from ds4jax.ops.check import formula
@@ -95,8 +96,6 @@ DOT = {
     "Q4_K": (Shape(6, 256, (Output(16, "Q4_K"),)), Config("dot", 16, 256, 4)),
     "MXFP4": (Shape(6, 256, (Output(16, "MXFP4"),)), Config("dot", 16, 128, 4)),
 }
-# The formats that describe their units for all kernels, see `test_units.py`.
-UNITS = ("Q6_K", "Q5_K", "Q3_K", "IQ4_XS", "IQ3_XXS", "IQ2_XS", "IQ2_S")
 VECTOR |= {name: (Shape(1, 512, (Output(2, name),)), Config("vector", 2, 256, 1)) for name in UNITS}
 DOT |= {name: (Shape(6, 256, (Output(16, name),)), Config("dot", 16, 256, 4)) for name in UNITS}
 SMALL = {**{f"vector {k}": v for k, v in VECTOR.items()}, **{f"dot {k}": v for k, v in DOT.items()}}

@@ -4,16 +4,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from unit_formats import UNITS
 
 from ds4jax.formats import FORMATS, GGMLType
 from pallas_kernels import formats as known
 from pallas_kernels.formats import tiles
 from pallas_kernels.formats.units import UNIT, Rows, Words
 
-NAMES = ("Q6_K", "Q5_K", "Q3_K", "IQ4_XS", "IQ3_XXS", "IQ2_XS", "IQ2_S")
 
-
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", UNITS)
 def test_units_hold_every_weight(name):
     """Every bit of codes and scales at random: bytes times scale less minimum, in their columns, are the weights."""
     fmt, dots = FORMATS[GGMLType[name]], known.needs(name, "experts")
@@ -40,7 +39,7 @@ def test_units_hold_every_weight(name):
     np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", UNITS)
 def test_the_columns_of_a_group_are_neighbours(name):
     """`matmul` reads x there at once, in the order of the columns; `grouped_gemm` has them in its own order."""
     units = known.needs(name, "experts").units
