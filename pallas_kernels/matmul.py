@@ -446,7 +446,7 @@ def check(shape: Shape, config: Config) -> None:
     for what in ("rows", "k_block"):
         n = getattr(config, what)
         _require(n > 0 and n & (n - 1) == 0, what, n, "a power of two")
-    step = _step(shape)
+    step = _k_step(shape)
     _require(config.k_block % step == 0, "k_block", config.k_block, f"a multiple of {step}")
     _require(
         shape.k % (config.splits * config.k_block) == 0,
@@ -478,7 +478,7 @@ def shared_memory(shape: Shape, config: Config) -> int:
     return (config.num_stages - 1) * (max(tiles) + 2 * x + norm) + 2 * x
 
 
-def _step(shape: Shape) -> int:
+def _k_step(shape: Shape) -> int:
     """Columns of which a step takes a multiple."""
     return max(128, *(formats.find(out.fmt).block for out in shape.outputs))
 
@@ -518,7 +518,7 @@ def default_config(shape: Shape) -> Config:
         splits = 1
         while shape.norm_eps is None and _programs(shape, 64) * splits < 264 and columns // splits > 512:
             splits *= 2
-        config = Config("dot", 64, min(columns, _step(shape)), num_warps=4, num_stages=4, splits=splits)
+        config = Config("dot", 64, min(columns, _k_step(shape)), num_warps=4, num_stages=4, splits=splits)
         while shared_memory(shape, config) > common.SHARED_MEMORY:
             config = replace(config, num_stages=config.num_stages - 1)
         return config
@@ -550,7 +550,7 @@ def configs(shape: Shape) -> list[Config]:
                 out.append(Config("vector", rows, k_block, num_warps, tokens=tokens))
     if shape.m >= 2 and _takes_dot(shape):
         every_split = (1, 2, 4, 8, 16) if shape.norm_eps is None else (1,)
-        k_blocks = [n for n in (128, 256) if n % _step(shape) == 0]
+        k_blocks = [n for n in (128, 256) if n % _k_step(shape) == 0]
         for rows, k_block, splits, num_stages in itertools.product((64, 128), k_blocks, every_split, (3, 5)):
             config = Config("dot", rows, k_block, 4, num_stages, splits=splits)
             programs = _programs(shape, rows) * splits

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from candidates import each_value
-from unit_formats import UNITS
+from unit_formats import UNITS, mostly_slow
 
 from ds4jax import formats
 from ds4jax.formats.iq2_xxs import NIBBLES, SIGNS, spread
@@ -22,12 +22,6 @@ from pallas_kernels.common import Unsupported
 from pallas_kernels.experts import SHAPES, Config, Shape
 
 FORMATS = known.names("experts")
-
-
-def formats_but(*fast):
-    """All formats, those of UNITS as slow tests, except some."""
-    return [pytest.param(f, marks=[pytest.mark.slow] * (f in UNITS and f not in fast)) for f in FORMATS]
-
 
 # Fixed-point activations are 2e-5 of the norm off, gate times up a little more; sums are float32 or exact.
 TOLERANCE = 1e-4
@@ -54,18 +48,18 @@ def check(shape, config, inputs=None):
 
 
 # ---- meaning ---------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("fmt", formats_but("IQ2_S"))
+@pytest.mark.parametrize("fmt", mostly_slow(FORMATS, "IQ2_S"))
 def test_gate_up(fmt):
     check(small("gate_up", fmt), SMALL)
 
 
-@pytest.mark.parametrize("fmt", formats_but("Q5_K"))
+@pytest.mark.parametrize("fmt", mostly_slow(FORMATS, "Q5_K"))
 def test_down(fmt):
     """Units of 32 threads and more, so that a row takes several steps where the format has them."""
     check(small("down", fmt, k=1024 if fmt != "IQ2_XXS" else 256), SMALL)
 
 
-@pytest.mark.parametrize("fmt", formats_but("IQ4_XS"))
+@pytest.mark.parametrize("fmt", mostly_slow(FORMATS))
 def test_a_format_takes_every_scale_and_code(fmt):
     """Random bytes instead of weights with equal scales; only float16 and exponent planes keep to a sensible range."""
     shape = small("down", fmt)
@@ -182,7 +176,7 @@ def test_gate_up_takes_packed_activations():
     np.testing.assert_array_equal(check(shape, SMALL), found)
 
 
-@pytest.mark.parametrize("fmt", formats_but("Q5_K"))
+@pytest.mark.parametrize("fmt", mostly_slow(FORMATS, "Q5_K"))
 def test_pack(fmt):
     """Every activation is in its word, at 1/65534 of the unit's largest; sums and scales are those of the words."""
     k, form = 512, known.needs(fmt, "experts")
@@ -252,10 +246,10 @@ def test_candidates_cover_the_default():
 
 
 REAL = {
-    f"{stage} {fmt} {tokens}": Shape(stage, fmt, tokens, *size)
+    f"{shape.stage} {fmt} {tokens}": shape
     for fmt in UNITS
     for tokens in (1, 16)
-    for stage, size in (("gate_up", (4096, 2048)), ("down", (2048, 4096)))
+    for shape in (Shape("gate_up", fmt, tokens, k=4096, n=2048), Shape("down", fmt, tokens, k=2048, n=4096))
 }
 
 

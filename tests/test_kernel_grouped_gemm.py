@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
-from unit_formats import UNITS
+from unit_formats import UNITS, mostly_slow
 
 from ds4jax import formats
 from ds4jax.ops import experts as experts_op
@@ -49,7 +49,7 @@ def error(out, expected) -> float:
     return np.linalg.norm(out - expected) / np.linalg.norm(expected)
 
 
-@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("fmt", mostly_slow(FORMATS))
 def test_random_planes_have_the_asked_spread(fmt):
     w = np.asarray(ds4(fmt, known.find(fmt).random(jax.random.key(0), (64, 2048), 0.02)).dequantize())
     assert abs(w.mean()) < 2e-3
@@ -77,7 +77,7 @@ def test_kernel_decodes_every_weight(fmt):
     assert np.all(np.abs(np.asarray(y) - expected) <= np.abs(expected) * 2.0**-digits + slack * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("fmt", [pytest.param(f, marks=[pytest.mark.slow] * (f != "Q5_K")) for f in UNITS])
+@pytest.mark.parametrize("fmt", mostly_slow(UNITS, "Q5_K"))
 def test_linear_in(fmt):
     shape = Shape("linear", 16, 32, 256, fmt, 2)
     args = shape.inputs(jax.random.key(0))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
-from unit_formats import UNITS
+from unit_formats import UNITS, mostly_slow
 
 from ds4jax import formats
 from ds4jax.ops.check import formula
@@ -51,7 +51,7 @@ def check(shape, config, **kwargs):
     assert max(errors(found, expected)) < bound(shape, config), errors(found, expected)
 
 
-@pytest.mark.parametrize("name", known.names("matmul"))
+@pytest.mark.parametrize("name", mostly_slow(known.names("matmul")))
 def test_random_planes_are_of_the_format(name):
     fmt, engine = known.find(name), formats.FORMATS[GGMLQuantizationType[name]]
     planes = fmt.random(jax.random.key(0), (3, 512), 0.02)
@@ -101,18 +101,12 @@ DOT |= {name: (Shape(6, 256, (Output(16, name),)), Config("dot", 16, 256, 4)) fo
 SMALL = {**{f"vector {k}": v for k, v in VECTOR.items()}, **{f"dot {k}": v for k, v in DOT.items()}}
 
 
-FAST = "vector Q6_K", "vector IQ2_S", "dot Q5_K"  # of those formats
+SMALL_NAMES = mostly_slow(SMALL, "vector Q6_K", "vector IQ2_S", "dot Q5_K")
 
 
-def mostly_slow(names):
-    """Of the formats in UNITS only some are tested at every change: their formulas are in `test_units.py`."""
-    rare = {f"{method} {name}" for method in ("vector", "dot") for name in UNITS} - {*FAST}
-    return [pytest.param(SMALL[name], id=name, marks=[pytest.mark.slow] * (name in rare)) for name in names]
-
-
-@pytest.mark.parametrize("case", mostly_slow(SMALL))
-def test_products(case):
-    check(*case, interpret=True)
+@pytest.mark.parametrize("name", SMALL_NAMES)
+def test_products(name):
+    check(*SMALL[name], interpret=True)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
@@ -182,8 +176,9 @@ def lowered(shape, config, **kwargs):
 @pytest.mark.parametrize(
     "device", ["NVIDIA GB10", *(pytest.param(d, marks=pytest.mark.slow) for d in list(DEVICES)[:2])]
 )
-@pytest.mark.parametrize("case", mostly_slow(SMALL))
-def test_lowers_for_every_device(case, device):
+@pytest.mark.parametrize("name", SMALL_NAMES)
+def test_lowers_for_every_device(name, device):
+    case = SMALL[name]
     kernels = 1 if case[1].splits == 1 else 2
     assert lowered(*case, device=device, cores=DEVICES[device]).count("__gpu$xla.gpu.triton") == kernels
 
@@ -231,11 +226,14 @@ REAL = {
 }
 
 
-@pytest.mark.parametrize("name", REAL)
-def test_defaults_fit_every_format(name):
-    matmul.check(REAL[name], matmul.default_config(REAL[name]))
-    for config in matmul.configs(REAL[name]):
-        matmul.check(REAL[name], config)
+@pytest.mark.parametrize(
+    "shape", [*REAL.values(), Shape(16, 8192, (Output(4096, "Q4_K"),))], ids=[*REAL, "o_b/16 Q4_K"]
+)
+def test_defaults_fit_every_format(shape):
+    candidates = matmul.configs(shape)
+    assert candidates[0] == matmul.default_config(shape)
+    for config in candidates:
+        matmul.check(shape, config)
 
 
 @pytest.mark.gpu

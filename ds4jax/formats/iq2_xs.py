@@ -52,7 +52,6 @@ _UNITS = Units(
     look_up=_look_up,
     table=tuple(grid_codes(GRID).tolist()),
     constants=SIGNED,
-    step=64,
 )
 
 

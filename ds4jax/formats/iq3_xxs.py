@@ -48,7 +48,6 @@ _UNITS = Units(
     _scale,
     look_up=_look_up,
     table=tuple(GRID.astype(np.uint8).view(np.uint32).ravel().tolist()),
-    step=64,
 )
 
 
