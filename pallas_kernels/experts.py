@@ -434,6 +434,5 @@ def configs(shape: Shape) -> list[Config]:
 
 def default_config(shape: Shape) -> Config:
     tokens = 2 if shape.stage == "gate_up" and shape.tokens > 1 else 1
-    # Triton takes a minute to compile the many scales of Q4_K for two rows and two tokens.
-    rows = 1 if shape.fmt == "Q4_K" and tokens > 1 or shape.n % 8 else 2
+    rows = 1 if shape.n % 8 else 2 if tokens == 1 else _dots(shape.fmt).rows
     return Config(num_warps=math.gcd(shape.n, 4), rows=rows, tokens=tokens)

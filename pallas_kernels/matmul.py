@@ -393,7 +393,9 @@ def matmul(
     shape = _shape(x, layer, weights, norm, outputs, norm_eps)
     config = common.choose(config or default_config, shape)
     check(shape, config)
-    weights = tuple(tuple(tuple(planes) for planes in w) for w in weights)
+    weights = tuple(
+        tuple((*planes, *_tables(out.fmt)) for planes in w) for out, w in zip(outputs, weights, strict=True)
+    )
     ys = _build(shape, config, interpret)(layer, x, weights, norm)
     return tuple(ys if config.splits == 1 else _combine(shape, config.splits, interpret)(ys))
 
@@ -444,7 +446,7 @@ def check(shape: Shape, config: Config) -> None:
     for what in ("rows", "k_block"):
         n = getattr(config, what)
         _require(n > 0 and n & (n - 1) == 0, what, n, "a power of two")
-    step = max(max(formats.find(out.fmt).block for out in shape.outputs), 128)
+    step = _k_step(shape)
     _require(config.k_block % step == 0, "k_block", config.k_block, f"a multiple of {step}")
     _require(
         shape.k % (config.splits * config.k_block) == 0,
@@ -476,6 +478,11 @@ def shared_memory(shape: Shape, config: Config) -> int:
     return (config.num_stages - 1) * (max(tiles) + 2 * x + norm) + 2 * x
 
 
+def _k_step(shape: Shape) -> int:
+    """Columns of which a step takes a multiple."""
+    return max(128, *(formats.find(out.fmt).block for out in shape.outputs))
+
+
 def _run(shape: Shape) -> int:
     """Columns that a thread holds together, in the output that has the most."""
     return max(_runs(out.fmt).run or _run_of(out.fmt) for out in shape.outputs)
@@ -488,6 +495,11 @@ def _run_of(fmt: str) -> int:
 
 def _runs(fmt: str) -> Runs:
     return formats.needs(fmt, "matmul")
+
+
+def _tables(fmt: str) -> list[Array]:
+    """What the format looks up in memory, if anything."""
+    return [jnp.array(table, jnp.uint32)] if (table := _runs(fmt).table) else []
 
 
 def _programs(shape: Shape, rows: int) -> int:
@@ -506,7 +518,10 @@ def default_config(shape: Shape) -> Config:
         splits = 1
         while shape.norm_eps is None and _programs(shape, 64) * splits < 264 and columns // splits > 512:
             splits *= 2
-        return Config("dot", 64, min(columns, 128), num_warps=4, num_stages=4, splits=splits)
+        config = Config("dot", 64, min(columns, _k_step(shape)), num_warps=4, num_stages=4, splits=splits)
+        while shared_memory(shape, config) > common.SHARED_MEMORY:
+            config = replace(config, num_stages=config.num_stages - 1)
+        return config
     rows = 4
     while rows > 1 and _programs(shape, rows) < 528:
         rows //= 2
@@ -535,7 +550,8 @@ def configs(shape: Shape) -> list[Config]:
                 out.append(Config("vector", rows, k_block, num_warps, tokens=tokens))
     if shape.m >= 2 and _takes_dot(shape):
         every_split = (1, 2, 4, 8, 16) if shape.norm_eps is None else (1,)
-        for rows, k_block, splits, num_stages in itertools.product((64, 128), (128, 256), every_split, (3, 5)):
+        k_blocks = [n for n in (128, 256) if n % _k_step(shape) == 0]
+        for rows, k_block, splits, num_stages in itertools.product((64, 128), k_blocks, every_split, (3, 5)):
             config = Config("dot", rows, k_block, 4, num_stages, splits=splits)
             programs = _programs(shape, rows) * splits
             fits = k_block * splits <= columns and shared_memory(shape, config) <= common.SHARED_MEMORY

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from candidates import each_value
+from unit_formats import UNITS, mostly_slow
 
 from ds4jax import formats
 from ds4jax.formats.iq2_xxs import NIBBLES, SIGNS, spread
@@ -47,18 +48,18 @@ def check(shape, config, inputs=None):
 
 
 # ---- meaning ---------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("fmt", mostly_slow(FORMATS, "IQ2_S"))
 def test_gate_up(fmt):
     check(small("gate_up", fmt), SMALL)
 
 
-@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("fmt", mostly_slow(FORMATS, "Q5_K"))
 def test_down(fmt):
     """Units of 32 threads and more, so that a row takes several steps where the format has them."""
     check(small("down", fmt, k=1024 if fmt != "IQ2_XXS" else 256), SMALL)
 
 
-@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("fmt", mostly_slow(FORMATS))
 def test_a_format_takes_every_scale_and_code(fmt):
     """Random bytes instead of weights with equal scales; only float16 and exponent planes keep to a sensible range."""
     shape = small("down", fmt)
@@ -175,7 +176,7 @@ def test_gate_up_takes_packed_activations():
     np.testing.assert_array_equal(check(shape, SMALL), found)
 
 
-@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("fmt", mostly_slow(FORMATS, "Q5_K"))
 def test_pack(fmt):
     """Every activation is in its word, at 1/65534 of the unit's largest; sums and scales are those of the words."""
     k, form = 512, known.needs(fmt, "experts")
@@ -199,7 +200,7 @@ def test_pack(fmt):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"fmt": "F16"}, "format: found F16, expected one of Q8_0, Q4_K, Q2_K, IQ2_XXS, MXFP4"),
+        ({"fmt": "F16"}, "format: found F16, expected one of Q8_0, Q4_K, Q2_K, IQ2_XXS, MXFP4, Q6_K"),
         ({"tokens": 33}, "tokens: found 33, expected 1 to 32"),
         ({"k": 768}, "columns: found 768, expected a power of two"),
         ({"n": 6}, r"rows: found 6, expected a multiple of 4 · 1"),
@@ -244,10 +245,18 @@ def test_candidates_cover_the_default():
         assert experts.default_config(shape) in experts.configs(shape)
 
 
+REAL = {
+    f"{shape.stage} {fmt} {tokens}": shape
+    for fmt in UNITS
+    for tokens in (1, 16)
+    for shape in (Shape("gate_up", fmt, tokens, k=4096, n=2048), Shape("down", fmt, tokens, k=2048, n=4096))
+}
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", SHAPES | REAL)
 def test_on_the_gpu(name):
-    shape = SHAPES[name]
+    shape = (SHAPES | REAL)[name]
     inputs = shape.inputs(jax.random.key(1))
     run = jax.jit(lambda *a: experts.experts(*a, **shape.static))
     found = run(*inputs)

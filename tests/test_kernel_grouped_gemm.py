@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
+from unit_formats import UNITS, mostly_slow
 
 from ds4jax import formats
 from ds4jax.ops import experts as experts_op
@@ -29,7 +30,7 @@ def random_bits(fmt: str, seed: int, shape: tuple[int, ...]) -> tuple[jax.Array,
     rng = np.random.default_rng(seed)
     out = []
     for p in known.find(fmt).structs(shape):
-        if p.dtype in (np.uint32, np.int8):
+        if p.dtype in (np.uint32, np.uint16, np.int8):
             out.append(rng.integers(0, 256, (*p.shape, np.dtype(p.dtype).itemsize), np.uint8).view(p.dtype)[..., 0])
         elif p.dtype == np.uint8:
             out.append(rng.integers(100, 140, p.shape, np.uint8))
@@ -48,7 +49,7 @@ def error(out, expected) -> float:
     return np.linalg.norm(out - expected) / np.linalg.norm(expected)
 
 
-@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("fmt", mostly_slow(FORMATS))
 def test_random_planes_have_the_asked_spread(fmt):
     w = np.asarray(ds4(fmt, known.find(fmt).random(jax.random.key(0), (64, 2048), 0.02)).dequantize())
     assert abs(w.mean()) < 2e-3
@@ -68,9 +69,21 @@ def test_kernel_decodes_every_weight(fmt):
     y = gg.linear(x, jnp.array([1], jnp.int32), planes, fmt=fmt, dtype=jnp.float32, config=config, interpret=True)
     expected = np.asarray(ds4(fmt, planes).dequantize()[1].T)
     # Half a unit in the last place. IQ2_XXS rounds its scale to float16 first; Q2_K its scale and its minimum, of which
-    # the larger is up to 45 d. Q4_K adds its minimum in float32, in another order.
-    digits, slack = {"IQ2_XXS": (10, 0), "Q2_K": (11, 2.0**-10), "Q4_K": (8, 2.0**-20)}.get(fmt, (8, 0))
+    # the larger is up to 45 d, and Q5_K as well. Q4_K adds its minimum in float32, in another order. Of the others that
+    # have float16 weights the scale is rounded, too.
+    others = (10, 0) if fmt in UNITS else (8, 0)
+    minima = {"Q2_K": (11, 2.0**-10), "Q5_K": (11, 2.0**-10), "Q4_K": (8, 2.0**-20)}
+    digits, slack = (minima | {"IQ2_XXS": (10, 0)}).get(fmt, others)
     assert np.all(np.abs(np.asarray(y) - expected) <= np.abs(expected) * 2.0**-digits + slack * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("fmt", mostly_slow(UNITS, "Q5_K"))
+def test_linear_in(fmt):
+    shape = Shape("linear", 16, 32, 256, fmt, 2)
+    args = shape.inputs(jax.random.key(0))
+    found = gg.grouped_gemm(*args, **shape.static, config=Config(bm=16, num_warps=2), interpret=True)
+    # Scales, minima and weights are rounded to float16, the results to bfloat16.
+    assert error(found, formula("grouped_gemm")(*args, **shape.static)) < 3e-3
 
 
 @pytest.mark.parametrize("m, groups", [(33, 1), (70, 1), (40, 2)])
@@ -165,8 +178,8 @@ def test_unsupported_is_named():
     run = functools.partial(gg.linear, layer=layer, config=CONFIG)
     with pytest.raises(Unsupported, match="x: found float32, expected bfloat16"):
         run(x.astype(jnp.float32), planes=planes, fmt="Q8_0")
-    with pytest.raises(Unsupported, match="format: found Q5_K, expected one of"):
-        run(x, planes=planes, fmt="Q5_K")
+    with pytest.raises(Unsupported, match="format: found Q5_0, expected one of"):
+        run(x, planes=planes, fmt="Q5_0")
     with pytest.raises(Unsupported, match="planes of Q4_K"):
         run(x, planes=planes, fmt="Q4_K")
     with pytest.raises(Unsupported, match=r"matrix: found 64 × 256, expected multiples of 128 and 128"):
@@ -197,6 +210,29 @@ def test_lowers_for_the_gpu(name, device):
     f = functools.partial(gg.grouped_gemm, **shape.static)
     args = jax.eval_shape(shape.inputs, jax.random.key(0))
     assert common.lower_for_gpu(f, *args, device=device, cores=DEVICES[device]).count("xla.gpu.triton") == 1
+
+
+# A quarter of the experts: in 5 bits and more a stack of 256 would have 2^31 bytes.
+REAL = {
+    f"{name}_{fmt.lower()}": shape
+    for fmt in UNITS
+    for name, shape in {
+        "gate_up": Shape("gate_up", 128, 2048, 4096, fmt, 64, 6),
+        "down": Shape("down", 128, 4096, 2048, fmt, 64, 6),
+        "shared_gate": Shape("linear", 64, 2048, 4096, fmt, 2),
+    }.items()
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", REAL)
+def test_every_format_on_the_gpu(name):
+    shape = REAL[name]
+    args = jax.jit(shape.inputs)(jax.random.key(0))
+    out = jax.jit(functools.partial(gg.grouped_gemm, **shape.static))(*args)
+    expected = jax.jit(functools.partial(formula("grouped_gemm"), **shape.static))(*args)
+    # As below.
+    assert error(jnp.asarray(out, jnp.float32), expected) < 4e-3
 
 
 @pytest.mark.gpu

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
+from unit_formats import UNITS, mostly_slow
 
 from ds4jax import formats
 from ds4jax.ops.check import formula
@@ -50,7 +51,7 @@ def check(shape, config, **kwargs):
     assert max(errors(found, expected)) < bound(shape, config), errors(found, expected)
 
 
-@pytest.mark.parametrize("name", known.names("matmul"))
+@pytest.mark.parametrize("name", mostly_slow(known.names("matmul")))
 def test_random_planes_are_of_the_format(name):
     fmt, engine = known.find(name), formats.FORMATS[GGMLQuantizationType[name]]
     planes = fmt.random(jax.random.key(0), (3, 512), 0.02)
@@ -95,12 +96,17 @@ DOT = {
     "Q4_K": (Shape(6, 256, (Output(16, "Q4_K"),)), Config("dot", 16, 256, 4)),
     "MXFP4": (Shape(6, 256, (Output(16, "MXFP4"),)), Config("dot", 16, 128, 4)),
 }
+VECTOR |= {name: (Shape(1, 512, (Output(2, name),)), Config("vector", 2, 256, 1)) for name in UNITS}
+DOT |= {name: (Shape(6, 256, (Output(16, name),)), Config("dot", 16, 256, 4)) for name in UNITS}
 SMALL = {**{f"vector {k}": v for k, v in VECTOR.items()}, **{f"dot {k}": v for k, v in DOT.items()}}
 
 
-@pytest.mark.parametrize("case", SMALL.values(), ids=SMALL)
-def test_products(case):
-    check(*case, interpret=True)
+SMALL_NAMES = mostly_slow(SMALL, "vector Q6_K", "vector IQ2_S", "dot Q5_K")
+
+
+@pytest.mark.parametrize("name", SMALL_NAMES)
+def test_products(name):
+    check(*SMALL[name], interpret=True)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
@@ -170,8 +176,9 @@ def lowered(shape, config, **kwargs):
 @pytest.mark.parametrize(
     "device", ["NVIDIA GB10", *(pytest.param(d, marks=pytest.mark.slow) for d in list(DEVICES)[:2])]
 )
-@pytest.mark.parametrize("case", SMALL.values(), ids=SMALL)
-def test_lowers_for_every_device(case, device):
+@pytest.mark.parametrize("name", SMALL_NAMES)
+def test_lowers_for_every_device(name, device):
+    case = SMALL[name]
     kernels = 1 if case[1].splits == 1 else 2
     assert lowered(*case, device=device, cores=DEVICES[device]).count("__gpu$xla.gpu.triton") == kernels
 
@@ -206,6 +213,29 @@ def test_small_on_gpu(case):
     check(*case)
 
 
+# In every such format: two matrices, long rows in parts, and another format beside it.
+REAL = {
+    f"{name} {fmt}": shape
+    for fmt in UNITS
+    for name, shape in {
+        "shared gate+up/1": Shape(1, 4096, (Output(2048, fmt, clamp=10.0),)),
+        "o_b/2": Shape(2, 8192, (Output(4096, fmt),)),
+        "o_b/16": Shape(16, 8192, (Output(4096, fmt),)),
+        "q_a+kv/32": Shape(32, 4096, (Output(1024, fmt), Output(512, "Q8_0", "float32"))),
+    }.items()
+}
+
+
+@pytest.mark.parametrize(
+    "shape", [*REAL.values(), Shape(16, 8192, (Output(4096, "Q4_K"),))], ids=[*REAL, "o_b/16 Q4_K"]
+)
+def test_defaults_fit_every_format(shape):
+    candidates = matmul.configs(shape)
+    assert candidates[0] == matmul.default_config(shape)
+    for config in candidates:
+        matmul.check(shape, config)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", matmul.SHAPES)
 def test_real_shapes_on_gpu(name):
@@ -214,6 +244,12 @@ def test_real_shapes_on_gpu(name):
     first, second = (run(matmul.matmul, shape, seed=1) for _ in range(2))
     for a, b in zip(first, second, strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", REAL)
+def test_every_format_on_gpu(name):
+    check(REAL[name], matmul.default_config(REAL[name]))
 
 
 @pytest.mark.gpu

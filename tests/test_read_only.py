@@ -1,4 +1,4 @@
-"""Models in types that are read only: they compute as in F32, convert to other types, and have no kernels."""
+"""Models in types that are read only: they compute as in F32, convert to other types, and some have kernels."""
 
 import functools
 import zlib
@@ -106,9 +106,20 @@ def problems(types, kernels, tokens=1):
     return support.unsupported(CFG, weights.structs(tree), cache, compute, tokens)
 
 
+@pytest.mark.parametrize("tokens", [pytest.param(1, marks=pytest.mark.slow), 64])
+@pytest.mark.parametrize(
+    "types", [pytest.param(RECIPE, marks=pytest.mark.slow), OTHER], ids=lambda types: types["dense"].name
+)
+def test_kernels_take_experts_of_the_types_of_llama_cpps_files(types, tokens):
+    assert problems(lambda spec: chosen(spec, types), "xla,experts=pallas", tokens) == {}
+
+
+WITHOUT = {"dense": Type.Q5_1, "gate": Type.IQ3_S, "up": Type.IQ3_S, "down": Type.IQ4_NL}
+
+
 @pytest.mark.parametrize("tokens", [1, 64])
-def test_kernels_refuse_such_types_and_name_the_command_that_converts_them(tokens):
-    found = problems(lambda spec: chosen(spec, RECIPE), "xla,mhc=pallas,linear=pallas,experts=pallas", tokens)
+def test_kernels_refuse_other_types_and_name_the_command_that_converts_them(tokens):
+    found = problems(lambda spec: chosen(spec, WITHOUT), "xla,mhc=pallas,linear=pallas,experts=pallas", tokens)
     assert found.keys() == {"mhc", "linear", "experts"}
     command = "ds4jax convert --source FILE.gguf --out NEW.gguf --types "
     assert found["experts"].startswith("format: found IQ")
@@ -118,12 +129,15 @@ def test_kernels_refuse_such_types_and_name_the_command_that_converts_them(token
     assert "embed" not in str(found)
 
 
+WITH_KERNELS = {"Q6_K", "Q5_K", "Q3_K", "IQ4_XS", "IQ3_XXS", "IQ2_XS", "IQ2_S"}
+
+
 @pytest.mark.parametrize("kernel", ["matmul", "experts", "grouped_gemm"])
-def test_no_kernel_takes_them(kernel):
+def test_every_kernel_takes_the_same_of_them(kernel):
     names = {fmt.__name__ for fmt in READ_ONLY}
-    assert names <= {*known.names()} and names.isdisjoint(known.names(kernel))
-    with pytest.raises(UnsupportedFormat, match="format: found Q6_K, expected one of .*Q8_0"):
-        known.find("Q6_K", kernel)
+    assert names <= {*known.names()} and names & {*known.names(kernel)} == WITH_KERNELS
+    with pytest.raises(UnsupportedFormat, match="format: found IQ3_S, expected one of .*Q8_0"):
+        known.find("IQ3_S", kernel)
 
 
 def test_random_weights_are_the_same_within_a_program():

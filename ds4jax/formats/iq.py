@@ -11,6 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from gguf import GGMLQuantizationType as GGMLType
 
+from pallas_kernels.formats.tiles import u32
+from pallas_kernels.formats.units import Words
+
 Array = jax.Array
 
 # The 128 sets of eight signs with an even number of minus signs: byte i is i and, on top, its parity.
@@ -41,3 +44,50 @@ def signed_points(grid: np.ndarray, index: Array, signs: Array) -> Array:
     negative = (signs[..., None] >> jnp.arange(8, dtype=signs.dtype)) & 1
     sign = jnp.where(negative == 0, jnp.float32(1), jnp.float32(-1))
     return (jnp.asarray(grid)[index].reshape(sign.shape) * sign).reshape(*signs.shape[:-1], -1)
+
+
+# ---- in kernels ----------------------------------------------------------------------------------------------
+# Eight weights are a word of eight nibbles: two bits of magnitude, of MAGNITUDES, and the sign. Nibble n is weight
+# NIBBLES[n] of the eight, the order that `spread` gives.
+MAGNITUDES = (8, 25, 43)
+NIBBLES = np.array([0, 4, 1, 5, 2, 6, 3, 7])
+
+
+def spread(sets: Array) -> Array:
+    """Seven signs b in bits 0-6 → bit 2 of each nibble; the eighth, in nibble 7, makes their number even."""
+    # Copies of b at every seventh bit have b_i at bit 8 i and b_(i+4) at bit 8 i + 4; here two bits up.
+    # A multiplication adds them up in the last nibble.
+    signs = sets * jnp.uint32(0x00204081 << 2) & jnp.uint32(0x04444444)
+    return signs | (signs * jnp.uint32(0x11111111) & jnp.uint32(0x40000000))
+
+
+def spread_all(signs: Array) -> Array:
+    """Eight signs in bits 0-7 → bit 2 of each nibble."""
+    return (signs & 127) * u32(0x00204081 << 2) & u32(0x04444444) | (signs & 128) << 23
+
+
+def nibbles(fields: np.ndarray) -> np.ndarray:
+    """(n, 8) fields of eight weights → uint32 (n,), in nibbles."""
+    return np.sum(fields[:, NIBBLES].astype(np.uint32) << 4 * np.arange(8, dtype=np.uint32), axis=1, dtype=np.uint32)
+
+
+def grid_codes(grid: np.ndarray) -> np.ndarray:
+    """A grid of MAGNITUDES, (points, 8) → uint32 (points,), their numbers in nibbles 0-2."""
+    return nibbles(np.searchsorted(MAGNITUDES, grid))
+
+
+# For `lookup`: the signed bytes of codes 0-3 and of codes 4-7, the negative ones.
+SIGNED = tuple(int(np.array([*(sign * m for m in MAGNITUDES), 0], np.int8).view(np.uint32)[0]) for sign in (1, -1))
+IN_NIBBLES = (7, 6, 5, 4, 3, 1, 0, 2)  # NIBBLES, as `Units.order`
+
+
+def signed_words(codes: Array, words: Words) -> list[Array]:
+    """Eight codes in nibbles → two words of signed bytes, with the constants SIGNED."""
+    low, high = words.constants
+    return [words.op.bytes(low, high, half) for half in (codes, codes >> 16)]
+
+
+def scale_of_16(loaded, group: int) -> Array:
+    """d·(½ + s)/4 in a kernel that has loaded (codes, word, d), where nibble `group` of the word is s."""
+    _, scales, d = loaded
+    return d.astype(jnp.float32) * ((scales >> 4 * group & 15).astype(jnp.float32) * 0.25 + 0.125)

@@ -9,12 +9,51 @@ from flax import struct
 from gguf import GGMLQuantizationType as GGMLType
 
 from ds4jax.formats.base import bytes_of, scaled, unpack
-from ds4jax.formats.iq import grid_of, signed_points
+from ds4jax.formats.iq import (
+    IN_NIBBLES,
+    SIGNED,
+    grid_codes,
+    grid_of,
+    scale_of_16,
+    signed_points,
+    signed_words,
+    spread_all,
+)
 from ds4jax.formats.read_only import ReadOnly
+from pallas_kernels.formats.units import Rows, Units, Words
 
 Array = jax.Array
 
 GRID = grid_of(GGMLType.IQ2_S)
+
+
+# ---- in kernels: a word of q is a unit, half of it a group ---------------------------------------------------
+def _load(rows: Rows, unit: Array):
+    high, scales = (rows.at(plane, unit >> 2) >> (8 * (unit & 3)).astype(jnp.uint32) for plane in (3, 4))
+    return (rows.at(1, unit), high, rows.at(2, unit)), scales, rows.at(0, unit >> 3)
+
+
+def _look_up(loaded, table):
+    (q, high, signs), *_ = loaded
+    index = [q >> 8 * i & 255 | (high >> 2 * i & 3) << 8 for i in range(4)]
+    return [(table[g.astype(jnp.int32)], signs >> 8 * i & 255) for i, g in enumerate(index)]
+
+
+def _words(ready, group: int, words: Words) -> list[Array]:
+    return [w for codes, s in ready[2 * group :][:2] for w in signed_words(codes | spread_all(s), words)]
+
+
+_UNITS = Units(
+    _load,
+    _words,
+    scale_of_16,
+    groups=2,
+    order=IN_NIBBLES,
+    look_up=_look_up,
+    table=tuple(grid_codes(GRID).tolist()),
+    constants=SIGNED,
+    step=128,
+)
 
 
 @struct.dataclass
@@ -33,6 +72,7 @@ class IQ2_S(ReadOnly):
         "high": (np.uint32, 8),
         "scales": (np.uint32, 8),
     }
+    for_matmul, for_experts, for_grouped_gemm = _UNITS.runs, _UNITS.dots, _UNITS.tiles
     d: Array
     q: Array
     signs: Array

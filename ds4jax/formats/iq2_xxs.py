@@ -12,7 +12,17 @@ from gguf import GGMLQuantizationType as GGMLType
 from jax import lax
 
 from ds4jax.formats.base import Quantized, bytes_of, mean_square, pack_bits, random_bits, random_scales, scaled
-from ds4jax.formats.iq import SIGNS, grid_of, sign_bytes, signed_points
+from ds4jax.formats.iq import (
+    MAGNITUDES,
+    NIBBLES,
+    SIGNS,
+    grid_codes,
+    grid_of,
+    nibbles,
+    sign_bytes,
+    signed_points,
+    spread,
+)
 from ds4jax.formats.search import F16_MAX, error_weights, half, level, normalized, ratio, search, super_scale
 from pallas_kernels.formats.dots import Dots, i32, signed_bytes
 from pallas_kernels.formats.tiles import Planes, Tile, Tiles, stack, u32
@@ -24,27 +34,7 @@ Array = jax.Array
 GRID = grid_of(GGMLType.IQ2_XXS)
 
 
-# ---- in kernels ------------------------------------------------------------------------------------------------------
-# Eight weights are a word of eight nibbles: two bits of magnitude, of MAGNITUDES, and the sign. Nibble n is weight
-# NIBBLES[n] of the eight, the order that `spread` gives.
-MAGNITUDES = (8, 25, 43)
-NIBBLES = np.array([0, 4, 1, 5, 2, 6, 3, 7])
-
-
-def spread(sets: Array) -> Array:
-    """Seven signs b in bits 0-6 → bit 2 of each nibble; the eighth, in nibble 7, makes their number even."""
-    # Copies of b at every seventh bit have b_i at bit 8 i and b_(i+4) at bit 8 i + 4; here two bits up.
-    # A multiplication adds them up in the last nibble.
-    signs = sets * jnp.uint32(0x00204081 << 2) & jnp.uint32(0x04444444)
-    return signs | (signs * jnp.uint32(0x11111111) & jnp.uint32(0x40000000))
-
-
-def _nibbles(fields: np.ndarray) -> np.ndarray:
-    """(n, 8) fields of eight weights → uint32 (n,), in nibbles."""
-    return np.sum(fields[:, NIBBLES].astype(np.uint32) << 4 * np.arange(8, dtype=np.uint32), axis=1, dtype=np.uint32)
-
-
-_GRID_CODES = _nibbles(np.searchsorted(MAGNITUDES, GRID))
+_GRID_CODES = grid_codes(GRID)
 
 
 class _Dots(Dots):
@@ -63,7 +53,7 @@ class _Dots(Dots):
         """uint32 (512): the grid as nibbles 0-2, the sign sets as of `spread`, 64 times each word for `lookup`."""
         negative = SIGNS[:, None] >> np.arange(8) & 1
         words = [signed_bytes(*(sign * m for m in MAGNITUDES)).view(np.uint32) for sign in (1, -1)]
-        return np.concatenate([_GRID_CODES, _nibbles(negative << 2), np.repeat(words, 64)]).astype(np.uint32)
+        return np.concatenate([_GRID_CODES, nibbles(negative << 2), np.repeat(words, 64)]).astype(np.uint32)
 
     @classmethod
     def load(cls, refs, tile):

@@ -36,6 +36,20 @@ def scales_and_minima(words: Array) -> tuple[Array, Array]:
     return sc, m
 
 
+def scales_of_two(words: list[Array], run: Array) -> tuple[Array, Array]:
+    """In kernels, of the same three words: words whose two low bytes are the sc, and the m, of groups 2 run, 2 run + 1.
+
+    words: uint32, of the super-block of each run. run: int32, 0 to 3.
+    """
+    # Shifted so that this run's two groups are the low two bytes; their numbers' upper bits may lie elsewhere.
+    sc, m, low = (word >> ((run & 1) * 16).astype(jnp.uint32) for word in words)
+    late, six = run >= 2, jnp.uint32(0x3F3F)
+    sc = jnp.where(late, low & jnp.uint32(0x0F0F) | sc >> jnp.uint32(2) & jnp.uint32(0x3030), sc & six)
+    low = low >> jnp.uint32(4)
+    m = jnp.where(late, low & jnp.uint32(0x0F0F) | m >> jnp.uint32(2) & jnp.uint32(0x3030), m & six)
+    return sc, m
+
+
 def random_dm(key: Array, shape: tuple[int, ...], std: float, top: int, top_scale: int) -> Array:
     """The plane dm, float16 of `shape`, for uniform codes 0 … top, and sc and m 0 … top_scale: weights of mean 0."""
     # w / d = sc·q − (top/2)·m, of which both terms have the same mean.

@@ -10,8 +10,34 @@ from gguf import GGMLQuantizationType as GGMLType
 
 from ds4jax.formats.base import scaled, unpack
 from ds4jax.formats.read_only import ReadOnly
+from pallas_kernels.formats.tiles import shift, u32
+from pallas_kernels.formats.units import Rows, Units, centred
 
 Array = jax.Array
+
+
+# ---- in kernels: half the bits of four words of q are a unit, two bits of each byte a group ------------------
+def _load(rows: Rows, unit: Array):
+    block, run, half, sub = unit >> 3, *((unit >> i & 1).astype(jnp.uint32) for i in (2, 1, 0))
+    codes = [word >> 4 * sub for word in rows.several(1, unit >> 1, 4)]
+    high = [word >> 4 * run + 2 * sub for word in rows.several(0, block * 2 + (unit >> 1 & 1), 4)]
+    # Of a byte for every other group: the low bits of its scale, and the high ones.
+    low_sc = rows.at(2, block * 3 + (unit & 1)) >> 8 * half + 4 * run & u32(0x000F000F)
+    high_sc = rows.at(2, block * 3 + 2) >> 8 * half + 4 * run + 2 * sub & u32(0x00030003)
+    return list(zip(codes, high, strict=True)), low_sc | high_sc << 4, rows.at(3, block)
+
+
+def _words(ready, group: int, _) -> list[Array]:
+    low, high = 2 * group, 2 - group
+    return [centred(q >> low & u32(0x03030303) | shift(h, high) & u32(0x04040404), 4) for q, h in ready[0]]
+
+
+def _scale(loaded, group: int) -> Array:
+    _, scales, d = loaded
+    return d.astype(jnp.float32) * ((scales >> 16 * group & 63).astype(jnp.float32) - 32)
+
+
+_UNITS = Units(_load, _words, _scale, groups=2, order=(7, 4, 6, 5, 3, 2, 1, 0))
 
 
 @struct.dataclass
@@ -25,6 +51,7 @@ class Q3_K(ReadOnly):
 
     ggml_type = GGMLType.Q3_K
     planes = {"high": (np.uint32, 32), "q": (np.uint32, 64), "scales": (np.uint32, 12), "d": (np.float16, 2)}
+    for_matmul, for_experts, for_grouped_gemm = _UNITS.runs, _UNITS.dots, _UNITS.tiles
     high: Array
     q: Array
     scales: Array

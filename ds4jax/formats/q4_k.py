@@ -53,6 +53,7 @@ class _Dots(KQuant):
 
     unit = 32
     groups = sums = 2
+    rows = 1
 
     @classmethod
     def order(cls, k):
@@ -63,14 +64,7 @@ class _Dots(KQuant):
     def load(cls, refs, tile):
         dm, scales, q = refs
         block, run = tile.units >> 3, tile.units >> 1 & 3
-        # Words 0 and 1 hold sc and m of groups 0-3 in six bits and, on top, two bits of those of groups 4-7, whose low
-        # nibbles are in word 2. Shifted so that this run's two groups are the low two bytes.
-        shift = ((run & 1) * 16).astype(jnp.uint32)
-        sc, m, low = (tile.at(scales, block * 3 + i) >> shift for i in range(3))
-        late, six = run >= 2, jnp.uint32(0x3F3F)
-        sc = jnp.where(late, low & jnp.uint32(0x0F0F) | sc >> jnp.uint32(2) & jnp.uint32(0x3030), sc & six)
-        low = low >> jnp.uint32(4)
-        m = jnp.where(late, low & jnp.uint32(0x0F0F) | m >> jnp.uint32(2) & jnp.uint32(0x3030), m & six)
+        sc, m = k_quant.scales_of_two([tile.at(scales, block * 3 + i) for i in range(3)], run)
         return tile.quads(q), sc, m, *tile.pair(dm, block)
 
     @classmethod

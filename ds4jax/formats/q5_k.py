@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from gguf import GGMLQuantizationType as GGMLType
@@ -10,8 +11,34 @@ from gguf import GGMLQuantizationType as GGMLType
 from ds4jax.formats import k_quant
 from ds4jax.formats.base import unpack
 from ds4jax.formats.read_only import ReadOnly
+from pallas_kernels.formats.tiles import shift, u32
+from pallas_kernels.formats.units import Rows, Units
 
 Array = jax.Array
+
+
+# ---- in kernels: four words of q are a unit, whose low and whose high nibbles are of a group each ------------
+def _load(rows: Rows, unit: Array):
+    block, run = unit >> 3, unit >> 1 & 3  # two units are a run of 32 bytes, with two groups
+    scales = k_quant.scales_of_two([rows.at(1, block * 3 + i) for i in range(3)], run)
+    high = [word >> (2 * run).astype(jnp.uint32) for word in rows.several(2, block * 2 + (unit & 1), 4)]
+    return list(zip(rows.several(3, unit, 4), high, strict=True)), scales, rows.several(0, block, 2)
+
+
+def _words(ready, group: int, _) -> list[Array]:
+    return [q >> 4 * group & u32(0x0F0F0F0F) | shift(h, 4 - group) & u32(0x10101010) for q, h in ready[0]]
+
+
+def _scale(loaded, group: int, of: int = 0) -> Array:
+    _, scales, dm = loaded
+    return dm[of].astype(jnp.float32) * (scales[of] >> 8 * group & 255).astype(jnp.float32)
+
+
+def _minimum(loaded, group: int) -> Array:
+    return _scale(loaded, group, of=1)
+
+
+_UNITS = Units(_load, _words, _scale, _minimum, groups=2, order=(7, 6, 4, 5, 3, 2, 1, 0))
 
 
 @struct.dataclass
@@ -25,6 +52,7 @@ class Q5_K(ReadOnly):
 
     ggml_type = GGMLType.Q5_K
     planes = {"dm": (np.float16, 4), "scales": (np.uint32, 12), "high": (np.uint32, 32), "q": (np.uint32, 128)}
+    for_matmul, for_experts, for_grouped_gemm = _UNITS.runs, _UNITS.dots, _UNITS.tiles
     dm: Array
     scales: Array
     high: Array

@@ -1,4 +1,4 @@
-"""Formats that are read, and computed with in XLA, but not written: they have no quantizer and no kernels."""
+"""Formats that are read, and computed with, but not written: they have no quantizer, and only some have kernels."""
 
 from __future__ import annotations
 

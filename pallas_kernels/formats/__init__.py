@@ -2,6 +2,7 @@
 
 `ds4jax.formats` fills the registry; a kernel takes the name of a format and asks for it with `find`. What a kernel
 needs is described, beside the code that formats share, in `runs` (matmul), `dots` (experts) and `tiles` (grouped_gemm).
+`units` makes all three of one description.
 """
 
 from __future__ import annotations

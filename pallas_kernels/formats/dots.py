@@ -161,12 +161,16 @@ class Tile:
         """Of each warp's row the values at `columns`, (warps, units)."""
         return ref[self.expert, self.row + lax.broadcasted_iota(jnp.int32, columns.shape, 0), columns]
 
+    def several(self, ref: Ref, columns: Array, n: int) -> list[Array]:
+        """The values at n · columns, at n · columns + 1, … A thread loads them at once."""
+        shape = *columns.shape, n
+        warp, which = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 2))
+        values = ref[self.expert, self.row + warp, columns[..., None] * n + which]
+        return [p.reshape(columns.shape) for p in lax.split(values, (1,) * n, axis=2)]
+
     def pair(self, ref: Ref, columns: Array) -> list[Array]:
         """The values at 2 · columns and at 2 · columns + 1."""
-        shape = *columns.shape, 2
-        warp, which = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 2))
-        both = ref[self.expert, self.row + warp, columns[..., None] * 2 + which]
-        return [p.reshape(columns.shape) for p in lax.split(both, (1, 1), axis=2)]
+        return self.several(ref, columns, 2)
 
     def quads(self, ref: Ref) -> list[Array]:
         """The four words of each unit, (warps, units) each. A thread loads them as one value of 16 bytes."""
@@ -202,11 +206,13 @@ class Dots:
     unit: weights that one scale of the activations covers. A thread has whole units; a row has K / unit of them.
     step: units that the threads of a warp take at once, so that each loads 16 bytes.
     sums: groups of a unit whose activations' sum is needed, for a format with minima.
+    rows: of a warp, by default, that meet several tokens; with many scales, two take a minute to compile.
     """
 
     unit: ClassVar[int]
     step: ClassVar[int] = 32
     sums: ClassVar[int] = 0
+    rows: ClassVar[int] = 2
 
     @classmethod
     def order(cls, k: int) -> np.ndarray:

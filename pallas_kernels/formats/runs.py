@@ -43,12 +43,14 @@ class Runs:
 
     run: columns that a thread holds together, where the format decides. dot: the dtype in which weights meet x in the
     tensor cores, None if they cannot. narrow: codes of one byte, of which a thread has more columns in a row than of x.
+    table: uint32, what `decode` looks up in memory; it comes after the planes.
     """
 
     load: Callable[..., Loaded]
     run: int | None = None
     dot: str | None = "float16"
     narrow: bool = False
+    table: tuple[int, ...] = ()
 
 
 def columns_of(first: Array, n: int, run: int) -> Array:
