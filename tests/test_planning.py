@@ -4,6 +4,7 @@ import dataclasses
 import http.server
 import json
 import re
+import sys
 import threading
 from pathlib import Path
 
@@ -11,15 +12,19 @@ import jax
 import pytest
 from small import CFG
 
+sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
+
+import measure_workspace
+
 from ds4jax.__main__ import main
 from ds4jax.engine import cards, memory, planning, workspace
 from ds4jax.engine.compiled_steps import CompiledSteps
-from ds4jax.errors import ConfigError, Ds4Error
+from ds4jax.errors import Ds4Error
 from ds4jax.io import published, remote, synthetic
 from ds4jax.io.checkpoint import open_checkpoint
 from ds4jax.settings import Settings, names
+from ds4jax.tools import cli
 
-GIB = 2**30
 RTX = Settings.load("rtx_pro_6000")
 
 
@@ -266,11 +271,15 @@ def test_a_download_shows_the_plan_first(monkeypatch, capsys):
     assert seen[1].err == "no memory plan: no ranges\n"
 
 
-def test_a_broken_table_is_not_shipped():
+def test_the_table_is_fitted_to_its_rows_and_has_every_card(tmp_path, monkeypatch):
     table = json.loads(workspace.PATH.read_text())
+    assert table["cards"] == measure_workspace.fit(table["rows"])
     assert table["cards"].keys() == {card.name for card in cards.CARDS}
-    with pytest.raises(ConfigError, match="device: found 'CPU'"):
-        cards.find("CPU")
+    expected = workspace.PATH.read_text()
+    monkeypatch.setattr(workspace, "PATH", tmp_path / "workspace.json")
+    workspace.PATH.write_text(json.dumps(table | {"cards": {}}))
+    assert cli.run(measure_workspace.main, measure_workspace.FLAGS, None, ["--fit"]) == 0
+    assert workspace.PATH.read_text() == expected
 
 
 def test_the_formula_gives_what_was_compiled():

@@ -2,9 +2,10 @@
 
 A step needs the most at one of a few moments, at each of which it is a + b·n + c·ctx bytes: n are the tokens of a
 padded chunk, or the sequences that are decoded. Beside other sequences, prefill works on a copy of its slot, with so
-many bytes more per token of ctx. ``configs/workspace.json`` has these numbers by card, fitted to what XLA planned for
-programs that `scripts/measure_workspace.py` compiled, and the rows that it printed. They are DeepSeek-V4-Flash's shape
-with the kernels and the q2 file's types; chunks below 1024 tokens and other types were not compiled.
+many bytes more per token of ctx. ``configs/workspace.json`` has these numbers by card, and the rows that
+`scripts/measure_workspace.py` fits them to: what XLA planned for programs that it compiled. These have
+DeepSeek-V4-Flash's shape, the kernels and the q2 file's types; chunks below 1024 tokens and other types were not
+compiled.
 """
 
 from __future__ import annotations
