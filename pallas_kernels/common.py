@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -91,13 +92,17 @@ def ignore_deprecation() -> None:
 ignore_deprecation()
 
 
+def assumed_gpu(device: str, cores: int) -> contextlib.AbstractContextManager:
+    """What is lowered inside is for a GPU of this kind: Pallas asks for it, and so do the tables of tile sizes."""
+    abstract = AbstractDevice(device_kind=device, num_cores=cores, platform="gpu")
+    return use_abstract_mesh(AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=abstract))
+
+
 def lower_for_gpu(f: Callable, *args: Any, device: str = "NVIDIA H200", cores: int = 132) -> str:
     """StableHLO of `f(*args)` lowered for a GPU, on any machine; args: arrays or `jax.ShapeDtypeStruct`s.
 
     Raises what Pallas raises for a kernel that Triton cannot take. Every kernel in it is a `__gpu$xla.gpu.triton` call.
     """
-    abstract = AbstractDevice(device_kind=device, num_cores=cores, platform="gpu")
-    mesh = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=abstract)
-    with warnings.catch_warnings(), use_abstract_mesh(mesh):
+    with warnings.catch_warnings(), assumed_gpu(device, cores):
         ignore_deprecation()
         return jax.jit(f).trace(*args).lower(lowering_platforms=("cuda",)).as_text()

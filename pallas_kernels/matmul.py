@@ -32,6 +32,7 @@ from jax.experimental.pallas import triton as plgpu
 from pallas_kernels import common, formats
 from pallas_kernels.common import Unsupported
 from pallas_kernels.formats.runs import RUN, Runs, columns_of
+from pallas_kernels.formats.tiles import split, stack
 from pallas_kernels.numerics.norm import inverse_rms
 from pallas_kernels.numerics.swiglu import swiglu
 
@@ -159,22 +160,10 @@ def _steps(shape: Shape, config: Config, step: Callable, sums: Any) -> Any:
     return lax.fori_loop(0, n, lambda i, sums: step(i * config.k_block, sums), sums)
 
 
-def _split(a: Array) -> list[Array]:
-    """(C, c) → its c columns (C,); a thread holds whole rows, so that nothing moves."""
-    return [column.reshape(-1) for column in lax.split(a, [1] * a.shape[1], axis=1)]
-
-
-def _stack(columns: Sequence[Array]) -> Array:
-    """2^i columns (C,) → (C, 2^i)."""
-    if len(columns) == 1:
-        return columns[0][:, None]
-    return jnp.stack([_stack(columns[::2]), _stack(columns[1::2])], axis=-1).reshape(-1, len(columns))
-
-
 def _inputs(xs: Sequence[Array], weight: Sequence[Array | None]) -> list[Array]:
     """x of a piece's columns (C, c), times the norm's weight if there is one → float32, split in columns (C,)."""
     xs = [x.astype(jnp.float32) if w is None else x.astype(jnp.float32) * w for x, w in zip(xs, weight, strict=True)]
-    return [column for x in xs for column in _split(x)]
+    return [column for x in xs for column in split(x)]
 
 
 def _vector(shape: Shape, config: Config, fmt: str, tile: _Tile, token: Array, interpret: bool):
@@ -185,7 +174,7 @@ def _vector(shape: Shape, config: Config, fmt: str, tile: _Tile, token: Array, i
 
     def add(pieces, xs, total):
         for piece, x in zip(pieces, xs, strict=True):
-            codes = [code for c in piece.codes for code in _split(c)]
+            codes = [code for c in piece.codes for code in split(c)]
             y = functools.reduce(operator.add, map(operator.mul, codes, x))  # one chain of multiply-adds
             y = y if piece.scale is None else y * piece.scale
             total += y if piece.minimum is None else y - piece.minimum * functools.reduce(operator.add, x)
@@ -211,7 +200,7 @@ def _vector(shape: Shape, config: Config, fmt: str, tile: _Tile, token: Array, i
     squares = [jnp.zeros((n // run,), jnp.float32) for _ in tokens if shape.norm_eps is not None]
     totals, squares = _steps(shape, config, step, ([[zeros for _ in tokens] for _ in rows], squares))
     matrices = [totals[i : i + tile.rows] for i in range(0, len(rows), tile.rows)]
-    products = [[_stack([row[t] for row in matrix]).sum(0) for t in tokens] for matrix in matrices]
+    products = [[stack([row[t] for row in matrix]).sum(0) for t in tokens] for matrix in matrices]
     return products, [s.sum() for s in squares]
 
 

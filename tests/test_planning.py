@@ -59,11 +59,12 @@ def test_cards_are_found_however_they_are_spelled(name):
     assert cards.find(name).name.lower() in name.lower().replace("_", " ")
 
 
-def test_an_unknown_card_is_refused_with_those_known(run):
-    status, out, err = run("--config=h200", "--device=RTX 4090")
+@pytest.mark.parametrize("name", ["RTX 4090", "NVIDIA GH200 480GB", "GB200", "H2000"])
+def test_an_unknown_card_is_refused_with_those_known(run, name):
+    status, out, err = run("--config=h200", f"--device={name}")
     assert status == 1
     known = "H200, H100, B200, RTX PRO 6000, RTX 5090, GB10, or here"
-    assert err == f"error: device: found 'RTX 4090', expected one of {known}\n"
+    assert err == f"error: device: found {name!r}, expected one of {known}\n"
 
 
 def test_a_card_that_is_here_is_asked_itself(monkeypatch):

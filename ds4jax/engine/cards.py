@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.util
-from collections.abc import Iterator
+import re
 from typing import Any
 
 import jax
 from jax.experimental import topologies
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 
 from ds4jax.errors import ConfigError
 
@@ -38,9 +37,13 @@ class Card:
     l2: int
     ghz: float
 
+    def named(self, text: str) -> bool:
+        """Whether a name is this card's, however it is spelled; the driver's name will do. GH200 is no H200."""
+        return bool(re.search(rf"(?<![a-z0-9]){self.name.lower()}(?![a-z0-9])", text.lower().replace("_", " ")))
+
     def here(self) -> bool:
         """Whether this machine has one."""
-        return jax.default_backend() == "gpu" and self.name in jax.local_devices()[0].device_kind
+        return jax.default_backend() == "gpu" and self.named(jax.local_devices()[0].device_kind)
 
     def device(self) -> Any:
         """A device to compile for, with the CUDA plugin's compiler; nothing can run on it."""
@@ -65,13 +68,6 @@ class Card:
         )
         return topology.devices[0]
 
-    @contextlib.contextmanager
-    def assumed(self) -> Iterator[None]:
-        """Pallas and the tables of tile sizes ask for the device's kind while a program is lowered: it is this card."""
-        device = AbstractDevice(device_kind=self.kind, num_cores=self.cores, platform="gpu")
-        with use_abstract_mesh(AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)):
-            yield
-
 
 # Memory: what PyTorch's out-of-memory messages in public bug reports call the total capacity; H200: measured.
 _HOPPER, _GEFORCE = (232448, 233472, 2048), (101376, 102400, 1536)
@@ -89,9 +85,9 @@ CARDS = (
 
 
 def find(name: str) -> Card:
-    """The card of this name, however it is spelled; the driver's name will do. Raises ConfigError."""
+    """The card of this name. Raises ConfigError."""
     for card in CARDS:
-        if card.name.lower() in name.lower().replace("_", " "):
+        if card.named(name):
             return card
     raise ConfigError(f"device: found {name!r}, expected one of {', '.join(card.name for card in CARDS)}, or here")
 

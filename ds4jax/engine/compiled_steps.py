@@ -40,7 +40,7 @@ from ds4jax.numerics import rows as numerics
 from ds4jax.numerics.precision import wide
 from ds4jax.ops.mhc import Streams
 from ds4jax.settings import Settings
-from pallas_kernels.common import Unsupported
+from pallas_kernels.common import Unsupported, assumed_gpu
 
 Array = jax.Array
 
@@ -170,7 +170,7 @@ class CompiledSteps:
     def _lower(self, name: str, args: tuple) -> jax.stages.Lowered:
         if self.card is None:
             return self._steps[name].lower(*args)
-        with self.card.assumed():
+        with assumed_gpu(self.card.kind, self.card.cores):
             return self._steps[name].trace(*args).lower(lowering_platforms=("cuda",))
 
     def _everywhere(self, x: Any) -> jax.ShapeDtypeStruct:

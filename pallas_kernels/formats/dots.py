@@ -16,6 +16,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from pallas_kernels.formats.tiles import split
+
 Array = jax.Array
 Ref = Any
 
@@ -165,8 +167,7 @@ class Tile:
         """The values at n · columns, at n · columns + 1, … A thread loads them at once."""
         shape = *columns.shape, n
         warp, which = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 2))
-        values = ref[self.expert, self.row + warp, columns[..., None] * n + which]
-        return [p.reshape(columns.shape) for p in lax.split(values, (1,) * n, axis=2)]
+        return split(ref[self.expert, self.row + warp, columns[..., None] * n + which])
 
     def pair(self, ref: Ref, columns: Array) -> list[Array]:
         """The values at 2 · columns and at 2 · columns + 1."""
@@ -178,7 +179,7 @@ class Tile:
         size = 16 // ref.dtype.itemsize
         words = ref[self.expert, pl.ds(self.row, warps), pl.ds(self.start * size, n * size)]
         words = self.program.op.words(words) if words.dtype == jnp.int8 else words
-        return [p.reshape(warps, n) for p in lax.split(words.reshape(warps, n, 4), (1,) * 4, axis=2)]
+        return split(words.reshape(warps, n, 4))
 
 
 class Activations:

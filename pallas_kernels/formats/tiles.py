@@ -15,7 +15,7 @@ threads, if a part of 8 rows per warp is loaded with 16 bytes, or one element, b
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -125,7 +125,13 @@ def as_float(bits: Array) -> Array:
     return lax.bitcast_convert_type(bits, jnp.float32)
 
 
-def stack(parts: list[Array]) -> Array:
+def split(values: Array) -> list[Array]:
+    """(..., n) → n arrays (...). A thread holds whole rows, so that nothing moves."""
+    parts = lax.split(values, (1,) * values.shape[-1], axis=values.ndim - 1)
+    return [p.reshape(values.shape[:-1]) for p in parts]
+
+
+def stack(parts: Sequence[Array]) -> Array:
     """2^n arrays (...) → (..., 2^n). Triton joins two at a time, without moving data between threads."""
     if len(parts) == 1:
         return parts[0][..., None]

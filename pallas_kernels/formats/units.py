@@ -19,7 +19,7 @@ from jax.experimental.pallas import triton as plgpu
 from pallas_kernels.formats import dots, tiles
 from pallas_kernels.formats.dots import Dots
 from pallas_kernels.formats.runs import Loaded, Piece, Runs, read
-from pallas_kernels.formats.tiles import Tile, Tiles, as_float, stack, u32
+from pallas_kernels.formats.tiles import Tile, Tiles, as_float, split, stack, u32
 
 Array = jax.Array
 
@@ -46,14 +46,14 @@ class Words(NamedTuple):
 
 @dataclass(frozen=True)
 class Units:
-    """load: rows, int32 numbers of units → what there is of each unit, any tree of arrays.
+    """How a format's units are read and decoded, for all kernels: w = scale · byte − minimum.
 
-    look_up: of that, and a table → the same with what the table says. words: of that, a group, `Words` → the group's
-    weights over its scale, signed bytes, four a uint32 word. scale, minimum: of what was loaded, a group → float32;
-    w = scale · byte − minimum.
-    order: of a weight's place within eight units, which bit of its column within 256 each of the 8 bits is, the upper
-    first. A group's columns are neighbours, in any order.
-    table, constants: uint32, what is looked up in memory, and words of which a thread needs several at once.
+    load: rows, int32 numbers of units → what there is of each unit, any tree of arrays.
+    look_up: what was loaded, a table → what `words` takes instead of it. words: that, a group, `Words` → the group's
+    signed bytes, four a uint32 word. scale, minimum: what was loaded, a group → float32. groups: of a unit.
+    order: the 8 bits of a weight's place within eight units, the upper first: which bit of its column within 256 each
+    is. A group's columns are neighbours, in any order.
+    table: uint32, what is looked up in memory. constants: uint32, words of which a thread needs several at once.
     step: of `Dots`.
     """
 
@@ -82,8 +82,8 @@ class Units:
     # ---- for each kernel ---------------------------------------------------------------------------------------------
     @property
     def dots(self) -> type[Dots]:
-        return type("UnitDots", (_UnitDots,), {"units": self, "sums": self.groups if self.minimum else 0,
-                                               "step": self.step})  # fmt: skip
+        sums = self.groups if self.minimum else 0
+        return type("UnitDots", (_UnitDots,), {"units": self, "sums": sums, "step": self.step})
 
     @property
     def tiles(self) -> Tiles:
@@ -99,12 +99,6 @@ class Units:
     @property
     def runs(self) -> Runs:
         return Runs(_run_part(self), run=UNIT, table=self.table)
-
-
-def split(values: Array) -> list[Array]:
-    """(..., n) → n arrays (...). A thread holds whole rows, so that nothing moves."""
-    parts = lax.split(values, (1,) * values.shape[-1], axis=values.ndim - 1)
-    return [p.reshape(values.shape[:-1]) for p in parts]
 
 
 def centred(words: Array, zero: int) -> Array:
