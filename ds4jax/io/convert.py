@@ -67,7 +67,7 @@ def convert(
     sources = (regguf if Path(source).is_file() else hf).open_sources(source, draft)
     outs = [Path(out), Path(draft_out or drafter_path(out))][: len(sources)]
     if draft_out and len(sources) < 2:
-        raise Ds4Error(f"{source}: found no drafter beside a model to be written, expected one for {draft_out}")
+        raise Ds4Error(f"{source}: found no drafter to be written beside a model, expected one for {draft_out}")
     if len({path.absolute() for path in outs}) < len(outs):
         raise Ds4Error(f"{out}: found the same file for model and drafter, expected two")
     chosen = recipes.choose([spec for opened in sources for spec in opened.table], recipe, types or {})
@@ -95,14 +95,14 @@ def convert(
         if path.exists():
             raise Ds4Error(f"{path}: exists already, expected a new file")
     _check_disk([(path, plan.size) for _, plan, path in jobs])
-    bar = tqdm(
-        total=sum(plan.size for plan in plans), unit="B", unit_scale=True, desc="converting", disable=not progress
-    )
+    tensors = [info for _, plan, _ in jobs for info in plan.tensors.values()]
+    size = sum(info.nbytes for info in tensors)
     with contextlib.ExitStack() as stack:
         partials = [stack.enter_context(Partial(path, plan, inputs, restart)) for _, plan, path in jobs]
-        stack.callback(bar.close)
         if progress and (done := sum(len(partial.done) for partial in partials)):
-            bar.write(f"going on after {done} of {sum(len(plan.tensors) for _, plan, _ in jobs)} tensors", sys.stderr)
+            print(f"going on after {done} of {len(tensors)} tensors", file=sys.stderr)
+        bar = tqdm(total=size, unit="B", unit_scale=True, desc="converting", disable=not progress)
+        stack.enter_context(bar)
         for (opened, plan, _), partial in zip(jobs, partials, strict=True):
             for spec in opened.table:
                 info = plan.tensors[spec.name]

@@ -58,7 +58,7 @@ _DFLASH_KEYS = {
 # What ds4's files may leave out: the values of the published drafter. It reads the last layers.
 _PUBLISHED = {"block_size": 5, "noise_token": 128799}
 
-# What says which target a drafter was trained for → its keys in either file.
+# What both files may say of the model that they were made from → the keys that say it.
 _ORIGINS = {
     "source revision": ("dspark.source.revision", "general.source.revision"),
     "checkpoint variant": (f"{PREFIX}checkpoint_variant",),
@@ -116,7 +116,7 @@ def open_drafter(path: str | os.PathLike, main: Checkpoint) -> Drafter:
 
 
 def _canonical(file: GGUFFile) -> tuple[int, int]:
-    """Give the tensors their names here; → how many stages there are, and the dialect: 0 for ds4's, 1, 2 for dflash."""
+    """Give the tensors their names here; → how many stages there are, and the dialect: 0 ds4's, 1 dspark.*, 2 dflash."""
     tensors = file.tensors
     firsts = [f"{name}.weight" for name in ("mtp.0.main_proj", *_HEADS["mtp.0.main_proj"])]
     dialect = next((i for i, name in enumerate(firsts) if name in tensors), None)

@@ -8,15 +8,14 @@ from ds4jax.settings import Settings
 
 REPOSITORY = "antirez/deepseek-v4-gguf"
 
-
-# What the names of its files say of the routed experts; the other types of all are the same.
+# What the files' names say of the routed experts → the recipe, of which the other types are all the same.
 _EXPERTS: dict[str, Recipe] = {
     "-IQ2XXS-w2Q2K-": RECIPES["q2"],
     "-Q4KExperts-": RECIPES["q4"],
     "-Layers37-42Q4KExperts-": RECIPES["q2-q4"],
     "-MXFP4Experts-": RECIPES["mxfp4"],
 }
-# The published DSpark drafter, which goes beside DeepSeek-V4-Flash-0731: the bytes of its file, and its stages.
+# The published DSpark drafter, which goes beside DeepSeek-V4-Flash-0731: the bytes of its tensors, and its stages.
 DRAFTER_BYTES, DRAFTER_STAGES = 5_989_108_652, 3
 
 
