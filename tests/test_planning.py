@@ -107,8 +107,15 @@ def test_what_the_table_offers_fits_and_no_more_does():
 def test_a_card_that_is_too_small_is_told_so(run):
     status, out, _ = run("--config=rtx_pro_6000", "--device=RTX 5090")
     table = rows(out)
-    assert status == 1 and out.endswith("does not fit\n")
+    assert status == 1
     assert [table[row][0] for row in ("fits", "context", "batch", "drafter")] == ["no", "none", "none", "no"]
+
+
+def test_only_0731_has_a_drafter():
+    first = RTX.model.replace("-0731", "")
+    assert "\ndrafter " in planning.describe(plan())
+    assert "\ndrafter " not in planning.describe(plan(model=first))
+    assert "\ndrafter " in planning.describe(plan(model=first, profile="0731"))
 
 
 def test_several_devices_need_not_be_here(run):
@@ -284,13 +291,16 @@ def test_the_table_is_fitted_to_its_rows_and_has_every_card(tmp_path, monkeypatc
 
 
 def test_the_formula_gives_what_was_compiled():
-    """To 2.5 %: bytes are not quite linear, and heaps have holes. Decoding: 0.15 MB for the layers after the fourth."""
+    """To 2.5 %: bytes are not quite linear, and heaps have holes.
+
+    Decoding: 0.15 MB for the layers after the fourth; and 10 %, as it is H200's on every card, which is below 1 MB.
+    """
     table = json.loads(workspace.PATH.read_text())
     for card, layers, chunk, ctx, batch, nbytes in table["rows"]:
         settings = dataclasses.replace(RTX, device=card, ctx=ctx, batch=batch, prefill_chunk=chunk or 1)
         found = workspace.predict(planning.steps(planning.shapes(RTX)[0], settings))
         expected = nbytes + (15e4 if layers < 43 and not chunk else 0)
-        assert found["prefill" if chunk else "decode"] == pytest.approx(expected, rel=0.025 if chunk else 0.15)
+        assert found["prefill" if chunk else "decode"] == pytest.approx(expected, rel=0.025 if chunk else 0.1)
 
 
 def test_what_an_h200_measured_is_predicted():

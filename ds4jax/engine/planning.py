@@ -16,6 +16,7 @@ from ds4jax.io.download import resolve_model
 from ds4jax.io.published import DRAFTER_BYTES, DRAFTER_STAGES, published
 from ds4jax.io.synthetic import FULL, Synthetic
 from ds4jax.model import cache as kv
+from ds4jax.profile import choose
 from ds4jax.settings import Settings
 
 MOST_BATCH = 1024
@@ -71,7 +72,7 @@ def describe(programs: CompiledSteps) -> str:
         if _takes_drafter(programs):
             more = DRAFTER_BYTES + rings(programs)
             fits = "yes" if found.total + more <= limit else "no"
-            lines.append(f"drafter    {fits:>9}  {more / 2**30:.2f} GiB more: its file and its rings")
+            lines.append(f"drafter    {fits:>9}  {more / 2**30:.2f} GiB more: its weights and its rings")
     return "\n".join(lines)
 
 
@@ -82,8 +83,12 @@ def rings(programs: CompiledSteps) -> int:
 
 
 def _takes_drafter(programs: CompiledSteps) -> bool:
-    cfg = programs.cfg
-    return (cfg.n_layers, cfg.embed_dim, cfg.vocab_size) == (FULL.n_layers, FULL.embed_dim, FULL.vocab_size)
+    """Whether the model is DeepSeek-V4-Flash-0731, which the published drafter is of."""
+    cfg, source, settings = programs.cfg, programs.source, programs.settings
+    if (cfg.n_layers, cfg.embed_dim, cfg.vocab_size) != (FULL.n_layers, FULL.embed_dim, FULL.vocab_size):
+        return False
+    file = ({}, settings.model) if isinstance(source, Synthetic) else (source.file.metadata, source.file.path.name)
+    return choose(settings.profile, *file).name == "0731"
 
 
 def _most_ctx(programs: CompiledSteps) -> int:
@@ -92,17 +97,17 @@ def _most_ctx(programs: CompiledSteps) -> int:
 
 
 def _total(programs: CompiledSteps, found: Plan) -> Callable[[int, int], int]:
-    """What is needed with another ctx and batch.
+    """What is needed with another ctx and batch: the workspace changes as `workspace.predict` says, or stays."""
+    settings = programs.settings
 
-    The workspace changes as `workspace.predict` says; where it cannot, it stays.
-    """
-    settings, here = programs.settings, max(found.workspace.values(), default=0)
-    base = max(workspace.predict(programs).values(), default=0)
+    def predicted(**changes: int) -> int:
+        return max(workspace.predict(programs, **changes).values(), default=0)
+
+    unpredicted = found.total - found.cache - predicted()
 
     def total(ctx: int, batch: int) -> int:
-        other = workspace.predict(programs, ctx, batch)
         cache = kv.nbytes(kv.abstract(programs.cfg, settings.numerics, settings.dtype, batch, ctx))
-        return found.weights + cache + here + max(other.values(), default=0) - base
+        return unpredicted + cache + predicted(ctx=ctx, batch=batch)
 
     return total
 

@@ -44,6 +44,6 @@ def main() -> int:
         steps.compile_largest()
     print(planning.describe(steps))
     found = memory.plan(steps)
-    if not found.fits:
-        print(memory.advice(steps) if FLAGS.compile and steps.card is None else "does not fit")
+    if not found.fits and FLAGS.compile and steps.card is None:
+        print(memory.advice(steps))
     return 0 if found.fits else 1
