@@ -70,6 +70,7 @@ def test_choices_are_shown(tmp_path):
         ({"prompt": "x", "exact": []}, "exact: found [], expected strings"),
         ({"prompt": "x", "exact": [1]}, "exact: found [1], expected strings"),
         ({"prompt": "x", "choices": ["a"], "choice": "B"}, "choice: found 'B', expected a letter from A to A"),
+        ({"prompt": "x", "choices": ["a"] * 27, "choice": "B"}, "choices: found 27, expected at most 26"),
         ({"prompt": "x", "exact": "a", "samples": 0}, "samples: found 0, expected at least 1"),
         ({"prompt": "x", "exact": "a", "max_tokens": True}, "max_tokens: found True, expected another type"),
         ({"prompt": "x", "exact": "a", "think": "hard"}, "think: found 'hard', expected one of off"),

@@ -211,7 +211,7 @@ def test_a_run_can_be_extended_and_its_last_line_be_cut(run, tmp_path):
     assert (status, out) == run("--worst=1")[:2]
     assert journal.read_bytes().startswith(b"".join(lines))
 
-    for damage, problem in ((b"{}", "another record for window 0"), (b"[1]", "line 2: found b'[1]', expected a JSON")):
+    for damage, problem in ((b"{}", "another record for window 0"), (b"[1]", "line 2: found [1], expected an object")):
         journal.write_bytes(lines[0] + damage + b"\n")
         status, out, err = run(*flags)
         assert (status, out) == (1, "") and problem in err[-1]
@@ -308,6 +308,10 @@ def test_models_of_two_vocabularies_are_not_compared(run, paths):
     status, _, err = run(f"--against={paths['other']}")
     assert status == 1 and len(err) == 1
     assert "other.gguf: vocabulary: found 384 tokens, " in err[0] and "as in a.gguf" in err[0]
+
+
+def test_a_perplexity_beyond_float64():
+    assert library.perplexity(np.full(2, 1000.0)).value == math.inf
 
 
 def test_logits_that_are_not_finite(runners, windows, monkeypatch):

@@ -233,6 +233,7 @@ def test_control_tokens_as_the_api_spells_them(written):
         ("a.json", "{}", "a.json: found the keys [], expected prompt or prompt_tokens, and steps"),
         ("a.json", '{"prompt": "x", "steps": [{"token": 1}]}', "a.json: found another layout than a vector's"),
         ("a.json", '{"prompt_tokens": [1], "steps": [{"id": 1}]}', "found another layout than a vector's: KeyError"),
+        ("a.json", '{"prompt_tokens": [1e999], "steps": []}', "found another layout than a vector's: OverflowError"),
         ("a.vec", "step 0 61 1", "a.vec line 1: found 'step 0 61 1', expected case"),
         ("a.vec", "case a 1 1 prompts/p.txt\nstep 1 61 1", "a.vec line 2: found"),
         ("a.vec", "case a 1 1 prompts/p.txt\nstep 0 6x 1", "a.vec line 2: found"),

@@ -116,7 +116,7 @@ def open_drafter(path: str | os.PathLike, main: Checkpoint) -> Drafter:
 
 
 def _canonical(file: GGUFFile) -> tuple[int, int]:
-    """Give the tensors their names here; → how many stages there are, and the dialect: 0 ds4's, 1 dspark.*, 2 dflash."""
+    """Give the tensors their names here; → the number of stages, and the dialect: 0 ds4's, 1 dspark.*, 2 dflash."""
     tensors = file.tensors
     firsts = [f"{name}.weight" for name in ("mtp.0.main_proj", *_HEADS["mtp.0.main_proj"])]
     dialect = next((i for i, name in enumerate(firsts) if name in tensors), None)

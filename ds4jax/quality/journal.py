@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ds4jax.errors import Ds4Error, show
-from ds4jax.files import LARGE, append, read_small
+from ds4jax.files import append
+from ds4jax.quality.inputs import parse_lines, read_input
 
 if TYPE_CHECKING:
     from ds4jax.engine.model_runner import ModelRunner
@@ -64,22 +66,14 @@ class Journal:
 
 def _read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The key and the records in a file, from which a last line without an end is cut."""
-    try:
-        data = read_small(path, LARGE)
-        whole = data[: data.rfind(b"\n") + 1]
-        if len(whole) < len(data):
-            with open(path, "r+b") as file:
-                file.truncate(len(whole))
-    except OSError as error:
-        raise Ds4Error(f"{path}: cannot be read: {error.strerror}") from None
-    lines = []
-    for number, line in enumerate(whole.split(b"\n")[:-1], 1):
+    data = read_input(path)
+    whole = data[: data.rfind(b"\n") + 1]
+    if len(whole) < len(data):
         try:
-            lines.append(json.loads(line))
-        except (ValueError, RecursionError):
-            lines.append(None)
-        if not isinstance(lines[-1], dict):
-            raise Ds4Error(f"{path} line {number}: found {show(line)}, expected a JSON object; a damaged journal?")
+            os.truncate(path, len(whole))
+        except OSError as error:
+            raise Ds4Error(f"{path}: cannot be written: {error.strerror}") from None
+    lines = [line for _, line in parse_lines(path, whole)]
     return (lines[0], lines[1:]) if lines else ({}, [])
 
 
@@ -88,28 +82,3 @@ def model_key(runner: ModelRunner) -> dict[str, Any]:
     from ds4jax.engine.fingerprint import content, fingerprint
 
     return {**fingerprint(runner), "content": content(runner), "prefill_chunk": runner.settings.prefill_chunk}
-
-
-def read_lines(path: Path, data: bytes) -> list[tuple[str, dict[str, Any]]]:
-    """JSON lines → (file and number of the line, object). Raises Ds4Error naming the first line that is none."""
-    lines = []
-    for number, line in enumerate(data.split(b"\n"), 1):
-        if not line.strip():
-            continue
-        where = f"{path} line {number}"
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise Ds4Error(f"{where}: not JSON: {error}") from None
-        if not isinstance(value, dict):
-            raise Ds4Error(f"{where}: found {show(value)}, expected an object")
-        lines.append((where, value))
-    return lines
-
-
-def read_input(path: Path) -> bytes:
-    """The bytes of a file that a user named. Raises Ds4Error if it cannot be read."""
-    try:
-        return read_small(path, LARGE)
-    except OSError as error:
-        raise Ds4Error(f"{path}: cannot be read: {error.strerror}") from None

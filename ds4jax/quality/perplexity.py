@@ -21,6 +21,7 @@ import io
 import json
 import math
 import shutil
+import sys
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -34,7 +35,8 @@ from ds4jax.engine.model_runner import ModelRunner
 from ds4jax.errors import Ds4Error, show
 from ds4jax.files import write_whole
 from ds4jax.io.tokenizer import Tokenizer
-from ds4jax.quality.journal import Journal, read_input, read_lines
+from ds4jax.quality.inputs import parse_json, parse_lines, read_input
+from ds4jax.quality.journal import Journal
 from ds4jax.quality.statistics import Estimate, mean
 
 Array = jax.Array
@@ -53,12 +55,9 @@ def read_texts(path: Path) -> list[str]:
     except UnicodeDecodeError as error:
         raise Ds4Error(f"{path}: found {data[error.start]:#04x} at byte {error.start}, expected UTF-8") from None
     if path.suffix == ".jsonl":
-        items = read_lines(path, data)
+        items = parse_lines(path, data)
     elif path.suffix == ".json":
-        try:
-            listed = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise Ds4Error(f"{path}: not JSON: {error}") from None
+        listed = parse_json(path, data)
         if not isinstance(listed, list):
             raise Ds4Error(f"{path}: found {show(listed)}, expected a list of objects with text")
         items = [(f"{path} [{i}]", item) for i, item in enumerate(listed)]
@@ -285,9 +284,10 @@ def _all(records: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
 
 
 def perplexity(nats: np.ndarray) -> Estimate:
-    """exp of the mean; its error is the mean's, times its slope."""
+    """exp of the mean, inf if that is too large; its error is the mean's, times its slope."""
     found = mean(nats)
-    return Estimate(math.exp(found.value), math.exp(found.value) * found.error)
+    value = math.exp(found.value) if found.value < math.log(sys.float_info.max) else math.inf
+    return Estimate(value, value * found.error)
 
 
 def summary(

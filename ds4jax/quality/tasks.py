@@ -23,7 +23,8 @@ from ds4jax.chat import parser
 from ds4jax.chat import template as chat
 from ds4jax.errors import Ds4Error, show
 from ds4jax.profile import THINK_MODES
-from ds4jax.quality.journal import Journal, read_input, read_lines
+from ds4jax.quality.inputs import parse_lines, read_input
+from ds4jax.quality.journal import Journal
 from ds4jax.quality.statistics import Estimate, mean
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ class Question:
 def read_questions(path: Path) -> list[Question]:
     """The questions of a file. Raises Ds4Error naming the first line that is wrong."""
     questions = []
-    for where, line in read_lines(path, read_input(path)):
+    for where, line in parse_lines(path, read_input(path)):
         try:
             questions.append(_question(line, len(questions) + 1, path.stem))
         except Ds4Error as error:
@@ -108,19 +109,22 @@ def _question(line: Mapping[str, Any], number: int, task: str) -> Question:
     if line.get("think", "on") not in THINK_MODES:
         raise Ds4Error(f"think: found {line['think']!r}, expected one of {', '.join(THINK_MODES)}")
     exact = [line["exact"]] if isinstance(line.get("exact"), str) else line.get("exact", [])
-    for key, texts in (("exact", exact), ("choices", line.get("choices", []))):
+    choices = line.get("choices", [])
+    if len(choices) > len(string.ascii_uppercase):
+        raise Ds4Error(f"choices: found {len(choices)}, expected at most {len(string.ascii_uppercase)}")
+    for key, texts in (("exact", exact), ("choices", choices)):
         if (key in line and not texts) or not all(isinstance(text, str) for text in texts):
             raise Ds4Error(f"{key}: found {show(texts)}, expected strings")
     try:
         regex = re.compile(line["regex"]) if "regex" in line else None
     except (re.error, RecursionError, OverflowError) as error:
         raise Ds4Error(f"regex: found {show(line['regex'])}, which does not compile: {error}") from None
-    letters = string.ascii_uppercase[: len(line["choices"]) if "choices" in line else 10]
+    letters = string.ascii_uppercase[: len(choices) or 10]
     if (choice := line.get("choice")) is not None and (len(choice) != 1 or choice not in letters):
         raise Ds4Error(f"choice: found {show(choice)}, expected a letter from {letters[0]} to {letters[-1]}")
     messages = line.get("messages")
     if messages is None:
-        options = [f"{letter}. {text}" for letter, text in zip(letters, line.get("choices", []), strict=False)]
+        options = [f"{letter}. {text}" for letter, text in zip(letters, choices, strict=False)]
         prompt = "\n".join([line["prompt"], *([""] if options else []), *options])
         messages = [{"role": "system", "content": line["system"]}] if line.get("system") else []
         messages.append({"role": "user", "content": prompt})

@@ -15,7 +15,6 @@ and ``top`` (id, logit, logprob).
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -26,7 +25,7 @@ import numpy as np
 from ds4jax.chat import template as chat
 from ds4jax.errors import Ds4Error, show
 from ds4jax.io.tokenizer import Tokenizer
-from ds4jax.quality.journal import read_input
+from ds4jax.quality.inputs import parse_json, read_input
 
 if TYPE_CHECKING:
     from ds4jax.engine.model_runner import ModelRunner
@@ -45,9 +44,10 @@ class Step:
 
 @dataclasses.dataclass(frozen=True)
 class Vector:
-    """name: of the case. tokens: ids of the prompt. steps: the continuation.
+    """A prompt, and how a reference continued it.
 
-    prompt_tokens: how many ids the reference says the prompt has, or None.
+    name: of the case. tokens: ids of the prompt. steps: the continuation. prompt_tokens: how many ids the reference
+    says the prompt has, or None.
     """
 
     name: str
@@ -79,6 +79,8 @@ def read_vectors(folder: Path, tokenizer: Tokenizer, raw: bool = False, **option
 
 
 class _Reader:
+    """Reads files of any layout with one tokenizer."""
+
     def __init__(self, tokenizer: Tokenizer, raw: bool, options: dict[str, Any]):
         self._tokenizer, self._raw, self._options = tokenizer, raw, options
         control = tokenizer.control_ids
@@ -105,17 +107,14 @@ class _Reader:
 
     # JSON
     def json_file(self, path: Path) -> Iterable[Vector]:
-        try:
-            value = json.loads(read_input(path))
-        except (ValueError, RecursionError) as error:
-            raise Ds4Error(f"{path}: not JSON: {error}") from None
+        value = parse_json(path, read_input(path))
         if not isinstance(value, dict) or "manifest" in str(value.get("schema")):
             return []
         if "steps" not in value or not value.keys() & {"prompt_tokens", "prompt"}:
             raise Ds4Error(f"{path}: found the keys {show(list(value))}, expected prompt or prompt_tokens, and steps")
         try:
             return [self._own(path, value) if "prompt_tokens" in value else self._official(path, value)]
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
             raise Ds4Error(f"{path}: found another layout than a vector's: {type(error).__name__} {error}") from None
 
     def _own(self, path: Path, value: dict[str, Any]) -> Vector:
@@ -217,10 +216,10 @@ def replay(vector: Vector, runner: ModelRunner) -> Agreement:
 
     rows = []
     try:
+        sampled = runner.prefill(0, vector.tokens, Sampling(temperature=0.0))
         for i, step in enumerate(vector.steps):
-            greedy = Sampling(temperature=0.0)
-            last = vector.steps[i - 1].token
-            sampled = runner.decode({0: last})[0] if i else runner.prefill(0, vector.tokens, greedy)
+            if i:
+                sampled = runner.decode({0: vector.steps[i - 1].token})[0]
             rows.append(agreement(sampled.logits, step))
     except Ds4Error as error:
         raise Ds4Error(f"{vector.name}: {error}") from None

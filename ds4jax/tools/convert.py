@@ -27,7 +27,9 @@ flags.DEFINE_string("out", None, "The GGUF file to write.", flag_values=FLAGS)
 flags.DEFINE_enum("recipe", "q2", list(recipes.RECIPES), "The types of the matrices.", flag_values=FLAGS)
 flags.DEFINE_list("types", [], "Exceptions: FAMILY=TYPE, with commas.", flag_values=FLAGS)
 flags.DEFINE_string("imatrix", None, "Importances of columns: a file of ds4jax imatrix.", flag_values=FLAGS)
-flags.DEFINE_enum("draft", "keep", ["keep", "skip", "only"], "What becomes of the MTP head or drafter.", flag_values=FLAGS)
+flags.DEFINE_enum(
+    "draft", "keep", ["keep", "skip", "only"], "The MTP head or drafter: what becomes of it.", flag_values=FLAGS
+)
 flags.DEFINE_alias("mtp", "draft", flag_values=FLAGS)
 flags.DEFINE_string("draft_out", None, "The drafter's file, instead of FILE-dspark.gguf.", flag_values=FLAGS)
 flags.DEFINE_bool("restart", False, "Begin again, whatever there is of the file.", flag_values=FLAGS)

@@ -52,7 +52,7 @@ def main() -> None:
     if FLAGS.samples < 1:
         raise ConfigError(f"samples: found {FLAGS.samples}, expected at least 1")
     if FLAGS.samples > 1 and FLAGS.temperature == 0:
-        raise ConfigError(f"samples: found {FLAGS.samples} with temperature 0, which all are alike; expected 1")
+        raise ConfigError(f"samples: found {FLAGS.samples} with temperature 0, at which all are alike, expected 1")
     names = "model", "profile", "max_tokens", "ctx", "batch", "numerics", "kernels"
     settings = Settings.load(FLAGS.config, **{name: FLAGS[name].value for name in names})
     settings.set_environment()

@@ -20,7 +20,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
-import math
 import shutil
 import sys
 import tempfile
@@ -117,7 +116,7 @@ def _check_flags() -> None:
     if len(given) > 1:
         raise ConfigError(f"found --{given[0]} and --{given[1]}, expected one of them")
     if FLAGS.save_logits and FLAGS.out:
-        raise ConfigError("found --save_logits and --out, expected one of them: the folder of the one has it all")
+        raise ConfigError("found --save_logits and --out, expected one of them: either folder has journal and report")
     for name, least in (("window", 1), ("windows", 1), ("worst", 0)):
         if (found := FLAGS[name].value) is not None and found < least:
             raise ConfigError(f"{name}: found {found}, expected at least {least}")
@@ -164,7 +163,7 @@ def _read(model: _Model, folder: Path | None, save: bool = False, reference: Ref
             records.append(record)
             nats += sum(record["nats"])
             bar.update(len(record["nats"]))
-            bar.set_postfix_str(f"perplexity {math.exp(nats / bar.n):.4f}")
+            bar.set_postfix_str(f"{nats / bar.n:.4f} nats per token")
             cli.check_interrupt()
     del runner
     gc.collect()  # the device has room for one model
