@@ -251,7 +251,7 @@ def test_what_cannot_be_read_is_named(server, model, monkeypatch):
     server.files["m.gguf"] = b"PK\3\4" + data[4:]
     assert refuse(server).startswith("magic: found b'PK\\x03\\x04', expected b'GGUF'")
     server.files["m.gguf"] = data[:5000]
-    assert "found" in refuse(server)
+    assert re.search(r"(at offset|ends at byte) \d+, found \d+( bytes)?$", refuse(server))
     server.files["m.gguf"] = data
     monkeypatch.setattr(remote, "FIRST", 1024)
     monkeypatch.setattr(remote, "MOST", 2048)

@@ -52,9 +52,9 @@ class CompiledSteps:
     """The steps of a model for one batch and context length, each compiled for the shapes that it is called with.
 
     Attributes: source, settings, cfg (of the model), batch, compute, tree (`weights.abstract`); weights, cache and
-    results (of the decoding step beside the cache), all three trees of `jax.ShapeDtypeStruct`; card (planned for);
-    can_compile (whether that is possible here); compiled (programs by name and shapes); seconds (spent compiling);
-    compiling (whether it does so now).
+    results (of the decoding step beside the cache), all three trees of `jax.ShapeDtypeStruct`; card (as given);
+    can_compile (whether that is possible on this machine, for the card); compiled (programs by name and shapes);
+    seconds (spent compiling); compiling (whether it does so now).
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class CompiledSteps:
         card: Card | None = None,
     ):
         """batch: number of slots, by default the settings'. progress: report each compilation on stderr. card: plan for
-        such devices instead of those of this machine; see `can_compile`.
+        such devices instead of this machine's.
 
         Raises Ds4Error for weights, numerics and mesh that do not go together.
         """
@@ -75,9 +75,9 @@ class CompiledSteps:
         self.batch = settings.batch if batch is None else batch
         self._progress = progress
         numerics.check(self.cfg, settings.numerics)
-        self.card, n = card, settings.tp * settings.ep
+        self.card = card
         make_mesh: Any = sharding.make_mesh if card is None else sharding.abstract_mesh
-        mesh = make_mesh(settings.tp, settings.ep) if n > 1 else None
+        mesh = make_mesh(settings.tp, settings.ep) if settings.tp * settings.ep > 1 else None
         self.can_compile = card is None or (mesh is None and cards.compiler_is_here())
         self.everywhere = None if mesh is None else sharding.replicated(mesh)
         if card and self.can_compile:
@@ -91,7 +91,7 @@ class CompiledSteps:
         self.results = tuple(jax.ShapeDtypeStruct(*shape, sharding=self.everywhere) for shape in shapes)
         if mesh is not None:
             self.weights = jax.tree.map(_placed, self.weights, weights.shardings(self.tree, mesh))
-            self.cache = jax.tree.map(self._everywhere, self.cache)
+            self.cache = jax.tree.map(self._whole, self.cache)
         model = {"cfg": self.cfg, "compute": self.compute}
         self._steps = {
             name: jax.jit(functools.partial(step, **model), donate_argnums=donated, out_shardings=self.everywhere)
@@ -132,7 +132,7 @@ class CompiledSteps:
     @contextlib.contextmanager
     def refusing(self, tokens: int) -> Iterator[None]:
         """Steps of so many tokens are traced inside; raises ConfigError where the kernels do not take the model."""
-        backend = jax.default_backend() if self.card is None else "gpu"
+        backend = self._backend
         if self.compute.implementations.uses("pallas") and backend != "gpu":
             expected = "xla, or pallas_interpret to test, or an NVIDIA GPU"
             raise ConfigError(f"kernels: found {self.settings.kernels!r} on a {backend.upper()}, expected {expected}")
@@ -146,10 +146,10 @@ class CompiledSteps:
             ) from None
 
     def _compile(self, name: str, args: tuple) -> Callable:
-        backend = jax.default_backend() if self.card is None else "gpu"
-        args, options = (self.weights, self.cache, *args), compiler_options(name, self.compute.implementations, backend)
+        args = self.weights, self.cache, *args
+        options = compiler_options(name, self.compute.implementations, self._backend)
         if self.card:
-            args = jax.tree.map(self._everywhere, args)
+            args = jax.tree.map(self._whole, args)
         shapes = jax.tree.map(lambda x: (x.shape, np.dtype(x.dtype).name), args)
         what = name, self.cfg, self.compute, options, jax.tree.structure(args), jax.tree.leaves(shapes)
         others = {"prefill": 5, "decode": 3}[name]  # results beside the cache
@@ -173,7 +173,11 @@ class CompiledSteps:
         with assumed_gpu(self.card.kind, self.card.cores):
             return self._steps[name].trace(*args).lower(lowering_platforms=("cuda",))
 
-    def _everywhere(self, x: Any) -> jax.ShapeDtypeStruct:
+    @property
+    def _backend(self) -> str:
+        return jax.default_backend() if self.card is None else "gpu"
+
+    def _whole(self, x: Any) -> jax.ShapeDtypeStruct:
         """The shape of an array that every device holds whole."""
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.everywhere)
 

@@ -29,8 +29,8 @@ class Plan:
     """Bytes on each device.
 
     device: its kind. limit: what JAX may take of it, or None where JAX does not say (a CPU). ctx, batch: of the cache.
-    workspace: what the calls of each step need beside weights and cache; empty if that is not known. origin: who says
-    so. programs: the compiled code. The driver keeps it outside of what JAX may take.
+    workspace: what the calls of each step need beside weights and cache; empty if that is not known. origin: where
+    it is from. programs: the compiled code. The driver keeps it outside of what JAX may take.
     """
 
     device: str

@@ -165,7 +165,7 @@ class Header:
             if start <= end:
                 pos += _U64.unpack_from(buf, start - 8)[0]
             if pos > end:
-                raise Short(f"{what}: string {len(out)} ends at byte {pos}, found a file of {end} bytes")
+                raise Short(f"{what}: string {len(out)} ends at byte {pos}, found {end} bytes")
             try:
                 out.append(buf[start:pos].decode())
             except UnicodeDecodeError:
