@@ -3,6 +3,7 @@
 import dataclasses
 import http.server
 import json
+import os
 import re
 import sys
 import threading
@@ -270,9 +271,12 @@ def test_an_unreachable_server_is_one_line(run):
 # ---- download --------------------------------------------------------------------------------------------------------
 def test_a_download_shows_the_plan_first(monkeypatch, capsys):
     seen = []
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "")
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_PREALLOCATE")
     monkeypatch.setattr("ds4jax.tools.download.download", lambda *file: seen.append(capsys.readouterr()) or Path("x"))
     assert main(["download", "--config=rtx_pro_6000", "--device=RTX 5090"]) == 0
     ((out, err),) = seen
+    assert os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] == "false"  # nor is a GPU's memory taken meanwhile
     assert out == "" and err.startswith("shapes: known of hf:") and "\nfits              no\n" in err
     monkeypatch.setattr(remote, "open_hf", lambda *_: (_ for _ in ()).throw(Ds4Error("no ranges")))
     assert main(["download", "--config=h200", "--model=hf:owner/repo/x.gguf"]) == 0

@@ -18,7 +18,7 @@ GIB, MIB, GB = 2**30, 2**20, 10**9
 
 @dataclasses.dataclass(frozen=True)
 class Card:
-    """One NVIDIA GPU. Bytes, bytes per second.
+    """One NVIDIA GPU. Memory in bytes, bandwidth in bytes per second, clock rate in GHz.
 
     name: part of what the driver calls it. kind: that name in full, as `jax.Device.device_kind`. memory: all that the
     driver reports (cudaMemGetInfo), of which JAX takes `memory_fraction`. The rest is from NVIDIA's data sheets and

@@ -247,7 +247,7 @@ class ModelRunner:
         All chunks are padded to one size. No slot is touched; takes a cache of its own.
         """
         check_prompt(tokens, self.cfg, self.settings.ctx + 1)
-        streams, block_logits = _reading(self.cfg, self._compute)
+        chunk_streams, logits_of = _reading(self.cfg, self._compute)
         cache = self._empty(1, self.settings.ctx)
         longest = min(self.settings.prefill_chunk, self.settings.ctx)
         padded_to = bucket(longest, ALIGN) if longest < ALIGN else -(-longest // ALIGN) * ALIGN
@@ -256,9 +256,9 @@ class ModelRunner:
             padded, n = pad(tokens[start : start + self.settings.prefill_chunk], [padded_to])
             left = int(n[0])
             with self._enough_memory("logits"), self.steps.refusing(padded_to):
-                s, cache = streams(self.weights, cache, padded, n)
+                s, cache = chunk_streams(self.weights, cache, padded, n)
                 for i in range(-(-left // size)):
-                    yield block_logits(self.weights, s, np.int32(i), size), min(size, left - i * size)
+                    yield logits_of(self.weights, s, np.int32(i), size), min(size, left - i * size)
 
     def logits(self, tokens: Sequence[int]) -> np.ndarray:
         """`logit_blocks` in one array: float32 (S, vocab)."""

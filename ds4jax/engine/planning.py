@@ -24,10 +24,11 @@ Source = Checkpoint | Synthetic
 
 
 def shapes(settings: Settings, synthetic: str | None = None, from_server: bool | None = False) -> tuple[Source, str]:
-    """The tensors' shapes and types, and where they are from.
+    """The tensors' shapes and types, and a line that says where they are from.
 
-    That is the file on this machine; if it is not there, what is known of it (`io.published`). For a model that is an
-    address, or from_server, it is the header of the file on its server; None: if nothing else tells. Raises Ds4Error.
+    They are from the file on this machine; if it is not there, from what is known of it (`io.published`). Of a model
+    that is named by an address, they are from the header of the file on its server.
+    from_server: so they are of one named hf:OWNER/REPO/FILE; None: only if nothing else tells. Raises Ds4Error.
     """
     if synthetic:
         return open_model(settings, synthetic), f"shapes: {synthetic}, in the q2 file's types"
@@ -113,7 +114,7 @@ def _total(programs: CompiledSteps, found: Plan) -> Callable[[int, int], int]:
 
 
 def _largest(fits: Callable[[int], bool], most: int) -> int:
-    """The largest n up to `most` with `fits(n)`, which larger ones do not if a smaller one does not; 0 if none does."""
+    """The largest n up to `most` with `fits(n)`, 0 if there is none. Nothing fits that is larger than what does not."""
     low, high = 0, most
     while low < high:
         middle = (low + high + 1) // 2

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from gguf import GGMLQuantizationType as GGMLType
 
+from pallas_kernels.formats.dots import signed_bytes
 from pallas_kernels.formats.tiles import u32
 from pallas_kernels.formats.units import Words
 
@@ -76,8 +77,8 @@ def grid_codes(grid: np.ndarray) -> np.ndarray:
     return nibbles(np.searchsorted(MAGNITUDES, grid))
 
 
-# For `lookup`: the signed bytes of codes 0-3 and of codes 4-7, the negative ones.
-SIGNED = tuple(int(np.array([*(sign * m for m in MAGNITUDES), 0], np.int8).view(np.uint32)[0]) for sign in (1, -1))
+# The signed bytes of codes 0-3 and of codes 4-7, the negative ones: a word each, for `prmt`.
+SIGNED = tuple(int(signed_bytes(*(sign * m for m in MAGNITUDES)).view(np.uint32)) for sign in (1, -1))
 IN_NIBBLES = (7, 6, 5, 4, 3, 1, 0, 2)  # NIBBLES, as `Units.order`
 
 

@@ -13,8 +13,8 @@ from jax import lax
 
 from ds4jax.formats.base import Quantized, bytes_of, mean_square, pack_bits, random_bits, random_scales, scaled
 from ds4jax.formats.iq import (
-    MAGNITUDES,
     NIBBLES,
+    SIGNED,
     SIGNS,
     grid_codes,
     grid_of,
@@ -24,7 +24,7 @@ from ds4jax.formats.iq import (
     spread,
 )
 from ds4jax.formats.search import F16_MAX, error_weights, half, level, normalized, ratio, search, super_scale
-from pallas_kernels.formats.dots import Dots, i32, signed_bytes
+from pallas_kernels.formats.dots import Dots, i32
 from pallas_kernels.formats.tiles import Planes, Tile, Tiles, stack, u32
 
 Array = jax.Array
@@ -52,8 +52,7 @@ class _Dots(Dots):
     def table(cls):
         """uint32 (512): the grid as nibbles 0-2, the sign sets as of `spread`, 64 times each word for `lookup`."""
         negative = SIGNS[:, None] >> np.arange(8) & 1
-        words = [signed_bytes(*(sign * m for m in MAGNITUDES)).view(np.uint32) for sign in (1, -1)]
-        return np.concatenate([_GRID_CODES, nibbles(negative << 2), np.repeat(words, 64)]).astype(np.uint32)
+        return np.concatenate([_GRID_CODES, nibbles(negative << 2), np.repeat(SIGNED, 64)]).astype(np.uint32)
 
     @classmethod
     def load(cls, refs, tile):

@@ -1,11 +1,12 @@
 """Fetch a model file from Hugging Face: ``python -m ds4jax.download --config NAME``.
 
 First it shows on stderr, if the config names a GPU, what the model needs of it and what would fit (see ds4jax.memory).
-It shows its progress, goes on where an earlier run was interrupted, and prints the file's path.
+Then it shows its progress, goes on where an earlier run was interrupted, and prints the file's path.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 
 from absl import flags
@@ -34,7 +35,7 @@ def main() -> None:
 
 def show_plan(settings: Settings) -> None:
     """What the model will need, on stderr. The shapes are known, or read from the header of the file on its server."""
-    settings.set_environment()
+    dataclasses.replace(settings, preallocate=False).set_environment()  # a download of hours needs no GPU memory
     from ds4jax.engine import planning
 
     try:

@@ -5,10 +5,10 @@
 The first thing to run when a model's weights arrive: each prompt is prefilled and its tokens are decoded as the engine
 does it, and every step compared. DIR has ds4's vectors (*.vec, *.json) or what ``generate --dump_logprobs`` wrote.
 
-Prints a line for each vector: at how many steps the model's likeliest token is the vector's; the largest gap, by how
-many nats it is likelier than the vector's where it is another; where the vector tells of probabilities, the mean
-divergence (KL) over the tokens that it lists and all others as one, and by how many nats the log-probability of a
-vector's token is off at most.
+Prints a line for each vector. same: at how many steps the model's likeliest token is the vector's. gap: where it is
+another, by how many nats it is likelier than the vector's, at most. KL: the mean divergence over the tokens that the
+vector lists, and all others as one. off by: by how many nats the log-probability of a vector's token differs, at most.
+A vector that tells of no probabilities has no KL and is not off.
 The status is 1 beyond any of the bounds, or where a prompt has not as many tokens as the vector says.
 """
 
