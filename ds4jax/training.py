@@ -126,9 +126,9 @@ def index_loss(h: Array, w: Weights, layer: int, cfg: ModelConfig, compute: Comp
     counts = position >= 2 * CSA_RATIO - 1
     target = paid / jnp.where(counts, paid.sum(-1), 1)[..., None]
 
-    assert made.latent.index_queries is not None and made.index_weight is not None
+    assert made.index_queries is not None and made.index_weight is not None
     scores = index.scores(
-        made.latent.index_queries, made.index_weight, cache.index.rows, nth, position, key=key, ratio=CSA_RATIO
+        made.index_queries, made.index_weight, cache.index.rows, nth, position, key=key, ratio=CSA_RATIO
     )
     found = jax.nn.log_softmax(jnp.where(visible, scores, -1e30), axis=-1)
     divergence = target * (jnp.log(jnp.maximum(target, 1e-30)) - jnp.maximum(found, -1e3))

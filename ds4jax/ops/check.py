@@ -69,21 +69,28 @@ def _matmul(
     ]
     x = _wide(x)
     if norm_eps is not None:
-        x = rms_norm(x, norm_eps, None if norm is None else norm[layer[0]])
+        x = rms_norm(x, norm_eps, None if norm is None else norm[entry(layer, len(outputs))])
     return tuple(products(x, asked, groups=x.shape[1] if x.ndim == 3 else 1))
 
 
 def _latent(
-    q: Array, kv: Array, qi: Array | None, norm: Array, cos: Array, sin: Array, position: Array, active: Array,
-    layers: Array, window: Any, *, eps: float, index_dim: int,
-) -> tuple[Array, Any, Array | None]:  # fmt: skip
+    q: Array, kv: Array, norm: Array, cos: Array, sin: Array, position: Array, active: Array, layers: Array,
+    window: Any, *, eps: float,
+) -> tuple[Array, Any]:  # fmt: skip
     made = latent.latent(
-        _wide(q), _wide(kv), _wide(qi), Norm(Weight(norm, entry(layers, 0)), eps),
+        _wide(q), _wide(kv), Norm(Weight(norm, entry(layers, 0)), eps),
         rope.Angles(cos[:, None], sin[:, None], cos, sin), position, active, window, entry(layers, 1),
-        row=Fp8Row(kv.shape[1], 2 * cos.shape[1]), key=Fp4Row(index_dim), numerics="official", dtype=jnp.float16,
-        index_dtype=jnp.bfloat16,
+        row=Fp8Row(kv.shape[1], 2 * cos.shape[1]), dtype=jnp.float16,
     )  # fmt: skip
-    return made.queries, made.window, made.index_queries
+    return made.queries, made.window
+
+
+def _queries(x: Array, cos: Array, sin: Array, *, kind: str, dim: int, eps: float) -> Array:
+    angles = rope.Angles(cos[None], sin[None], cos, sin)
+    if kind == "index":
+        return index.queries(_wide(x), angles, key=Fp4Row(dim), numerics="official")[0].astype(jnp.bfloat16)
+    heads = rms_norm(_wide(x).reshape(len(x), -1, dim), eps)
+    return rope.turn(heads, cos[:, None], sin[:, None]).astype(jnp.float16)
 
 
 def _compressor(
@@ -125,8 +132,8 @@ def _indexer(
     return index.scores(_wide(q), weight * (H * D) ** 0.5, keys, layer[0], position, key=Fp4Row(D), ratio=ratio)
 
 
-def _topk(score: Array, *, k: int) -> Array:
-    return jnp.sort(topk.highest(score[None], k)[0], axis=-1)
+def _topk(score: Array, visible: Array, *, k: int) -> Array:
+    return jnp.sort(topk.highest(score[None], visible[None], k)[0], axis=-1)
 
 
 def _mla(

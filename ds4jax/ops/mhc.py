@@ -90,7 +90,8 @@ def boundary(
     if implementation == "xla":
         return _formula(streams, connection, norm, eps, iterations)
     fn, base, scale = connection
-    s = streams if len(streams.X) < kernel.MANY else Streams(streams.added())
+    # X' is stored as it is kept, in its own dtype alone, and not once more in that of the sums it takes part in.
+    s = streams if len(streams.X) < kernel.MANY else Streams(lax.optimization_barrier(streams.added()))
     layer = jnp.array([same_layer(*connection, norm.weight)], jnp.int32)
     return Boundary(
         *kernel.op(
