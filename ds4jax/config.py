@@ -401,3 +401,17 @@ class ModelConfig:
 
 CSA_RATIO = 4  # compressed sparse attention: overlapping windows of 4 tokens, selected by the indexer
 HCA_RATIO = 128  # heavily compressed attention: windows of 128 tokens, all of them visible
+
+
+@dataclasses.dataclass(frozen=True)
+class DrafterConfig:
+    """The DSpark drafter of a model, DeepSeek-V4-Flash-0731's. Its blocks have the model's own shapes, with ratio 0.
+
+    The comments give that drafter's value, and the key in a file that ds4 or this project writes.
+    """
+
+    stages: int  # dspark.stage_count, blocks one after the other: 3
+    block_size: int  # dspark.block_size, tokens that one pass drafts: 5
+    markov_rank: int  # dspark.markov_rank, R of markov_w1 and markov_w2: 256
+    noise_token: int  # dspark.noise_token_id, what stands at the places to be drafted: 128799
+    target_layers: tuple[int, ...]  # dspark.target_layer_ids, counted from 0; their outputs are read: 40, 41, 42

@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Collection
 from typing import Literal
 
-from ds4jax.config import CSA_RATIO, ModelConfig
+from ds4jax.config import CSA_RATIO, DrafterConfig, ModelConfig
 
 Kind = Literal["matrix", "vector", "ids"]
 # Where a multi-token-prediction head is stored: ``mtp.0.*``, usually a file of its own, or, as llama.cpp's converter
@@ -151,6 +151,34 @@ def mtp_table(cfg: ModelConfig, layout: MtpLayout) -> list[TensorSpec]:
     add("head.hc.base", "hc_head_base", (N,), "vector", nextn)
     add("head.hc.scale", "hc_head_scale", (1,), "vector", nextn)
     return [dataclasses.replace(spec, family=f"mtp.{spec.family}") for spec in out]
+
+
+def drafter_table(cfg: ModelConfig, drafter: DrafterConfig) -> list[TensorSpec]:
+    """Every tensor of the DSpark drafter of the model `cfg`, named as ds4 does; families are under ``dspark.``.
+
+    Its stages are ratio-0 blocks routed by score; `layer` is the stage. The first has what joins the model's streams,
+    the last a head of its own before the model's ``output.weight``, and the Markov and confidence heads. Embedding and
+    output matrix are the model's.
+    """
+    E, N, V, R = cfg.embed_dim, cfg.n_streams, cfg.vocab_size, drafter.markov_rank
+    last = f"mtp.{drafter.stages - 1}"
+    out = []
+    for stage in range(drafter.stages):
+        out += _block(cfg, f"mtp.{stage}", stage, ratio=0, hashed=False)
+
+    def add(family, name, shape, kind: Kind = "matrix"):
+        out.append(TensorSpec(family, None, f"{name}.weight", shape, (None,) * len(shape), kind))
+
+    add("main_proj", "mtp.0.main_proj", (E, len(drafter.target_layers) * E))
+    add("main_norm", "mtp.0.main_norm", (E,), "vector")
+    add("head.norm", f"{last}.norm", (E,), "vector")
+    add("head.hc.fn", f"{last}.hc_head_fn", (N, N * E))
+    add("head.hc.base", f"{last}.hc_head_base", (N,), "vector")
+    add("head.hc.scale", f"{last}.hc_head_scale", (1,), "vector")
+    add("markov.w1", f"{last}.markov_head.markov_w1", (V, R))
+    add("markov.w2", f"{last}.markov_head.markov_w2", (V, R))
+    add("confidence", f"{last}.confidence_head.proj", (1, E + R))
+    return [dataclasses.replace(spec, family=f"dspark.{spec.family}") for spec in out]
 
 
 def model_table(cfg: ModelConfig) -> list[TensorSpec]:
