@@ -138,8 +138,8 @@ def attention(
     with jax.named_scope("attend"):
         o = attend.attend(
             made.latent.queries, made.latent.near, rows, chosen, inputs.first, a.sinks, inputs.angles[ratio],
-            layer=layer, nth=nth, ratio=ratio, row=row, dtype=h.dtype, query_blocks=compute.query_blocks,
-            implementation=kernels["attend"],
+            layer=layer, nth=nth, ratio=ratio, row=row, dtype=h.dtype, causal=inputs.causal,
+            query_blocks=compute.query_blocks, implementation=kernels["attend"],
         )  # fmt: skip
     with jax.named_scope("projections"):
         o = o.reshape(len(h), cfg.o_groups, -1)

@@ -44,7 +44,9 @@ def block(
     here = boundary(s, a.hc.at(layer), a.norm.at(layer), cfg, compute)
     y, cache = attention(here.h, inputs, w, cache, layer, cfg, compute, tap)
     here = boundary(here.add(y), f.hc.at(layer), f.norm.at(layer), cfg, compute)
-    return here.add(moe(here.h, inputs, w, layer, cfg, compute, tap)), cache
+    s = here.add(moe(here.h, inputs, w, layer, cfg, compute, tap))
+    tap(layer, "streams", s.added)
+    return s, cache
 
 
 def streams(x: Float[Array, "S E"], cfg: ModelConfig) -> mhc.Streams:

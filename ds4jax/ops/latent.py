@@ -73,20 +73,30 @@ def latent(
     heads = angles.cos[:, :, None], angles.sin[:, :, None]
     q = q.reshape(B, T, -1, row.dim).astype(wide(q.dtype))
     queries = rope.turn(rms_norm(q, norm.eps), *heads).astype(dtype)
-    kv = rope.turn(norm(kv).reshape(B, T, -1), angles.cos, angles.sin)
     index_queries = None
     if index_q is not None:
         turned = rope.turn(index_q.reshape(B, T, -1, key.dim).astype(wide(index_q.dtype)), *heads)
         rotated = num.index_rotation(turned, numerics)
         index_queries = key.decode(key.encode(rotated), rotated.dtype).astype(index_dtype)
-    new = row.encode(kv)
-    moved = _store(new, window, layer, length, n)
+    new = rows(kv, norm, angles, row)
+    moved = store(new, window, layer, length, n)
     return Latent(queries, moved if T == 1 else _slide(new, window, layer, length), index_queries, moved)
 
 
-def _store(new: num.Rows, window: num.Rows, layer: int, length: Array, n: Array) -> num.Rows:
-    """The rings with the last W of the n real new rows (B, T, ·) in them."""
-    (B, T), W = next(iter(new.values())).shape[:2], next(iter(window.values())).shape[2]
+def rows(kv: Float[Array, "S D"], norm: Norm, angles: rope.Angles, row: num.RowFormat) -> num.Rows:
+    """The window rows of T tokens of B sequences, planes (B, T, ·), from their projections kv."""
+    B, T, _ = angles.cos.shape
+    return row.encode(rope.turn(norm(kv).reshape(B, T, -1), angles.cos, angles.sin))
+
+
+def store(
+    new: num.Rows, window: num.Rows, layer: int | slice, length: Int32[Array, "B"], n: Int32[Array, "B"]
+) -> num.Rows:
+    """The rings (L, B, W, ·) with the last W of the n real new rows in them.
+
+    new: of one layer (B, T, ·), of several (L', B, T, ·). length: the position of the first.
+    """
+    (B, T), W = next(iter(new.values())).shape[-3:-1], next(iter(window.values())).shape[2]
     t = jnp.arange(T, dtype=jnp.int32)
     kept = (t < n[:, None]) & (t >= n[:, None] - W)
     slot = jnp.where(kept, lax.rem(length[:, None] + t, np.int32(W)), W)  # out of range: dropped
