@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import random_weights
 
 from ds4jax.config import DrafterConfig
 from ds4jax.errors import ConfigError
 from ds4jax.io import synthetic
 from ds4jax.model import cache as kv
-from ds4jax.model import dspark, weights
+from ds4jax.model import dspark, transformer, weights
 from ds4jax.model.compute import Compute
 
 DRAFTER = DrafterConfig(stages=2, block_size=4, markov_rank=16, noise_token=95, target_layers=(0, 1))
@@ -29,28 +30,17 @@ PLAIN = Compute("plain")
 @pytest.fixture(scope="module")
 def model():
     """Model and drafter, and the arrays of both by the names of their tensors."""
-    named = {}
-
-    def stored(spec):
-        for tensor in spec.tensors:
-            raw = synthetic.random_data(CFG, 1, tensor, synthetic.storage_type(tensor, synthetic.RECIPES["f32"]))
-            named[tensor.name] = raw.view(np.int32 if tensor.kind == "ids" else np.float32).reshape(tensor.shape)
-        values = jnp.asarray(
-            np.stack([named[t.name] for t in spec.tensors]) if spec.layered else named[spec.tensors[0].name]
-        )
-        return spec.format(values) if spec.quantized else values
-
-    f32 = synthetic.RECIPES["f32"]
-    return *(
-        jax.tree.map(stored, tree) for tree in (weights.abstract(CFG, f32), weights.abstract_drafter(CFG, f32))
-    ), named
+    w, named = random_weights.make(CFG, weights.abstract(CFG, random_weights.F32), 1)
+    d, drafter = random_weights.make(CFG, weights.abstract_drafter(CFG, random_weights.F32), 1)
+    return w, d, named | drafter
 
 
 @jax.jit
 def extend(w, d, cache, tokens, n):
     """Run tokens and write their rows → the cache."""
-    _, features, moved = dspark.forward(w, cache, tokens, n, CFG, PLAIN)
-    return dspark.write(d, moved, features, cache.length, n, CFG, PLAIN)
+    taps = dspark.Taps(CFG)
+    _, moved = transformer.run(w, cache, tokens, n, CFG, PLAIN, taps)
+    return dspark.write(d, moved, taps.features(len(tokens)), cache.length, n, CFG, PLAIN)
 
 
 @jax.jit

@@ -15,6 +15,7 @@ A query at position t sees
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
@@ -92,12 +93,18 @@ def prepare(
             dtype=attend.query_dtype(kernels["attend"], h.dtype),
             index_dtype=index.query_dtype(kernels["index"], accumulated), implementation=kernels["latent"],
         )  # fmt: skip
+    tap(layer, "rows", lambda: jax.tree.map(lambda x: x[:, cfg.window :], made.near))
     cache = dataclasses.replace(cache, window=made.window)
     if ratio:
         fed = []
         for (kind, c), z, g in zip(families.items(), rest[::2], rest[1::2], strict=False):
             is_index = kind == "index"
             fed.append(compress.Compressor(z, g, c.ape, Norm(c.norm, cfg.norm_eps), key if is_index else row, is_index))
+            tap(
+                layer,
+                kind,
+                functools.partial(compress.values, fed[-1], cache.length, ratio, getattr(cache, kind).z.dtype),
+            )
         with jax.named_scope("compressors"):
             moved = compress.compress(
                 fed, [getattr(cache, kind) for kind in families], cache.length, inputs.n, inputs.angles[ratio],

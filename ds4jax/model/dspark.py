@@ -28,7 +28,7 @@ from ds4jax.config import ModelConfig
 from ds4jax.model.attention import row_formats
 from ds4jax.model.cache import Cache
 from ds4jax.model.compute import Compute, Tap, inputs, no_tap
-from ds4jax.model.transformer import block, run, streams
+from ds4jax.model.transformer import block, streams
 from ds4jax.model.weights import Dspark, Weights
 from ds4jax.numerics import rows as num
 from ds4jax.numerics.precision import wide
@@ -50,22 +50,22 @@ class Drafts(NamedTuple):
     confidence: Float[Array, "B slots"]
 
 
-def forward(
-    w: Weights, cache: Cache, tokens: Int32[Array, "B T"], n: Int32[Array, "B"], cfg: ModelConfig, compute: Compute,
-    tap: Tap = no_tap,
-) -> tuple[mhc.Streams, Float[Array, "B T K"], Cache]:  # fmt: skip
-    """`transformer.run`, and the features of its tokens: the tapped layers side by side, K = E for each."""
-    assert cfg.drafter is not None
-    tapped: dict[int, Any] = dict.fromkeys(cfg.drafter.target_layers)
+class Taps:
+    """The `tap` of a pass of the model that takes the features out of it."""
 
-    def both(layer: int, name: str, value: Any) -> None:
-        if name == "streams" and layer in tapped:
+    def __init__(self, cfg: ModelConfig):
+        assert cfg.drafter is not None
+        self._means: dict[int, Any] = dict.fromkeys(cfg.drafter.target_layers)
+
+    def __call__(self, layer: int, name: str, value: Any) -> None:
+        if name == "streams" and layer in self._means:
             X = value()
-            tapped[layer] = jnp.mean(X.astype(wide(X.dtype)), axis=-2).astype(X.dtype)
-        tap(layer, name, value)
+            self._means[layer] = jnp.mean(X.astype(wide(X.dtype)), axis=-2).astype(X.dtype)
 
-    s, cache = run(w, cache, tokens, n, cfg, compute, both)
-    return s, jnp.concatenate([*tapped.values()], axis=-1).reshape(*tokens.shape, -1), cache
+    def features(self, batch: int) -> Float[Array, "B T K"]:
+        """Of the tokens of `batch` sequences: the tapped layers side by side, K = E for each."""
+        x = jnp.concatenate([*self._means.values()], axis=-1)
+        return x.reshape(batch, -1, x.shape[-1])
 
 
 def context(
@@ -105,7 +105,7 @@ def write(
 
 def hidden(
     w: Weights, d: Dspark, cache: Cache, anchor: Int32[Array, "B"], n: Int32[Array, "B"], cfg: ModelConfig,
-    compute: Compute,
+    compute: Compute, tap: Tap = no_tap,
 ) -> Float[Array, "B slots E"]:  # fmt: skip
     """What the stages make of a block after `cache.length` tokens: the head's input, before its norm.
 
@@ -119,7 +119,7 @@ def hidden(
     staged = dataclasses.replace(w, attn=d.attn, ffn=d.ffn, route=d.route)
     s = streams(w.embed[given.ids].dequantize(jnp.dtype(compute.dtype)), cfg)
     for layer in cfg.stages:  # the block's own rows pass: of the windows that are returned nothing is kept
-        s, _ = block(s, given, staged, cache, layer, cfg, compute)
+        s, _ = block(s, given, staged, cache, layer, cfg, compute, tap)
     hc = d.head.single().hc
     h = mhc.collapse(s, mhc.Connection(hc.fn, hc.base, hc.scale), eps=cfg.hc_eps, norm_eps=cfg.norm_eps)
     return h.reshape(*given.shape, -1)
