@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, Self
 
@@ -19,8 +20,10 @@ SQRT_SOFTPLUS = 4  # the value of expert_gating_func, llama.cpp's numbering
 OTHERS = {
     "deepseek41": "DeepSeek-V4.1, another architecture",
     "deepseek_v41": "DeepSeek-V4.1, another architecture",
+    "deepseek41-dspark": "the drafter of DeepSeek-V4.1, another architecture",
     "deepseek4-dspark": "a DSpark drafter",
     "dflash": "a drafter",
+    "deepseek4_mtp_support": "the MTP head of the first release",
     "clip": "a vision encoder; images are not supported",
 }
 
@@ -347,20 +350,23 @@ class ModelConfig:
                 raise keys.error(key, expected)
         return cfg
 
-    def contradiction(self, metadata: Mapping[str, Any]) -> str | None:
-        """What a file with this model's MTP head says of another model, as key, what was found and what was expected.
+    def contradiction(self, metadata: Mapping[str, Any], prefix: str = PREFIX) -> str | None:
+        """What the file of an MTP head or drafter says of another model, as key, what was found and what was expected.
 
-        It need not have any of the keys. ``block_count`` is not compared: it counts the head or it does not.
+        It need not have any of the keys. ``block_count`` is not compared: it counts the head or it does not. Keys with
+        another `prefix` tell of the drafter's own blocks: of them, what a block of ratio 0 has is compared.
         """
 
         def stored(value: Any) -> Any:
             return np.float32(value) if type(value) is float else value
 
-        own = {key: getattr(self, field) for field, (key, *_) in (_INTS | _FLOATS).items() if field != "n_layers"}
+        left_out = re.compile("n_layers" if prefix == PREFIX else "n_layers|n_hash_layers|index_|yarn_|compress_")
+        fields = {field: key for field, (key, *_) in (_INTS | _FLOATS).items() if not left_out.match(field)}
+        own = {key: getattr(self, field) for field, key in fields.items()}
         for key, expected in (own | {"expert_weights_norm": self.route_norm}).items():
-            found = metadata.get(PREFIX + key, expected)
+            found = metadata.get(prefix + key, expected)
             if type(found) not in (bool, int, float) or stored(found) != stored(expected):
-                return f"key '{PREFIX}{key}': found {show(found)}, expected {show(expected)}, the main model's"
+                return f"key '{prefix}{key}': found {show(found)}, expected {show(expected)}, the main model's"
         return None
 
     def to_metadata(self) -> dict[str, Any]:
@@ -422,3 +428,39 @@ class DrafterConfig:
     markov_rank: int  # dspark.markov_rank, R of markov_w1 and markov_w2: 256
     noise_token: int  # dspark.noise_token_id, what stands at the places to be drafted: 128799
     target_layers: tuple[int, ...]  # dspark.target_layer_ids, counted from 0; their outputs are read: 40, 41, 42
+
+    @classmethod
+    def read(cls, values: Mapping[str, Any], spelled: Mapping[str, str], cfg: ModelConfig, failure=Ds4Error) -> Self:
+        """The drafter of the model `cfg`, from values by field, as a file has them.
+
+        spelled: each field's key in the file, for errors. failure: raised for what is missing, malformed, or of
+        another model.
+        """
+        keys = _Keys(values, lambda field: spelled.get(field, field), failure)
+        layers = keys.get("target_layers")
+        if not isinstance(layers, list | tuple) or not layers or not all(type(layer) is int for layer in layers):
+            raise keys.error("target_layers", "an array of layers")
+        if list(layers) != sorted(set(layers) & set(range(cfg.n_layers))):
+            raise keys.error("target_layers", f"rising numbers of the model's layers, from 0 to {cfg.n_layers - 1}")
+        return cls(
+            keys.integer("stages", 1, 16),
+            keys.integer("block_size", 1, 64),
+            keys.integer("markov_rank", 1, 2**16),
+            keys.integer("noise_token", 0, cfg.vocab_size - 1),
+            tuple(layers),
+        )
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any], stages: int, cfg: ModelConfig) -> Self:
+        """The drafter of the model `cfg` that a ``config.json`` declares; its stages, the tensors tell."""
+        values = {field: config[key] for field, key in _HF_DRAFTER.items() if key in config}
+        return cls.read(values | {"stages": stages}, _HF_DRAFTER, cfg)
+
+
+# Field of `DrafterConfig` → its key in config.json.
+_HF_DRAFTER = {
+    "block_size": "dspark_block_size",
+    "markov_rank": "dspark_markov_rank",
+    "noise_token": "dspark_noise_token_id",
+    "target_layers": "dspark_target_layer_ids",
+}

@@ -1,6 +1,7 @@
 """What the two releases of DeepSeek-V4-Flash were told of reasoning efforts, and which of them a file is. No JAX.
 
-The releases differ in nothing else that is written in a prompt: ``original`` is the first one, ``0731`` its successor.
+The releases differ in nothing else that is written in a prompt: ``original`` is the first one, ``0731`` its successor,
+with what came after it. Only the first has an MTP head; the others have a DSpark drafter.
 """
 
 from __future__ import annotations
@@ -9,6 +10,9 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
+
+from ds4jax.config import PREFIX
 from ds4jax.errors import Ds4Error
 
 ReleaseName = Literal["original", "0731"]
@@ -71,9 +75,7 @@ def choose(setting: str, metadata: Mapping[str, Any], file_name: str) -> Profile
     """Which release a model file is.
 
     setting: ``auto``, or the name of a release, which then counts whatever the file says.
-    metadata, file_name: the GGUF's. With ``auto``, signs of 0731 are the text of its highest effort in the chat
-        template, and "0731" as a word in the metadata's version, name, basename or source or in the file's name. One is
-        enough, as published files do not all have the new template; without any it is ``original``.
+    metadata, file_name: the GGUF's. With ``auto``, one `sign_of_0731` is enough; without any it is ``original``.
     Raises Ds4Error for the template of V4.1, a different format (`<｜DSML｜ calls>`, effort as a number).
     """
     template = metadata.get("tokenizer.chat_template")
@@ -82,15 +84,32 @@ def choose(setting: str, metadata: Mapping[str, Any], file_name: str) -> Profile
         raise Ds4Error("tokenizer.chat_template: found DeepSeek-V4.1's format, expected DeepSeek-V4's")
     if setting == "original" or setting == "0731":
         return Profile(setting, "setting")
-    if _EFFORT_2_OPENING in template:
-        return Profile("0731", "tokenizer.chat_template")
+    sign = sign_of_0731(metadata, file_name)
+    return Profile("0731", sign) if sign else Profile("original", "no sign of 0731")
+
+
+def sign_of_0731(metadata: Mapping[str, Any], file_name: str) -> str | None:
+    """What shows that a main model is DeepSeek-V4-Flash-0731 or later: a key, or the file's name; None if nothing.
+
+    Such are the text of its highest effort in the chat template; "0731", or "Vision-Exp", as a word in the metadata's
+    version, name, basename or source, in those of the base model, or in the file's name; a drafter's keys, which files
+    have that are converted with it; and as many compress ratios as layers and the drafter's stages.
+    """
+    template = metadata.get("tokenizer.chat_template")
+    if isinstance(template, str) and _EFFORT_2_OPENING in template:
+        return "tokenizer.chat_template"
     said = {key: value for key, value in metadata.items() if _ORIGIN.match(key) and isinstance(value, str)}
     for sign, text in {**said, "file name": file_name}.items():
         if _MENTION.search(text):
-            return Profile("0731", sign)
-    return Profile("original", "no sign of 0731")
+            return sign
+    ratios, n_layers = metadata.get(_RATIOS), metadata.get(PREFIX + "block_count")
+    if isinstance(ratios, list | np.ndarray) and type(n_layers) is int and len(ratios) > n_layers + 1:  # 1: an MTP head
+        return _RATIOS
+    return next((key for key in metadata if _DRAFTER.match(key)), None)
 
 
-_ORIGIN = re.compile(r"general\.(version|name|basename|source(\..*)?)$")
-_MENTION = re.compile(r"(?<![0-9A-Za-z])0731(?![0-9A-Za-z])")
-MARKER = {"general.version": "0731"}  # the metadata by which `choose` knows a file that was converted from 0731
+_ORIGIN = re.compile(r"general\.((base_model\.\d+\.)?(version|name)|basename|source(\..*)?)$")
+_MENTION = re.compile(r"(?<![0-9A-Za-z])(0731|vision[-_ ]exp)(?![0-9A-Za-z])", re.IGNORECASE)
+_RATIOS = f"{PREFIX}attention.compress_ratios"
+_DRAFTER = re.compile(rf"({re.escape(PREFIX)})?dspark[._]")
+MARKER = {"general.version": "0731"}  # the metadata by which a file is known that was converted from 0731

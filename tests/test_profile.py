@@ -2,6 +2,7 @@
 
 from typing import get_args
 
+import numpy as np
 import pytest
 from test_chat import BOS, P1, P2, system, text, user
 
@@ -15,7 +16,7 @@ from ds4jax.settings import Settings
 TEMPLATE = "{%- set dsml_token = '｜DSML｜' -%}{{- '<' + dsml_token + 'tool_calls>' -}} {#- final tool calls or #}"
 FIRST = TEMPLATE + "{{- 'Reasoning Effort: Absolute maximum' -}}"
 FILE = "DeepSeek-V4-Flash-IQ2XXS-w2Q2K-AProjQ8-SExpQ8-OutQ8-chat-v2-imatrix"
-KEY = "tokenizer.chat_template"
+KEY, RATIOS = "tokenizer.chat_template", "deepseek4.attention.compress_ratios"
 
 
 @pytest.mark.parametrize(
@@ -31,6 +32,10 @@ KEY = "tokenizer.chat_template"
             "m.gguf",
             "general.source.url",
         ),
+        ({}, "DeepSeek-V4-Flash-Vision-Exp-Q4_K_M.gguf", "file name"),
+        ({"general.base_model.0.name": "DeepSeek V4 Flash 0731"}, "m.gguf", "general.base_model.0.name"),
+        ({RATIOS: np.zeros(46, np.int32), "deepseek4.block_count": 43}, "m.gguf", RATIOS),
+        ({"deepseek4.dspark.block_size": 5}, "m.gguf", "deepseek4.dspark.block_size"),
         ({}, FILE + "-0731.gguf", "file name"),
         ({}, "deepseek_v4_flash_0731-00001-of-00004.gguf", "file name"),
         ({KEY: FIRST, "general.name": "DeepSeek V4 Flash"}, FILE + "-0731.gguf", "file name"),  # not the new template
@@ -49,6 +54,7 @@ def test_signs_of_0731(metadata, file, sign):
         ({"general.source.revision": "9f0731ab", "general.version": "10731"}, "20731.gguf"),
         ({"general.version": 731, "general.description": "not 0731", "general.names": "0731"}, "0731b.gguf"),
         ({KEY: ["Reasoning Effort: Beyond maximum"]}, "m.gguf"),
+        ({RATIOS: np.zeros(44, np.int32), "deepseek4.block_count": 43}, "visionexp.gguf"),  # 44: with an MTP head
     ],
 )
 def test_no_sign_of_0731(metadata, file):

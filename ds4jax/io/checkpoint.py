@@ -14,6 +14,7 @@ from ds4jax.errors import GGUFError, show
 from ds4jax.io import dialect, split
 from ds4jax.io.gguf import TYPES, GGUFFile
 from ds4jax.model.tensors import Kind, MtpLayout, TensorSpec, mtp_layout, mtp_table, tensor_table
+from ds4jax.profile import sign_of_0731
 
 MTP_ARCHITECTURE = "deepseek4_mtp_support"  # general.architecture of a published MTP file
 
@@ -50,10 +51,11 @@ class Checkpoint:
         """
         if self.mtp:
             raise GGUFError(f"{path}: found a second MTP head, expected none: {self.file.path} has one")
-        if why := dialect.drafter_of(self.file.metadata, self.cfg):
+        if sign := sign_of_0731(self.file.metadata, self.file.path.name):
+            found = f"; its {sign} is {show(self.file.metadata[sign])}" if sign in self.file.metadata else ""
             raise GGUFError(
                 f"{path}: found an MTP head, expected none beside {self.file.path}: "
-                f"DeepSeek-V4-Flash-0731 and later have a DSpark drafter instead, and {why}"
+                f"DeepSeek-V4-Flash-0731 and later have a DSpark drafter instead{found}"
             )
         head = open_mtp(path, self.cfg)
         return Checkpoint(self.file, head.cfg, self.types | head.types, head.mtp, head.file)
@@ -99,7 +101,7 @@ def _checkpoint(file: GGUFFile, cfg: ModelConfig, table: Sequence[TensorSpec], m
 
 
 @contextlib.contextmanager
-def _opened(path: str | os.PathLike) -> Iterator[GGUFFile]:
+def opened(path: str | os.PathLike) -> Iterator[GGUFFile]:
     """An open file with its tensors' full names. An error in the block closes it, and names it."""
     file = split.open_file(path)
     try:
@@ -117,12 +119,18 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
     path: of the file, or of any part of a split one. Raises GGUFError naming the key or tensor, what was found and what
     was expected.
     """
-    with _opened(path) as file:
+    with opened(path) as file:
         in_mtp = [name.startswith("mtp.") for name in file.tensors]
-        if in_mtp and all(in_mtp) or dialect.is_sidecar(file.tensors):
-            which = "mtp.*" if all(in_mtp) else "blk.*.nextn.*"
+        drafter, sidecar = dialect.drafter_in(file.tensors), dialect.is_sidecar(file.tensors)
+        if sidecar or in_mtp and all(in_mtp) and not drafter:
+            which = "blk.*.nextn.*" if sidecar else "mtp.*"
             raise GGUFError(f"{path}: found only an MTP head ({which}), expected the main model that it must accompany")
-        cfg = ModelConfig.from_metadata(dialect.complete(file.metadata, file.tensors), file.tensors)
+        if drafter:
+            alone = "token_embd.weight" not in file.tensors
+            expected = "the main model that it must accompany" if alone else "it in a file of its own"
+            raise GGUFError(f"tensor {show(drafter)}: found a DSpark drafter, expected {expected}")
+        file.metadata = dialect.complete(file.metadata, file.tensors)
+        cfg = ModelConfig.from_metadata(file.metadata, file.tensors)
         file.tensors = dialect.without_images(file.tensors, cfg)
         layout = mtp_layout(cfg, file.tensors)
         table = tensor_table(cfg) + (mtp_table(cfg, layout) if layout else [])
@@ -137,15 +145,14 @@ def open_mtp(path: str | os.PathLike, cfg: ModelConfig) -> Checkpoint:
     It is ``mtp.0.*``, or llama.cpp's sidecar: one block after the layers of `cfg`, with ``nextn.*``. What the file says
     of the main model must be true of `cfg`. The result's config is `cfg` with n_mtp = 1.
     """
-    with _opened(path) as file:
+    with opened(path) as file:
         found = file.metadata.get("general.architecture")
         if type(found) is not str or found not in (MTP_ARCHITECTURE, ARCHITECTURE):
             raise GGUFError(
                 f"key 'general.architecture': found {show(found)}, "
                 f"expected {MTP_ARCHITECTURE!r} or {ARCHITECTURE!r}{other(found)}"
             )
-        drafter = next((t.name for name, t in file.tensors.items() if name.endswith("main_proj.weight")), None)
-        if drafter:
+        if drafter := dialect.drafter_in(file.tensors):
             raise GGUFError(f"tensor {show(drafter)}: found a DSpark drafter, expected an MTP head of one layer")
         layout: MtpLayout = "nextn" if dialect.is_sidecar(file.tensors) else "mtp"
         if layout == "mtp" and not any(name.startswith("mtp.") for name in file.tensors):

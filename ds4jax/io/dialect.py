@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ds4jax.config import PREFIX, ModelConfig
@@ -147,17 +147,8 @@ def is_sidecar(tensors: Tensors) -> bool:
     return any(name.endswith("." + _NEXTN) for name in tensors) and "blk.0.attn_norm.weight" not in tensors
 
 
-def drafter_of(metadata: Mapping[str, Any], cfg: ModelConfig) -> str | None:
-    """What tells that a main model is DeepSeek-V4-Flash-0731 or a later one; None if nothing does.
-
-    These came without an MTP head, but with a DSpark drafter of three stages, which their compress ratios count.
-    """
-    ratios: Sequence | None = metadata.get(f"{PREFIX}attention.compress_ratios")
-    if ratios is not None and len(ratios) > cfg.n_layers + 1:
-        return f"key '{PREFIX}attention.compress_ratios' has {len(ratios)} values for {cfg.n_layers} layers"
-    names = ("general.version", "general.name", "general.basename")
-    for key in (*names, "general.base_model.0.version", "general.base_model.0.name"):
-        found = metadata.get(key)
-        if isinstance(found, str) and ("0731" in found or "vision-exp" in found.lower().replace(" ", "-")):
-            return f"key '{key}' is {show(found)}"
-    return None
+def drafter_in(tensors: Tensors) -> str | None:
+    """The name of a tensor that only a DSpark drafter has, if there is one."""
+    return next(
+        (t.name for name, t in tensors.items() if name.endswith(("main_proj.weight", "markov_w1.weight"))), None
+    )

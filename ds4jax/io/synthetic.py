@@ -194,7 +194,7 @@ def _moments(spec: TensorSpec, damping: float) -> tuple[float, float]:
         return {"scale": (1.0, 0.2), "base": (0.0, 0.5), "sinks": (0.0, 1.0), "bias": (0.0, 0.1)}[leaf]
     if leaf in ("embed", "ape"):
         return 0.0, 1.0 if leaf == "embed" else 0.5
-    return 0.0, (damping if spec.family.removeprefix("mtp.") in SUBLAYER_OUTPUTS else 1.0) / math.sqrt(spec.shape[-1])
+    return 0.0, (damping if spec.role in SUBLAYER_OUTPUTS else 1.0) / math.sqrt(spec.shape[-1])
 
 
 def _store_half(blocks: np.ndarray, at: int, values: np.ndarray) -> None:

@@ -40,6 +40,11 @@ class TensorSpec:
     kind: Kind = "matrix"
     optional: bool = False
 
+    @property
+    def role(self) -> str:
+        """The family less ``mtp.`` or ``dspark.``: what the tensor does in its block, or in the head after it."""
+        return self.family.removeprefix("mtp.").removeprefix("dspark.")
+
 
 def _block(cfg: ModelConfig, prefix: str, layer: int | None, ratio: int, hashed: bool) -> list[TensorSpec]:
     """Tensors of one transformer block (see `tensor_table`); `prefix` is ``blk.3`` or ``mtp.0``."""
