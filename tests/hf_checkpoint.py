@@ -32,6 +32,7 @@ CFG = synthetic_config(
         "n_streams": 2,
     }
 )
+TARGETS, RANK = [0, 1, 2], 32  # of the drafter
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 
 
@@ -130,6 +131,19 @@ class Builder:
         self.fp8(f"{prefix}.ffn.shared_experts.w2", c.embed_dim, c.expert_dim)
         self.fp8(f"{prefix}.ffn.shared_experts.w3", c.expert_dim, c.embed_dim)
 
+    def drafter(self) -> None:
+        """A DSpark drafter of three stages: 81 tensors of the file to be made."""
+        c = CFG
+        for stage in range(3):
+            self.block(f"mtp.{stage}", 0, False)
+        self.fp8("mtp.0.main_proj", c.embed_dim, len(TARGETS) * c.embed_dim)
+        for name in ("mtp.0.main_norm", "mtp.2.norm"):
+            self.bf16(f"{name}.weight", c.embed_dim, mean=1.0, std=0.1)
+        self.hyper("mtp.2.hc_head", c.n_streams, 1)
+        for name in ("markov_w1", "markov_w2"):
+            self.bf16(f"mtp.2.markov_head.{name}.weight", c.vocab_size, RANK)
+        self.bf16("mtp.2.confidence_head.proj.weight", 1, c.embed_dim + RANK)
+
     def model(self, mtp: bool) -> None:
         c = CFG
         self.bf16("embed.weight", c.vocab_size, c.embed_dim)
@@ -147,10 +161,12 @@ class Builder:
             self.hyper("mtp.0.hc_head", c.n_streams, 1)
 
 
-def official(mtp: bool = False) -> Builder:
+def official(mtp: bool = False, drafter: bool = False) -> Builder:
     """The checkpoint in DeepSeek's naming and types."""
     builder = Builder(0)
     builder.model(mtp)
+    if drafter:
+        builder.drafter()
     return builder
 
 
@@ -300,6 +316,17 @@ def official_config() -> dict:
     }
 
 
+def drafter_config() -> dict:
+    """config.json of a checkpoint with a drafter, as 0731's."""
+    return official_config() | {
+        "compress_ratios": [*CFG.compress_ratios, 0, 0, 0],
+        "dspark_block_size": 5,
+        "dspark_noise_token_id": 389,
+        "dspark_target_layer_ids": TARGETS,
+        "dspark_markov_rank": RANK,
+    }
+
+
 def transformers_config() -> dict:
     """config.json in transformers' keys."""
     config = official_config()
@@ -371,7 +398,9 @@ class Files:
 
 
 def files(kind: str = "official", mtp: bool = False) -> Files:
-    """kind: ``official``, ``transformers`` (quantized), ``transformers-bf16`` or ``saved``."""
+    """kind: ``official``, ``drafter``, ``transformers`` (quantized), ``transformers-bf16`` or ``saved``."""
+    if kind == "drafter":
+        return Files(official(drafter=True).stored, {"config.json": drafter_config(), **tokenizer_files()}, 3)
     if kind == "official":
         return Files(official(mtp).stored, {"config.json": official_config(), **tokenizer_files()}, 3)
     builder = saved() if kind == "saved" else transformers(kind == "transformers-bf16")

@@ -187,15 +187,15 @@ def test_slabs_do_not_show(folders, tmp_path, monkeypatch, f16):
 
 def test_mtp(folders, tmp_path, f16):
     source = folders("official+mtp")
-    convert(source, tmp_path / "skip.gguf", RECIPES["f16"], mtp="skip")
+    convert(source, tmp_path / "skip.gguf", RECIPES["f16"], draft="skip")
     assert (tmp_path / "skip.gguf").read_bytes() == f16.read_bytes()
-    convert(source, tmp_path / "only.gguf", RECIPES["q4"], mtp="only")
+    convert(source, tmp_path / "only.gguf", RECIPES["q4"], draft="only")
     head = open_mtp(tmp_path / "only.gguf", CFG)
     assert head.types["mtp.0.ffn_up_exps.weight"] == Type.Q4_K
     want = hf_checkpoint.official(mtp=True).values["mtp.0.norm.weight"]
     np.testing.assert_array_equal(head.file.array("mtp.0.norm.weight"), want)
     with pytest.raises(Ds4Error, match=r"found no tensor mtp\.0\.\*"):
-        convert(folders("official"), tmp_path / "none.gguf", RECIPES["q4"], mtp="only")
+        convert(folders("official"), tmp_path / "none.gguf", RECIPES["q4"], draft="only")
 
 
 def test_tokenizer_and_config_arrive(f16):
@@ -454,7 +454,7 @@ BAD = [
     (without("layers.0.ffn.experts.2.w3.weight"), r"no tensor 'layers\.0\.ffn\.experts\.2\.w3\.weight', expected sh"),
     (without("layers.0.ffn.experts.2.w3.scale"), r"found no tensor 'layers\.0\.ffn\.experts\.2\.w3\.scale'"),
     (without("layers.2.attn.wo_a.scale"), r"no tensor 'layers\.2\.attn\.wo_a\.scale' or '.*wo_a\.weight_scale_inv'"),
-    (without("mtp.0.h_proj.weight"), r"no tensor 'mtp\.0\.h_proj\.weight', .*\(--mtp skip leaves the head out\)"),
+    (without("mtp.0.h_proj.weight"), r"no tensor 'mtp\.0\.h_proj\.weight', .*\(--draft skip leaves head or"),
     (put(**{"norm.weight": f32(5)}), r"'norm\.weight': found F32 of shape \(5,\), expected .* of shape \(256,\)"),
     (put(**{"layers.1.ffn.gate.bias": ("I64", (3,), bytes(24))}), r"gate\.bias': found I64 of shape \(3,\), expected"),
     (put(**{"layers.1.attn.wkv.scale": f32(1, 1)}), r"wkv\.scale': found F32 of shape \(1, 1\), expected .* \(1, 2\)"),
@@ -547,7 +547,7 @@ def test_bad_containers(name, contents, message, folders, tmp_path):
     else:
         (source / name).write_bytes(contents)
     with pytest.raises(Ds4Error, match=message):
-        hf.open_source(source)
+        hf.open_sources(source)
 
 
 def test_truncated_and_doubled_shards(folders, tmp_path):
@@ -557,17 +557,17 @@ def test_truncated_and_doubled_shards(folders, tmp_path):
     with pytest.raises(
         Ds4Error, match=rf"{SHARD}: tensor '.*' ends at byte \d+, found a file of \d+ bytes; truncated\?"
     ):
-        hf.open_source(source)
+        hf.open_sources(source)
     (source / INDEX).unlink()
     shutil.copy(source / SHARD.replace("2-", "1-"), source / SHARD)
     with pytest.raises(Ds4Error, match=rf"found in {SHARD.replace('2-', '1-')} and in {SHARD}"):
-        hf.open_source(source)
+        hf.open_sources(source)
     for path in source.glob("*.safetensors"):
         path.unlink()
     with pytest.raises(Ds4Error, match=r"found no \*\.safetensors"):
-        hf.open_source(source)
+        hf.open_sources(source)
     with pytest.raises(Ds4Error, match="no such folder"):
-        hf.open_source(tmp_path / "nothing")
+        hf.open_sources(tmp_path / "nothing")
 
 
 @pytest.mark.parametrize(
@@ -743,9 +743,9 @@ def test_a_gguf_file_in_other_types(folders, tmp_path):
     for source, out in ((folders("official+mtp"), "a"), (tmp_path / "f32.gguf", "b")):
         convert(source, tmp_path / f"{out}.gguf", RECIPES["q2"], imatrix=tmp_path / "i.gguf")
     assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
-    convert(tmp_path / "a.gguf", tmp_path / "c.gguf", RECIPES["q2"], mtp="skip")  # what is coarse already is read too
+    convert(tmp_path / "a.gguf", tmp_path / "c.gguf", RECIPES["q2"], draft="skip")  # what is coarse already is read too
     assert open_checkpoint(tmp_path / "c.gguf").cfg.n_mtp == 0
-    convert(tmp_path / "a.gguf", tmp_path / "head.gguf", RECIPES["q4"], mtp="only")
+    convert(tmp_path / "a.gguf", tmp_path / "head.gguf", RECIPES["q4"], draft="only")
     assert open_mtp(tmp_path / "head.gguf", CFG).types["mtp.0.ffn_up_exps.weight"] == Type.Q4_K
-    with pytest.raises(Ds4Error, match=r"c\.gguf: found no MTP head \(--mtp only\)"):
-        convert(tmp_path / "c.gguf", tmp_path / "d.gguf", RECIPES["q4"], mtp="only")
+    with pytest.raises(Ds4Error, match=r"c\.gguf: found no MTP head \(--draft only\)"):
+        convert(tmp_path / "c.gguf", tmp_path / "d.gguf", RECIPES["q4"], draft="only")

@@ -223,7 +223,7 @@ def test_every_part_counts_for_states_on_disk(parts, tmp_path, monkeypatch):
 
 
 def test_parts_are_a_source_for_convert(parts, plain):
-    split, whole = regguf.open_source(parts[1]), regguf.open_source(plain)
+    (split,), (whole,) = regguf.open_sources(parts[1]), regguf.open_sources(plain)
     assert (split.cfg, split.table) == (whole.cfg, whole.table) and len(split.identity) == len(parts)
     for spec in whole.table:
         if spec.kind != "matrix":

@@ -15,7 +15,7 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -28,7 +28,6 @@ from ds4jax.errors import Ds4Error, show
 from ds4jax.formats import FORMATS
 from ds4jax.formats.quantize import quantize
 from ds4jax.io import gguf, hf, recipes, regguf
-from ds4jax.io.checkpoint import MTP_ARCHITECTURE
 from ds4jax.io.gguf import Layout, TensorData, TensorInfo
 from ds4jax.io.imatrix import Entry, Imatrix
 from ds4jax.io.recipes import Recipe, Type
@@ -39,52 +38,80 @@ MARGIN = 1 << 30  # bytes of disk that must stay free
 _GIB, _READ = 1 << 30, 1 << 25
 
 
+def drafter_path(out: str | Path) -> Path:
+    """Where a drafter goes by default that is converted with a model: NAME-dspark.gguf beside NAME.gguf."""
+    return Path(out).with_name(f"{Path(out).stem}-dspark.gguf")
+
+
 def convert(
     source: str | Path,
     out: str | Path,
     recipe: Recipe,
     types: Mapping[str, Type] | None = None,
     imatrix: str | Path | None = None,
-    mtp: hf.Mtp = "keep",
+    draft: hf.Draft = "keep",
     restart: bool = False,
     progress: bool = False,
-) -> None:
-    """Convert a checkpoint folder or a GGUF file, `source`, to the GGUF file `out`; continue if it was begun.
+    draft_out: str | Path | None = None,
+) -> list[Path]:
+    """Convert a checkpoint folder or a GGUF file, `source`, to the GGUF file `out`; → the files written.
 
-    recipe, types: see `recipes.choose`. imatrix: importances of the columns for the quantizers. mtp: see
-    `hf.open_source`. restart: begin again even if there is a part of the file already. progress: a bar on stderr.
-    The same arguments give the same bytes on the same kind of device. Raises Ds4Error; all that can be known to be
-    wrong before reading the weights' values is known before anything is written.
+    A file that was begun is continued. A DSpark drafter in the checkpoint becomes a second file, `draft_out` or
+    `drafter_path`, which is begun before the first is complete, so that the same call always goes on with both.
+
+    recipe, types: see `recipes.choose`. imatrix: importances of the columns for the quantizers. draft: see
+    `hf.open_sources`. restart: begin again even if there is a part of a file already. progress: what is left out, what
+    has no importances, and a bar, on stderr. The same arguments give the same bytes on the same kind of device. Raises
+    Ds4Error; all that can be known to be wrong before reading the weights' values is known before anything is written.
     """
-    out = Path(out)
-    if out.exists():
-        raise Ds4Error(f"{out}: exists already, expected a new file")
-    opened = (regguf if Path(source).is_file() else hf).open_source(source, mtp)
-    chosen = recipes.choose(opened.table, recipe, types or {})
+    sources = (regguf if Path(source).is_file() else hf).open_sources(source, draft)
+    outs = [Path(out), Path(draft_out or drafter_path(out))][: len(sources)]
+    if draft_out and len(sources) < 2:
+        raise Ds4Error(f"{source}: found no drafter beside a model to be written, expected one for {draft_out}")
+    if len({path.absolute() for path in outs}) < len(outs):
+        raise Ds4Error(f"{out}: found the same file for model and drafter, expected two")
+    chosen = recipes.choose([spec for opened in sources for spec in opened.table], recipe, types or {})
     importances = Imatrix.read(imatrix) if imatrix else None
-    metadata = _metadata(opened, importances, mtp)
-    plan = gguf.layout(metadata, [(spec.name, spec.shape, chosen[spec.name]) for spec in opened.table])
+    entries = {spec.name: _entry(spec, importances) for opened in sources for spec in opened.table}
+    if importances is not None and not any(entries.values()):
+        raise Ds4Error(f"{imatrix}: found sums for none of the tensors, such as {next(reversed(entries))}")
+    plans = []
+    for opened in sources:
+        metadata = opened.metadata() | (_of_imatrix(importances) if importances else {})
+        plans.append(gguf.layout(metadata, [(spec.name, spec.shape, chosen[spec.name]) for spec in opened.table]))
     inputs = {
-        "config, tokenizer or types": hashlib.sha256(plan.header).hexdigest(),
-        "weights": hashlib.sha256("\n".join(opened.identity).encode()).hexdigest(),
+        "config, tokenizer or types": hashlib.sha256(b"".join(plan.header for plan in plans)).hexdigest(),
+        "weights": hashlib.sha256("\n".join(sources[0].identity).encode()).hexdigest(),
         "importances": _file_sha256(imatrix) if imatrix else None,
         "software or device": f"ds4jax {ds4jax.__version__}, jax {jax.__version__}, {jax.devices()[0].device_kind}",
     }
-    entries = {spec.name: _entry(spec, importances) for spec in opened.table}
-    if importances is not None and not any(entries.values()):
-        raise Ds4Error(f"{imatrix}: found sums for none of the tensors, such as {opened.table[-1].name}")
-    with Partial(out, plan, inputs, restart) as partial:
-        if progress and partial.done:
-            print(f"going on after {len(partial.done)} of {len(plan.tensors)} tensors", file=sys.stderr)
-        bar = tqdm(total=plan.size, unit="B", unit_scale=True, desc="converting", disable=not progress)
-        for spec in opened.table:
-            info = plan.tensors[spec.name]
-            if spec.name not in partial.done:
-                pieces = functools.partial(_pieces, opened, spec, info.type, entries[spec.name])
-                partial.write(info, gguf.pieces(spec.name, TensorData(info.shape, info.type, pieces)))
-            bar.update(info.offset + info.nbytes - bar.n)
-        bar.close()
-        partial.finish()
+    notes = [note for opened in sources for note in opened.notes] + _without_importances(entries, importances)
+    if progress and notes:
+        print(*notes, sep="\n", file=sys.stderr)
+    jobs = list(zip(sources, plans, outs, strict=True))
+    if not restart and outs[0].exists() and [Partial.begun(path) for path in outs] == [False, True]:
+        jobs = jobs[1:]  # the model is complete, and its drafter was begun with it
+    for _, _, path in jobs:
+        if path.exists():
+            raise Ds4Error(f"{path}: exists already, expected a new file")
+    _check_disk([(path, plan.size) for _, plan, path in jobs])
+    bar = tqdm(
+        total=sum(plan.size for plan in plans), unit="B", unit_scale=True, desc="converting", disable=not progress
+    )
+    with contextlib.ExitStack() as stack:
+        partials = [stack.enter_context(Partial(path, plan, inputs, restart)) for _, plan, path in jobs]
+        stack.callback(bar.close)
+        if progress and (done := sum(len(partial.done) for partial in partials)):
+            bar.write(f"going on after {done} of {sum(len(plan.tensors) for _, plan, _ in jobs)} tensors", sys.stderr)
+        for (opened, plan, _), partial in zip(jobs, partials, strict=True):
+            for spec in opened.table:
+                info = plan.tensors[spec.name]
+                if spec.name not in partial.done:
+                    pieces = functools.partial(_pieces, opened, spec, info.type, entries[spec.name])
+                    partial.write(info, gguf.pieces(spec.name, TensorData(info.shape, info.type, pieces)))
+                bar.update(info.nbytes)
+            partial.finish()
+    return outs
 
 
 def _file_sha256(path: str | Path) -> str:
@@ -111,15 +138,28 @@ def _pieces(opened: hf.Source, spec: TensorSpec, qtype: Type, entry: Entry | Non
             raise Ds4Error(f"tensor {show(spec.name)}: {error}") from None
 
 
-def _metadata(opened: hf.Source, importances: Imatrix | None, mtp: hf.Mtp) -> dict[str, Any]:
-    if mtp == "only":
-        return {"general.architecture": MTP_ARCHITECTURE}
-    metadata = {**opened.cfg.to_metadata(), "general.quantization_version": 2, **opened.about()}
-    if importances is not None:  # as llama.cpp notes it
-        metadata["quantize.imatrix.dataset"] = ", ".join(importances.datasets)
-        metadata["quantize.imatrix.entries_count"] = len(importances.entries)
-        metadata["quantize.imatrix.chunks_count"] = importances.chunks
-    return metadata
+def _of_imatrix(importances: Imatrix) -> dict[str, Any]:
+    """Metadata, as llama.cpp notes it."""
+    return {
+        "quantize.imatrix.dataset": ", ".join(importances.datasets),
+        "quantize.imatrix.entries_count": len(importances.entries),
+        "quantize.imatrix.chunks_count": importances.chunks,
+    }
+
+
+def _without_importances(entries: Mapping[str, Entry | None], importances: Imatrix | None) -> list[str]:
+    """Lines that name the routed experts whose columns count alike, as the importances say nothing of them."""
+    if importances is None:
+        return []
+    experts = {name: entry for name, entry in entries.items() if "_exps." in name}
+    lacking = [name for name, entry in experts.items() if entry is None]
+    out = []
+    if lacking:
+        out.append(f"no importances for {len(lacking)} of {len(experts)} tensors of experts: {', '.join(lacking)}")
+    for name, entry in experts.items():
+        if entry is not None and (unused := np.flatnonzero(entry.counts == 0)).size:
+            out.append(f"no importances for experts of {name}, which saw no token: {', '.join(map(str, unused))}")
+    return out
 
 
 class Partial:
@@ -133,12 +173,11 @@ class Partial:
     """
 
     def __init__(self, out: Path, plan: Layout, inputs: Mapping[str, str | None], restart: bool):
-        """Opens or creates FILE.partial; Ds4Error if it was begun with other inputs, is in use, or has no room."""
+        """Opens or creates FILE.partial; Ds4Error if it was begun with other inputs or is in use."""
         self._out, self._plan = out, plan
-        self._path = out.with_name(f"{out.name}.partial")
-        self._journal_path = out.with_name(f"{out.name}.partial.json")
+        self._path = _partial(out)
+        self._journal_path = _journal(out)
         self.done: set[str] = set()
-        _check_disk(self._path, plan.size)
         with self._no_os_errors():
             self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
             self._journal = open(self._journal_path, "a+b", buffering=0)
@@ -149,6 +188,11 @@ class Partial:
         except BaseException:
             self.close()
             raise
+
+    @staticmethod
+    def begun(out: Path) -> bool:
+        """Whether there is a part of the file already."""
+        return _journal(out).exists()
 
     def _resume(self, inputs: Mapping[str, str | None], restart: bool) -> None:
         self._journal.seek(0)
@@ -239,14 +283,25 @@ def _record(line: bytes) -> Any:
         return None
 
 
-def _check_disk(partial: Path, size: int) -> None:
-    try:
-        have = partial.stat().st_blocks * 512 if partial.exists() else 0
-        free = shutil.disk_usage(partial.parent).free
-    except OSError as error:
-        raise Ds4Error(f"{partial.parent}: {error.strerror}, expected a folder for the new file") from None
-    if free + have < size + MARGIN:
-        raise Ds4Error(
-            f"{partial.parent}: found {free / _GIB:.1f} GiB free, expected {(size - have) / _GIB:.1f} GiB for the file "
-            f"and {MARGIN / _GIB:.0f} GiB to spare"
-        )
+def _partial(out: Path) -> Path:
+    return out.with_name(f"{out.name}.partial")
+
+
+def _journal(out: Path) -> Path:
+    return out.with_name(f"{out.name}.partial.json")
+
+
+def _check_disk(files: Sequence[tuple[Path, int]]) -> None:
+    """Raises Ds4Error unless there is room for all of these, path and size, and MARGIN besides."""
+    for folder in {path.parent for path, _ in files}:
+        paths = [(_partial(path), size) for path, size in files if path.parent == folder]
+        try:
+            missing = sum(size - (p.stat().st_blocks * 512 if p.exists() else 0) for p, size in paths)
+            free = shutil.disk_usage(folder).free
+        except OSError as error:
+            raise Ds4Error(f"{folder}: {error.strerror}, expected a folder for the new file") from None
+        if free < missing + MARGIN:
+            raise Ds4Error(
+                f"{folder}: found {free / _GIB:.1f} GiB free, expected {missing / _GIB:.1f} GiB for the file "
+                f"and {MARGIN / _GIB:.0f} GiB to spare"
+            )

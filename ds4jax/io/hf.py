@@ -1,9 +1,9 @@
 """A Hugging Face checkpoint of DeepSeek-V4: safetensors shards, config.json, tokenizer.json.
 
 Opened, every tensor of `ds4jax.model.tensors` is known to be there with the right shape and dtype; reading takes one
-slab of rows at a time. Names are DeepSeek's own (``layers.3.attn.wq_a.weight``) or transformers'
-(``model.layers.3.self_attn.q_a_proj.weight``), with or without a leading
-``model.``, in any mixture: transformers itself writes one.
+slab of rows at a time. A DSpark drafter, 0731's, becomes a file of its own. Names are DeepSeek's own
+(``layers.3.attn.wq_a.weight``) or transformers' (``model.layers.3.self_attn.q_a_proj.weight``), with or without a
+leading ``model.``, in any mixture: transformers itself writes one.
 
 Weights are F32, F16 or BF16; or E4M3 with one scale per block of 128 × 128; or E2M1, two values a byte (the first in
 the low nibble), with one scale per 32 values. The scales are powers of two (E8M0).
@@ -28,16 +28,18 @@ import ml_dtypes
 import numpy as np
 import tokenizers
 
-from ds4jax.config import ModelConfig
+from ds4jax.config import DrafterConfig, ModelConfig
 from ds4jax.errors import Ds4Error, show
 from ds4jax.files import LARGE, read_small
+from ds4jax.io import drafter
+from ds4jax.io.checkpoint import MTP_ARCHITECTURE
 from ds4jax.io.tokenizer import Tokenizer
-from ds4jax.model.tensors import TensorSpec, mtp_table, tensor_table
+from ds4jax.model.tensors import TensorSpec, drafter_table, mtp_table, tensor_table
 from ds4jax.profile import MARKER
 from pallas_kernels.numerics import e2m1
 
 Array = jax.Array
-Mtp = Literal["keep", "skip", "only"]
+Draft = Literal["keep", "skip", "only"]  # what becomes of the MTP head, or of the DSpark drafter
 
 INDEX = "model.safetensors.index.json"
 _MAX_HEADER = 100 << 20  # the format's own limit
@@ -54,6 +56,10 @@ _DTYPES = {
 }
 _FLOATS, _PACKED, _IDS = ("F32", "F16", "BF16"), ("I8", "U8"), ("I64", "I32")
 _E2M1_BLOCK = (1, 32)
+_LOST_SCALES = (
+    "; copies in FP8 alone may have lost those of wo_a, which other engines hold in bfloat16: convert the original "
+    "repository"
+)
 
 # ---- names: family of a tensor → DeepSeek's name, transformers' name (and what it writes when it saves) --------------
 _COMPRESSOR = {
@@ -101,11 +107,6 @@ _TOP = {
     "head.norm": ("norm.weight",),
     **{f"head.hc.{leaf}": (f"hc_head_{leaf}", f"hc_head.hc_{leaf}") for leaf in ("fn", "base", "scale")},
 }
-_MTP = {  # transformers has no MTP head
-    **{f"{name}": (f"{name}.weight",) for name in ("e_proj", "h_proj", "enorm", "hnorm")},
-    "head.norm": ("norm.weight",),
-    **{f"head.hc.{leaf}": (f"hc_head_{leaf}",) for leaf in ("fn", "base", "scale")},
-}
 # DeepSeek has three tensors for each expert; transformers two for all of them, gate above up in one.
 _EXPERTS = {
     "ffn.experts.gate": ("w1", "gate_up_proj", 0),
@@ -116,12 +117,16 @@ _EXPERTS = {
 
 def _names(spec: TensorSpec) -> tuple[str, ...]:
     """The names, less ``model.``, that a checkpoint may have for a tensor other than the routed experts'."""
-    family = spec.family.removeprefix("mtp.")
-    if family != spec.family:
-        return tuple(f"mtp.0.{name}" for name in (_MTP.get(family) or _BLOCK[family][:1]))
-    if spec.layer is None:
-        return _TOP[family]
-    return tuple(f"layers.{spec.layer}.{name}" for name in _BLOCK[family])
+    if spec.layer is not None:  # transformers has neither MTP head nor drafter
+        return tuple(f"{_prefix(spec)}.{name}" for name in _BLOCK[spec.role][: 1 if spec.family != spec.role else None])
+    if spec.family == spec.role:
+        return _TOP[spec.role]
+    return (spec.name.removesuffix(".weight") if spec.role.startswith("head.hc.") else spec.name,)
+
+
+def _prefix(spec: TensorSpec) -> str:
+    """What the names of a block's tensors begin with: ``layers.3``, or ``mtp.0`` as in the file to be written."""
+    return ".".join(spec.name.replace("blk.", "layers.", 1).split(".")[:2])
 
 
 # What only images need, in DeepSeek-V4-Flash-Vision-Exp: encoder, embeddings, and the routers' bias for their tokens.
@@ -286,9 +291,10 @@ def _dequantize(codes: Array, scale: Array, columns: int) -> Array:
 class Source:
     """An open checkpoint.
 
-    cfg: with n_mtp = 1 if the table has the head. table: every tensor of the file to be written, in its order.
-    matrices: name → a tensor's matrices, one or one per expert. plain: name → vectors and ids, as they are stored.
-    identity: what tells the files from others. about: reads the metadata of the tokenizer, and of the model's origin.
+    cfg: the model's, with n_mtp = 1 if the table has the head. table: every tensor of the file to be written, in its
+    order. matrices: name → a tensor's matrices, one or one per expert. plain: name → vectors and ids, as they are
+    stored. identity: what tells the files from others. metadata: reads that of the file to be written, with tokenizer
+    and origin. notes: lines that say what is left out.
     """
 
     cfg: ModelConfig
@@ -296,7 +302,8 @@ class Source:
     matrices: Mapping[str, Sequence[Matrix]]
     plain: Mapping[str, Stored]
     identity: list[str]
-    about: Callable[[], dict[str, Any]]
+    metadata: Callable[[], dict[str, Any]]
+    notes: Sequence[str] = ()
 
     def slabs(self, spec: TensorSpec, weights: int) -> Iterator[tuple[int, Array]]:
         """A matrix tensor in order: (index of the matrix, float32 rows of it), each of about `weights` values."""
@@ -316,44 +323,94 @@ class Source:
         return values.astype(np.int32 if spec.kind == "ids" else np.float32)
 
 
-def open_source(folder: str | Path, mtp: Mtp = "keep") -> Source:
-    """Opens a checkpoint and checks all but the weights' values.
+def open_sources(folder: str | Path, draft: Draft = "keep") -> list[Source]:
+    """Opens a checkpoint and checks all but the weights' values; → what each file is made from that shall be written.
 
-    mtp: the multi-token-prediction head (``mtp.0.*``): ``keep`` it with the model if there is one, ``skip`` it, or take
-        ``only`` it. Raises Ds4Error naming the file, key or tensor, what was found and what was expected.
+    draft: a one-layer MTP head (``mtp.0.e_proj``) is kept with the model, a DSpark drafter (``mtp.0.main_proj``) in a
+        file of its own, the second; ``skip`` leaves either out, and ``only`` takes nothing else. Raises Ds4Error naming
+        the file, key or tensor, what was found and what was expected.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise Ds4Error(f"{folder}: no such folder, expected a Hugging Face checkpoint")
     config = _object(folder / "config.json")
+    _refuse_nvfp4(folder, config)
     try:
         cfg = ModelConfig.from_hf(config)
     except Ds4Error as error:
         raise Ds4Error(f"{folder / 'config.json'}: {error}") from None
     stored, identity = read_shards(folder)
     finder = _Finder(folder, config, stored)
-    has_mtp = any(name.startswith("mtp.") for name in finder.stored)
-    if mtp == "only" and not has_mtp:
-        raise Ds4Error(f"{folder}: found no tensor mtp.0.*, expected an MTP head (--mtp only)")
-    table = [] if mtp == "only" else tensor_table(cfg)
-    if has_mtp and mtp != "skip":
-        cfg = dataclasses.replace(cfg, n_mtp=1)
-        table = table + mtp_table(cfg, "mtp")
-    matrices, plain = {}, {}
-    for spec in table:
-        if spec.kind != "matrix":
-            plain[spec.name] = finder.plain(spec)
-        elif spec.family.removeprefix("mtp.") in _EXPERTS:
-            matrices[spec.name] = finder.experts(spec)
+    in_mtp = [name for name in finder.stored if name.startswith("mtp.")]
+    with_drafter = any(key.startswith("dspark_") for key in config) or "mtp.0.main_proj.weight" in in_mtp
+    if draft == "only" and not in_mtp:
+        raise Ds4Error(f"{folder}: found no tensor mtp.0.*, expected an MTP head or a drafter (--draft only)")
+    table = [] if draft == "only" else tensor_table(cfg)
+    drafter_cfg = None
+    if in_mtp and draft != "skip":
+        if with_drafter:
+            stages = 1 + max((int(found[1]) for name in in_mtp if (found := _STAGE.match(name))), default=0)
+            try:
+                drafter_cfg = DrafterConfig.from_hf(config, stages, cfg)
+            except Ds4Error as error:
+                raise Ds4Error(f"{folder / 'config.json'}: {error} (--draft skip leaves the drafter out)") from None
         else:
-            matrices[spec.name] = [finder.matrix(_names(spec), spec.shape)]
-    finder.check_no_others("" if mtp == "only" else "mtp." if mtp == "skip" else None)
+            cfg = dataclasses.replace(cfg, n_mtp=1)
+            table = table + mtp_table(cfg, "mtp")
+    origin = _origin(folder)
 
-    def about() -> dict[str, Any]:
-        marker = MARKER if any(key.startswith("dspark_") for key in config) else {}  # its drafter came with 0731
-        return read_tokenizer(folder, cfg.vocab_size).to_metadata() | marker
+    def of_model() -> dict[str, Any]:
+        if draft == "only":
+            return {"general.architecture": MTP_ARCHITECTURE}
+        tokenizer = read_tokenizer(folder, cfg.vocab_size).to_metadata()
+        return cfg.to_metadata() | _QUANTIZED | tokenizer | (MARKER if with_drafter else {}) | origin
 
-    return Source(cfg, table, matrices, plain, identity, about)
+    def of_drafter() -> dict[str, Any]:
+        assert drafter_cfg
+        hashes = {f"{name}_sha256": file for name, file in (("config", "config.json"), ("index", INDEX))}
+        hashes = {name: _sha256(folder / file) for name, file in hashes.items() if (folder / file).exists()}
+        said = {f"dspark.source.{name.removeprefix('general.source.')}": v for name, v in (origin | hashes).items()}
+        return drafter.to_metadata(drafter_cfg) | _QUANTIZED | MARKER | said
+
+    out = []
+    if table:
+        out.append(Source(cfg, table, *finder.find_all(table), identity, of_model))
+    if drafter_cfg:
+        table = drafter_table(cfg, drafter_cfg)
+        out.append(Source(cfg, table, *finder.find_all(table), identity, of_drafter))
+    if only_for_images := finder.check_no_others(draft):
+        some = ", ".join(only_for_images[:3]) + (", ..." if len(only_for_images) > 3 else "")
+        note = f"left out: {len(only_for_images)} tensors that only images need, which are not supported: {some}"
+        out[0] = dataclasses.replace(out[0], notes=[note])
+    return out
+
+
+_STAGE = re.compile(r"mtp\.(\d{1,2})\.")
+_QUANTIZED = {"general.quantization_version": 2}
+
+
+def _refuse_nvfp4(folder: Path, config: Mapping[str, Any]) -> None:
+    """Raises Ds4Error for NVIDIA's FP4, whose scales are of another kind, as ModelOpt or llm-compressor write it."""
+    own = folder / "hf_quant_config.json"
+    said = {folder / "config.json": config.get("quantization_config")} | ({own: _object(own)} if own.exists() else {})
+    for path, options in said.items():
+        if "nvfp4" in json.dumps(options).lower():
+            raise Ds4Error(
+                f"{path}: found weights in NVFP4, expected DeepSeek's FP8 and FP4, or bfloat16; convert the original "
+                "repository, such as deepseek-ai/DeepSeek-V4-Flash-0731"
+            )
+
+
+def _origin(folder: Path) -> dict[str, str]:
+    """Metadata with the revision of a repository that Hugging Face's tools fetched, as they note it; else nothing."""
+    note = folder / ".cache" / "huggingface" / "download" / "config.json.metadata"
+    line = read_small(note, LARGE).split(b"\n")[0].decode("ascii", "replace") if note.is_file() else ""
+    revision = folder.resolve().name if folder.resolve().parent.name == "snapshots" else line
+    return {"general.source.revision": revision} if re.fullmatch("[0-9a-f]{40}", revision) else {}
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(read_small(path, LARGE)).hexdigest()
 
 
 class _Finder:
@@ -373,7 +430,7 @@ class _Finder:
             raise Ds4Error(f"{self.folder}: found both {show(found[0])} and {show(found[1])}, expected one of them")
         if not found:
             other = f" or {show(names[1])}" if len(names) > 1 else ""
-            hint = " (--mtp skip leaves the head out)" if names[0].startswith("mtp.") else ""
+            hint = " (--draft skip leaves head or drafter out)" if names[0].startswith("mtp.") else ""
             raise Ds4Error(f"{self.folder}: found no tensor {show(names[0])}{other}, expected shape {shape}{hint}")
         self.used.add(found[0])
         return self.stored[found[0]]
@@ -385,6 +442,17 @@ class _Finder:
                 f"expected {' or '.join(dtypes)} of shape {shape}"
             )
         return tensor
+
+    def find_all(self, table: Sequence[TensorSpec]) -> tuple[dict[str, Sequence[Matrix]], dict[str, Stored]]:
+        """The matrices and the plain tensors of a table, by name."""
+        plain = {spec.name: self.plain(spec) for spec in table if spec.kind != "matrix"}
+        matrices: dict[str, Sequence[Matrix]] = {}
+        for spec in table:
+            if spec.kind == "matrix":
+                matrices[spec.name] = (
+                    self.experts(spec) if spec.role in _EXPERTS else [self.matrix(_names(spec), spec.shape)]
+                )
+        return matrices, plain
 
     def plain(self, spec: TensorSpec) -> Stored:
         return self.check(self.find(_names(spec), spec.shape), spec.shape, _IDS if spec.kind == "ids" else _FLOATS)
@@ -401,17 +469,21 @@ class _Finder:
         scale_shape = (*shape[:-2], -(-shape[-2] // block[0]), -(-shape[-1] // block[1]))
         name = weight.name.removeprefix("model.")
         stem = name.removesuffix(".weight")
-        scale = self.find(
-            [f"{stem}.scale", f"{stem}.weight_scale_inv"] if stem != name else [f"{name}_scale_inv"], scale_shape
-        )
+        names = [f"{stem}.scale", f"{stem}.weight_scale_inv"] if stem != name else [f"{name}_scale_inv"]
+        if not self.stored.keys() & set(names):
+            raise Ds4Error(
+                f"{weight.path}: found no tensor {' or '.join(map(show, names))}, expected shape {scale_shape}: "
+                f"{show(weight.name)} is {weight.dtype}, which means nothing without its scales"
+                f"{_LOST_SCALES if '.wo_a.' in name else ''}"
+            )
+        scale = self.find(names, scale_shape)
         self.check(scale, scale_shape, ("F8_E8M0", "F32", "BF16"))
         return Matrix(weight, rows, scale=scale, block=block)
 
     def experts(self, spec: TensorSpec) -> list[Matrix]:
-        family = spec.family.removeprefix("mtp.")
-        own, theirs, half = _EXPERTS[family]
+        own, theirs, half = _EXPERTS[spec.role]
         n, rows, columns = spec.shape
-        prefix = "mtp.0" if family != spec.family else f"layers.{spec.layer}"
+        prefix = _prefix(spec)
         fused = f"{prefix}.mlp.experts.{theirs}"
         if fused not in self.stored:
             each = (f"{prefix}.ffn.experts.{e}.{own}.weight" for e in range(n))
@@ -437,13 +509,15 @@ class _Finder:
             )
         return block[0], block[1]
 
-    def check_no_others(self, ignored: str | None) -> None:
-        """Raises unless every tensor is used, but for what images need and those whose names begin with `ignored`."""
-        others = [n for n in self.stored.keys() - self.used if ignored is None or not n.startswith(ignored)]
-        others = [n for n in others if not _IMAGES.fullmatch(n)]
-        if others:
-            some = ", ".join(map(show, sorted(others)[:3])) + (", ..." if len(others) > 3 else "")
+    def check_no_others(self, draft: Draft) -> list[str]:
+        """Raises unless every tensor is used that `draft` does not leave out; → those that only images need."""
+        ignored = {"keep": [], "skip": [True], "only": [False]}[draft]
+        others = sorted(n for n in self.stored.keys() - self.used if n.startswith("mtp.") not in ignored)
+        only_for_images = [n for n in others if _IMAGES.fullmatch(n)]
+        if others := [n for n in others if not _IMAGES.fullmatch(n)]:
+            some = ", ".join(map(show, others[:3])) + (", ..." if len(others) > 3 else "")
             raise Ds4Error(f"{self.folder}: {len(others)} tensors that belong to no known part of the model: {some}")
+        return only_for_images
 
 
 # ---- tokenizer -------------------------------------------------------------------------------------------------------

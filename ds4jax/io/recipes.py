@@ -24,18 +24,25 @@ def fits(spec: TensorSpec, qtype: Type) -> bool:
     return spec.shape[-1] % GGML_QUANT_SIZES[qtype][0] == 0
 
 
-def _published(gate_up: Type, down: Type) -> Recipe:
-    """The types of the published files, which differ only in the routed experts; those of the MTP head are Q4_K."""
+_Q2, _Q4, _MXFP4 = (Type.IQ2_XXS, Type.Q2_K), (Type.Q4_K, Type.Q4_K), (Type.MXFP4, Type.MXFP4)
+
+
+def _published(experts: tuple[Type, Type], late: tuple[Type, Type], mtp: tuple[Type, Type] = _Q4) -> Recipe:
+    """The types of the published files, which differ only in the routed experts.
+
+    experts: of gate and up, and of down, for the model's layers and a drafter's stages. late: from layer 37 on, of 43.
+    mtp: of an MTP head.
+    """
 
     def types(spec: TensorSpec) -> Type:
-        family = spec.family.removeprefix("mtp.")
-        if family.startswith("ffn.experts."):
-            if family != spec.family:
-                return Type.Q4_K
-            return down if family.endswith("down") else gate_up
-        if family in ("head.out", "e_proj", "h_proj", "eh_proj") or family.startswith("ffn.shared."):
+        role, of_drafter = spec.role, spec.family.startswith("dspark.")
+        if role.startswith("ffn.experts."):
+            of_mtp, is_late = spec.family.startswith("mtp."), not of_drafter and (spec.layer or 0) >= 37
+            gate_up, down = mtp if of_mtp else late if is_late else experts
+            return down if role.endswith("down") else gate_up
+        if role in ("head.out", "e_proj", "h_proj", "eh_proj") or role.startswith("ffn.shared."):
             return Type.Q8_0
-        if family.startswith("attn.") and not family.startswith("attn.hc."):
+        if role.startswith("attn.") and not role.startswith("attn.hc.") or of_drafter and ".hc." not in role:
             return Type.Q8_0
         return Type.F16
 
@@ -46,8 +53,10 @@ RECIPES: dict[str, Recipe] = {
     "f32": lambda spec: Type.F32,
     "f16": lambda spec: Type.F16,
     "q8": lambda spec: Type.Q8_0,
-    "q2": _published(Type.IQ2_XXS, Type.Q2_K),
-    "q4": _published(Type.Q4_K, Type.Q4_K),
+    "q2": _published(_Q2, _Q2),
+    "q2-q4": _published(_Q2, late=_Q4),
+    "q4": _published(_Q4, _Q4),
+    "mxfp4": _published(_MXFP4, _MXFP4, mtp=_MXFP4),
 }
 
 
@@ -68,8 +77,8 @@ def parse_types(pairs: Iterable[str]) -> dict[str, Type]:
 def choose(table: Sequence[TensorSpec], recipe: Recipe, overrides: Mapping[str, Type]) -> dict[str, Type]:
     """Tensor name → type for every tensor of a table.
 
-    overrides: by family, or by the start of one up to a dot (``ffn.experts`` is all three of them, ``mtp`` the whole
-        head); the longest wins.
+    overrides: by family, or by the start of one up to a dot (``ffn.experts`` is all three of them, ``mtp`` or
+        ``dspark`` the whole head or drafter); the longest wins.
     Raises ConfigError if an override is about no matrix, or where rows are not whole blocks of their type.
     """
     out, used = {}, set()

@@ -12,11 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ds4jax.config import ModelConfig
 from ds4jax.errors import Ds4Error
 from ds4jax.formats import FORMATS
-from ds4jax.io.checkpoint import Checkpoint, open_checkpoint
+from ds4jax.io.checkpoint import MTP_ARCHITECTURE, Checkpoint, open_checkpoint
 from ds4jax.io.gguf import GGUFFile
-from ds4jax.io.hf import Mtp, Source
+from ds4jax.io.hf import Draft, Source
 from ds4jax.io.tokenizer import Tokenizer
 from ds4jax.model.tensors import mtp_table, tensor_table
 from ds4jax.profile import MARKER, choose
@@ -59,18 +60,18 @@ class Plain:
         return self.file.array(self.name)
 
 
-def open_source(path: str | Path, mtp: Mtp = "keep") -> Source:
-    """Opens a GGUF model and checks all but the weights' values. mtp: as for `hf.open_source`. Raises Ds4Error."""
+def open_sources(path: str | Path, draft: Draft = "keep") -> list[Source]:
+    """Opens a GGUF model and checks all but the weights' values. draft: as for `hf.open_sources`. Raises Ds4Error."""
     checkpoint = open_checkpoint(path)
     cfg, file = checkpoint.cfg, checkpoint.file
-    if mtp == "only" and not checkpoint.mtp:
-        raise Ds4Error(f"{path}: found no MTP head (--mtp only)")
-    if mtp != "skip" and checkpoint.mtp == "nextn":
+    if draft == "only" and not checkpoint.mtp:
+        raise Ds4Error(f"{path}: found no MTP head (--draft only)")
+    if draft != "skip" and checkpoint.mtp == "nextn":
         raise Ds4Error(
-            f"{path}: found an MTP head named blk.{cfg.n_layers}.nextn.*, expected mtp.0.* (--mtp skip leaves it out)"
+            f"{path}: found an MTP head named blk.{cfg.n_layers}.nextn.*, expected mtp.0.* (--draft skip leaves it out)"
         )
-    table = [] if mtp == "only" else tensor_table(cfg)
-    if mtp == "skip":
+    table = [] if draft == "only" else tensor_table(cfg)
+    if draft == "skip":
         cfg = dataclasses.replace(cfg, n_mtp=0)
     elif checkpoint.mtp:
         table = table + mtp_table(cfg, checkpoint.mtp)
@@ -83,12 +84,16 @@ def open_source(path: str | Path, mtp: Mtp = "keep") -> Source:
             count = math.prod(spec.shape[:-2])
             matrices[spec.name] = [Matrix(file, spec.name, rows, i * rows) for i in range(count)]
     identity = [f"{part.path.name} {part.status.st_size} {part.status.st_mtime_ns}" for part in file.parts]
-    return Source(cfg, table, matrices, plain, identity, functools.partial(_about, checkpoint))
+    return [Source(cfg, table, matrices, plain, identity, functools.partial(_metadata, checkpoint, cfg, draft))]
 
 
-def _about(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Metadata of the tokenizer, and what the file says of its origin."""
+def _metadata(checkpoint: Checkpoint, cfg: ModelConfig, draft: Draft) -> dict[str, Any]:
+    """The new file's metadata, with the tokenizer and what the file says of its origin."""
+    if draft == "only":
+        return {"general.architecture": MTP_ARCHITECTURE}
     found = checkpoint.file.metadata
     marker = MARKER if choose("auto", found, checkpoint.file.path.name).name == "0731" else {}
-    kept = ("general.name", "general.description", "general.license", "general.author", "general.url")
-    return {key: found[key] for key in kept if key in found} | marker | Tokenizer.from_metadata(found).to_metadata()
+    kept = ("name", "description", "license", "author", "url", "source.revision")
+    said = {key: found[key] for name in kept if (key := f"general.{name}") in found}
+    own = cfg.to_metadata() | {"general.quantization_version": 2}
+    return own | said | marker | Tokenizer.from_metadata(found).to_metadata()
