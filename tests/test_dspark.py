@@ -10,12 +10,18 @@ import numpy as np
 import pytest
 import random_weights
 
+from ds4jax import training
 from ds4jax.config import DrafterConfig
 from ds4jax.errors import ConfigError
 from ds4jax.io import synthetic
+from ds4jax.io.checkpoint import open_checkpoint
+from ds4jax.io.drafter import to_metadata
+from ds4jax.io.gguf import TensorData, write_gguf
+from ds4jax.io.load import load_drafter
 from ds4jax.model import cache as kv
 from ds4jax.model import dspark, transformer, weights
 from ds4jax.model.compute import Compute
+from ds4jax.model.tensors import drafter_table, tensor_table
 
 DRAFTER = DrafterConfig(stages=2, block_size=4, markov_rank=16, noise_token=95, target_layers=(0, 1))
 # Layers without compression, so that the reference is short; everything that a drafter has is there.
@@ -139,6 +145,44 @@ def test_only_accepted_tokens_enter_the_windows(model, prompts):
     again = write(d, cache, np.where(np.arange(6)[:, None] < 2, features, 9.0), cache.length, 2 * n)
     np.testing.assert_array_equal(found.window["x"], again.window["x"])
     assert (found.window["x"] != cache.window["x"]).any(-1).sum() == DRAFTER.stages * len(LENGTHS) * 2
+
+
+@pytest.mark.slow
+def test_training_sees_what_drafting_computes(model):
+    """Blocks within a text, taught all at once, against the text up to each of them, and the block after it."""
+    w, d, _ = model
+    tokens, anchors, slots = ids(2, 41, seed=4), np.array([[7], [30]], np.int32), DRAFTER.block_size
+    _, parts = jax.jit(functools.partial(training.drafter_loss, cfg=CFG, compute=PLAIN))(
+        d, w, tokens, np.ones((2, 41), bool), anchors
+    )
+    _, said = jax.jit(functools.partial(training.taught, cfg=CFG, compute=PLAIN))(w, tokens[:, :-1])
+    cache = extend(w, d, kv.empty(CFG, "plain", "float32", 2, 64), tokens[:, :-1], anchors[:, 0])
+    row, ahead = np.arange(2)[:, None], anchors + np.arange(slots)
+
+    @jax.jit
+    def q(cache, before):
+        h = dspark.hidden(w, d, cache, before[:, 0], jnp.full(2, slots, jnp.int32), CFG, PLAIN)
+        return jax.nn.softmax(dspark.after(d, dspark.base(w, d, h, CFG, PLAIN), h, before, PLAIN)[0])
+
+    apart = np.abs(q(cache, tokens[row, ahead]) - jax.nn.softmax(said[row, ahead])).sum(-1)
+    np.testing.assert_allclose(parts["accepted"], (1 - apart / 2).mean(0), rtol=1e-4)
+
+
+def test_a_file_loads_to_the_weights_that_it_was_written_from(tmp_path, model):
+    _, d, named = model
+
+    def write(name, metadata, table):
+        types = {spec.name: synthetic.storage_type(spec, random_weights.F32) for spec in table}
+        data = {s.name: TensorData(s.shape, types[s.name], functools.partial(named.get, s.name)) for s in table}
+        write_gguf(tmp_path / name, metadata, data.items())
+        return tmp_path / name
+
+    main = open_checkpoint(write("model.gguf", CFG.to_metadata(), tensor_table(CFG)))
+    path = write("drafter.gguf", to_metadata(DRAFTER), drafter_table(CFG, DRAFTER))
+    found, cfg = load_drafter(path, main)
+    assert cfg.drafter == DRAFTER and list(cfg.stages) == [3, 4]  # here without an MTP head
+    for (where, a), b in zip(jax.tree.leaves_with_path(found), jax.tree.leaves(d), strict=True):
+        np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(where))
 
 
 def test_a_drafter_is_one_of_the_config():
