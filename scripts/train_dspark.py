@@ -37,8 +37,9 @@ from ds4jax.model.weights import Dspark, Weights  # noqa: E402
 from ds4jax.paths import embedded_model  # noqa: E402
 from ds4jax.tools import cli  # noqa: E402
 
-# Two stages gain most over one. The noise token is a byte that UTF-8 has not, so that no text contains it.
-DRAFTER = DrafterConfig(stages=2, block_size=5, markov_rank=32, noise_token=0xC0, target_layers=(1, 2, 3))
+# Two stages gain most over one. The rank is as small as the kernels take it. The noise token is a byte that UTF-8 does
+# not have, so that no text contains it.
+DRAFTER = DrafterConfig(stages=2, block_size=5, markov_rank=128, noise_token=0xC0, target_layers=(1, 2, 3))
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_string("data", "build/tiny", "Folder that scripts/tiny_data.py wrote.", flag_values=FLAGS)
