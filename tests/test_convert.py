@@ -58,6 +58,11 @@ OFFICIAL = {
     "norm.weight": "norm.weight",
     "e_proj.weight": "e_proj.weight",
     "h_proj.weight": "h_proj.weight",
+    "main_proj.weight": "main_proj.weight",
+    "main_norm.weight": "main_norm.weight",
+    "markov_head.markov_w1.weight": "markov_head.markov_w1.weight",
+    "markov_head.markov_w2.weight": "markov_head.markov_w2.weight",
+    "confidence_head.proj.weight": "confidence_head.proj.weight",
 }
 for _hc in ("hc_attn", "hc_ffn", "hc_head"):
     OFFICIAL |= {f"{_hc}_{leaf}.weight": f"{_hc}_{leaf}" for leaf in ("fn", "base", "scale")}

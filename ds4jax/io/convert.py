@@ -192,7 +192,7 @@ class Partial:
     @staticmethod
     def begun(out: Path) -> bool:
         """Whether there is a part of the file already."""
-        return _journal(out).exists()
+        return _partial(out).exists()
 
     def _resume(self, inputs: Mapping[str, str | None], restart: bool) -> None:
         self._journal.seek(0)
