@@ -249,6 +249,16 @@ def test_lost_scales_of_wo_a(tmp_path):
         hf.open_sources(tmp_path / "s")
 
 
+def test_a_drafter_that_is_told_of_but_not_there(tmp_path):
+    files = changed(without(*(name for name in FILES.stored if name.startswith("mtp."))))
+    files.write(tmp_path / "s")
+    (model,) = hf.open_sources(tmp_path / "s")
+    assert model.notes == [f"no drafter: {tmp_path / 's' / 'config.json'} tells of one, but there are no tensors mtp.*"]
+    assert sign_of_0731(model.metadata(), "m.gguf") == "general.version"
+    with error("found no tensor mtp.0.*, expected an MTP head or a drafter (--draft only)"):
+        hf.open_sources(tmp_path / "s", "only")
+
+
 # ---- Vision-Exp ------------------------------------------------------------------------------------------------------
 def test_what_only_images_need_is_named(tmp_path, capsys):
     names = ("vision.norm.weight", "aligner.w1.bias", "image_start", "image_pad", "layers.1.ffn.gate.bias_vl")

@@ -276,6 +276,11 @@ def test_what_only_images_need_is_left_out(plain, tmp_path):
     path = rewrite(plain, tmp_path / "m.gguf", without={f"{PREFIX}vocab_size"}, changes=changes, more=biases)
     assert config(path) == dataclasses.replace(cfg, norm_eps=float(np.float32(1e-20)))
     assert right(rewrite(plain, path, more=biases))
+    with open_checkpoint(path).file as file:
+        assert not any("_vl" in name for name in file.tensors)
+    (source,) = regguf.open_sources(path)
+    names = "blk.0.exp_probs_b_vl.bias, blk.1.exp_probs_b_vl.bias, blk.2.exp_probs_b_vl.bias, ..."
+    assert source.notes == [f"left out: 4 tensors that only images need, which are not supported: {names}"]
     for wrong in (
         {"blk.0.exp_probs_b_vl.bias": np.ones(3, np.float32)},
         {"v.blk.0.norm.weight": np.ones(3, np.float32)},

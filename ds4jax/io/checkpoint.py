@@ -32,6 +32,7 @@ class Checkpoint:
 
     types: tensor name → storage type, for every tensor.
     mtp: the layout of the MTP head, or None. mtp_file: the file it is in, where that is not `file`.
+    left_out: names of the tensors of `file` that only images need.
     """
 
     file: GGUFFile
@@ -39,6 +40,7 @@ class Checkpoint:
     types: dict[str, GGMLQuantizationType]
     mtp: MtpLayout | None
     mtp_file: GGUFFile | None = None
+    left_out: tuple[str, ...] = ()
 
     def holder(self, name: str) -> GGUFFile:
         """The file that has tensor `name`."""
@@ -58,7 +60,7 @@ class Checkpoint:
                 f"DeepSeek-V4-Flash-0731 and later have a DSpark drafter instead{found}"
             )
         head = open_mtp(path, self.cfg)
-        return Checkpoint(self.file, head.cfg, self.types | head.types, head.mtp, head.file)
+        return Checkpoint(self.file, head.cfg, self.types | head.types, head.mtp, head.file, self.left_out)
 
 
 def check_tensors(file: GGUFFile, table: Sequence[TensorSpec]) -> None:
@@ -131,12 +133,12 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
             raise GGUFError(f"tensor {show(drafter)}: found a DSpark drafter, expected {expected}")
         file.metadata = dialect.complete(file.metadata, file.tensors)
         cfg = ModelConfig.from_metadata(file.metadata, file.tensors)
-        file.tensors = dialect.without_images(file.tensors, cfg)
+        all_tensors, file.tensors = file.tensors, dialect.without_images(file.tensors, cfg)
         layout = mtp_layout(cfg, file.tensors)
         table = tensor_table(cfg) + (mtp_table(cfg, layout) if layout else [])
         checkpoint = _checkpoint(file, cfg, table, layout)
         check_expert_ids(file, cfg)
-        return checkpoint
+        return dataclasses.replace(checkpoint, left_out=tuple(sorted(all_tensors.keys() - file.tensors.keys())))
 
 
 def open_mtp(path: str | os.PathLike, cfg: ModelConfig) -> Checkpoint:

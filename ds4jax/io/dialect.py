@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ds4jax.config import PREFIX, ModelConfig
@@ -117,6 +117,12 @@ def without_images(tensors: Tensors, cfg: ModelConfig) -> dict[str, TensorInfo]:
     """
     biases = {f"blk.{i}.exp_probs_b_vl.bias" for i in range(cfg.n_layers + cfg.n_mtp)}
     return {name: t for name, t in tensors.items() if name not in biases or t.shape != (cfg.n_experts,)}
+
+
+def without_images_note(names: Sequence[str]) -> str:
+    """A line that names tensors which are left out because only images need them."""
+    some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return f"left out: {len(names)} tensors that only images need, which are not supported: {some}"
 
 
 def sidecar(tensors: Tensors, cfg: ModelConfig) -> dict[str, TensorInfo]:

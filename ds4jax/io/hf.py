@@ -33,6 +33,7 @@ from ds4jax.errors import Ds4Error, show
 from ds4jax.files import LARGE, read_small
 from ds4jax.io import drafter
 from ds4jax.io.checkpoint import MTP_ARCHITECTURE
+from ds4jax.io.dialect import without_images_note
 from ds4jax.io.tokenizer import Tokenizer
 from ds4jax.model.tensors import TensorSpec, drafter_table, mtp_table, tensor_table
 from ds4jax.profile import MARKER
@@ -130,7 +131,7 @@ def _prefix(spec: TensorSpec) -> str:
 
 
 # What only images need, in DeepSeek-V4-Flash-Vision-Exp: encoder, embeddings, and the routers' bias for their tokens.
-_IMAGES = re.compile(r"(vision|aligner)\..*|image_(start|end|newline|pad)|layers\.\d+\.ffn\.gate\.bias_vl")
+_IMAGES = re.compile(r"(vision|aligner)\..*|image_(start|end|newline|pad)|(layers|mtp)\.\d+\.ffn\.gate\.bias_vl")
 
 
 # ---- shards ----------------------------------------------------------------------------------------------------------
@@ -378,11 +379,12 @@ def open_sources(folder: str | Path, draft: Draft = "keep") -> list[Source]:
     if drafter_cfg:
         table = drafter_table(cfg, drafter_cfg)
         out.append(Source(cfg, table, *finder.find_all(table), identity, of_drafter))
+    notes = []
     if only_for_images := finder.check_no_others(draft):
-        some = ", ".join(only_for_images[:3]) + (", ..." if len(only_for_images) > 3 else "")
-        note = f"left out: {len(only_for_images)} tensors that only images need, which are not supported: {some}"
-        out[0] = dataclasses.replace(out[0], notes=[note])
-    return out
+        notes.append(without_images_note(only_for_images))
+    if with_drafter and not in_mtp and draft == "keep":
+        notes.append(f"no drafter: {folder / 'config.json'} tells of one, but there are no tensors mtp.*")
+    return [dataclasses.replace(out[0], notes=notes), *out[1:]]
 
 
 _STAGE = re.compile(r"mtp\.(\d{1,2})\.")

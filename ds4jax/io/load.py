@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import math
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -29,6 +30,7 @@ from tqdm import tqdm
 from ds4jax.config import ModelConfig
 from ds4jax.formats import FORMATS
 from ds4jax.io.checkpoint import Checkpoint, open_checkpoint
+from ds4jax.io.dialect import without_images_note
 from ds4jax.io.drafter import open_drafter
 from ds4jax.io.gguf import GGUFFile
 from ds4jax.model import weights
@@ -55,11 +57,14 @@ def load(
 
     Returns the weights, all of them in place, and the open checkpoint (config, metadata). Beside the weights this needs
     at most SLAB_BYTES * IN_FLIGHT bytes on the devices, and two to three times as many on the host. Raises GGUFError or
-    ConfigError. progress: show a bar on stderr. mtp_path: a file with the MTP head, where `source` has none.
+    ConfigError. progress: a bar, and what is left out, on stderr. mtp_path: a file with the MTP head, where `source`
+    has none.
     """
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     if mtp_path is not None:
         checkpoint = checkpoint.with_mtp(mtp_path)
+    if progress and checkpoint.left_out:
+        print(without_images_note(checkpoint.left_out), file=sys.stderr)
     tree = weights.abstract(checkpoint.cfg, checkpoint.types)
     return _load(tree, checkpoint.holder, mesh, progress), checkpoint
 

@@ -16,6 +16,7 @@ from ds4jax.config import ModelConfig
 from ds4jax.errors import Ds4Error
 from ds4jax.formats import FORMATS
 from ds4jax.io.checkpoint import MTP_ARCHITECTURE, Checkpoint, open_checkpoint
+from ds4jax.io.dialect import without_images_note
 from ds4jax.io.gguf import GGUFFile
 from ds4jax.io.hf import Draft, Source
 from ds4jax.io.tokenizer import Tokenizer
@@ -84,7 +85,9 @@ def open_sources(path: str | Path, draft: Draft = "keep") -> list[Source]:
             count = math.prod(spec.shape[:-2])
             matrices[spec.name] = [Matrix(file, spec.name, rows, i * rows) for i in range(count)]
     identity = [f"{part.path.name} {part.status.st_size} {part.status.st_mtime_ns}" for part in file.parts]
-    return [Source(cfg, table, matrices, plain, identity, functools.partial(_metadata, checkpoint, cfg, draft))]
+    metadata = functools.partial(_metadata, checkpoint, cfg, draft)
+    notes = [without_images_note(checkpoint.left_out)] if checkpoint.left_out else []
+    return [Source(cfg, table, matrices, plain, identity, metadata, notes)]
 
 
 def _metadata(checkpoint: Checkpoint, cfg: ModelConfig, draft: Draft) -> dict[str, Any]:
