@@ -15,6 +15,7 @@ A query at position t sees
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
@@ -98,12 +99,18 @@ def prepare(
             q, kv, Norm(a.kv_norm, cfg.norm_eps), inputs.angles[ratio], cache.length, inputs.n, cache.window, layer,
             row=row, dtype=attend.query_dtype(kernels["attend"], h.dtype), implementation=kernels["latent"],
         )  # fmt: skip
+    tap(layer, "rows", lambda: jax.tree.map(lambda x: x[:, cfg.window :], made.near))
     cache = dataclasses.replace(cache, window=made.window)
     if ratio:
         fed = []
         for (kind, c), z, g in zip(families.items(), rest[::2], rest[1::2], strict=False):
             is_index = kind == "index"
             fed.append(compress.Compressor(z, g, c.ape, Norm(c.norm, cfg.norm_eps), key if is_index else row, is_index))
+            tap(
+                layer,
+                kind,
+                functools.partial(compress.values, fed[-1], cache.length, ratio, getattr(cache, kind).z.dtype),
+            )
         with jax.named_scope("compressors"):
             moved = compress.compress(
                 fed, [getattr(cache, kind) for kind in families], cache.length, inputs.n, inputs.angles[ratio],
@@ -144,8 +151,8 @@ def attention(
     with jax.named_scope("attend"):
         o = attend.attend(
             made.latent.queries, made.latent.near, rows, chosen, inputs.first, a.sinks, inputs.angles[ratio],
-            layer=layer, nth=nth, ratio=ratio, row=row, dtype=h.dtype, query_blocks=compute.query_blocks,
-            implementation=kernels["attend"],
+            layer=layer, nth=nth, ratio=ratio, row=row, dtype=h.dtype, causal=inputs.causal,
+            query_blocks=compute.query_blocks, implementation=kernels["attend"],
         )  # fmt: skip
     with jax.named_scope("projections"):
         o = o.reshape(len(h), cfg.o_groups, -1)

@@ -109,18 +109,7 @@ def _compressor(
         fed, kept, position, active.astype(jnp.int32), angles, nth[0], ratio=states[0].z.shape[2], freq=None,
         numerics="official",
     )  # fmt: skip
-    # The kernel writes one slot of z and g, and none where the token closes a window.
-    R, b = states[0].z.shape[2], jnp.arange(position.size)
-    at = nth[0], b, position % R
-    stores = (active.astype(bool) & (position % R != R - 1))[:, None]
-
-    def slot(old: Array, new: Array) -> Array:
-        return old.at[at].set(jnp.where(stores, new[at], old[at]))
-
-    return tuple(
-        compressor_kernel.State(m.rows, slot(s.z, m.z), slot(s.g, m.g), m.prev_z, m.prev_g)
-        for m, s in zip(moved, states, strict=True)
-    )
+    return tuple(compressor_kernel.State(s.rows, s.z, s.g, s.prev_z, s.prev_g) for s in moved)
 
 
 def _indexer(

@@ -73,15 +73,25 @@ def latent(
     else:
         q = q.reshape(B, T, -1, row.dim).astype(wide(q.dtype))
         queries = rope.turn(rms_norm(q, norm.eps), angles.cos[:, :, None], angles.sin[:, :, None])
-    kv = rope.turn(norm(kv).reshape(B, T, -1), angles.cos, angles.sin)
-    new = row.encode(kv)
-    moved = _store(new, window, layer, length, n)
+    new = rows(kv, norm, angles, row)
+    moved = store(new, window, layer, length, n)
     return Latent(queries.astype(dtype), moved if T == 1 else _slide(new, window, layer, length), moved)
 
 
-def _store(new: num.Rows, window: num.Rows, layer: int, length: Array, n: Array) -> num.Rows:
-    """The rings with the last W of the n real new rows (B, T, ·) in them."""
-    (B, T), W = next(iter(new.values())).shape[:2], next(iter(window.values())).shape[2]
+def rows(kv: Float[Array, "S D"], norm: Norm, angles: rope.Angles, row: num.RowFormat) -> num.Rows:
+    """The window rows of T tokens of B sequences, planes (B, T, ·), from their projections kv."""
+    B, T, _ = angles.cos.shape
+    return row.encode(rope.turn(norm(kv).reshape(B, T, -1), angles.cos, angles.sin))
+
+
+def store(
+    new: num.Rows, window: num.Rows, layer: int | slice, length: Int32[Array, "B"], n: Int32[Array, "B"]
+) -> num.Rows:
+    """The rings (L, B, W, ·) with the last W of the n real new rows in them.
+
+    new: of one layer (B, T, ·), of several (L', B, T, ·). length: the position of the first.
+    """
+    (B, T), W = next(iter(new.values())).shape[-3:-1], next(iter(window.values())).shape[2]
     t = jnp.arange(T, dtype=jnp.int32)
     kept = (t < n[:, None]) & (t >= n[:, None] - W)
     slot = jnp.where(kept, lax.rem(length[:, None] + t, np.int32(W)), W)  # out of range: dropped
