@@ -101,11 +101,12 @@ def measure(w: Weights, d: Dspark, cfg: ModelConfig, prompts: np.ndarray, n: int
         anchor = jnp.asarray(said[np.arange(len(said)), right])
         rights += right[going].tolist()
         sure += np.asarray(confidence)[going].tolist()
-    rights, sure, slots = np.array(rights), np.array(sure), cfg.drafter.block_size if cfg.drafter else 0
-    reached = [(rights >= j).sum() for j in range(slots + 1)]
+    rights, sure = np.array(rights), np.array(sure)
+    slots = range(sure.shape[1])
+    reached = [int((rights >= j).sum()) for j in range(len(slots) + 1)]
     return {
-        "accepted by slot": [round(reached[j + 1] / max(1, reached[j]), 3) for j in range(slots)],
-        "confidence by slot": [round(float(sure[rights >= j, j].mean()), 3) for j in range(slots)],
+        "accepted by slot": [round(reached[j + 1] / max(1, reached[j]), 3) for j in slots],
+        "confidence by slot": [round(sure[rights >= j, j].sum() / max(1, reached[j]), 3) for j in slots],
         "tokens per round": round(1 + rights.mean(), 3),
         "rounds": len(rights),
         "answers that differ": sum(tokens[:n] != want.tolist() for tokens, want in zip(out, expected, strict=True)),
