@@ -245,6 +245,7 @@ class ModelConfig:
     hc_eps: float  # hyper_connection.epsilon: 1e-6
     norm_eps: float  # attention.layer_norm_rms_epsilon: 1e-6
     n_mtp: int = 0  # multi-token-prediction heads found in the file: 0 or 1
+    drafter: DrafterConfig | None = None  # of the DSpark drafter that goes with the model, from a file of its own
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, Any], tensors: Collection[str] = ()) -> Self:
@@ -393,12 +394,18 @@ class ModelConfig:
         return self.head_dim - self.rope_dim
 
     def ratio(self, layer: int) -> int:
-        """The compression ratio of a layer. The block of an MTP head, layer number `n_layers`, has 0."""
+        """The compression ratio of a layer. The block of an MTP head and the stages of a drafter have 0."""
         return self.compress_ratios[layer] if layer < self.n_layers else 0
 
     def clamp(self, layer: int) -> float:
-        """The clamp of a layer's SwiGLU. The block of an MTP head has that of the last layer."""
+        """The clamp of a layer's SwiGLU. The block of an MTP head and the stages of a drafter have the last layer's."""
         return self.swiglu_clamp[min(layer, self.n_layers - 1)]
+
+    @property
+    def stages(self) -> range:
+        """The numbers of the drafter's blocks: they follow the main layers and the block of the MTP head."""
+        first = self.n_layers + self.n_mtp
+        return range(first, first + (self.drafter.stages if self.drafter else 0))
 
     def layers_of_ratio(self, ratio: int) -> tuple[int, ...]:
         """Indices of the layers whose compression ratio is `ratio`."""

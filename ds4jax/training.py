@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.scipy.special import logsumexp
 from jax.typing import ArrayLike
@@ -21,10 +22,10 @@ from ds4jax.config import CSA_RATIO, ModelConfig
 from ds4jax.formats import Quantized
 from ds4jax.formats.quantize import quantize
 from ds4jax.io.recipes import RECIPES
-from ds4jax.model import attention, mtp, transformer, weights
+from ds4jax.model import attention, dspark, mtp, transformer, weights
 from ds4jax.model import cache as kv
 from ds4jax.model.compute import Compute, inputs
-from ds4jax.model.weights import Stack, SwiGLU, Weights, WeightSpec
+from ds4jax.model.weights import Dspark, Route, Stack, SwiGLU, Weights, WeightSpec
 from ds4jax.numerics.precision import lookup, matmul, wide
 from ds4jax.ops import index, mhc
 
@@ -44,15 +45,23 @@ def init(cfg: ModelConfig, seed: int, tid2eid: ArrayLike) -> Weights:
     Matrices have deviation 1/√in; those that add to the streams are smaller, by √(2·layers). Hyper-connections start
     near a plain residual: a sub-layer reads the mean of the streams and adds to each, and the streams hardly mix.
     """
-    tree = weights.abstract(cfg, RECIPES["f32"])
+    return _init(weights.abstract(cfg, RECIPES["f32"]), cfg, seed, tid2eid)
+
+
+def init_drafter(cfg: ModelConfig, seed: int) -> Dspark:
+    """Initial float32 weights of the drafter `cfg.drafter`, as those of a model are."""
+    return _init(weights.abstract_drafter(cfg, RECIPES["f32"]), cfg, seed, None)
+
+
+def _init(tree: Any, cfg: ModelConfig, seed: int, tid2eid: ArrayLike | None) -> Any:
     specs, treedef = jax.tree.flatten(tree)
     keys = jax.random.split(jax.random.key(seed), len(specs))
     leaves = [_init_leaf(spec, key, cfg, tid2eid) for spec, key in zip(specs, keys, strict=True)]
     return jax.tree.unflatten(treedef, leaves)
 
 
-def _init_leaf(spec: WeightSpec, key: Array, cfg: ModelConfig, tid2eid: ArrayLike):
-    family, shape, N = spec.tensors[0].family.removeprefix("mtp."), spec.shape, cfg.n_streams
+def _init_leaf(spec: WeightSpec, key: Array, cfg: ModelConfig, tid2eid: ArrayLike | None):
+    family, shape, N = spec.tensors[0].role, spec.shape, cfg.n_streams
     leaf = family.rsplit(".", 1)[-1]
     noise = jax.random.normal(key, shape, jnp.float32)
     if leaf == "tid2eid":
@@ -126,9 +135,9 @@ def index_loss(h: Array, w: Weights, layer: int, cfg: ModelConfig, compute: Comp
     counts = position >= 2 * CSA_RATIO - 1
     target = paid / jnp.where(counts, paid.sum(-1), 1)[..., None]
 
-    assert made.latent.index_queries is not None and made.index_weight is not None
+    assert made.index_queries is not None and made.index_weight is not None
     scores = index.scores(
-        made.latent.index_queries, made.index_weight, cache.index.rows, nth, position, key=key, ratio=CSA_RATIO
+        made.index_queries, made.index_weight, cache.index.rows, nth, position, key=key, ratio=CSA_RATIO
     )
     found = jax.nn.log_softmax(jnp.where(visible, scores, -1e30), axis=-1)
     divergence = target * (jnp.log(jnp.maximum(target, 1e-30)) - jnp.maximum(found, -1e3))
@@ -200,7 +209,85 @@ def loss(w: Weights, tokens: Array, mask: Array, cfg: ModelConfig, compute: Comp
 
 def balance(w: Weights, loads: Array) -> Weights:
     """Move every routing bias by BALANCE_RATE against its expert's load (arXiv:2408.15664). loads: see `forward`."""
-    (bias,) = w.route.bias.groups
+    return dataclasses.replace(w, route=balanced(w.route, loads))
+
+
+def balanced(route: Route, loads: Array) -> Route:
+    """`balance`, of the biases alone."""
+    (bias,) = route.bias.groups
     bias = bias + BALANCE_RATE * jnp.sign(loads.mean(-1, keepdims=True) - loads)
-    route = dataclasses.replace(w.route, bias=dataclasses.replace(w.route.bias, groups=(bias,)))
-    return dataclasses.replace(w, route=route)
+    return dataclasses.replace(route, bias=dataclasses.replace(route.bias, groups=(bias,)))
+
+
+# ---- the drafter -----------------------------------------------------------------------------------------------------
+def taught(w: Weights, tokens: Array, cfg: ModelConfig, compute: Compute) -> tuple[Array, Array]:
+    """What a drafter learns from: of tokens (B, T), the features (B, T, K) and the model's logits (B, T, vocab)."""
+    B, T = tokens.shape
+    cache = kv.zeros(cfg, compute.numerics, compute.dtype, B, T)
+    taps = dspark.Taps(cfg)
+    s, _ = transformer.run(w, cache, tokens, jnp.full((B,), T, jnp.int32), cfg, compute, taps)
+    said = transformer.head(s, w.head, cfg, compute).reshape(B, T, -1)
+    return lax.stop_gradient((taps.features(B), said))
+
+
+def drafter_loss(
+    d: Dspark, w: Weights, tokens: Array, mask: Array, anchors: Array, cfg: ModelConfig, compute: Compute
+) -> tuple[Array, dict[str, Array]]:
+    """The training loss of a drafter whose model w stays as it is, and its parts.
+
+    tokens (B, T + 1): texts, of which those marked in mask are to be predicted. anchors (B, A): positions of a block's
+    first token, from 1 to T - slots. Slot k is taught the model's distribution p of the token k + 1 after the anchor,
+    with the true tokens before it; q is the drafter's:
+
+        Σ_k exp(-k / slots) [0.1 · CE + 0.9 · |q - p|₁ + BCE(confidence, 1 - |q - p|₁ / 2)] / Σ_k exp(-k / slots)
+
+    over the slots up to the first that is not to be predicted (DeepSpec). Returns the loss and ``accepted`` (slots),
+    the probability 1 - |q - p|₁ / 2 that a sampled draft is accepted; ``agreement`` (slots), how often q and p have the
+    same first choice; ``loads`` (stages, n_experts).
+    """
+    assert cfg.drafter is not None
+    (B, A), slots, W = anchors.shape, cfg.drafter.block_size, cfg.window
+    given = tokens[:, :-1]
+    features, said = taught(w, given, cfg, compute)
+    row = jnp.arange(B, dtype=jnp.int32)[:, None, None]
+    ahead = anchors[..., None] + jnp.arange(slots, dtype=jnp.int32)
+    taught_logits, true, counts = said[row, ahead], tokens[row, ahead + 1], mask[row, ahead + 1]
+    counts = jnp.cumprod(counts.astype(jnp.float32), axis=-1).reshape(B * A, slots)
+
+    # The window of each anchor: the slot of a ring holds the newest position of its number before the anchor.
+    context = dspark.context(d, features, jnp.zeros((B,), jnp.int32), cfg, compute)
+    back = lax.rem(anchors[..., None] - 1 + W - jnp.arange(W, dtype=jnp.int32), np.int32(W))
+    at = jnp.maximum(anchors[..., None] - 1 - back, 0)
+    cache = kv.zeros(cfg, compute.numerics, compute.dtype, B * A, 1)
+
+    def ring(empty: Array, rows: Array) -> Array:
+        rows = rows[:, row, at].reshape(len(cfg.stages), B * A, W, -1)
+        return jnp.concatenate([empty[: cfg.stages.start], rows.astype(empty.dtype)])
+
+    cache = dataclasses.replace(
+        cache, length=anchors.reshape(-1), window=jax.tree.map(ring, cache.window, context)
+    )  # fmt: skip
+    chosen: list[Array] = []
+
+    def tap(_, name: str, value: Any) -> None:
+        if name == "routing":
+            chosen.append(value.ids)
+
+    before = given[row, ahead].reshape(B * A, slots)
+    h = dspark.hidden(w, d, cache, before[:, 0], jnp.full((B * A,), slots, jnp.int32), cfg, compute, tap)
+    logits, sure = dspark.after(d, dspark.base(w, d, h, cfg, compute), h, before, compute)
+
+    p, log_q = jax.nn.softmax(taught_logits.reshape(logits.shape)), jax.nn.log_softmax(logits)
+    apart = jnp.abs(jnp.exp(log_q) - p).sum(-1)
+    accepted = lax.stop_gradient(1 - apart / 2)
+    cross_entropy = -jnp.take_along_axis(log_q, true.reshape(B * A, slots, 1), axis=-1)[..., 0]
+    confidence = jax.nn.softplus(sure) - accepted * sure
+    weight = counts * jnp.exp(-jnp.arange(slots) / slots)
+    total = jnp.sum(weight * (0.1 * cross_entropy + 0.9 * apart + confidence)) / jnp.maximum(weight.sum(), 1)
+
+    def by_slot(x: Array) -> Array:
+        return (x * counts).sum(0) / jnp.maximum(counts.sum(0), 1)
+
+    same = (jnp.argmax(logits, -1) == jnp.argmax(p, -1)).astype(jnp.float32)
+    loads = [jax.nn.one_hot(ids, cfg.n_experts).sum(1).mean(0) for ids in chosen]
+    return total, {"accepted": by_slot(accepted), "agreement": by_slot(same), "loads": jnp.stack(loads)}

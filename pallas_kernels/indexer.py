@@ -2,7 +2,8 @@
 
 A program decodes a block of keys once, 68 bytes each, to bfloat16 (exact: E2M1 times a power of two) and then takes
 some queries in turn: its keys are the M of a matrix product and the heads of a query or two the N, so that the sum over
-heads stays within the four threads that share an accumulator row. Keys that no query sees are not read.
+heads stays within the four threads that share an accumulator row. Keys that no query sees are not read, and get no
+score: what is written does not grow with the room that there is for keys.
 
 Decoding of one sequence reads 68 bytes a key, 4.3 µs of an H200 at 262,144 keys, and takes as long on its tensor cores,
 16 kFLOP a key, and in decoding, some 8 instructions a value; below some 50,000 keys the launch is what it costs.
@@ -14,7 +15,6 @@ Formulas: ds4jax/ops/index.py, `scores` and `visible`; the planes are those of d
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -90,7 +90,12 @@ class Shape:
     def nbytes(self) -> int:
         last = self.position + self.queries - 5 * np.arange(self.batch)
         read = int(np.minimum(last // self.ratio, self.keys).sum()) * (self.dim // 2 + self.dim // BLOCK)
-        return read + self.batch * self.queries * (self.heads * (2 * self.dim + 4) + 4 * self.keys)
+        return read + self.batch * self.queries * self.heads * (2 * self.dim + 4) + 4 * self._seen()
+
+    def defined(self, score: Array, inputs: tuple[Array, ...]) -> Array:
+        """What the result says: the scores with -inf in place of those that say nothing."""
+        key = jnp.arange(self.keys, dtype=jnp.int32)
+        return jnp.where((key + 1) * self.ratio <= inputs[4][..., None] + 1, score, -jnp.inf)
 
     @property
     def flops(self) -> int:
@@ -127,39 +132,29 @@ def _kernel(q, weight, codes, exponents, position, layer, score, *, ratio: int, 
     b, first = pl.program_id(2), pl.program_id(1) * c.queries
     H = q.shape[1] // position.shape[1]
     start, nth = pl.program_id(0) * c.keys, layer[0]
-    rows, row = pl.ds(start, c.keys), start + lax.iota(jnp.int32, c.keys)
-    stored = row < score.shape[-1]
+    rows, stored = pl.ds(start, c.keys), start + lax.iota(jnp.int32, c.keys) < score.shape[-1]
 
-    def store(t: Array, values: Array) -> None:
-        plgpu.store(score.at[b, pl.ds(t, c.together), rows], values, mask=stored[None])
-
-    def for_queries(body: Callable[[Array], None]) -> None:
-        lax.fori_loop(0, c.queries // c.together, lambda i, _: body(first + i * c.together), None)
-
-    def loaded(t: Array) -> tuple[Array, Array, Array]:
+    def loaded(t: Array) -> tuple[Array, Array]:
         heads = pl.ds(t * H, c.together * H)
-        return q[b, heads], weight[b, heads], position[b, pl.ds(t, c.together)]
+        return q[b, heads], weight[b, heads]
 
-    def compute() -> None:
+    latest = jnp.max(position[b, pl.ds(first, c.queries)])
+
+    @pl.when((start + 1) * ratio <= latest + 1)
+    def _():
         # The loop is pipelined, but what a single product takes would be loaded only when the keys are decoded.
         alone = loaded(first) if c.queries == c.together else None
         scales = plgpu.load(exponents.at[nth, b, rows], mask=stored[:, None], other=0)
         keys = _decoded(plgpu.load(codes.at[nth, b, rows], mask=stored[:, None, None], other=0), scales)
 
-        def body(t: Array) -> None:
-            query, w, at = alone or loaded(t)
+        def body(i: Array, _: None) -> None:
+            t = first + i * c.together
+            query, w = alone or loaded(t)
             dots = jnp.dot(keys, query.T, preferred_element_type=jnp.float32)
             terms = (jnp.maximum(dots, 0.0) * w).reshape(c.keys, c.together, H)
-            seen = (row + 1) * ratio <= at[:, None] + 1
-            store(t, jnp.where(seen, jnp.sum(terms, axis=2).T, -jnp.inf))
+            plgpu.store(score.at[b, pl.ds(t, c.together), rows], jnp.sum(terms, axis=2).T, mask=stored[None])
 
-        for_queries(body)
-
-    def fill() -> None:
-        for_queries(lambda t: store(t, jnp.full((c.together, c.keys), -jnp.inf, jnp.float32)))
-
-    latest = jnp.max(position[b, pl.ds(first, c.queries)])
-    lax.cond((start + 1) * ratio <= latest + 1, compute, fill)
+        lax.fori_loop(0, c.queries // c.together, body, None)
 
 
 @functools.cache
@@ -212,7 +207,7 @@ def op(
     config: common.Choice[Config, Shape] | None = None,
     interpret: bool = False,
 ) -> Array:
-    """Scores of all stored keys of a layer, -inf for those that a query does not see.
+    """Scores of the stored keys of a layer that a query sees; in place of the others there is anything.
 
     q: bfloat16 (B, T, H, D), rotated and rounded to E2M1 times powers of two. weight: float32 (B, T, H).
     codes: uint8 (L, B, N, D/2), byte i holding dims 2i (low nibble) and 2i + 1; exponents: uint8 (L, B, N, D/32), of

@@ -275,7 +275,7 @@ def _build(shape: Shape, config: Config, interpret: bool) -> Callable:
                 rows=n_rows,
                 first=split * (shape.k // config.splits),
                 x=lambda token, columns: x[token, *group, columns],
-                weight=lambda columns: None if norm is None else norm[layer[0], columns],
+                weight=lambda columns: None if norm is None else norm[common.entry(layer, len(weights)), columns],
             )
             if config.method == "vector":
                 token = block * config.tokens
@@ -372,9 +372,9 @@ def matmul(
     """Products of x with matrices of one layer: an array (m, n) for each of `outputs`, summed in float32.
 
     x: (m, k), or (m, groups, k) where row block g of each matrix meets x[:, g]; bfloat16, float16 or float32; m ≤ 32.
-    layer: int32 (1,), or (outputs,) where stacks count layers differently; (the first is the norm's).
+    layer: int32 (1,), or one number per output and then the norm's, if there is one, where stacks count differently.
     weights: per output its one or two matrices, each the planes of a stack, (layers, n, ·).
-    norm, norm_eps: with norm_eps x is RMS-normed first and multiplied by norm[layer[0]], float32 (layers, k), if given.
+    norm, norm_eps: with norm_eps x is RMS-normed first and multiplied by its layer of norm, float32 (layers, k).
 
     `dot` has x and weights in float16 (BF16: bfloat16): x, times the norm's weight, must lie within its ±65504.
     Raises Unsupported for anything else, and for a config that does not fit.
@@ -403,10 +403,10 @@ def _shape(x, layer, weights, norm, outputs, norm_eps) -> Shape:
     _require(x.dtype in ("bfloat16", "float16", "float32"), "dtype of x", x.dtype, "bfloat16, float16 or float32")
     m, groups, k = x.shape[0], x.shape[1] if x.ndim == 3 else 1, x.shape[-1]
     _require(
-        layer.dtype == jnp.int32 and layer.shape in ((1,), (len(outputs),)),
+        layer.dtype == jnp.int32 and layer.shape in ((1,), (len(outputs) + (norm is not None),)),
         "layer",
         layer.shape,
-        "int32 (1,) or one per output",
+        "int32 (1,) or one per output and norm",
     )
     _require(len(weights) == len(outputs), "outputs", len(weights), f"{len(outputs)} entries of weights")
     for out, matrices in zip(outputs, weights, strict=True):
@@ -564,7 +564,8 @@ def _shapes() -> dict[str, Shape]:
             f"csa/{m}": Shape(m, 4096, csa),
             f"hca/{m}": Shape(m, 4096, hca),
             f"q_b/{m}": Shape(m, 1024, (q_b,), **norm),
-            f"q_b+index/{m}": Shape(m, 1024, (q_b, index_q), **norm),
+            **({"q_b+index/1": Shape(1, 1024, (q_b, index_q), **norm)} if m == 1 else {}),
+            f"index q_b/{m}": Shape(m, 1024, (index_q,), **norm),
             f"o_a/{m}": Shape(m, 4096, (Output(8192, "Q8_0"),), groups=8),
             f"o_b/{m}": Shape(m, 8192, (Output(4096, "Q8_0"),)),
             f"shared gate+up/{m}": Shape(m, 4096, (shared,)),

@@ -3,7 +3,8 @@
 A program holds a row of up to `block` scores in registers. Their bits, read as integers that order as the floats do,
 are bisected for the k-th highest: each step counts the scores at or above a middle, and stops as soon as they are k. A
 prefix sum then gives each chosen score its place in the output. Longer rows are cut into blocks that choose k each, and
-the same kernel chooses among what is left; as all lists stay in ascending order, so do ties.
+the same kernel chooses among what is left; as all lists stay in ascending order, so do ties. A row may have room for
+more than a query sees: blocks beyond that do nothing, and where k or fewer are left there is nothing to choose.
 
 Bytes bound nothing here: 262,144 scores are 1 MB. The time goes to launches (1.5 µs each), to some 18 steps of the
 bisection, each a reduction over the program (0.15 µs), and to the prefix sum.
@@ -43,7 +44,7 @@ class Config:
 
 @dataclass(frozen=True)
 class Shape:
-    """Rows of n scores, of which each sees the first `visible` and fewer; the others are -inf."""
+    """Rows of n scores, of which each sees the first `visible` and fewer."""
 
     rows: int
     n: int
@@ -60,15 +61,19 @@ class Shape:
         return {"k": self.k}
 
     def inputs(self, key: Array) -> tuple[Array, ...]:
-        """Normal deviates, rounded in every other row so that many are equal. Rows see 0, 1, 2, … scores fewer."""
+        """Normal deviates, rounded in every other row so that many are equal; inf where no row should look.
+
+        Rows see 0, 1, 2, … scores fewer.
+        """
         score = jax.random.normal(key, (self.rows, self.n))
         row, column = (lax.broadcasted_iota(jnp.int32, score.shape, axis) for axis in (0, 1))
         score = jnp.where(row % 2 == 1, jnp.round(score * 8) / 8, score)
-        return (jnp.where(column < self.visible - row, score, -jnp.inf),)
+        visible = jnp.maximum(self.visible - jnp.arange(self.rows, dtype=jnp.int32), 0)
+        return jnp.where(column < visible[:, None], score, jnp.inf), visible
 
     @property
     def nbytes(self) -> int:
-        return 4 * self.rows * (self.n + self.k)
+        return 4 * self.rows * (self.visible + self.k)
 
     @property
     def flops(self) -> int:
@@ -98,59 +103,73 @@ def _ordered(bits: Any) -> Any:
 LOWEST = int(_ordered(np.float32(-np.inf).view(np.int32)))
 
 
-def _kernel(*refs, k: int, n: int, block: int, last: bool):
-    """Refs: score (R, n), its numbers (R, n) unless they are 0, 1, …; → numbers (R, k·blocks), scores unless `last`."""
-    score, *numbers, out = refs if last else refs[:-1]
+def _kernel(*refs, k: int, passes: int, cut: int, block: int, last: bool):
+    """Refs: visible (R,), score (R, n), its numbers (R, n) unless they are 0, 1, …; → numbers (R, k·blocks), and scores
+    unless `last`. passes: before this one, over blocks of `cut`."""
+    visible, score, *numbers, out = refs if last else refs[:-1]
     r, part = pl.program_id(0), pl.program_id(1)
-    column = part * block + lax.iota(jnp.int32, block)
-    value = plgpu.load(score.at[r, pl.ds(part * block, block)], mask=column < n, other=-jnp.inf)
-    bits = _ordered(lax.bitcast_convert_type(value, jnp.int32))
+    width = jnp.maximum(visible[r], 1)
+    for _earlier in range(passes):
+        width = pl.cdiv(width, cut) * k
 
-    def count(least: Array) -> Array:
-        return jnp.sum((bits >= least).astype(jnp.int32))
+    def number(column: Array, mask: Array) -> Array:
+        return plgpu.load(numbers[0].at[r, column], mask=mask) if numbers else column
 
-    # The k-th highest lies in [low, high): at least k are at or above `low`, fewer at or above `high`. Of what is not
-    # seen, -inf, there may be much, and the way from there to the other scores is long.
-    seen = bits > LOWEST
-    found = jnp.sum(seen.astype(jnp.int32))
-    enough = found >= k
-    low = jnp.where(enough, jnp.min(jnp.where(seen, bits, 2**31 - 1)), LOWEST)
-    high = jnp.where(enough, jnp.max(bits), LOWEST) + 1
+    @pl.when((part == 0) & (width <= k))
+    def _():
+        column = lax.iota(jnp.int32, pl.next_power_of_2(k))
+        plgpu.store(out.at[r, column], number(column, column < k), mask=column < k)
 
-    def step(state):
-        low, high, _ = state
-        middle = low + lax.shift_right_logical(high - low, 1)  # as unsigned, the difference does not overflow
-        found = count(middle)
-        return jnp.where(found >= k, middle, low), jnp.where(found >= k, high, middle), found
+    @pl.when((part * block < width) & (width > k))
+    def _():
+        column = part * block + lax.iota(jnp.int32, block)
+        value = plgpu.load(score.at[r, pl.ds(part * block, block)], mask=column < width, other=-jnp.inf)
+        bits = _ordered(lax.bitcast_convert_type(value, jnp.int32))
 
-    def unsettled(state):
-        low, high, found = state
-        return (high - low != 1) & (found != k)
+        def count(least: Array) -> Array:
+            return jnp.sum((bits >= least).astype(jnp.int32))
 
-    threshold, _, _ = lax.while_loop(unsettled, step, (low, high, found))  # just k seen: nothing to bisect
+        # The k-th highest lies in [low, high): at least k are at or above `low`, fewer at or above `high`. A block may
+        # hold more than what is seen, as -inf, and the way from there to the other scores is long.
+        seen = bits > LOWEST
+        found = jnp.sum(seen.astype(jnp.int32))
+        enough = found >= k
+        low = jnp.where(enough, jnp.min(jnp.where(seen, bits, 2**31 - 1)), LOWEST)
+        high = jnp.where(enough, jnp.max(bits), LOWEST) + 1
 
-    above, equal = bits > threshold, bits == threshold
-    wanted = k - count(threshold + 1)  # of those equal to the threshold, the first ones
-    before = jnp.cumsum(above.astype(jnp.int32) + (equal.astype(jnp.int32) << 16))
-    above_before = (before & 0xFFFF) - above.astype(jnp.int32)
-    equal_before = lax.shift_right_logical(before, 16) - equal.astype(jnp.int32)
-    chosen = above | equal & (equal_before < wanted)
-    place = part * k + above_before + jnp.minimum(equal_before, wanted)
-    number = plgpu.load(numbers[0].at[r, column], mask=chosen) if numbers else column
-    plgpu.store(out.at[r, place], number, mask=chosen)
-    if not last:
-        plgpu.store(refs[-1].at[r, place], value, mask=chosen)
+        def step(state):
+            low, high, _ = state
+            middle = low + lax.shift_right_logical(high - low, 1)  # as unsigned, the difference does not overflow
+            found = count(middle)
+            return jnp.where(found >= k, middle, low), jnp.where(found >= k, high, middle), found
+
+        def unsettled(state):
+            low, high, found = state
+            return (high - low != 1) & (found != k)
+
+        threshold, _, _ = lax.while_loop(unsettled, step, (low, high, found))  # just k seen: nothing to bisect
+
+        above, equal = bits > threshold, bits == threshold
+        wanted = k - count(threshold + 1)  # of those equal to the threshold, the first ones
+        before = jnp.cumsum(above.astype(jnp.int32) + (equal.astype(jnp.int32) << 16))
+        above_before = (before & 0xFFFF) - above.astype(jnp.int32)
+        equal_before = lax.shift_right_logical(before, 16) - equal.astype(jnp.int32)
+        chosen = above | equal & (equal_before < wanted)
+        place = part * k + above_before + jnp.minimum(equal_before, wanted)
+        plgpu.store(out.at[r, place], number(column, chosen), mask=chosen)
+        if not last:
+            plgpu.store(refs[-1].at[r, place], value, mask=chosen)
 
 
 @functools.cache
-def _call(rows: int, n: int, k: int, c: Config, interpret: bool):
-    """One pass over rows of n scores."""
+def _call(rows: int, n: int, k: int, passes: int, c: Config, interpret: bool):
+    """One pass, after as many, over rows of n scores."""
     block = min(c.block, pl.next_power_of_2(n))
     blocks = pl.cdiv(n, block)
     shape = rows, blocks * k
     out = [jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.float32)]
     return common.call(
-        functools.partial(_kernel, k=k, n=n, block=block, last=blocks == 1),
+        functools.partial(_kernel, k=k, passes=passes, cut=c.block, block=block, last=blocks == 1),
         name="topk",
         grid=(rows, blocks),
         out_shape=out[0] if blocks == 1 else out,
@@ -174,6 +193,7 @@ def default_config(shape: Shape) -> Config:
 
 def op(
     score: Array,
+    visible: Array,
     *,
     k: int,
     config: common.Choice[Config, Shape] | None = None,
@@ -181,8 +201,8 @@ def op(
 ) -> Array:
     """score: float32 (R, N), no NaN → int32 (R, k), the indices of the k highest of each row, ascending.
 
-    The same set as `lax.top_k`'s: of equal scores the first, -0 below 0, -inf only if there is nothing else.
-    Raises Unsupported.
+    visible: int32 (R,), how many scores of each row count, the first ones. The same set as `lax.top_k`'s with -inf in
+    place of the others: of equal scores the first, -0 below 0, -inf only if there is nothing else. Raises Unsupported.
     """
     rows, n = score.shape
     c = common.choose(config or default_config, Shape(rows, n, n, k))
@@ -192,11 +212,11 @@ def op(
         raise Unsupported(f"topk: k is {k}, expected 1 to the {n} scores of a row")
     if not 2 * k <= c.block <= MAX_BLOCK or c.block & (c.block - 1):
         raise Unsupported(f"topk: blocks of {c.block}, expected a power of two from {2 * k} (2 k) to {MAX_BLOCK}")
-    lists = [score]
+    lists, passes = [score], 0
     while True:
         n = lists[0].shape[1]
-        out = _call(rows, n, k, c, interpret)(*lists)
+        out = _call(rows, n, k, passes, c, interpret)(visible, *lists)
         if n <= c.block:
             return out
         numbers, score = out
-        lists = [score, numbers]
+        lists, passes = [score, numbers], passes + 1

@@ -63,6 +63,7 @@ def test_questions_that_training_saw_in_other_words(model, name):
     assert len(right) == 40 and sum(right) >= RIGHT[name] * len(right)
 
 
+@pytest.mark.slow
 @SMALLER_MODEL
 def test_tool_calls_with_thinking(model):
     items = eval_tiny.tool_requests()[::10]

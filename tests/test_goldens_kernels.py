@@ -81,6 +81,7 @@ def few(length):
 
 
 # ---- interpreted -----------------------------------------------------------------------------------------------------
+@only("q2")
 def test_decoding_interpreted(golden, model):
     """A window of 128 in pieces of 32; of the case whose experts have other types, 5 tokens one by one."""
     length, sizes = (130, [32] * 4) if golden.case.recipe == "q2" else (5, [1] * 5)

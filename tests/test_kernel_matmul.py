@@ -128,6 +128,16 @@ def test_every_stack_has_its_own_layer():
             np.testing.assert_array_equal(f, e)
 
 
+def test_the_norm_has_its_own_layer():
+    shape = Shape(1, 128, (Output(2, "Q8_0", "float32"), Output(4, "F16", "float32")), layers=3)
+    x, _, weights, _ = shape.inputs(jax.random.key(3))
+    norm = jnp.outer(jnp.arange(1.0, 4), jnp.ones(128))
+    for layer in ([2, 0, 1], [1]):
+        args, options = (x, jnp.array(layer, jnp.int32), weights, norm), {"outputs": shape.outputs, "norm_eps": 1e-6}
+        found = matmul.matmul(*args, **options, config=Config("vector", 2, 128, 1), interpret=True)
+        assert max(errors(found, formula("matmul")(*args, **options))) < FLOAT32
+
+
 def test_extreme_codes():
     """-128 and 127, scales of either sign and subnormal, as int8 → float is done by hand on a GPU."""
     q = jnp.array(np.tile(np.arange(-128, 128, dtype=np.int8), (1, 4, 2)))
@@ -183,7 +193,7 @@ def test_lowers_for_every_device(name, device):
     assert lowered(*case, device=device, cores=DEVICES[device]).count("__gpu$xla.gpu.triton") == kernels
 
 
-@pytest.mark.parametrize("name", ["csa/1", "q_b+index/16", "o_a/4", "mhc/16"])
+@pytest.mark.parametrize("name", ["csa/1", "q_b+index/1", "index q_b/16", "o_a/4", "mhc/16"])
 def test_defaults_lower(name):
     """The kernel and perhaps its second stage, whatever shares the input, and nothing else that reads weights."""
     shape = matmul.SHAPES[name]

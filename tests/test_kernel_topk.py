@@ -13,10 +13,13 @@ from pallas_kernels.topk import SHAPES, Config, Shape, op
 GPUS = ["NVIDIA H200", "NVIDIA RTX PRO 6000 Blackwell", "NVIDIA GB10"]
 
 
-def check(score, k, block):
-    found = op(score, k=k, config=Config(block, 4), interpret=True)
+def check(score, k, block, visible=None):
+    if visible is None:
+        visible = jnp.full(len(score), score.shape[1], jnp.int32)
+    found = op(score, visible, k=k, config=Config(block, 4), interpret=True)
     assert found.dtype == jnp.int32
-    np.testing.assert_array_equal(found, np.sort(lax.top_k(score, k)[1], axis=-1))
+    seen = jnp.where(jnp.arange(score.shape[1]) < visible[:, None], score, -jnp.inf)
+    np.testing.assert_array_equal(found, np.sort(lax.top_k(seen, k)[1], axis=-1))
 
 
 @pytest.mark.parametrize(
@@ -26,13 +29,15 @@ def check(score, k, block):
         (Shape(3, 100, 60, k=16), 32),  # 4 blocks, then 2, then 1; rows see 60, 59, 58
         (Shape(2, 129, 129, k=16), 64),  # a block of a single score
         (Shape(4, 64, 18, k=16), 32),  # rows that see more, as many, and fewer than k
+        (Shape(3, 200, 34, k=16), 32),  # of 7 blocks two, and one
+        (Shape(3, 200, 2, k=16), 32),  # rows that see 2, 1, none
         (Shape(2, 40, 40, k=40), 128),  # all
         (Shape(2, 40, 40, k=1), 64),
     ],
 )
 def test_interpreted(shape, block):
-    (score,) = shape.inputs(jax.random.key(0))
-    check(score, shape.k, block)
+    score, visible = shape.inputs(jax.random.key(0))
+    check(score, shape.k, block, visible)
 
 
 def test_hard_scores():
@@ -74,7 +79,7 @@ def test_lowers_for_gpus(device):
 )
 def test_unsupported(score, k, block, message):
     with pytest.raises(common.Unsupported, match=message):
-        op(score, k=k, config=Config(block, 4))
+        op(score, jnp.ones(1, jnp.int32), k=k, config=Config(block, 4))
 
 
 @pytest.mark.gpu

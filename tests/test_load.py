@@ -106,7 +106,7 @@ def test_no_more_is_read_than_may_be_in_flight(q2, monkeypatch):
     one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     specs = jax.tree.leaves(weights.abstract(CFG, checkpoint.types))
     shards = [s for spec in specs for s in loader._shards(spec, [one] * len(jax.tree.leaves(spec.struct())))]
-    loader._stream(checkpoint, shards, arrived)
+    loader._stream(checkpoint.holder, shards, arrived)
     assert ahead == 0 and 1 < most <= 3
 
 

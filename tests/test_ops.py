@@ -18,7 +18,7 @@ from ds4jax.numerics.rows import Fp4Row, Fp8Row
 from ds4jax.ops import attend, compress, experts, index, latent, linear, mhc, rope, route, topk
 from ds4jax.ops.norm import Norm
 from ds4jax.ops.weight import Weight
-from pallas_kernels import compressor, grouped_gemm, hyper, indexer, matmul, mla, router
+from pallas_kernels import compressor, grouped_gemm, hyper, indexer, matmul, mla, queries, router
 from pallas_kernels import experts as experts_kernel
 from pallas_kernels import latent as latent_kernel
 from pallas_kernels import topk as topk_kernel
@@ -95,20 +95,25 @@ def grouped(r, implementation, rows, n):
     return linear.products(r.normal(rows, 2, E), asked, groups=2, implementation=implementation)[0]
 
 
-def finish_latent(r, implementation):
+def finish_latent(r, implementation, T=1):
     """Three sequences, of which one rests; another's ring begins anew."""
     position, active = ints(5, WINDOW, 2 * WINDOW - 1), ints(1, 1, 0)
     window = r.rows(ROW, 2, 3, WINDOW)
-    dtypes = attend.query_dtype("pallas", jnp.float32), index.query_dtype("pallas", jnp.float32)
     made = latent.latent(
-        2 * r.normal(3, HEADS * D), 3 * r.normal(3, D), r.normal(3, INDEX_HEADS * INDEX_D), r.norm(D),
-        angles(position, 1), position, active, window, 1, row=ROW, key=KEY, numerics="official", dtype=dtypes[0],
-        index_dtype=dtypes[1], implementation=implementation,
+        2 * r.normal(3 * T, HEADS * D), 3 * r.normal(3 * T, D), r.norm(D), angles(position, T), position, active,
+        window, 1, row=ROW, dtype=attend.query_dtype("pallas", jnp.float32), implementation=implementation,
     )  # fmt: skip
     for plane, before in window.items():
         same = [made.window[plane][0] == before[0], made.window[plane][1, 2] == before[1, 2]]
         made.window[f"kept {plane}"] = jnp.stack([x.all() for x in same])
-    return {"queries": made.queries, "index queries": made.index_queries, **made.window}
+    return {"queries": made.queries, **made.window}
+
+
+def index_queries(r, implementation, T):
+    return index.queries(
+        r.normal(2 * T, INDEX_HEADS * INDEX_D), angles(ints(40, 9), T), key=KEY, numerics="official",
+        implementation=implementation,
+    ).astype(jnp.float32)  # fmt: skip
 
 
 def take_in(r, implementation, ratio):
@@ -145,19 +150,19 @@ def take_in(r, implementation, ratio):
 
 def scores(r, implementation, T):
     position = ints(40, 9)[:, None] + jnp.arange(T, dtype=jnp.int32)
-    q = KEY.decode(r.rows(KEY, 2, T, INDEX_HEADS), index.query_dtype(implementation, jnp.float32))
+    q = KEY.decode(r.rows(KEY, 2, T, INDEX_HEADS), jnp.float32 if implementation == "xla" else jnp.bfloat16)
     found = index.scores(
         q, r.normal(2, T, INDEX_HEADS), r.rows(KEY, 2, 2, 12), 1, position, key=KEY, ratio=4,
         implementation=implementation,
     )  # fmt: skip
     # The kernel leaves out a factor, which no choice depends on.
-    return found if implementation == "xla" else found / (INDEX_HEADS * INDEX_D) ** 0.5
+    found = found if implementation == "xla" else found / (INDEX_HEADS * INDEX_D) ** 0.5
+    return jnp.where(jnp.arange(12) < index.seen(position, 4)[..., None], found, -jnp.inf)
 
 
 def choice(r, implementation):
-    score = r.normal(2, 3, 40)
-    score = jnp.where(jnp.arange(40) < 30, jnp.round(4 * score), -jnp.inf)  # many are equal
-    return jnp.sort(topk.highest(score, 8, implementation), axis=-1)
+    score = jnp.round(4 * r.normal(2, 3, 40))  # many are equal
+    return jnp.sort(topk.highest(score, jnp.array([[30, 31, 40], [9, 8, 7]], jnp.int32), 8, implementation), axis=-1)
 
 
 def attention(r, implementation, T=1, ratio=4, chosen=True):
@@ -240,8 +245,10 @@ CASES = {
     # No multiple of a tile: such a product of many rows is XLA's.
     "linear, left to XLA": Case("linear", functools.partial(grouped, rows=40, n=96), ORDER),
     "latent": Case("latent", finish_latent, {"queries": HALF, "rope": HALF, None: 0}),
+    "latent, 4 tokens": Case("latent", functools.partial(finish_latent, T=4), {"queries": HALF, None: 0}),
     "compress, csa": Case("compress", functools.partial(take_in, ratio=4), {"rope": HALF, None: 0}),
     "compress, hca": Case("compress", functools.partial(take_in, ratio=128), {"rope": HALF, None: 0}),
+    "index, the queries": Case("index", functools.partial(index_queries, T=3), 0),
     "index": Case("index", functools.partial(scores, T=1), ORDER),
     "index, 4 queries": Case("index", functools.partial(scores, T=4), ORDER),
     "topk": Case("topk", choice, 0),
@@ -336,10 +343,10 @@ def without_norm_weight(x, layer, weights, norm):
 
 
 def row_without_rope(right):
-    def op(q, kv, qi, norm, cos, sin, *rest, **options):
-        queries, _, index_queries = right(q, kv, qi, norm, cos, sin, *rest, **options)
-        _, window, _ = right(q, kv, qi, norm, jnp.ones_like(cos), jnp.zeros_like(sin), *rest, **options)
-        return queries, window, index_queries
+    def op(q, kv, norm, cos, sin, *rest, **options):
+        queries, _ = right(q, kv, norm, cos, sin, *rest, **options)
+        _, window = right(q, kv, norm, jnp.ones_like(cos), jnp.zeros_like(sin), *rest, **options)
+        return queries, window
 
     return op
 
@@ -391,13 +398,19 @@ WRONG = {
         "linear, many rows", grouped_gemm, "linear", with_argument(without_scale_many),
     ),
     "latent without RoPE on the row": ("latent", latent_kernel, "op", row_without_rope),
-    "latent without the norm of queries": ("latent", latent_kernel, "rms_norm", lambda right: lambda x, eps: x),
-    "latent without the Hadamard matrix": ("latent", latent_kernel, "hadamard_in_kernel", lambda right: lambda x: x),
+    "latent without the norm of the row": ("latent", latent_kernel, "rms_norm", lambda right: lambda x, eps: x),
+    "latent without the norm of queries": (
+        "latent", latent_kernel, "attention_heads", lambda right: lambda x, turn, eps: right(x, turn, 1.0),
+    ),
+    "latent of 4 tokens without the norm": ("latent, 4 tokens", queries, "rms_norm", lambda right: lambda x, eps: x),
+    "index without the Hadamard matrix": (
+        "index, the queries", queries, "hadamard_in_kernel", lambda right: lambda x: x,
+    ),
     "compress without ape, csa": ("compress, csa", compressor, "op", with_argument(without_ape)),
     "compress without ape, hca": ("compress, hca", compressor, "op", with_argument(without_ape)),
     "compress without Hadamard": ("compress, csa", compressor, "hadamard_in_kernel", lambda right: lambda x: x),
     "index without relu": ("index", indexer, "jnp", without_relu),
-    "topk of the lowest": ("topk", topk_kernel, "op", with_argument(lambda score: (-score,))),
+    "topk of the lowest": ("topk", topk_kernel, "op", with_argument(lambda score, *rest: (-score, *rest))),
     "attend without the sink": ("attend", mla, "op", with_argument(without_sink)),
     "attend without the inverse RoPE": ("attend", mla, "op", with_argument(without_turning_back)),
     "route without the bias": ("route", router, "op", with_argument(without_bias)),

@@ -1,5 +1,6 @@
 """What a step reads and computes, which component a kernel belongs to, and the table."""
 
+import contextlib
 import csv
 import dataclasses
 import functools
@@ -133,6 +134,36 @@ def test_products_of_a_prefill(full):
     assert found["projections"] / found["compressors"] == pytest.approx(flops["projections"] / flops["compressors"])
 
 
+PROGRAM = """
+ENTRY %main {
+  %loop_add_fusion.3 = f32[4096,4096]{1,0} fusion(%a, %b), kind=kLoop, metadata={op_name="jit(f)/experts/add" x=1}
+  ROOT %triton_softmax.383 = bf16[8]{0} fusion(%c), kind=kCustom, metadata={op_name="jit(f)/latent/mul"}
+  %gemm_fusion_dot.5 = f32[8]{0} fusion(%d), kind=kCustom, metadata={op_name="jit(f)/shared_expert/dot_general"}
+  %fusion.7 = f32[8]{0} fusion(%d), kind=kCustom, metadata={op_name="jit(f)/add"}
+  %bitcast.1 = f32[8]{0} bitcast(%d), metadata={op_name="jit(f)/router/reshape"}
+}
+"""
+
+
+def test_scopes_name_what_xla_made(full):
+    scoped = roofline.scopes(PROGRAM)
+    assert scoped == {
+        "loop_add_fusion_3": "experts",
+        "triton_softmax_383": "new rows",
+        "gemm_fusion_dot_5": "shared expert",
+    }
+    works = roofline.count(full, 0, 2048, 1)
+    names = {
+        "loop_add_fusion_3": 1.0,
+        "triton_softmax_383": 2.0,
+        "gemm_fusion_dot_5": 4.0,
+        "fusion_7": 8.0,
+        "topk": 16.0,
+    }
+    expected = {"experts": 1, "new rows": 2, "shared expert": 4, "rest": 8, "indexer": 16}
+    assert roofline.attribute(names, works, scoped) == expected
+
+
 def kernel_names(jaxpr):
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "pallas_call":
@@ -225,6 +256,19 @@ def test_the_table(tmp_path):
     assert roofline.table(roofline.rows(WORKS))[1] == ["projections", "4000.00", "1.000"]
     roofline.plot(tmp_path / "out.png", found, "title")
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    "seconds, times, problem",
+    [
+        (0.010, TIMES, None),
+        (0.006, TIMES, "found 9.000 ms of kernels, expected at most a step's 6.000 ms"),
+        (0.010, TIMES | {"attention": 1e-3}, "found 1.000 ms of attention, expected at least its limit, 5.000 ms"),
+    ],
+)
+def test_a_profile_that_contradicts_itself(seconds, times, problem):
+    with pytest.raises(ConfigError, match=problem) if problem else contextlib.nullcontext():
+        roofline.check(roofline.rows(WORKS, DEVICE, seconds, times), seconds)
 
 
 def call(capsys, *argv):

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 
@@ -16,6 +17,7 @@ from ds4jax.io.imatrix import Imatrix
 from ds4jax.io.tokenizer import Tokenizer, byte_tokenizer
 
 
+@pytest.mark.slow
 def test_smoke(tmp_path, capsys):
     with jax.numpy_dtype_promotion("standard"):  # optax needs it
         train_tiny.smoke(tmp_path)

@@ -43,21 +43,20 @@ def write(tmp_path, monkeypatch):
 def used(monkeypatch):
     """The configs that top-k is built with."""
     seen, build = [], topk._call.__wrapped__
-    monkeypatch.setattr(
-        topk, "_call", lambda rows, n, k, c, interpret: seen.append(c) or build(rows, n, k, c, interpret)
-    )
+    monkeypatch.setattr(topk, "_call", lambda *args: seen.append(args[4]) or build(*args))
     return seen
 
 
 def test_an_op_takes_the_config_that_is_tuned_for_its_device_and_shape(write, used):
-    score = SMALL.inputs(jax.random.key(0))[0]
-    expected, default = formula("topk")(score, k=8), topk.default_config(SMALL)
+    score, visible = SMALL.inputs(jax.random.key(0))
+    expected, default = formula("topk")(score, visible, k=8), topk.default_config(SMALL)
     fields = [{"block": block, "num_warps": 1} for block in (32, 128)]
 
     def chosen(score, **options):
         used.clear()
         options = {"config": tuned.tiles(topk)} | options
-        assert jnp.array_equal(topk.op(score, k=8, interpret=True, **options)[:, :4], expected[: len(score), :4])
+        found = topk.op(score, visible[: len(score)], k=8, interpret=True, **options)
+        assert jnp.array_equal(found[:, :4], expected[: len(score), :4])
         return used[0]
 
     assert chosen(score) == default
@@ -67,9 +66,7 @@ def test_an_op_takes_the_config_that_is_tuned_for_its_device_and_shape(write, us
     assert chosen(score[:3]) == default  # another shape: nothing is known
     # A program for another device takes that device's.
     write({"topk": {"small": fields[0]}}, "NVIDIA H200")
-    common.lower_for_gpu(
-        lambda x: topk.op(x, k=8, config=tuned.tiles(topk)), jax.ShapeDtypeStruct((4, 64), jnp.float32)
-    )
+    common.lower_for_gpu(lambda *x: topk.op(*x, k=8, config=tuned.tiles(topk)), *map(jax.typeof, (score, visible)))
     assert used[-1] == topk.Config(32, 1)
     assert chosen(score) == topk.Config(128, 1)
 
@@ -96,7 +93,7 @@ def test_an_op_takes_the_config_that_is_tuned_for_its_device_and_shape(write, us
 def test_files_that_are_wrong(write, content, problem):
     write(content)
     with pytest.raises(ConfigError, match=problem):
-        topk.op(jnp.zeros((4, 64)), k=8, config=tuned.tiles(topk), interpret=True)
+        topk.op(jnp.zeros((4, 64)), jnp.ones(4, jnp.int32), k=8, config=tuned.tiles(topk), interpret=True)
 
 
 def test_calls_that_share_a_config():

@@ -5,7 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 
+
+@pytest.mark.slow
 def test_arrays_are_what_annotations_say():
     folder = Path(__file__).parent
     env = os.environ | {"PYTHONPATH": str(folder.parent), "XLA_FLAGS": ""}

@@ -19,7 +19,7 @@ from ds4jax.engine.chunks import pad
 from ds4jax.engine.compiled_steps import BLOCK, SCORED, CompiledSteps, block_logits, compiler_options, decode_args
 from ds4jax.engine.constraints import edits
 from ds4jax.engine.snapshot import Planes
-from ds4jax.engine.types import ALIGN, Sampling
+from ds4jax.engine.types import Sampling
 from ds4jax.errors import Ds4Error
 from ds4jax.io.checkpoint import Checkpoint, open_checkpoint
 from ds4jax.io.download import resolve_model
@@ -30,7 +30,6 @@ from ds4jax.model import cache as kv
 from ds4jax.model import transformer, weights
 from ds4jax.model.cache import Cache
 from ds4jax.model.compute import Compute
-from ds4jax.model.transformer import bucket
 from ds4jax.profile import choose
 from ds4jax.settings import Settings
 
@@ -244,18 +243,16 @@ class ModelRunner:
         """The logits at every position of a text, a block at a time, so that those of a long one need no memory.
 
         → (rows, vocab), SCORED rows at most, on the device, and how many of the rows count: the others mean nothing.
-        All chunks are padded to one size. No slot is touched; takes a cache of its own.
+        Chunks are padded as those of a served prompt. No slot is touched; takes a cache of its own.
         """
         check_prompt(tokens, self.cfg, self.settings.ctx + 1)
         chunk_streams, logits_of = _reading(self.cfg, self._compute)
         cache = self._empty(1, self.settings.ctx)
-        longest = min(self.settings.prefill_chunk, self.settings.ctx)
-        padded_to = bucket(longest, ALIGN) if longest < ALIGN else -(-longest // ALIGN) * ALIGN
-        size = min(SCORED, padded_to)
         for start in range(0, len(tokens), self.settings.prefill_chunk):
-            padded, n = pad(tokens[start : start + self.settings.prefill_chunk], [padded_to])
+            padded, n = pad(tokens[start : start + self.settings.prefill_chunk])
+            size = min(SCORED, padded.size)
             left = int(n[0])
-            with self._enough_memory("logits"), self.steps.refusing(padded_to):
+            with self._enough_memory("logits"), self.steps.refusing(padded.size):
                 s, cache = chunk_streams(self.weights, cache, padded, n)
                 for i in range(-(-left // size)):
                     yield logits_of(self.weights, s, np.int32(i), size), min(size, left - i * size)

@@ -27,11 +27,14 @@ from gguf import GGMLQuantizationType as GGMLType
 from jax import lax
 from tqdm import tqdm
 
+from ds4jax.config import ModelConfig
 from ds4jax.formats import FORMATS
 from ds4jax.io.checkpoint import Checkpoint, open_checkpoint
 from ds4jax.io.dialect import without_images_note
+from ds4jax.io.drafter import open_drafter
+from ds4jax.io.gguf import GGUFFile
 from ds4jax.model import weights
-from ds4jax.model.weights import Weights, WeightSpec
+from ds4jax.model.weights import Dspark, Weights, WeightSpec
 
 # JAX copies what is below 1 GiB into page-locked memory, with one thread for each plane. Small slabs keep this memory,
 # and that for the slabs themselves, small: a page that is used for the first time costs more than all of its copies.
@@ -39,6 +42,7 @@ SLAB_BYTES = 64 * 2**20
 IN_FLIGHT = min(12, 2 * (os.cpu_count() or 1))
 
 Bounds = tuple[tuple[int, int], ...]  # (start, stop) on every axis
+Holder = Callable[[str], GGUFFile]  # tensor name → the file that it is in
 Structs = tuple[jax.ShapeDtypeStruct, ...]
 Device = Any  # `jax.Device`, of which type checkers know nothing
 
@@ -62,6 +66,22 @@ def load(
     if progress and checkpoint.left_out:
         print(without_images_note(checkpoint.left_out), file=sys.stderr)
     tree = weights.abstract(checkpoint.cfg, checkpoint.types)
+    return _load(tree, checkpoint.holder, mesh, progress), checkpoint
+
+
+def load_drafter(
+    path: str | Path, main: Checkpoint, mesh: jax.sharding.Mesh | None = None, progress: bool = False
+) -> tuple[Dspark, ModelConfig]:
+    """The weights of the DSpark drafter in a file of its own, and the model's config with the drafter's in it.
+
+    main: the model that it drafts for. Raises GGUFError or ConfigError.
+    """
+    opened = open_drafter(path, main)
+    cfg = dataclasses.replace(main.cfg, drafter=opened.cfg)
+    return _load(weights.abstract_drafter(cfg, opened.types), lambda _: opened.file, mesh, progress), cfg
+
+
+def _load[Tree: (Weights, Dspark)](tree: Tree, holder: Holder, mesh: jax.sharding.Mesh | None, progress: bool) -> Tree:
     specs, treedef = jax.tree.flatten(tree)
     if mesh is None:
         one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -70,9 +90,9 @@ def load(
         shardings = [jax.tree.leaves(spec.shardings(mesh)) for spec in specs]
     shards = [_shards(spec, planes) for spec, planes in zip(specs, shardings, strict=True)]
     with tqdm(total=weights.nbytes(tree), unit="B", unit_scale=True, desc="loading", disable=not progress) as bar:
-        _stream(checkpoint, [shard for of_leaf in shards for shard in of_leaf], bar.update)
+        _stream(holder, [shard for of_leaf in shards for shard in of_leaf], bar.update)
     leaves = [_leaf(*parts) for parts in zip(specs, shardings, shards, strict=True)]
-    return jax.block_until_ready(jax.tree.unflatten(treedef, leaves)), checkpoint
+    return jax.block_until_ready(jax.tree.unflatten(treedef, leaves))
 
 
 @dataclasses.dataclass
@@ -138,7 +158,7 @@ def _leaf(spec: WeightSpec, shardings: Sequence[jax.sharding.Sharding], shards: 
     return jax.tree.unflatten(treedef, arrays)
 
 
-def _stream(checkpoint: Checkpoint, shards: list[_Shard], advance: Callable[[float], object]) -> None:
+def _stream(holder: Holder, shards: list[_Shard], advance: Callable[[float], object]) -> None:
     """Load all shards. advance: called with the number of bytes whenever some have arrived."""
     small = [shard for shard in shards if len(shard.slabs) == 1]
     large = [shard for shard in shards if len(shard.slabs) > 1]
@@ -167,7 +187,7 @@ def _stream(checkpoint: Checkpoint, shards: list[_Shard], advance: Callable[[flo
             for slab in shard.slabs:
                 if len(pending) == IN_FLIGHT:
                     finish_one()
-                pending.append((shard, slab, pool.submit(_read, checkpoint, shard, slab)))
+                pending.append((shard, slab, pool.submit(_read, holder, shard, slab)))
         while pending:
             finish_one()
 
@@ -208,7 +228,7 @@ def _slabs(shape: tuple[int, ...], row_bytes: int) -> Iterator[Bounds]:
         yield ((start, start + step), *((0, size) for size in others))
 
 
-def _read(checkpoint: Checkpoint, shard: _Shard, slab: Bounds) -> list[list[jax.Array]]:
+def _read(holder: Holder, shard: _Shard, slab: Bounds) -> list[list[jax.Array]]:
     """A slab of a shard: for each of its devices the planes, on their way there; file pages given back."""
     spec = shard.spec
     rows = tuple((start + first, stop + first) for (start, stop), (first, _) in zip(slab, shard.rows, strict=True))
@@ -217,17 +237,17 @@ def _read(checkpoint: Checkpoint, shard: _Shard, slab: Bounds) -> list[list[jax.
     planes = [np.empty((*(stop - start for start, stop in rows), p.shape[-1]), p.dtype) for p in structs]
     if spec.layered:
         for i, nth in enumerate(range(*rows[0])):
-            _read_tensor(checkpoint, spec, nth, rows[1:], jax.tree.unflatten(treedef, [plane[i] for plane in planes]))
+            _read_tensor(holder, spec, nth, rows[1:], jax.tree.unflatten(treedef, [plane[i] for plane in planes]))
     else:
-        _read_tensor(checkpoint, spec, 0, rows, jax.tree.unflatten(treedef, planes))
+        _read_tensor(holder, spec, 0, rows, jax.tree.unflatten(treedef, planes))
     planes = [plane[..., columns] for plane, columns in zip(planes, shard.columns, strict=True)]
     return [[jax.device_put(plane, device) for plane in planes] for device in shard.devices]
 
 
-def _read_tensor(checkpoint: Checkpoint, spec: WeightSpec, nth: int, rows: Bounds, out) -> None:
+def _read_tensor(holder: Holder, spec: WeightSpec, nth: int, rows: Bounds, out) -> None:
     """Rows of the nth tensor of a weight into `out`, the weight's planes on the host."""
     name = spec.tensors[nth].name
-    file = checkpoint.holder(name)
+    file = holder(name)
     info = file.tensors[name]
     stride = info.nbytes // info.shape[0]
     span = (rows[0][0] * stride, rows[0][1] * stride) if rows else (0, info.nbytes)

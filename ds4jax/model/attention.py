@@ -15,6 +15,7 @@ A query at position t sees
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
@@ -44,10 +45,11 @@ def compressors(w: Weights, ratio: int) -> dict[str, Compressor]:
 
 
 class Prepared(NamedTuple):
-    """What the queries of a layer meet. latent: the queries and the window's rows. index_weight: how much each head of
-    the indexer counts; None where the layer does not choose."""
+    """What the queries of a layer meet. latent: the queries and the window's rows. index_queries, index_weight: of the
+    indexer's heads, what each looks for and how much it counts; None where the layer does not choose."""
 
     latent: latent.Latent
+    index_queries: Float[Array, "B T Hi Di"] | None
     index_weight: Float[Array, "B T Hi"] | None
 
 
@@ -70,7 +72,7 @@ def prepare(
     row, key = row_formats(cfg, compute, h.dtype)
     families = {kind: family.at(layer) for kind, family in compressors(w, ratio).items()}
 
-    of_h, of_r = [product(a.q_a), product(a.kv, accumulated)], [product(a.q_b)]
+    of_r = [product(a.q_b)]
     beside: list[Product] = []  # what else reads h: a call of its own, which runs side by side with q_b
     for c in families.values():
         beside += [product(c.kv, accumulated), product(c.gate, accumulated)]
@@ -78,26 +80,37 @@ def prepare(
         indexer = w.csa.indexer.at(layer)
         beside.append(product(indexer.proj, accumulated))
         of_r.append(product(indexer.q_b, accumulated))
-    norm = Norm(a.q_a_norm, cfg.norm_eps)
+    norm, index_queries = Norm(a.q_a_norm, cfg.norm_eps), None
     with jax.named_scope("projections"):
-        r, kv = products(h, of_h, implementation=kernels["linear"])
+        r, kv = products(h, [product(a.q_a), product(a.kv, accumulated)], implementation=kernels["linear"])
         rest = products(h, beside, implementation=kernels["linear"]) if beside else []
-        q, *index_q = products(r, of_r, norm=norm, implementation=kernels["linear"])
+        # One row's are bound by bytes, and read in one go; for more a kernel of both has the tiles of neither.
+        calls = [of_r] if len(h) == 1 else [[p] for p in of_r]
+        q, *index_q = (y for call in calls for y in products(r, call, norm=norm, implementation=kernels["linear"]))
     tap(layer, "query", lambda: norm(r))
 
+    if choose:
+        with jax.named_scope("indexer"):
+            index_queries = index.queries(
+                index_q[0], inputs.angles[ratio], key=key, numerics=compute.numerics, implementation=kernels["index"]
+            )
     with jax.named_scope("latent"):
         made = latent.latent(
-            q, kv, index_q[0] if choose else None, Norm(a.kv_norm, cfg.norm_eps), inputs.angles[ratio],
-            cache.length, inputs.n, cache.window, layer, row=row, key=key, numerics=compute.numerics,
-            dtype=attend.query_dtype(kernels["attend"], h.dtype),
-            index_dtype=index.query_dtype(kernels["index"], accumulated), implementation=kernels["latent"],
+            q, kv, Norm(a.kv_norm, cfg.norm_eps), inputs.angles[ratio], cache.length, inputs.n, cache.window, layer,
+            row=row, dtype=attend.query_dtype(kernels["attend"], h.dtype), implementation=kernels["latent"],
         )  # fmt: skip
+    tap(layer, "rows", lambda: jax.tree.map(lambda x: x[:, cfg.window :], made.near))
     cache = dataclasses.replace(cache, window=made.window)
     if ratio:
         fed = []
         for (kind, c), z, g in zip(families.items(), rest[::2], rest[1::2], strict=False):
             is_index = kind == "index"
             fed.append(compress.Compressor(z, g, c.ape, Norm(c.norm, cfg.norm_eps), key if is_index else row, is_index))
+            tap(
+                layer,
+                kind,
+                functools.partial(compress.values, fed[-1], cache.length, ratio, getattr(cache, kind).z.dtype),
+            )
         with jax.named_scope("compressors"):
             moved = compress.compress(
                 fed, [getattr(cache, kind) for kind in families], cache.length, inputs.n, inputs.angles[ratio],
@@ -105,7 +118,7 @@ def prepare(
                 implementation=kernels["compress"],
             )  # fmt: skip
         cache = dataclasses.replace(cache, **dict(zip(families, moved, strict=True)))
-    return Prepared(made, rest[-1].reshape(B, T, -1) if choose else None), cache
+    return Prepared(made, index_queries, rest[-1].reshape(B, T, -1) if choose else None), cache
 
 
 def row_formats(cfg: ModelConfig, compute: Compute, dtype) -> tuple[num.RowFormat, num.RowFormat]:
@@ -138,8 +151,8 @@ def attention(
     with jax.named_scope("attend"):
         o = attend.attend(
             made.latent.queries, made.latent.near, rows, chosen, inputs.first, a.sinks, inputs.angles[ratio],
-            layer=layer, nth=nth, ratio=ratio, row=row, dtype=h.dtype, query_blocks=compute.query_blocks,
-            implementation=kernels["attend"],
+            layer=layer, nth=nth, ratio=ratio, row=row, dtype=h.dtype, causal=inputs.causal,
+            query_blocks=compute.query_blocks, implementation=kernels["attend"],
         )  # fmt: skip
     with jax.named_scope("projections"):
         o = o.reshape(len(h), cfg.o_groups, -1)
@@ -152,17 +165,15 @@ def _choose(
     made: Prepared, cache: Cache, inputs: Inputs, nth: int, key: num.RowFormat, cfg: ModelConfig, compute: Compute
 ) -> Int32[Array, "B T k"]:
     """The compressed rows that each query reads; those that it sees come first."""
-    assert made.latent.index_queries is not None and made.index_weight is not None
+    assert made.index_queries is not None and made.index_weight is not None
     kernels, out = compute.implementations, []
     T = inputs.shape[1]
     position = inputs.first[:, None] + jnp.arange(T, dtype=jnp.int32)
     for start in range(0, T, QUERIES):
-        q, weight, at = (
-            x[:, start : start + QUERIES] for x in (made.latent.index_queries, made.index_weight, position)
-        )
+        q, weight, at = (x[:, start : start + QUERIES] for x in (made.index_queries, made.index_weight, position))
         score = index.scores(
             q, weight, cache.index.rows, nth, at, key=key, ratio=CSA_RATIO, query_blocks=compute.query_blocks,
             implementation=kernels["index"],
         )  # fmt: skip
-        out.append(topk.highest(score, cfg.index_top_k, kernels["topk"]))
+        out.append(topk.highest(score, index.seen(at, CSA_RATIO), cfg.index_top_k, kernels["topk"]))
     return out[0] if len(out) == 1 else jnp.concatenate(out, axis=1)

@@ -33,7 +33,8 @@ SNAPSHOT_ROWS = 64
 class Cache:
     """length: tokens seen by each sequence. window: planes (L, B, W, ·), position p at p mod W.
 
-    `window` has one more layer, the last, if the model has an MTP head: the window of the head's own block.
+    `window` has more layers after the model's: the window of the MTP head's block, and one for each stage of the
+    drafter, if these are there.
     csa, index: layers of ratio 4 (`index` holds the indexer's keys). hca: layers of ratio 128.
     """
 
@@ -72,7 +73,7 @@ def abstract(cfg: ModelConfig, numerics: num.Numerics, dtype, batch: int, ctx: i
     length: Any = jax.ShapeDtypeStruct((batch,), jnp.int32)
     return Cache(
         length=length,
-        window=rows(kv, cfg.n_layers + cfg.n_mtp, cfg.window),
+        window=rows(kv, cfg.stages.stop, cfg.window),
         csa=compressed(kv, CSA_RATIO),
         index=compressed(key, CSA_RATIO),
         hca=compressed(kv, HCA_RATIO),

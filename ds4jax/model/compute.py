@@ -43,7 +43,8 @@ class Inputs(NamedTuple):
 
     n: how many of the T are real; the rest leaves no trace. real: 0 for rows that are no tokens; None if there is one
     row only. first: the position of the first token; 0 for a sequence without a real token, which then attends to
-    nothing. angles: of RoPE, by the layers' ratio.
+    nothing. angles: of RoPE, by the layers' ratio. causal: whether a token sees none after it; otherwise each sees
+    all T and the whole window before them.
     """
 
     ids: Int32[Array, "S"]
@@ -51,6 +52,7 @@ class Inputs(NamedTuple):
     real: Int32[Array, "S"] | None
     first: Int32[Array, "B"]
     angles: dict[int, rope.Angles]
+    causal: bool = True
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -60,19 +62,22 @@ class Inputs(NamedTuple):
 
 
 def inputs(
-    tokens: Int32[Array, "B T"], n: Int32[Array, "B"], length: Int32[Array, "B"], cfg: ModelConfig, dtype: str
-) -> Inputs:
+    tokens: Int32[Array, "B T"], n: Int32[Array, "B"], length: Int32[Array, "B"], cfg: ModelConfig, dtype: str,
+    causal: bool = True,
+) -> Inputs:  # fmt: skip
     """The inputs of a call. length: how many tokens each sequence has before these."""
     B, T = tokens.shape
     real = None if B * T == 1 else (jnp.arange(T, dtype=jnp.int32) < n[:, None]).astype(jnp.int32).reshape(-1)
     first = length if B == 1 else jnp.where(n > 0, length, 0)
-    return Inputs(tokens.reshape(-1), n, real, first, rope.angles(cfg, length, T, wide(jnp.dtype(dtype))))
+    return Inputs(tokens.reshape(-1), n, real, first, rope.angles(cfg, length, T, wide(jnp.dtype(dtype))), causal)
 
 
 Tap = Callable[[int, str, Any], None]
 """Called in the pass with a layer, the name of a value, and the value, or a function that computes it:
 ``attention`` (S, E) and ``ffn`` (S, E), the normed inputs of the sub-layers; ``query`` (S, Rq), the normed latent of
-the queries; ``shared`` (S, F), the shared expert's activations; ``routing``, a `Routing`."""
+the queries; ``shared`` (S, F), the shared expert's activations; ``routing``, a `Routing`; ``rows``, with T > 1, the
+new rows of the window, planes (B, T, ·); ``csa``, ``index`` and ``hca``, the values and gates (B, T, ·) of the new
+tokens in the compressors of that name in the cache; ``streams`` (S, N, E), the streams after the layer."""
 
 
 def no_tap(layer: int, name: str, value: Any) -> None:

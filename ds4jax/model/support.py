@@ -43,7 +43,8 @@ def unsupported(cfg: ModelConfig, weights: Weights, cache: Cache, compute: Compu
                 command = f"ds4jax convert --source FILE.gguf --out NEW.gguf --types {types}"
                 found[op] += f"; a file of types that have kernels is made by: {command}"
         except Unsupported as error:
-            found[op] = re.sub(r"^(compressor|hyper|indexer|latent|mla|router|topk): ", "", str(error))  # the kernel's
+            kernel = r"^(compressor|hyper|indexer|latent|mla|queries|router|topk): "  # the kernel's name
+            found[op] = re.sub(kernel, "", str(error))
     return found
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +45,9 @@ def block(
     here = boundary(s, a.hc.at(layer), a.norm.at(layer), cfg, compute)
     y, cache = attention(here.h, inputs, w, cache, layer, cfg, compute, tap)
     here = boundary(here.add(y), f.hc.at(layer), f.norm.at(layer), cfg, compute)
-    return here.add(moe(here.h, inputs, w, layer, cfg, compute, tap)), cache
+    s = here.add(moe(here.h, inputs, w, layer, cfg, compute, tap))
+    tap(layer, "streams", s.added)
+    return s, cache
 
 
 def streams(x: Float[Array, "S E"], cfg: ModelConfig) -> mhc.Streams:
@@ -54,16 +57,20 @@ def streams(x: Float[Array, "S E"], cfg: ModelConfig) -> mhc.Streams:
 
 def run(
     w: Weights, cache: Cache, tokens: Int32[Array, "B T"], n: Int32[Array, "B"], cfg: ModelConfig, compute: Compute,
-    tap: Tap = no_tap,
+    tap: Tap = no_tap, keep: Callable[[Cache, Cache], Cache] = lambda _, moved: moved,
 ) -> tuple[mhc.Streams, Cache]:  # fmt: skip
-    """`forward`, with the streams as the head takes them."""
+    """`forward`, with the streams as the head takes them.
+
+    keep: what comes after a layer, of the cache before it and as the layer leaves it.
+    """
     if compute.mesh is not None and compute.implementations.any_pallas:
         raise Unsupported(f"kernels {compute.kernels} on a mesh of {compute.mesh.size} devices, expected one device")
     given = inputs(tokens, n, cache.length, cfg, compute.dtype)
     with jax.named_scope("embedding"):
         s = streams(w.embed[given.ids].dequantize(jnp.dtype(compute.dtype)), cfg)
     for layer in range(cfg.n_layers):
-        s, cache = block(s, given, w, cache, layer, cfg, compute, tap)
+        s, moved = block(s, given, w, cache, layer, cfg, compute, tap)
+        cache = keep(cache, moved)
     return s, dataclasses.replace(cache, length=cache.length + n)
 
 

@@ -22,9 +22,9 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from ds4jax import sharding
 from ds4jax.config import ModelConfig
-from ds4jax.errors import GGUFError
+from ds4jax.errors import ConfigError, GGUFError
 from ds4jax.formats import FORMATS, Quantized
-from ds4jax.model.tensors import TensorSpec, mtp_layout, mtp_table, tensor_table
+from ds4jax.model.tensors import TensorSpec, drafter_table, mtp_layout, mtp_table, tensor_table
 from ds4jax.ops.weight import Weight, single
 
 Leaf = Any  # Stack of Quantized or Array; after `.at(layer)`, Weight; in `abstract`, WeightSpec
@@ -190,6 +190,29 @@ class Mtp(Family):
 
 
 @struct.dataclass
+class Markov(Family):
+    """The bias that a token puts on the next one's logits: w2 · w1[token]. w1, w2 (vocab, R)."""
+
+    w1: Leaf
+    w2: Leaf
+
+
+@struct.dataclass
+class Dspark(Family):
+    """A DSpark drafter. attn, ffn, route: its stages, the layers `ModelConfig.stages`. main_proj (E, taps·E), main_norm
+    (E); head; markov; confidence (1, E + R). Embedding and output matrix are the model's."""
+
+    attn: Attention
+    ffn: FFN
+    route: Route
+    main_proj: Leaf
+    main_norm: Leaf
+    head: MtpHead
+    markov: Markov
+    confidence: Leaf
+
+
+@struct.dataclass
 class Weights:
     """The whole model. embed (vocab, E); families over layers; head.
 
@@ -292,6 +315,22 @@ def abstract(cfg: ModelConfig, types: Types) -> Weights:
         else:
             lacks = spec.optional and not callable(types) and spec.name not in types
             families[spec.family] = families[in_main] if lacks else [spec]
+    return _build(Weights, "", families, types)
+
+
+def abstract_drafter(cfg: ModelConfig, types: Types) -> Dspark:
+    """`abstract` of the DSpark drafter `cfg.drafter`. Raises ConfigError if that is None."""
+    if cfg.drafter is None:
+        raise ConfigError("the weights of a drafter: found a config without one")
+    families: dict[str, list[TensorSpec]] = {}
+    for spec in drafter_table(cfg, cfg.drafter):
+        layer = None if spec.layer is None else cfg.stages[spec.layer]
+        families.setdefault(spec.family, []).append(dataclasses.replace(spec, layer=layer))
+    return _build(Dspark, "dspark.", families, types)
+
+
+def _build(cls: type, prefix: str, families: dict[str, list[TensorSpec]], types: Types) -> Any:
+    """The tree `cls` of `WeightSpec`s. prefix: of its families."""
 
     def fmt(spec: TensorSpec) -> type[Quantized] | np.dtype:
         if spec.kind != "matrix":
@@ -327,7 +366,7 @@ def abstract(cfg: ModelConfig, types: Types) -> Weights:
     def build(cls: type, prefix: str) -> Any:
         def child(name: str, kind: Any) -> Any:
             kinds = get_args(kind) or (kind,)  # Mtp | None: (Mtp, NoneType)
-            if type(None) in kinds and not layout:
+            if type(None) in kinds and not any(family.startswith(f"{prefix}{name}.") for family in families):
                 return None
             if isinstance(kinds[0], type) and issubclass(kinds[0], Family):
                 return build(kinds[0], f"{prefix}{name}.")
@@ -335,25 +374,25 @@ def abstract(cfg: ModelConfig, types: Types) -> Weights:
 
         return cls(**{name: child(name, kind) for name, kind in get_type_hints(cls).items()})
 
-    return build(Weights, "")
+    return build(cls, prefix)
 
 
-def structs(tree: Weights) -> Weights:
+def structs[Tree: (Weights, Dspark)](tree: Tree) -> Tree:
     """`abstract` → the same tree of `jax.ShapeDtypeStruct`s."""
     return jax.tree.map(lambda s: s.struct(), tree)
 
 
-def shardings(tree: Weights, mesh: Mesh | AbstractMesh) -> Weights:
+def shardings[Tree: (Weights, Dspark)](tree: Tree, mesh: Mesh | AbstractMesh) -> Tree:
     """`abstract` → the same tree of `NamedSharding`s."""
     return jax.tree.map(lambda s: s.shardings(mesh), tree)
 
 
-def nbytes(tree: Weights) -> int:
+def nbytes(tree: Weights | Dspark) -> int:
     """Bytes of all weights of `abstract`, over all devices, counted once."""
     return sum(s.nbytes for s in jax.tree.leaves(tree))
 
 
-def init_random(tree: Weights, cfg: ModelConfig, seed: int = 0, mesh: Mesh | None = None) -> Weights:
+def init_random[Tree: (Weights, Dspark)](tree: Tree, cfg: ModelConfig, seed: int = 0, mesh: Mesh | None = None) -> Tree:
     """Random weights made on the devices, one leaf at a time; the same values for any mesh."""
     specs, treedef = jax.tree.flatten(tree)
     key = jax.random.key(seed)

@@ -44,6 +44,7 @@ def attend(
     ratio: int,
     row: num.RowFormat,
     dtype,
+    causal: bool = True,
     query_blocks: int | None = None,
     implementation: Implementation = "xla",
 ) -> Float[Array, "B T H D"]:
@@ -52,10 +53,12 @@ def attend(
     near: the window's rows as `latent` returns them: of T = 1 the rings (L, B, W, ·), of which `layer` is read; of more
     tokens (B, W + T, ·). rows: compressed rows (L', B, rows, ·), of which `nth` is read; None with ratio 0. A query at
     p sees the first (p + 1) // ratio of them, or of the rows in its list `chosen`, visible ones first. sinks: (H). row:
-    how rows are stored. The softmax is in float32 at least. query_blocks: see `in_blocks`. The kernel takes `official`
-    rows of 64 times a power of two with 64 dims of RoPE, and 16 heads or a multiple. Raises Unsupported.
+    how rows are stored. causal: whether a query sees the W rows up to its own; otherwise all of them see all W + T,
+    where 1 < T <= QUERY_BLOCK, and the formula is computed in XLA. The softmax is in float32 at least. query_blocks:
+    see `in_blocks`. The kernel takes `official` rows of 64 times a power of two with 64 dims of RoPE, and 16 heads or a
+    multiple. Raises Unsupported.
     """
-    if implementation != "xla":
+    if implementation != "xla" and causal:
         return kernel.op(
             q, near, rows, chosen, position, layers(layer, nth, sinks.nth), sinks.stack, angles.cos, angles.sin,
             ratio=ratio, ring=q.shape[1] == 1, dtype=dtype, config=tuned.tiles(kernel),
@@ -63,6 +66,7 @@ def attend(
         )  # fmt: skip
     B, T, _, D = q.shape
     ring = T == 1
+    assert causal or 1 < T <= QUERY_BLOCK
     window = row.decode(jax.tree.map(lambda x: x[layer], near) if ring else near, q.dtype)
     W = window.shape[1] if ring else window.shape[1] - T
     far = None if rows is None else jax.tree.map(lambda x: x[nth], rows)
@@ -76,8 +80,10 @@ def attend(
             seen = jnp.arange(W, dtype=jnp.int32) <= at[..., None]
         else:
             local_position = at[:, :1] - W + jnp.arange(local.shape[1], dtype=jnp.int32)
-            age = at[:, :, None] - local_position[:, None]
-            seen = (age >= 0) & (age < W) & (local_position >= 0)[:, None]
+            seen = jnp.broadcast_to((local_position >= 0)[:, None], (*at.shape, local.shape[1]))
+            if causal:
+                age = at[:, :, None] - local_position[:, None]
+                seen &= (age >= 0) & (age < W)
         sources = [(local, seen)]
         if chosen is not None:
             batch = jnp.arange(B, dtype=jnp.int32)[:, None, None]

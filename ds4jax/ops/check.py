@@ -69,21 +69,28 @@ def _matmul(
     ]
     x = _wide(x)
     if norm_eps is not None:
-        x = rms_norm(x, norm_eps, None if norm is None else norm[layer[0]])
+        x = rms_norm(x, norm_eps, None if norm is None else norm[entry(layer, len(outputs))])
     return tuple(products(x, asked, groups=x.shape[1] if x.ndim == 3 else 1))
 
 
 def _latent(
-    q: Array, kv: Array, qi: Array | None, norm: Array, cos: Array, sin: Array, position: Array, active: Array,
-    layers: Array, window: Any, *, eps: float, index_dim: int,
-) -> tuple[Array, Any, Array | None]:  # fmt: skip
+    q: Array, kv: Array, norm: Array, cos: Array, sin: Array, position: Array, active: Array, layers: Array,
+    window: Any, *, eps: float,
+) -> tuple[Array, Any]:  # fmt: skip
     made = latent.latent(
-        _wide(q), _wide(kv), _wide(qi), Norm(Weight(norm, entry(layers, 0)), eps),
+        _wide(q), _wide(kv), Norm(Weight(norm, entry(layers, 0)), eps),
         rope.Angles(cos[:, None], sin[:, None], cos, sin), position, active, window, entry(layers, 1),
-        row=Fp8Row(kv.shape[1], 2 * cos.shape[1]), key=Fp4Row(index_dim), numerics="official", dtype=jnp.float16,
-        index_dtype=jnp.bfloat16,
+        row=Fp8Row(kv.shape[1], 2 * cos.shape[1]), dtype=jnp.float16,
     )  # fmt: skip
-    return made.queries, made.window, made.index_queries
+    return made.queries, made.window
+
+
+def _queries(x: Array, cos: Array, sin: Array, *, kind: str, dim: int, eps: float) -> Array:
+    angles = rope.Angles(cos[None], sin[None], cos, sin)
+    if kind == "index":
+        return index.queries(_wide(x), angles, key=Fp4Row(dim), numerics="official")[0].astype(jnp.bfloat16)
+    heads = rms_norm(_wide(x).reshape(len(x), -1, dim), eps)
+    return rope.turn(heads, cos[:, None], sin[:, None]).astype(jnp.float16)
 
 
 def _compressor(
@@ -102,18 +109,7 @@ def _compressor(
         fed, kept, position, active.astype(jnp.int32), angles, nth[0], ratio=states[0].z.shape[2], freq=None,
         numerics="official",
     )  # fmt: skip
-    # The kernel writes one slot of z and g, and none where the token closes a window.
-    R, b = states[0].z.shape[2], jnp.arange(position.size)
-    at = nth[0], b, position % R
-    stores = (active.astype(bool) & (position % R != R - 1))[:, None]
-
-    def slot(old: Array, new: Array) -> Array:
-        return old.at[at].set(jnp.where(stores, new[at], old[at]))
-
-    return tuple(
-        compressor_kernel.State(m.rows, slot(s.z, m.z), slot(s.g, m.g), m.prev_z, m.prev_g)
-        for m, s in zip(moved, states, strict=True)
-    )
+    return tuple(compressor_kernel.State(s.rows, s.z, s.g, s.prev_z, s.prev_g) for s in moved)
 
 
 def _indexer(
@@ -125,8 +121,8 @@ def _indexer(
     return index.scores(_wide(q), weight * (H * D) ** 0.5, keys, layer[0], position, key=Fp4Row(D), ratio=ratio)
 
 
-def _topk(score: Array, *, k: int) -> Array:
-    return jnp.sort(topk.highest(score[None], k)[0], axis=-1)
+def _topk(score: Array, visible: Array, *, k: int) -> Array:
+    return jnp.sort(topk.highest(score[None], visible[None], k)[0], axis=-1)
 
 
 def _mla(

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -107,10 +107,8 @@ def _formula(
     freq: np.ndarray | None, numerics: num.Numerics,
 ) -> Compressed:  # fmt: skip
     B, R, dtype, D = length.shape[0], ratio, kept.z.dtype, c.row.dim
-    z, g = (x.reshape(B, -1, x.shape[-1]).astype(dtype) for x in (c.z, c.g))
+    z, g = new = values(c, length, ratio, dtype)
     T = z.shape[1]
-    position = length[:, None] + jnp.arange(T, dtype=jnp.int32)
-    g = g + lookup(c.ape.value.dequantize(dtype), lax.rem(position, np.int32(R)))
 
     # Lay the open window and the new tokens out from the window's start: slot j is the token at position first·R + j.
     first, filled = lax.div(length, np.int32(R)), lax.rem(length, np.int32(R))
@@ -122,7 +120,6 @@ def _formula(
 
     z, g = lay_out(kept.z, z), lay_out(kept.g, g)
     closed = lax.div(filled + n, np.int32(R))  # windows that these tokens close, per sequence
-    open_window = {"z": z, "g": g}
 
     def split(x: Array) -> Array:
         return x[:, : windows * R].reshape(B, windows, R, -1)
@@ -130,7 +127,6 @@ def _formula(
     if R == CSA_RATIO:
         prev_z = jnp.concatenate([kept.prev_z[nth], z[..., :D]], axis=1)
         prev_g = jnp.concatenate([kept.prev_g[nth], g[..., :D]], axis=1)
-        open_window |= {"prev_z": prev_z, "prev_g": prev_g}
         slots_z = jnp.concatenate([split(prev_z), split(z[..., D:])], axis=2)
         slots_g = jnp.concatenate([split(prev_g), split(g[..., D:])], axis=2)
     else:
@@ -153,13 +149,43 @@ def _formula(
     rows = jax.tree.map(
         lambda kept, new: kept.at[at].set(new, mode="drop", unique_indices=True), kept.rows, c.row.encode(row)
     )
+    return keep(dataclasses.replace(kept, rows=rows), nth, *new, length, n, ratio)
 
-    def following(x: Array) -> Array:
-        """What comes after the last closed window: (B, slots, ·) → (B, R, ·)."""
-        return jax.vmap(lambda x, start: lax.dynamic_slice_in_dim(x, start, R))(x, closed * R)
 
-    update = {
-        name: lax.dynamic_update_index_in_dim(getattr(kept, name), following(x), nth, axis=0)
-        for name, x in open_window.items()
-    }
-    return dataclasses.replace(kept, rows=rows, **update)
+def values(
+    c: Compressor, length: Int32[Array, "B"], ratio: int, dtype
+) -> tuple[Float[Array, "B T c*D"], Float[Array, "B T c*D"]]:
+    """z and g of new tokens that come after `length` others, as an open window holds them."""
+    z, g = (x.reshape(len(length), -1, x.shape[-1]).astype(dtype) for x in (c.z, c.g))
+    position = length[:, None] + jnp.arange(z.shape[1], dtype=jnp.int32)
+    return z, g + lookup(c.ape.value.dequantize(dtype), lax.rem(position, np.int32(ratio)))
+
+
+def keep(
+    kept: Compressed, layers: int | Array | slice, z: Float[Array, "*L B T c*D"], g: Float[Array, "*L B T c*D"],
+    length: Int32[Array, "B"], n: Int32[Array, "B"], ratio: int,
+) -> Compressed:  # fmt: skip
+    """The state with the first n of T new tokens in the open window and, overlapping, in the one before.
+
+    layers: one layer, or a slice of them. z, g: of `values`, with an axis of layers if these are several.
+    """
+    B, T, D = *z.shape[-3:-1], kept.prev_z.shape[-1]
+    t = jnp.arange(T, dtype=jnp.int32)
+    window, slot = (f(length[:, None] + t, np.int32(ratio)) for f in (lax.div, lax.rem))
+    before, last = lax.div(length, np.int32(ratio)), lax.div(length + n, np.int32(ratio))
+    batch = jnp.arange(B, dtype=jnp.int32)[:, None]
+
+    def put(state: Array, layers: Any, new: Array, into: Array) -> Array:
+        """state with the tokens of window `into`."""
+        stays = (t < n[:, None]) & (window == into[:, None])
+        at = layers, batch, jnp.where(stays, slot, ratio + t)  # out of range: dropped
+        return state.at[at].set(new, mode="drop", unique_indices=True)
+
+    state = {"z": put(kept.z, layers, z, last), "g": put(kept.g, layers, g, last)}
+    if ratio == CSA_RATIO:
+        for name, old, new in (("z", kept.z, z), ("g", kept.g, g)):
+            prev = getattr(kept, f"prev_{name}")
+            opened = jnp.where((last > before)[:, None, None], old[layers][..., :D], prev[layers])
+            prev = prev.at[layers].set(opened)
+            state[f"prev_{name}"] = put(prev, layers, new[..., :D], jnp.where(last > before, last - 1, -1))
+    return dataclasses.replace(kept, **state)

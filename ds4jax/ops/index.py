@@ -1,6 +1,7 @@
-"""The lightning indexer's scores: how much a query wants each compressed row (DeepSeek-V3.2, arXiv:2512.02556, eq. 1).
+"""The lightning indexer: how much a query wants each compressed row (DeepSeek-V3.2, arXiv:2512.02556, eq. 1).
 
-score_i = Σ_heads w_h · relu(qᴵ_h · κ_i),  w = W_proj h / √(Hi · Di)
+qᴵ       RoPE, Hadamard, rounding to E2M1
+score_i  Σ_heads w_h · relu(qᴵ_h · κ_i),  w = W_proj h / √(Hi · Di)
 """
 
 from __future__ import annotations
@@ -14,20 +15,54 @@ from jaxtyping import Array, Bool, Float, Int32
 from ds4jax.implementation import Implementation
 from ds4jax.numerics import rows as num
 from ds4jax.numerics.precision import matmul, wide
-from ds4jax.ops import tuned
+from ds4jax.ops import rope, tuned
 from ds4jax.ops.blocks import in_blocks
 from pallas_kernels import indexer as kernel
+from pallas_kernels import queries as query_kernel
 from pallas_kernels.common import Unsupported
 
 
+def seen(position: Int32[Array, "..."], ratio: int) -> Int32[Array, "..."]:
+    """How many compressed rows a query at `position` sees, the first ones: those whose last token, (i + 1)·R - 1, is
+    not in the future."""
+    return (position + 1) // ratio
+
+
 def visible(position: Int32[Array, "..."], row: Int32[Array, "..."], ratio: int) -> Bool[Array, "..."]:
-    """Whether a query at `position` sees compressed row `row`: its last token, (i + 1)·R - 1, is not in the future."""
-    return (row + 1) * ratio <= position + 1
+    """Whether a query at `position` sees compressed row `row`."""
+    return row < seen(position, ratio)
 
 
-def query_dtype(implementation: Implementation, dtype):
-    """The dtype that `scores` takes queries in: E2M1 values times powers of two are exact in bfloat16."""
-    return dtype if implementation == "xla" else jnp.bfloat16
+def queries(
+    q: Float[Array, "S HiDi"],
+    angles: rope.Angles,
+    *,
+    key: num.RowFormat,
+    numerics: num.Numerics,
+    implementation: Implementation = "xla",
+) -> Float[Array, "B T Hi Di"]:
+    """Index queries from their projection, float32 at least; but bfloat16 from the kernel, which is exact.
+
+    key: how keys are stored, as queries are rounded likewise. The kernel takes `official` keys, of a power of two from
+    64 on. Raises Unsupported.
+    """
+    B, T, _ = angles.cos.shape
+    if implementation != "xla":
+        _only_official(key)
+        flat = (x.reshape(B * T, -1) for x in (angles.cos, angles.sin))
+        made = query_kernel.op(
+            q, *flat, kind="index", dim=key.dim, config=tuned.tiles(query_kernel),
+            interpret=implementation == "pallas_interpret",
+        )  # fmt: skip
+        return made.reshape(B, T, -1, key.dim)
+    q = q.reshape(B, T, -1, key.dim).astype(wide(q.dtype))
+    rotated = num.index_rotation(rope.turn(q, angles.cos[:, :, None], angles.sin[:, :, None]), numerics)
+    return key.decode(key.encode(rotated), rotated.dtype)
+
+
+def _only_official(key: num.RowFormat) -> None:
+    if not isinstance(key, num.Fp4Row):
+        raise Unsupported(f"index: keys are stored as {type(key).__name__}, expected Fp4Row (numerics official)")
 
 
 def scores(
@@ -42,7 +77,7 @@ def scores(
     query_blocks: int | None = None,
     implementation: Implementation = "xla",
 ) -> Float[Array, "B T rows"]:
-    """The scores of all stored keys of a layer, -inf for those that a query does not see; float32 at least.
+    """The scores of the stored keys of a layer that a query sees; what is in place of the others means nothing.
 
     q: index queries. weight: W_proj h. keys: planes (L, B, rows, ·), of which layer `nth`'s are read. key: how keys are
     stored. query_blocks: see `in_blocks`. The kernel takes `official` keys, bfloat16 queries, and heads and dims that
@@ -50,8 +85,7 @@ def scores(
     """
     scale = 1 / math.sqrt(q.shape[-2] * q.shape[-1])
     if implementation != "xla":
-        if not isinstance(key, num.Fp4Row):
-            raise Unsupported(f"index: keys are stored as {type(key).__name__}, expected Fp4Row (numerics official)")
+        _only_official(key)
         # Without the scale, which no choice depends on.
         return kernel.op(
             q, weight, keys["codes"], keys["exponents"], position, jnp.array([nth], jnp.int32), ratio=ratio,
@@ -59,12 +93,10 @@ def scores(
         )  # fmt: skip
     dtype = wide(q.dtype)
     decoded = key.decode(jax.tree.map(lambda x: x[nth], keys), q.dtype)
-    row = jnp.arange(decoded.shape[1], dtype=jnp.int32)
 
     def block(queries: tuple[Array, ...], _) -> Array:
-        q, weight, position = queries
+        q, weight = queries
         dots = jax.nn.relu(matmul("bthd,bnd->bthn", q, decoded, dtype))
-        score = matmul("bth,bthn->btn", weight.astype(dtype) * scale, dots)
-        return jnp.where(visible(position[..., None], row, ratio), score, -jnp.inf)
+        return matmul("bth,bthn->btn", weight.astype(dtype) * scale, dots)
 
-    return in_blocks(block, (q, weight, position), lambda _: (), query_blocks)
+    return in_blocks(block, (q, weight), lambda _: (), query_blocks)

@@ -1,8 +1,7 @@
-"""From projections to what attention reads: queries, the window's new rows, and the indexer's queries.
+"""From projections to what attention reads: queries, and the window's new rows.
 
     q    each head: RMS norm without weight, RoPE
     kv   RMS norm with weight, RoPE; stored in the layer's window as a row that is key and value for all heads
-    qᴵ   RoPE, Hadamard, rounding to E2M1                  (layers of ratio 4; DeepSeek-V3.2, arXiv:2512.02556)
 
 Multi-head latent attention with one latent row per token: arXiv:2405.04434, section 2.1, with q_lora and one kv head.
 """
@@ -24,6 +23,7 @@ from ds4jax.ops import rope, tuned
 from ds4jax.ops.linear import layers
 from ds4jax.ops.norm import Norm, rms_norm
 from pallas_kernels import latent as kernel
+from pallas_kernels import queries as many
 
 
 class Latent(NamedTuple):
@@ -33,14 +33,12 @@ class Latent(NamedTuple):
 
     queries: Float[Array, "B T H D"]
     near: num.Rows
-    index_queries: Float[Array, "B T Hi Di"] | None
     window: num.Rows
 
 
 def latent(
     q: Float[Array, "S HD"],
     kv: Float[Array, "S D"],
-    index_q: Float[Array, "S HiDi"] | None,
     norm: Norm,
     angles: rope.Angles,
     length: Int32[Array, "B"],
@@ -49,44 +47,51 @@ def latent(
     layer: int,
     *,
     row: num.RowFormat,
-    key: num.RowFormat,
-    numerics: num.Numerics,
     dtype,
-    index_dtype,
     implementation: Implementation = "xla",
 ) -> Latent:
     """Finish the projections of T new tokens of B sequences, and store the rows of those that are real.
 
     norm: of kv. length, n: tokens before these, and how many of the T are real. window: the stack of rings; `layer` is
-    the one to write. row, key: how window rows and index keys are stored. dtype, index_dtype: of the queries that are
-    returned. The kernel takes one token of each sequence and rows of `official`; for T > 1 the formula is computed in
-    XLA. Raises Unsupported.
+    the one to write. row: how window rows are stored. dtype: of the queries that are returned. The kernel takes one
+    token of each sequence and rows of `official`; for T > 1 a kernel makes the queries, and XLA the rows. Raises
+    Unsupported.
     """
     B, T, _ = angles.cos.shape
     if implementation != "xla" and T == 1:
-        queries, window, index_queries = kernel.op(
-            q, kv, index_q, norm.weight.stack, angles.cos[:, 0], angles.sin[:, 0], length, n,
-            layers(norm.weight.nth, layer), window, eps=norm.eps, index_dim=key.dim, config=tuned.tiles(kernel),
+        queries, window = kernel.op(
+            q, kv, norm.weight.stack, angles.cos[:, 0], angles.sin[:, 0], length, n,
+            layers(norm.weight.nth, layer), window, eps=norm.eps, config=tuned.tiles(kernel),
             interpret=implementation == "pallas_interpret",
         )  # fmt: skip
-        return Latent(queries, window, index_queries, window)
-    heads = angles.cos[:, :, None], angles.sin[:, :, None]
-    q = q.reshape(B, T, -1, row.dim).astype(wide(q.dtype))
-    queries = rope.turn(rms_norm(q, norm.eps), *heads).astype(dtype)
-    kv = rope.turn(norm(kv).reshape(B, T, -1), angles.cos, angles.sin)
-    index_queries = None
-    if index_q is not None:
-        turned = rope.turn(index_q.reshape(B, T, -1, key.dim).astype(wide(index_q.dtype)), *heads)
-        rotated = num.index_rotation(turned, numerics)
-        index_queries = key.decode(key.encode(rotated), rotated.dtype).astype(index_dtype)
-    new = row.encode(kv)
-    moved = _store(new, window, layer, length, n)
-    return Latent(queries, moved if T == 1 else _slide(new, window, layer, length), index_queries, moved)
+        return Latent(queries, window, window)
+    if implementation != "xla":
+        queries = many.op(
+            q, *(x.reshape(B * T, -1) for x in (angles.cos, angles.sin)), kind="attention", dim=row.dim, eps=norm.eps,
+            config=tuned.tiles(many), interpret=implementation == "pallas_interpret",
+        ).reshape(B, T, -1, row.dim)  # fmt: skip
+    else:
+        q = q.reshape(B, T, -1, row.dim).astype(wide(q.dtype))
+        queries = rope.turn(rms_norm(q, norm.eps), angles.cos[:, :, None], angles.sin[:, :, None])
+    new = rows(kv, norm, angles, row)
+    moved = store(new, window, layer, length, n)
+    return Latent(queries.astype(dtype), moved if T == 1 else _slide(new, window, layer, length), moved)
 
 
-def _store(new: num.Rows, window: num.Rows, layer: int, length: Array, n: Array) -> num.Rows:
-    """The rings with the last W of the n real new rows (B, T, ·) in them."""
-    (B, T), W = next(iter(new.values())).shape[:2], next(iter(window.values())).shape[2]
+def rows(kv: Float[Array, "S D"], norm: Norm, angles: rope.Angles, row: num.RowFormat) -> num.Rows:
+    """The window rows of T tokens of B sequences, planes (B, T, ·), from their projections kv."""
+    B, T, _ = angles.cos.shape
+    return row.encode(rope.turn(norm(kv).reshape(B, T, -1), angles.cos, angles.sin))
+
+
+def store(
+    new: num.Rows, window: num.Rows, layer: int | slice, length: Int32[Array, "B"], n: Int32[Array, "B"]
+) -> num.Rows:
+    """The rings (L, B, W, ·) with the last W of the n real new rows in them.
+
+    new: of one layer (B, T, ·), of several (L', B, T, ·). length: the position of the first.
+    """
+    (B, T), W = next(iter(new.values())).shape[-3:-1], next(iter(window.values())).shape[2]
     t = jnp.arange(T, dtype=jnp.int32)
     kept = (t < n[:, None]) & (t >= n[:, None] - W)
     slot = jnp.where(kept, lax.rem(length[:, None] + t, np.int32(W)), W)  # out of range: dropped

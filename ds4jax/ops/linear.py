@@ -20,7 +20,7 @@ from ds4jax.implementation import Implementation
 from ds4jax.numerics.precision import matmul, wide
 from ds4jax.ops import tuned
 from ds4jax.ops.norm import Norm
-from ds4jax.ops.weight import Weight, same_layer
+from ds4jax.ops.weight import Weight
 from pallas_kernels import grouped_gemm
 from pallas_kernels import matmul as few
 from pallas_kernels.common import Unsupported
@@ -81,16 +81,15 @@ def products(
     if len(x) > few.MAX_ROWS:
         x = x if norm is None else norm(x)
         return [_many(x, p, groups, interpret) for p in asked]
-    if norm is not None:
-        same_layer(norm.weight, asked[0].matrices[0])
-    layer = layers(*(p.matrices[0].nth for p in asked))
+    layer = layers(*(p.matrices[0].nth for p in asked), *([] if norm is None else [norm.weight.nth]))
     outputs = tuple(
         few.Output(p.matrices[0].n_out, p.matrices[0].format, p.dtype or x.dtype.name, p.clamp) for p in asked
     )
     return list(
         few.matmul(
             x, layer, [[m.planes for m in p.matrices] for p in asked], None if norm is None else norm.weight.stack,
-            outputs=outputs, norm_eps=None if norm is None else norm.eps, config=tuned.tiles(few), interpret=interpret,
+            outputs=outputs, norm_eps=None if norm is None else norm.eps, config=tuned.tiles(few),
+            interpret=interpret,
         )
     )  # fmt: skip
 

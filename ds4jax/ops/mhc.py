@@ -90,7 +90,8 @@ def boundary(
     if implementation == "xla":
         return _formula(streams, connection, norm, eps, iterations)
     fn, base, scale = connection
-    s = streams if len(streams.X) < kernel.MANY else Streams(streams.added())
+    # X' is stored as it is kept, in its own dtype alone, and not once more in that of the sums it takes part in.
+    s = streams if len(streams.X) < kernel.MANY else Streams(lax.optimization_barrier(streams.added()))
     layer = jnp.array([same_layer(*connection, norm.weight)], jnp.int32)
     return Boundary(
         *kernel.op(
@@ -104,18 +105,33 @@ def boundary(
 def _formula(streams: Streams, connection: Connection, norm: Norm, eps: float, iterations: int) -> Boundary:
     X = streams.added()
     N = X.shape[-2]
-    flat = X.reshape(*X.shape[:-2], -1).astype(wide(X.dtype))
-    m = linear(rms_norm(flat, norm.eps), connection.fn)
-    scale, base = (w.value.astype(m.dtype) for w in (connection.scale, connection.base))
-    pre = jax.nn.sigmoid(m[..., :N] * scale[0] + base[:N]) + eps
-    u = jnp.sum(pre[..., None] * X.astype(pre.dtype), axis=-2).astype(X.dtype)
-    h = norm(u)
+    m, scale, base = mixing = _mixing(X, connection, norm.eps)
+    h = norm(_read(X, *mixing, eps))
     if m.shape[-1] == N:  # the head
         return Boundary(X, h, None, None)
     post = 2 * jax.nn.sigmoid(m[..., N : 2 * N] * scale[1] + base[N : 2 * N])
     comb = (m[..., 2 * N :] * scale[2] + base[2 * N :]).reshape(*m.shape[:-1], N, N)
     comb = sinkhorn(jax.nn.softmax(comb, axis=-1) + eps, iterations, eps)
     return Boundary(X, h, post, comb)
+
+
+def _mixing(X: Array, connection: Connection, norm_eps: float) -> tuple[Array, Array, Array]:
+    """m, scale and base."""
+    flat = X.reshape(*X.shape[:-2], -1).astype(wide(X.dtype))
+    m = linear(rms_norm(flat, norm_eps), connection.fn)
+    return m, connection.scale.value.astype(m.dtype), connection.base.value.astype(m.dtype)
+
+
+def _read(X: Array, m: Array, scale: Array, base: Array, eps: float) -> Array:
+    N = X.shape[-2]
+    pre = jax.nn.sigmoid(m[..., :N] * scale[0] + base[:N]) + eps
+    return jnp.sum(pre[..., None] * X.astype(pre.dtype), axis=-2).astype(X.dtype)
+
+
+def collapse(streams: Streams, connection: Connection, *, eps: float, norm_eps: float) -> Float[Array, "S E"]:
+    """What a sub-layer or a head reads of the streams, before its norm: Σ_i pre_i X_i. In XLA."""
+    X = streams.added()
+    return _read(X, *_mixing(X, connection, norm_eps), eps)
 
 
 def sinkhorn(comb: Float[Array, "*s N N"], iterations: int, eps: float) -> Float[Array, "*s N N"]:

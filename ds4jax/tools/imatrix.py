@@ -158,6 +158,8 @@ def _counting(totals: Totals, tokens: Array, n: Array, w: Weights, cfg: ModelCon
         return matmul("sm,si->mi", who, x * x), who.sum(0)
 
     def tap(layer: int, name: str, x: Any) -> None:
+        if name not in ("attention", "query", "ffn", "shared", "routing"):
+            return
         found = totals[layer]
         if name != "routing":
             kept[name] = x() if callable(x) else x

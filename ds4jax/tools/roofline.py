@@ -5,11 +5,12 @@ One decoded token of every sequence, or with --prefill a chunk of one sequence, 
   bytes, FLOPs   counted from the weight tree and the cache, see `count`
   limit          the larger of bytes over the bandwidth of a copy and FLOPs over the rate of a bfloat16 matrix product,
                  both measured first
-  time           of the component's kernels in a profile of the step, known by their names, see `attribute`
+  time           of the component's kernels in a profile of the step, known by their names and scopes, see `attribute`
   lost           time beyond the limit, and its share of all that is lost
 
-What no name tells is "rest"; "idle" is the step's time, measured without a profiler, in which no kernel runs. Without a
-GPU only bytes and FLOPs are shown, and nothing is allocated.
+What no name tells is "rest"; "idle" is the step's time, measured without a profiler, in which no kernel runs. A profile
+in which kernels are missing, so that a component beats its limit, is an error. Without a GPU only bytes and FLOPs are
+shown, and nothing is allocated.
 """
 
 from __future__ import annotations
@@ -88,6 +89,8 @@ ORDER = (
 # Beginnings of the names of kernels → component. Those of products are not here: see `product_names`.
 KERNELS = {
     "latent": "new rows",
+    "queries_attention": "new rows",
+    "queries_index": "indexer",
     "compressor": "compressors",
     "indexer_scores": "indexer",
     "topk": "indexer",
@@ -102,7 +105,8 @@ CALLS = (
     ("attn.q_a", "attn.kv"),
     ("hca.compressor.kv", "hca.compressor.gate", "csa.compressor.kv", "csa.compressor.gate",
      "csa.indexer.compressor.kv", "csa.indexer.compressor.gate", "csa.indexer.proj"),
-    ("attn.q_b", "csa.indexer.q_b"),
+    ("attn.q_b", "csa.indexer.q_b"),  # of one token; of more they are two calls
+    ("csa.indexer.q_b",),
     ("attn.o_a",),
     ("attn.o_b",),
     ("ffn.shared.gate", "ffn.shared.up"),
@@ -112,6 +116,12 @@ CALLS = (
 )  # fmt: skip
 NO_COLUMNS = "ffn.shared.up"  # part of gate's output
 PRODUCT = re.compile("nvjet|gemm|cublas|cutlass")  # what XLA calls products that it makes itself
+
+# Named scopes of the model → component; those that are not here are called as the component is.
+SCOPES = {"latent": "new rows", "attend": "attention", "shared_expert": "shared expert"}
+KERNEL = re.compile(r'^\s*(?:ROOT )?%(\S+) = .* (?:fusion|custom-call)\(.*op_name="([^"]+)"', re.M)
+
+LEEWAY = 1.1  # a limit may be beaten by as much: what lies in a cache is faster than a copy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,9 +236,10 @@ def product_names(works: Iterable[Work]) -> tuple[Shares, dict[str, float]]:
             for w in found:
                 for kind in ("matmul", "matmul_combine"):
                     names[f"{kind}_{k}_{n}"][w.component] += w.nbytes
-                dense[w.component] += w.flops
         for w in families.values():  # of many tokens
             names[f"grouped_{w.shape[-1]}_{w.shape[-2]}"][w.component] += w.flops
+            if any(w.family in call for call in CALLS):
+                dense[w.component] += w.flops
     for name, parts in names.items():
         if "experts" in parts:  # a matrix of the shared expert has the same name, if it is not left to XLA
             names[name] = {"experts": 1.0}
@@ -240,17 +251,30 @@ def _normal(parts: Mapping[str, float]) -> dict[str, float]:
     return {name: x / total for name, x in parts.items()}
 
 
-def attribute(times: Mapping[str, float], works: list[Work]) -> dict[str, float]:
+def scopes(program: str) -> dict[str, str]:
+    """Kernels that XLA made itself, by name → component, by the named scope that the text of a program tells."""
+    out = {}
+    for name, where in KERNEL.findall(program):
+        component = next((SCOPES.get(part, part) for part in where.split("/") if SCOPES.get(part, part) in ORDER), None)
+        if component:
+            out[name.replace(".", "_").replace("-", "_")] = component
+    return out
+
+
+def attribute(
+    times: Mapping[str, float], works: list[Work], scoped: Mapping[str, str] | None = None
+) -> dict[str, float]:
     """Seconds by kernel → seconds by component. What serves several components is shared out by what each must do.
 
-    XLA appends __1, __2, … to equal names.
+    XLA appends __1, __2, … to equal names. scoped: what `scopes` says of the others.
     """
     products, dense = product_names(works)
     out: dict[str, float] = defaultdict(float)
     for name, seconds in times.items():
+        inside = (scoped or {}).get(name)
         name = name.split("__")[0]
-        known = next((c for start, c in KERNELS.items() if name.startswith(start)), None)
-        parts = products.get(name) or (dense if PRODUCT.search(name) else {known or "rest": 1.0})
+        known = next((c for start, c in KERNELS.items() if name.startswith(start)), inside)
+        parts = products.get(name) or (dense if not inside and PRODUCT.search(name) else {known or "rest": 1.0})
         for component, share in parts.items():
             out[component] += seconds * share
     return dict(out)
@@ -322,6 +346,22 @@ def measure(runner: ModelRunner, context: int, prefill: int | None, seed: int) -
     with tempfile.TemporaryDirectory() as folder:
         run(jax.profiler.trace(folder))
         return seconds, kernel_times(Path(folder), steps)
+
+
+def check(found: list[Row], seconds: float) -> None:
+    """Refuse a measured table that contradicts itself. seconds: of the step. Raises ConfigError."""
+    *parts, total = found
+    busy = sum(row.seconds for row in parts if row.component != "idle")
+    if busy > LEEWAY * seconds:
+        raise ConfigError(
+            f"profile: found {busy * 1e3:.3f} ms of kernels, expected at most a step's {seconds * 1e3:.3f} ms"
+        )
+    for row in parts:
+        if row.limit > LEEWAY * row.seconds and row.limit > total.limit / 100:
+            raise ConfigError(
+                f"profile: found {row.seconds * 1e3:.3f} ms of {row.component}, expected at least its limit, "
+                f"{row.limit * 1e3:.3f} ms: kernels are missing"
+            )
 
 
 # ---- the table -------------------------------------------------------------------------------------------------------
@@ -464,13 +504,15 @@ def main() -> None:
     loaded = model_runner.ModelRunner(source, settings, progress=True)
     works = count(loaded.steps, context, tokens, FLAGS.batch)
     seconds, times = measure(loaded, context, FLAGS.prefill, FLAGS.seed)
-    found = rows(works, device, seconds, attribute(times, works))
+    scoped = scopes("\n".join(str(program.as_text()) for program in loaded.steps.compiled.values()))
+    found = rows(works, device, seconds, attribute(times, works, scoped))
+    check(found, seconds)
     what = f"prefill of {tokens}" if FLAGS.prefill else f"decoding, {FLAGS.batch} at once"
     n = tokens * FLAGS.batch
     title = f"{device.name}, {what} after {context} tokens: {n / seconds:.1f} tokens/s, limit {n / found[-1].limit:.1f}"
     print(title)
     _report(found)
-    unknown = {name: t for name, t in times.items() if set(attribute({name: t}, works)) == {"rest"}}
+    unknown = {name: t for name, t in times.items() if set(attribute({name: t}, works, scoped)) == {"rest"}}
     print(
         "longest of the rest: " + ", ".join(f"{name} {t * 1e3:.4f} ms" for name, t in Counter(unknown).most_common(8))
     )
