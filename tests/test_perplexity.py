@@ -287,6 +287,7 @@ def test_wrong_texts_are_one_line(run, tmp_path, name, content, problem):
         (["--save_logits=a", "--out=b"], "found --save_logits and --out"),
         (["--window=0"], "window: found 0, expected at least 1"),
         (["--context=40"], "context: found 40, expected 0 to 39"),
+        (["--window=1", "--context=0", "--windows=1"], "text: found 1 tokens, expected at least 2"),
         (["--windows=0"], "windows: found 0, expected at least 1"),
         (["--against=/none"], "model /none: no such file"),
         (["--compare=/none"], "/none/journal.jsonl: cannot be read: No such file"),

@@ -513,8 +513,8 @@ class _Finder:
 
     def check_no_others(self, draft: Draft) -> list[str]:
         """Raises unless every tensor is used that `draft` does not leave out; → those that only images need."""
-        ignored = {"keep": [], "skip": [True], "only": [False]}[draft]
-        others = sorted(n for n in self.stored.keys() - self.used if n.startswith("mtp.") not in ignored)
+        drafts = {"keep": (True, False), "skip": (False,), "only": (True,)}[draft]
+        others = sorted(n for n in self.stored.keys() - self.used if n.startswith("mtp.") in drafts)
         only_for_images = [n for n in others if _IMAGES.fullmatch(n)]
         if others := [n for n in others if not _IMAGES.fullmatch(n)]:
             some = ", ".join(map(show, others[:3])) + (", ..." if len(others) > 3 else "")

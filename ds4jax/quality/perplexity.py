@@ -86,10 +86,13 @@ class Window:
     start: int
 
 
-def windows(texts: Sequence[str], tokenizer: Tokenizer, length: int, context: int = 0) -> list[Window]:
+def windows(
+    texts: Sequence[str], tokenizer: Tokenizer, length: int, context: int = 0, most: int | None = None
+) -> list[Window]:
     """The windows of some texts, of up to `length` tokens behind BOS, of which `context` repeat the window before.
 
-    Raises Ds4Error if there are fewer than 2 tokens in all: one has no standard error.
+    most: leave out the windows after so many. Raises Ds4Error if there are fewer than 2 tokens in all: one has no
+    standard error.
     """
     if not 0 <= context < length:
         raise Ds4Error(f"context: found {context}, expected 0 to {length - 1} (the window has {length} tokens)")
@@ -101,6 +104,7 @@ def windows(texts: Sequence[str], tokenizer: Tokenizer, length: int, context: in
             scored_from, start = end, max(0, end - context)
             end = min(len(ids), start + length)
             out.append(Window((tokenizer.bos_id, *ids[start:end]), end - scored_from, number, scored_from))
+    out = out[:most]
     if (found := sum(window.scored for window in out)) < 2:
         raise Ds4Error(f"text: found {found} tokens, expected at least 2")
     return out

@@ -128,7 +128,7 @@ def _open(settings: Settings, texts: Sequence[str]) -> _Model:
     checkpoint = open_checkpoint(resolve_model(settings))
     tokenizer = Tokenizer.from_metadata(checkpoint.file.metadata)
     shape = FLAGS.window, FLAGS.context
-    windows = library.windows(texts, tokenizer, *shape)[: FLAGS.windows]
+    windows = library.windows(texts, tokenizer, *shape, FLAGS.windows)
     return _Model(settings, checkpoint, tokenizer, windows, library.text_key(texts, tokenizer, *shape))
 
 
