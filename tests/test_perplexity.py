@@ -293,6 +293,7 @@ def test_wrong_texts_are_one_line(run, tmp_path, name, content, problem):
         (["--compare=/none"], "/none/journal.jsonl: cannot be read: No such file"),
         (["--out=/dev/null/x"], "/dev/null/x: cannot be made a folder: Not a directory"),
         (["--precision=int8"], "float32"),
+        (["--precision=float16"], "precision: found float16, expected it with --against or --save_logits"),
         (
             ["--kernels=pallas,mhc=xla", "--numerics=official"],
             "expected xla, or pallas_interpret to test",

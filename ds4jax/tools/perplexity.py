@@ -115,6 +115,8 @@ def _check_flags() -> None:
     given = [name for name in ("against", "save_logits", "compare") if FLAGS[name].value is not None]
     if len(given) > 1:
         raise ConfigError(f"found --{given[0]} and --{given[1]}, expected one of them")
+    if FLAGS.precision != "float32" and not (FLAGS.against or FLAGS.save_logits):
+        raise ConfigError(f"precision: found {FLAGS.precision}, expected it with --against or --save_logits")
     if FLAGS.save_logits and FLAGS.out:
         raise ConfigError("found --save_logits and --out, expected one of them: either folder has journal and report")
     for name, least in (("window", 1), ("windows", 1), ("worst", 0)):
