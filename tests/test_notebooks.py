@@ -9,7 +9,8 @@ from nbclient import NotebookClient
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.ipynb"))
-FAST: set[str] = set()  # run at every change; each of the others compiles a model for a minute or more
+# Run at every change. The others are slow: they compile kernels to be interpreted, quantizers, passes of several shapes.
+FAST = {"indexer", "mhc", "roundtrips"}
 
 
 @pytest.mark.parametrize("name", NAMES)
