@@ -108,6 +108,20 @@ def index_loss(h: Array, w: Weights, layer: int, cfg: ModelConfig, compute: Comp
     The divergence of softmax(index scores) from the attention that all heads together pay to the compressed rows, in
     the mean over the queries that see two or more (DeepSeek-V3.2's recipe, arXiv:2512.02556). h (B, T, E), normed.
     """
+    paid, scores = paid_and_scored(h, w, layer, cfg, compute)
+    counts = jnp.arange(h.shape[1]) >= 2 * CSA_RATIO - 1
+    target = paid / jnp.where(counts, paid.sum(-1), 1)[..., None]
+    found = jax.nn.log_softmax(jnp.where(scores > -jnp.inf, scores, -1e30), axis=-1)
+    divergence = target * (jnp.log(jnp.maximum(target, 1e-30)) - jnp.maximum(found, -1e3))
+    return divergence.sum(-1).mean(where=jnp.broadcast_to(counts, paid.shape[:2]))
+
+
+def paid_and_scored(h: Array, w: Weights, layer: int, cfg: ModelConfig, compute: Compute) -> tuple[Array, Array]:
+    """The attention paid to each compressed row if a query reads all that it sees, and the indexer's scores of them.
+
+    h (B, T, E): the normed inputs of a layer of ratio 4, whole sequences. Both are (B, T, rows); attention is summed
+    over the heads, without gradient, and 0 where the score is -inf: for rows that a query does not see.
+    """
     B, T, _ = h.shape
     h, fixed = lax.stop_gradient((h, w))
     learned = dataclasses.replace(fixed, csa=dataclasses.replace(fixed.csa, indexer=w.csa.indexer))
@@ -132,16 +146,11 @@ def index_loss(h: Array, w: Weights, layer: int, cfg: ModelConfig, compute: Comp
     sink = jnp.broadcast_to(fixed.attn.sinks[layer].astype(dtype)[:, None], (*q.shape[:3], 1))
     total = logsumexp(jnp.concatenate([far, score(near, (age >= 0) & (age < cfg.window)), sink], -1), axis=-1)
     paid = lax.stop_gradient(jnp.exp(far - total[..., None]).sum(2))
-    counts = position >= 2 * CSA_RATIO - 1
-    target = paid / jnp.where(counts, paid.sum(-1), 1)[..., None]
-
     assert made.index_queries is not None and made.index_weight is not None
     scores = index.scores(
         made.index_queries, made.index_weight, cache.index.rows, nth, position, key=key, ratio=CSA_RATIO
     )
-    found = jax.nn.log_softmax(jnp.where(visible, scores, -1e30), axis=-1)
-    divergence = target * (jnp.log(jnp.maximum(target, 1e-30)) - jnp.maximum(found, -1e3))
-    return divergence.sum(-1).mean(where=counts)
+    return paid, scores
 
 
 def forward(w: Weights, tokens: Array, cfg: ModelConfig, compute: Compute) -> tuple[Array, Array, Array, Array]:

@@ -261,7 +261,7 @@ def _read(
         if given is not None:
             reference = np.zeros(logits.shape, given.dtype)
             reference[rows] = given[at + rows.start - context : at + n - context]
-        *measured, relative = _measure(logits, targets, reference)
+        *measured, relative = measure(logits, targets, reference)
         for name, values in zip(found, measured, strict=False):
             found[name] += np.asarray(values)[rows].tolist()
         yield relative, rows
@@ -269,7 +269,7 @@ def _read(
 
 
 @jax.jit
-def _measure(logits: Array, targets: Array, reference: Array | None) -> tuple[Array, ...]:
+def measure(logits: Array, targets: Array, reference: Array | None) -> tuple[Array, ...]:
     """logits, reference (rows, vocab), targets (rows,) → nats, top, kl (rows,), and logits less the largest."""
     logits = logits.astype(jnp.float32)
     relative = logits - logits.max(-1, keepdims=True)
