@@ -44,7 +44,7 @@ class Journal:
     def read(cls, path: Path) -> Journal:
         """A journal as it is, about whatever it is about. Raises Ds4Error if there is none."""
         journal = cls(None, {})
-        journal.key, journal.records = _read(path)
+        journal.path, (journal.key, journal.records) = path, _read(path)
         if not journal.key:
             raise Ds4Error(f"{path}: found nothing in it, expected a journal")
         return journal
@@ -99,6 +99,7 @@ def read_lines(path: Path, data: bytes) -> list[tuple[str, dict[str, Any]]]:
         where = f"{path} line {number}"
         try:
             value = json.loads(line)
+            json.dumps(value, ensure_ascii=False).encode()  # halves of characters are no text
         except (ValueError, RecursionError) as error:
             raise Ds4Error(f"{where}: not JSON: {error}") from None
         if not isinstance(value, dict):

@@ -20,7 +20,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
-import math
 import shutil
 import sys
 import tempfile
@@ -79,8 +78,7 @@ def main() -> None:
     """Run the tool as FLAGS say. Raises Ds4Error."""
     _check_flags()
     overrides = {name: FLAGS[name].value for name in ("model", "numerics", "kernels")}
-    ctx = -(-FLAGS.window // 128) * 128  # of BOS and a window only the last token is not read
-    settings = Settings.load(FLAGS.config, ctx=ctx, **overrides)
+    settings = Settings.load(FLAGS.config, **overrides)
     settings.set_environment()
     from ds4jax.quality import perplexity as library
 
@@ -129,8 +127,11 @@ def _open(settings: Settings, texts: Sequence[str]) -> _Model:
     checkpoint = open_checkpoint(resolve_model(settings))
     tokenizer = Tokenizer.from_metadata(checkpoint.file.metadata)
     shape = FLAGS.window, FLAGS.context
-    windows = library.windows(texts, tokenizer, *shape)[: FLAGS.windows]
-    return _Model(settings, checkpoint, tokenizer, windows, library.text_key(texts, tokenizer, *shape))
+    windows = library.windows(texts, tokenizer, *shape)
+    longest = max(len(window.ids) - 1 for window in windows)  # the last token is not read
+    settings = dataclasses.replace(settings, ctx=-(-longest // 128) * 128)
+    key = library.text_key(texts, tokenizer, *shape)
+    return _Model(settings, checkpoint, tokenizer, windows[: FLAGS.windows], key)
 
 
 def _read(model: _Model, folder: Path | None, save: bool = False, reference: Reference | None = None) -> list[dict]:
@@ -164,7 +165,7 @@ def _read(model: _Model, folder: Path | None, save: bool = False, reference: Ref
             records.append(record)
             nats += sum(record["nats"])
             bar.update(len(record["nats"]))
-            bar.set_postfix_str(f"perplexity {math.exp(nats / bar.n):.4f}")
+            bar.set_postfix_str(f"{nats / bar.n:.4f} nats per token")
             cli.check_interrupt()
     del runner
     gc.collect()  # the device has room for one model
