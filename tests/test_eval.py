@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,8 @@ def question(folder, **line):
             ["B", "The answer is (B).", "**Answer: B**", "Answer is B, not A", "A or B? B"],
             ["A", "Before", "", "The answer is A, not B", "b"],
         ),
+        ({"choice": "C"}, ["C. I think so", "I'm for (C), I’m sure", "I say: C"], ["C or I", "I", "C, no, I is right"]),
+        ({"choice": "I"}, ["I", "I.", "I is right", "(I)"], ["I think it is clear"]),
         ({"choice": "B", "choices": ["x", "y"]}, ["B. y", "B, unlike D"], ["A", "C"]),
     ],
 )
@@ -71,6 +74,7 @@ def test_choices_are_shown(tmp_path):
         ({"prompt": "x", "exact": [1]}, "exact: found [1], expected strings"),
         ({"prompt": "x", "choices": ["a"], "choice": "B"}, "choice: found 'B', expected a letter from A to A"),
         ({"prompt": "x", "choices": ["a"] * 27, "choice": "B"}, "choices: found 27, expected at most 26"),
+        ({"prompt": "x", "exact": "a", "task": "\ud800"}, "not JSON: 'utf-8' codec can't encode character"),
         ({"prompt": "x", "exact": "a", "samples": 0}, "samples: found 0, expected at least 1"),
         ({"prompt": "x", "exact": "a", "max_tokens": True}, "max_tokens: found True, expected another type"),
         ({"prompt": "x", "exact": "a", "think": "hard"}, "think: found 'hard', expected one of off"),
@@ -83,6 +87,14 @@ def test_wrong_lines_are_named(tmp_path, line, problem):
     with pytest.raises(Ds4Error) as error:
         tasks.read_questions(path)
     assert str(error.value).startswith(f"{path} line 2: ") and problem in str(error.value)
+
+
+def test_a_regex_without_end(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(tasks, "SECONDS", 0.1)
+    asked = question(tmp_path, regex="(a+)+$", id="slow")
+    assert tasks._grade(asked, "aaa") and not tasks._grade(asked, "a" * 40 + "b")
+    assert caplog.messages == ["question slow: found no end of the regex in 0.1 s; the answer counts as wrong"]
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0) and signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
 
 
 def test_pass_at_1_by_hand():

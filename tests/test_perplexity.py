@@ -151,7 +151,7 @@ def test_divergence_from_a_saved_model(runners, windows, tmp_path, precision, to
     ids = TOKENIZER.encode_text(TEXTS[worst["text"]])
     at = worst["token"]
     assert worst["kl"] == found["kl_max"] and worst["was"] == TOKENIZER.piece(ids[at])
-    assert "".join(map(TOKENIZER.piece, ids[:at])).endswith(worst["before"])
+    assert worst["before"] in {TOKENIZER.pieces(ids[i:at]) for i in range(at)}
 
 
 def report(folder):
@@ -211,7 +211,13 @@ def test_a_run_can_be_extended_and_its_last_line_be_cut(run, tmp_path):
     assert (status, out) == run("--worst=1")[:2]
     assert journal.read_bytes().startswith(b"".join(lines))
 
-    for damage, problem in ((b"{}", "another record for window 0"), (b"[1]", "line 2: found [1], expected an object")):
+    without_top = json.dumps({"window": 0, "nats": json.loads(lines[1])["nats"]}).encode()
+    for damage, problem in (
+        (b"{}", "another record for window 0"),
+        (b'{"window": 0, "nats": 5}', "another record for window 0"),
+        (without_top, "another record for window 0"),
+        (b"[1]", "line 2: found [1], expected an object"),
+    ):
         journal.write_bytes(lines[0] + damage + b"\n")
         status, out, err = run(*flags)
         assert (status, out) == (1, "") and problem in err[-1]
@@ -239,6 +245,11 @@ def test_a_comparison_needs_a_whole_run_of_the_same_tokens(run, tmp_path):
     assert run(compare, "--windows=2")[0] == 0
     assert "found 2 windows, expected" in run(compare)[2][-1]
     assert "context: found 8, expected 9, as here" in run(compare, "--windows=2", "--context=9")[2][-1]
+    journal = tmp_path / "a" / library.JOURNAL
+    lines = journal.read_text()
+    journal.write_text(lines.replace('"window": 1', '"window": 2'))
+    assert f"error: {journal}: found another record for window 1" in run(compare, "--windows=2")[2][-1]
+    journal.write_text(lines)
     (tmp_path / "a" / "distributions" / "000001.npy").write_bytes(b"\x93NUMPY")
     assert "000001.npy: not a file of distributions" in run(compare, "--windows=2")[2][-1]
     np.save(tmp_path / "a" / "distributions" / "000001.npy", np.zeros((2, 3), np.float32))
@@ -266,6 +277,7 @@ def test_a_full_disk_is_noticed_before(run, tmp_path, monkeypatch):
         ("t.jsonl", b'{"text": "a"}\n\n{"text": 1}', "t.jsonl line 3: found {'text': 1}, expected an object with text"),
         ("t.jsonl", b'{"text": "a"}\n{', "t.jsonl line 2: not JSON"),
         ("t.jsonl", b"[]", "t.jsonl line 1: found [], expected an object"),
+        ("t.jsonl", b'{"text": "\\ud800"}', "t.jsonl line 1: not JSON: 'utf-8' codec can't encode"),
         ("t.json", b"{}", "t.json: found {}, expected a list"),
         ("t.json", b"{", "t.json: not JSON"),
         ("t.json", b'["a"]', "t.json [0]: found 'a', expected an object with text"),
@@ -323,6 +335,28 @@ def test_logits_that_are_not_finite(runners, windows, monkeypatch):
     monkeypatch.setattr(ModelRunner, "logit_blocks", blocks)
     with pytest.raises(Ds4Error, match="window 0: found logits that are not finite"):
         list(library.read(runners["a"], windows, Journal(None, {})))
+
+
+def test_likelihoods_below_all_bounds(run, monkeypatch):
+    def blocks(self, tokens):
+        yield np.eye(1, CFG.vocab_size, dtype=np.float32).repeat(64, 0) * 1e30, len(tokens)
+
+    monkeypatch.setattr(ModelRunner, "logit_blocks", blocks)
+    status, out, _ = run("--worst=0")
+    assert status == 0 and re.search(r"^perplexity +inf ", out, re.M)
+
+
+def test_a_window_larger_than_the_texts(run):
+    status, out, _ = run("--window=1000000000", "--windows=1", "--worst=0")
+    assert status == 0 and " in 1 windows\n" in out
+
+
+def test_what_was_read_before_is_shown_in_whole_characters():
+    text = "äöü"
+    (window,) = library.windows([text], TOKENIZER, WINDOW)
+    nats = [0.0] * 5 + [1.0]
+    (worst,) = library.worst([{"window": 0, "nats": nats, "top": [65] * 6}], [window], TOKENIZER, 1)
+    assert (worst["before"], worst["was"], worst["said"]) == ("äö\\xc3", "\\xbc", "A")
 
 
 # ---- what the cards and transformers say -----------------------------------------------------------------------------

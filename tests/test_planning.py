@@ -105,6 +105,11 @@ def test_what_the_table_offers_fits_and_no_more_does():
             assert not memory.plan(plan(**changes, **{key: n + step})).fits
 
 
+def test_a_context_beyond_what_the_model_was_made_for(run):
+    status, out, _ = run("--config=rtx_pro_6000", "--batch=1", "--ctx=2097152")
+    assert status == 0 and (rows(out)["fits"][0], rows(out)["context"][0]) == ("yes", "2097152")
+
+
 def test_a_card_that_is_too_small_is_told_so(run):
     status, out, _ = run("--config=rtx_pro_6000", "--device=RTX 5090")
     table = rows(out)
@@ -123,6 +128,7 @@ def test_several_devices_need_not_be_here(run):
     status, out, _ = run("--config=h200x2")
     assert status == 0 and 40 < float(rows(out)["weights"][0]) < 42
     assert " ".join(rows(out)["workspace"]) == "? not known without compiling"
+    assert " ".join(rows(out)["fits"]) == "yes without the workspace"
 
 
 @pytest.mark.parametrize("change", [{"numerics": "plain", "kernels": "xla"}, {"dtype": "float32"}, {"kernels": "xla"}])
@@ -170,10 +176,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         part = content[start:stop]
         if server.ranges:
             self.send_response(206)
-            self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{len(content)}")
+            if server.range is None:
+                self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{len(content)}")
         else:
             self.send_response(200)
             part = content
+        if server.range:
+            self.send_header("Content-Range", server.range)
         self.send_header("Content-Length", str(len(part)))
         self.end_headers()
         self.wfile.write(part[: len(part) - server.cut])
@@ -188,6 +197,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.files: dict[str, bytes] = {}
         self.sent: list[tuple[int, int]] = []
         self.ranges, self.cut = True, 0
+        self.range: str | None = None  # said instead of what is true
 
     def url(self, name):
         return f"http://127.0.0.1:{self.server_port}/{name}"
@@ -261,6 +271,12 @@ def test_what_cannot_be_read_is_named(server, model, monkeypatch):
     assert "cannot be fetched: " in refuse(server) or "the transfer ended" in refuse(server)
     server.cut, server.ranges = 0, False
     assert refuse(server) == "found status 200, expected 206: the server must answer range requests"
+
+
+@pytest.mark.parametrize("said", ["", "bytes 0-99/*", "bytes 1-100/5000"])
+def test_a_range_that_is_not_the_one_asked_for(server, model, said):
+    server.files["m.gguf"], server.range = model.read_bytes(), said
+    assert refuse(server) == f"found the range {said or None!r}, expected 'bytes 0-LAST/SIZE'"
 
 
 def test_an_unreachable_server_is_one_line(run):

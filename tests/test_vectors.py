@@ -225,6 +225,14 @@ def test_control_tokens_as_the_api_spells_them(written):
     assert vector.steps == (vectors.Step(TOKENIZER.eos_id, {TOKENIZER.eos_id: -0.5}),)
 
 
+def test_files_of_the_same_name_in_two_folders(tmp_path):
+    for folder, token in (("x", 65), ("y", 66)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.json").write_text(json.dumps(dumped([token], [(65, -0.5, [])])))
+    found = vectors.read_vectors(tmp_path, TOKENIZER)
+    assert [(vector.name, vector.tokens) for vector in found] == [("a", [65]), ("y/a.json", [66])]
+
+
 # ---- wrong input -----------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "name, content, problem",
@@ -242,6 +250,27 @@ def test_control_tokens_as_the_api_spells_them(written):
         ("a.vec", "case a 1 1 prompts/p.txt\nstep 0 61 1", "a.vec: found no end of case a"),
         ("a.vec", "case a 1 1 prompts/q.txt\nend", "q.txt: cannot be read: No such file"),
         ("none", "", "found no vectors in *.json and *.vec"),
+        ("a.vec", "case a 1 1 prompts/p.txt\nend", ": a: found no steps, expected at least one"),
+        (
+            "a.json",
+            '{"prompt_tokens": [], "steps": [{"id": 1, "logprob": 0, "top": []}]}',
+            "found no tokens in the prompt, expected at least one",
+        ),
+        (
+            "a.json",
+            '{"prompt_tokens": [1], "steps": [{"id": 1, "logprob": -1, "top": [[2, 0, Infinity]]}]}',
+            "a.json step 0: found the log-probability inf, expected none above 0",
+        ),
+        (
+            "a.json",
+            '{"prompt_tokens": [1], "steps": [{"id": 1, "logprob": NaN, "top": []}]}',
+            "a.json step 0: found the log-probability nan, expected none above 0",
+        ),
+        (
+            "a.vec",
+            "case a 1 1 prompts/p.txt\nstep 0 61 1\ntop 61 0.5\nend",
+            "a.vec case a: found the log-probability 0.5, expected none above 0",
+        ),
         (
             "a.json",
             '{"prompt_tokens": [512], "steps": [{"id": 1, "logprob": 0, "top": []}]}',

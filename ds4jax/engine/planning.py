@@ -63,10 +63,11 @@ def describe(programs: CompiledSteps) -> str:
     lines, limit = [str(found)], found.limit
     if limit is not None:
         at = _total(programs, found)
-        ctx = _largest(lambda n: at(n * HCA_RATIO, 1) <= limit, _most_ctx(programs) // HCA_RATIO) * HCA_RATIO
+        most = max(_most_ctx(programs), found.ctx)
+        ctx = _largest(lambda n: at(n * HCA_RATIO, 1) <= limit, most // HCA_RATIO) * HCA_RATIO
         batch = _largest(lambda n: at(found.ctx, n) <= limit, MOST_BATCH)
         lines += [
-            f"fits       {'yes' if found.fits else 'no':>9}",
+            f"fits       {'yes' if found.fits else 'no':>9}{'' if found.workspace else '  without the workspace'}",
             f"context    {ctx or 'none':>9}  the largest that fits with batch 1",
             f"batch      {batch or 'none':>9}  the largest that fits with ctx {found.ctx}",
         ]

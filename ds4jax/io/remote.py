@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ds4jax.errors import Ds4Error, GGUFError
+from ds4jax.errors import Ds4Error, GGUFError, show
 from ds4jax.io import split
 from ds4jax.io.gguf import MAGIC, GGUFFile, Header, Short
 
@@ -90,11 +90,14 @@ def _bytes(url: str, start: int, stop: int) -> tuple[bytes, int]:
             raise Ds4Error(f"{url}: found no byte {start}, expected a GGUF file")
         if reply.status_code >= 400:
             raise Ds4Error(f"{url}: found status {reply.status_code} ({reply.reason_phrase}), expected a GGUF file")
-        stated = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", reply.headers.get("content-range", ""))
-        if reply.status_code != 206 or not stated or int(stated[1]) != start:
+        if reply.status_code != 206:
             raise Ds4Error(
                 f"{url}: found status {reply.status_code}, expected 206: the server must answer range requests"
             )
+        range_ = reply.headers.get("content-range")
+        stated = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", range_ or "")
+        if not stated or int(stated[1]) != start:
+            raise Ds4Error(f"{url}: found the range {show(range_)}, expected 'bytes {start}-LAST/SIZE'")
         size, out = int(stated[3]), bytearray()
         expected = min(stop, size) - start
         for piece in reply.iter_raw():

@@ -241,8 +241,12 @@ class Tokenizer:
         return b"".join(map(self.id_to_bytes, ids)).decode("utf-8", "replace")
 
     def piece(self, id: int) -> str:
-        """One token in visible form, for listings: partial UTF-8 and unprintable characters as escapes."""
-        text = self.id_to_bytes(id).decode("utf-8", "backslashreplace")
+        """One token in visible form, see `pieces`."""
+        return self.pieces([id])
+
+    def pieces(self, ids: Iterable[int]) -> str:
+        """Tokens in visible form, for listings: partial UTF-8 and unprintable characters as escapes."""
+        text = b"".join(map(self.id_to_bytes, ids)).decode("utf-8", "backslashreplace")
         return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 

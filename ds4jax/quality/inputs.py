@@ -19,9 +19,11 @@ def read_input(path: Path) -> bytes:
 
 
 def parse_json(where: Path | str, data: bytes) -> Any:
-    """A JSON value. Raises Ds4Error that begins with `where` if it is none."""
+    """A JSON value. Raises Ds4Error that begins with `where` if it is none, or has half a surrogate pair for text."""
     try:
-        return json.loads(data)
+        value = json.loads(data)
+        json.dumps(value, ensure_ascii=False).encode()
+        return value
     except (ValueError, RecursionError) as error:
         raise Ds4Error(f"{where}: not JSON: {error}") from None
 

@@ -46,7 +46,7 @@ class Journal:
     def read(cls, path: Path) -> Journal:
         """A journal as it is, about whatever it is about. Raises Ds4Error if there is none."""
         journal = cls(None, {})
-        journal.key, journal.records = _read(path)
+        journal.path, (journal.key, journal.records) = path, _read(path)
         if not journal.key:
             raise Ds4Error(f"{path}: found nothing in it, expected a journal")
         return journal

@@ -225,12 +225,13 @@ def read(
     reference kl, the Kullback-Leibler divergence Σ p ln(p / q) of this model's distribution q from the reference's p.
     Raises Ds4Error for logits that are not finite.
     """
-    _check_records(journal, windows)
+    names = ("nats", "top", *(["kl"] if reference else []))
+    _check_records(journal, windows, names)
     yield from journal.records[: len(windows)]
     for number in range(len(journal.records), len(windows)):
         window = windows[number]
         given = None if reference is None else reference.distributions.read(number, window.scored)
-        found: dict[str, list] = {name: [] for name in ("nats", "top", *(["kl"] if reference else []))}
+        found: dict[str, list] = {name: [] for name in names}
         parts = _read(runner, window, given, found)
         if save is None:
             deque(parts, maxlen=0)
@@ -242,9 +243,10 @@ def read(
         yield journal.records[-1]
 
 
-def _check_records(journal: Journal, windows: Sequence[Window]) -> None:
+def _check_records(journal: Journal, windows: Sequence[Window], names: Sequence[str] = ("nats", "top")) -> None:
     for number, (record, window) in enumerate(zip(journal.records, windows, strict=False)):
-        if record.get("window") != number or len(record.get("nats", ())) != window.scored:
+        lengths = {len(of) if isinstance(of := record.get(name), list) else 0 for name in names}
+        if record.get("window") != number or lengths != {window.scored}:
             raise Ds4Error(f"{journal.path}: found another record for window {number}; a damaged journal?")
 
 
@@ -348,7 +350,7 @@ def worst(
                 "text": window.text,
                 "token": window.start + i,
                 **{name: record[name][i] for name in ("nats", "kl") if name in record},
-                "before": "".join(map(tokenizer.piece, window.ids[max(1, here - 20) : here])),
+                "before": tokenizer.pieces(window.ids[max(1, here - 20) : here]),
                 "was": tokenizer.piece(window.ids[here]),
                 "said": tokenizer.piece(record["top"][i]),
             }

@@ -7,12 +7,16 @@ see `Question.right`; and perhaps ``id``, ``task`` (a name to report under, by d
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
+import logging
 import re
+import signal
 import string
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,10 +35,13 @@ if TYPE_CHECKING:
     from ds4jax.engine.engine import Engine
     from ds4jax.engine.types import Event, Sampling
 
+log = logging.getLogger(__name__)
+SECONDS = 10.0  # a regex may take on an answer: some take years
 _KEYS: dict[str, Any] = {
     "prompt": str, "system": str, "messages": list, "exact": str | list, "regex": str, "choice": str, "choices": list,
     "id": str | int, "task": str, "think": str, "max_tokens": int, "samples": int,
 }  # fmt: skip
+_PRONOUN = r"I(?:['’]|\s+(?!is\b)[a-z])"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,11 +66,11 @@ class Question:
         regex alone: the pattern is found in it. regex and exact: what the pattern's last match has in its first group
         (in all, if it has none) is this, or one of these.
         choice: the letter that the answer names last is this one; a letter behind "answer", "option" or "choice" counts
-        before others that stand alone.
+        before others that stand alone, and the pronoun I is none.
         """
         if self.choice is not None:
             named = rf"(?i:answer|option|choice)(?i:\s+is)?[\s:*({{]*([{self.letters}])\b"
-            found = re.findall(named, answer) or re.findall(rf"\b([{self.letters}])\b", answer)
+            found = re.findall(named, answer) or re.findall(rf"\b(?!{_PRONOUN})([{self.letters}])\b", answer)
             return bool(found) and found[-1] == self.choice
         if self.regex is None:
             return answer.strip() in self.exact
@@ -179,7 +186,7 @@ def ask(engine: Engine, questions: Sequence[Question], how: How, journal: Journa
             thinking = chat.opens_thought(question.messages, think=question.think or how.think)
             message, _ = parser.parse(tokenizer, ids, end=event.reason, thinking=thinking)
             record = {"question": i, "sample": s, "id": question.id, "task": question.task}
-            record |= {"right": question.right(message["content"]), "finish_reason": event.reason, "tokens": len(ids)}
+            record |= {"right": _grade(question, message["content"]), "finish_reason": event.reason, "tokens": len(ids)}
             done.append(record | {"thought": message.get("reasoning_content", ""), "text": message["content"]})
         elif isinstance(event, Failed):
             raise Ds4Error(f"question {questions[i].id}: {event.error}")
@@ -199,6 +206,35 @@ def ask(engine: Engine, questions: Sequence[Question], how: How, journal: Journa
             journal.add(record)
             yield record
         done.clear()
+
+
+def _grade(question: Question, answer: str) -> bool:
+    """`Question.right`; not if that takes longer than SECONDS."""
+    try:
+        with _within(SECONDS):
+            return question.right(answer)
+    except TimeoutError:
+        log.warning("question %s: found no end of the regex in %g s; the answer counts as wrong", question.id, SECONDS)
+        return False
+
+
+@contextlib.contextmanager
+def _within(seconds: float) -> Iterator[None]:
+    """Raises TimeoutError where what is inside takes longer; only the main thread has an alarm."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def alarm(*_: Any) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, alarm)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 # ---- what it comes to ------------------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 _NOT_TOLD = -1000.0
 """DeepSeek's API says -9999 where it does not tell; float32 log-probabilities of a model are not that low."""
+_ROUNDED = 1e-3  # what certainty may come to in few digits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,12 +70,18 @@ def read_vectors(folder: Path, tokenizer: Tokenizer, raw: bool = False, **option
     found: dict[str, Vector] = {}
     for path in sorted([*folder.glob("*.json"), *folder.glob("*/*.json")]):
         for vector in reader.json_file(path):
-            found.setdefault(vector.name, vector)
+            if vector.name in found:
+                vector = dataclasses.replace(vector, name=str(path.relative_to(folder)))
+            found[vector.name] = vector
     for path in sorted([*folder.glob("*.vec"), *folder.glob("*/*.vec")]):
         for vector in reader.vec_file(path):
             found.setdefault(vector.name, vector)
     if not found:
         raise Ds4Error(f"{folder}: found no vectors in *.json and *.vec")
+    for vector in found.values():
+        if not vector.tokens or not vector.steps:
+            what = "steps" if vector.tokens else "tokens in the prompt"
+            raise Ds4Error(f"{folder}: {vector.name}: found no {what}, expected at least one")
     return list(found.values())
 
 
@@ -100,9 +107,11 @@ class _Reader:
             return self._tokenizer.encode_raw("\n".join(str(message.get("content")) for message in messages))
         return chat.render_ids(self._tokenizer, messages, think=think, **self._options)
 
-    def step(self, token: int, logprobs: Iterable[tuple[int, float]]) -> Step:
+    def step(self, token: int, logprobs: Iterable[tuple[int, float]], where: str) -> Step:
         """A step; where nothing lies between certain and not told, the reference told of no probabilities."""
-        told = {id: logprob for id, logprob in logprobs if logprob > _NOT_TOLD}
+        told = {id: logprob for id, logprob in logprobs if not logprob <= _NOT_TOLD}
+        if wrong := [logprob for logprob in told.values() if not logprob <= _ROUNDED]:
+            raise Ds4Error(f"{where}: found the log-probability {wrong[0]}, expected none above 0")
         return Step(token, told if any(logprob < 0 for logprob in told.values()) else {})
 
     # JSON
@@ -120,9 +129,11 @@ class _Reader:
     def _own(self, path: Path, value: dict[str, Any]) -> Vector:
         steps = [
             self.step(
-                int(step["id"]), [*((int(i), float(p)) for i, _, p in step["top"]), (step["id"], step["logprob"])]
+                int(step["id"]),
+                [*((int(i), float(p)) for i, _, p in step["top"]), (step["id"], step["logprob"])],
+                f"{path} step {number}",
             )
-            for step in value["steps"]
+            for number, step in enumerate(value["steps"])
         ]
         tokens, n = [int(i) for i in value["prompt_tokens"]], self._tokenizer.vocab_size
         for id in [*tokens, *(id for step in steps for id in (step.token, *step.logprobs))]:
@@ -140,7 +151,8 @@ class _Reader:
         for number, step in enumerate(value["steps"]):
             where = f"{path} step {number}"
             own = entry(step, where)
-            steps.append(self.step(own[0], [*(entry(top, where) for top in step.get("top_logprobs") or ()), own]))
+            listed = [entry(top, where) for top in step.get("top_logprobs") or ()]
+            steps.append(self.step(own[0], [*listed, own], where))
         request = value.get("request") or {}
         messages = request.get("messages") or [{"role": "user", "content": value["prompt"]}]
         think = "off" if (request.get("thinking") or {"type": "disabled"}).get("type") == "disabled" else "on"
@@ -182,7 +194,7 @@ class _Reader:
             except UnicodeDecodeError:
                 raise Ds4Error(f"{prompt}: found bytes that are not UTF-8") from None
             tokens = self.prompt([{"role": "user", "content": text}], "off")
-            yield Vector(name, tokens, tuple(self.step(*step) for step in steps))
+            yield Vector(name, tokens, tuple(self.step(*step, f"{path} case {name}") for step in steps))
 
 
 def _beside(path: Path, name: str) -> Path:

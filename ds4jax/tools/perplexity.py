@@ -78,8 +78,7 @@ def main() -> None:
     """Run the tool as FLAGS say. Raises Ds4Error."""
     _check_flags()
     overrides = {name: FLAGS[name].value for name in ("model", "numerics", "kernels")}
-    ctx = -(-FLAGS.window // 128) * 128  # of BOS and a window only the last token is not read
-    settings = Settings.load(FLAGS.config, ctx=ctx, **overrides)
+    settings = Settings.load(FLAGS.config, **overrides)
     settings.set_environment()
     from ds4jax.quality import perplexity as library
 
@@ -131,6 +130,8 @@ def _open(settings: Settings, texts: Sequence[str]) -> _Model:
     tokenizer = Tokenizer.from_metadata(checkpoint.file.metadata)
     shape = FLAGS.window, FLAGS.context
     windows = library.windows(texts, tokenizer, *shape, FLAGS.windows)
+    longest = max(len(window.ids) - 1 for window in windows)  # the last token is not read
+    settings = dataclasses.replace(settings, ctx=-(-longest // 128) * 128)
     return _Model(settings, checkpoint, tokenizer, windows, library.text_key(texts, tokenizer, *shape))
 
 
