@@ -64,11 +64,12 @@ def fit(rows: Sequence[Sequence]) -> dict[str, dict]:
         return needs[card, 4, chunk, ctx, batch]
 
     chunk, ctx, batch = 2048, 393216, 4  # the point at which all layers were compiled
-    per_ctx = 1024  # b of the moment at which a long context needs the most, where a = 0
+    per_ctx = 1024  # c of the moment at which a long context needs the most: the scores of 1024 queries
+    a, b = _line(1024, four(1024, 32768), 4096, four(4096, 131072))
+    a += (four(2048, 32768) - a - 2048 * b) / 2  # between that line and what the middle needs
     prefill = [
-        (*_line(1024, four(1024, 32768), 2048, four(2048, 32768)), 0),
-        (*_line(2048, four(2048, 32768), 4096, four(4096, 131072)), 0),
-        (0, (four(chunk, ctx) - per_ctx * ctx) / chunk, per_ctx),
+        (a, b, 0),
+        (*_line(1024, four(1024, 131072) - per_ctx * 131072, chunk, four(chunk, ctx) - per_ctx * ctx), per_ctx),
     ]
     prefill = [tuple(map(round, moment)) for moment in prefill]
     alone = max(a + b * chunk + c * ctx for a, b, c in prefill)
@@ -79,7 +80,7 @@ def fit(rows: Sequence[Sequence]) -> dict[str, dict]:
 
     def numbers(card: str) -> dict:
         more = four(1024, 131072, card=card) - four(1024, 131072)
-        return {"prefill": [[a + more if a else 0, b, c] for a, b, c in prefill], "decode": decode, "copy": copy}
+        return {"prefill": [[a + more, b, c] for a, b, c in prefill], "decode": decode, "copy": copy}
 
     like = {"H200": "H200", "H100": "H200", "B200": "B200", "RTX PRO 6000": "RTX PRO 6000"}
     like |= {"RTX 5090": "RTX PRO 6000", "GB10": "GB10"}
