@@ -1,6 +1,6 @@
 """Ask a model questions and count the right answers.
 
-    ds4jax eval --tasks F.jsonl [--samples 4] [--think on] [--out DIR]
+    python -m ds4jax.eval --tasks F.jsonl [--samples 4] [--think on] [--out DIR]
 
 F has a JSON object in each line: "prompt" (and "system") or "messages", and how to know a right answer: "exact" (a
 text, or several), "regex" (a Python pattern to be found in the answer; with "exact", what its first group must be), or

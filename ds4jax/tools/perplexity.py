@@ -1,9 +1,9 @@
 """How likely a text is to a model, and how far the model is from another one.
 
-    ds4jax perplexity --text F [--window 1024] [--windows N] [--out DIR]
-    ds4jax perplexity --text F --against G.gguf [--out DIR]        # read by G first, then by the model
-    ds4jax perplexity --text F --save_logits DIR --model G.gguf    # the same in two runs
-    ds4jax perplexity --text F --compare DIR --model F.gguf
+    python -m ds4jax.perplexity --text F [--window 1024] [--windows N] [--out DIR]
+    python -m ds4jax.perplexity --text F --against G.gguf [--out DIR]        # read by G first, then by the model
+    python -m ds4jax.perplexity --text F --save_logits DIR --model G.gguf    # the same in two runs
+    python -m ds4jax.perplexity --text F --compare DIR --model F.gguf
 
 Prints perplexity and bits per byte with their standard errors; compared with another model also the Kullback-Leibler
 divergence from it, how often both find the same token likeliest, and the positions where they differ most. The text is
