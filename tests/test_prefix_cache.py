@@ -91,7 +91,7 @@ def ids(events):
 
 
 # ---- as much as promised, and exact ----------------------------------------------------------------------------------
-@pytest.mark.parametrize("n", [31, 159, 286, 384, 701, *(pytest.param(n, marks=pytest.mark.slow) for n in (158, 287))])
+@pytest.mark.parametrize("n", [159, 384, 701, *(pytest.param(n, marks=pytest.mark.slow) for n in (31, 158, 286, 287))])
 def test_a_changed_tail_is_all_that_is_computed(engines, n):
     prompt = TOKENS[: n - TAIL] + OTHERS[:TAIL]
     cold = engines(budget=0)(request(prompt))
@@ -157,7 +157,7 @@ def test_the_next_turn_reuses_prompt_and_answer(engines):
     np.testing.assert_allclose(logprobs(turn), logprobs(cold), atol=0.05)
 
 
-@pytest.mark.parametrize("n", [1, 131, *(pytest.param(n, marks=pytest.mark.slow) for n in (127, 128, 512))])
+@pytest.mark.parametrize("n", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (127, 128, 131, 512))])
 def test_a_state_taken_and_put_elsewhere_goes_on_bit_for_bit(runner, n):
     runner.prefill(0, TOKENS[:n], GREEDY, sizes=[32, 128])
     *_, planes = runner.take(0)
@@ -221,6 +221,7 @@ def test_the_last_mark_shares_the_rows_of_the_whole_prompt(engines, runner):
     assert shared and all(".rows." in name for name in shared)
 
 
+@pytest.mark.slow
 def test_a_state_is_taken_later_as_it_was(runner):
     runner.prefill(0, TOKENS[:380], GREEDY, sizes=[32, 128])
     for token in OTHERS[:4]:
@@ -275,6 +276,7 @@ def test_a_cancelled_prompt_leaves_what_was_computed(runner):
     assert asyncio.run(main())[0].cached_tokens >= 256
 
 
+@pytest.mark.slow
 def test_an_answer_that_its_reader_ends_is_reused_up_to_what_was_read(runner):
     """The engine may be past a multiple of 128 by then, with tokens that are no part of the conversation."""
 

@@ -358,7 +358,7 @@ def test_under_jit_and_from_bfloat16():
         (MXFP4, ("ep",)),
         (MXFP4, (None, "tp")),
         (MXFP4, (None, None, "tp")),
-        (IQ2_XXS, ("ep", "tp")),
+        pytest.param(IQ2_XXS, ("ep", "tp"), marks=pytest.mark.slow),
         (Q2_K, (("ep", "tp"), None, None)),
     ],
     ids=lambda v: getattr(v, "__name__", str(v)),

@@ -112,6 +112,7 @@ def test_tools_chat(o):
         messages.append({"role": "user", "content": ALARM["request"]})
 
 
+@pytest.mark.slow
 def test_tools_responses(o):
     items = [{"role": "user", "content": ALARM["request"]}]
     tools = [{"type": "function", **function} for function in FUNCTIONS]
