@@ -113,9 +113,8 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize(
-    "shape", [pytest.param(s, marks=[] if s == "no ratio 128" else pytest.mark.slow) for s in SHAPES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", SHAPES)
 def test_other_shapes(shape):
     """A kind of layer that is missing, one stream, an odd window: whole and in parts, the same."""
     layers = SHAPES[shape]["n_layers"]
@@ -189,6 +188,7 @@ def test_mesh_changes_nothing(wide, tp, ep, chunk):
     assert worst(found, expected) < 1e-5
 
 
+@pytest.mark.slow
 def test_no_weight_crosses_the_mesh(wide):
     """Only activations travel: nothing that a step gathers or exchanges is as large as a weight."""
     tree, model = wide

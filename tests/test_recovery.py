@@ -59,7 +59,7 @@ class Faults:
         return result
 
 
-@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("after", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("name", "when"),
     [("prefill", {0}), ("prefill", {2, 3}), ("decode_block", {0}), ("decode_block", {1, 2}), ("take", {0})],

@@ -55,6 +55,7 @@ def test_rows_hold_what_official_decodes(row, dtype):
     assert not np.array_equal(x, expected)
 
 
+@pytest.mark.slow
 def test_logits_are_those_of_the_official_numerics(model):
     """In float64, where no value falls between two codes by another order of sums."""
     tokens, _ = batch(256)
