@@ -27,20 +27,12 @@ from pallas_kernels import common
 from pallas_kernels.common import Unsupported
 from pallas_kernels.numerics import e4m3, rope
 from pallas_kernels.numerics.norm import rms_norm
-from pallas_kernels.queries import angles, attention_heads
+from pallas_kernels.queries import Config, angles, attention_heads
 
 Array = jax.Array
 Planes = dict[str, Array]  # "codes" E4M3 (..., D - 64), "exponents" uint8 (..., D / 64 - 1), "rope" float16 (..., 64)
 
 BLOCK = e4m3.BLOCK  # dims of a row that share a scale; also the dims of the RoPE part
-
-
-@dataclass(frozen=True)
-class Config:
-    """heads: of q, per program."""
-
-    heads: int = 1
-    num_warps: int = 1
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """ds4jax eval: what counts as right, files, reports, interruptions."""
 
-import dataclasses
 import json
 import math
 import signal
@@ -8,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from kept_runners import KeptRunners
 from small import write
 
-from ds4jax.engine import compile_cache, model_runner
+from ds4jax.engine import model_runner
 from ds4jax.errors import Ds4Error
 from ds4jax.quality import tasks
 from ds4jax.tools import cli
@@ -130,21 +130,13 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runners():
-    return {}
+    return KeptRunners()
 
 
 @pytest.fixture
 def run(model, runners, monkeypatch, capsys):
     """Runs the tool: (status, stdout, the last line of stderr). What is compiled once serves all calls."""
-
-    def runner(checkpoint, settings, batch, progress, sizes):
-        key = dataclasses.replace(settings, max_tokens=1)
-        if key not in runners:
-            runners[key] = RUNNER(checkpoint, settings, batch, progress, sizes)
-        return runners[key]
-
-    monkeypatch.setattr(model_runner, "ModelRunner", runner)
-    monkeypatch.setattr(compile_cache, "keep_compilations", lambda: None)
+    runners.install(monkeypatch)
 
     def call(*argv):
         flags = [f"--config={model}/c.toml", f"--tasks={model}/q.jsonl", "--think=off", *map(str, argv)]

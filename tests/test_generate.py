@@ -1,6 +1,5 @@
 """ds4jax.tools.generate: its flags, streams, files and exits, on one small model."""
 
-import dataclasses
 import json
 import os
 import re
@@ -10,11 +9,11 @@ import sys
 
 import numpy as np
 import pytest
+from kept_runners import KeptRunners
 from small import CFG
 
 from ds4jax import paths
 from ds4jax.chat import template as chat
-from ds4jax.engine import compile_cache
 from ds4jax.engine import model_runner as engine
 from ds4jax.io import synthetic
 from ds4jax.io.tokenizer import byte_tokenizer
@@ -34,22 +33,13 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runners():
-    return {}
+    return KeptRunners()
 
 
 @pytest.fixture
 def run(model, runners, monkeypatch, capsys):
     """Runs the tool on the small model: (exit status, stdout, stderr). What is compiled once serves all calls."""
-
-    def runner(checkpoint, settings, batch, progress, sizes):
-        key = dataclasses.replace(settings, max_tokens=1), batch
-        if key not in runners:
-            runners[key] = RUNNER(checkpoint, settings, batch, progress, sizes)
-        runners[key].stats = engine.Stats()
-        return runners[key]
-
-    monkeypatch.setattr(engine, "ModelRunner", runner)
-    monkeypatch.setattr(compile_cache, "keep_compilations", lambda: None)
+    runners.install(monkeypatch)
 
     def call(*argv, model=model):
         flags = [f"--model={model}", "--numerics=plain", "--ctx=128", *argv]
@@ -109,7 +99,7 @@ def test_dumped_logits_are_the_models(dumped, runners):
     prompt, steps = dump["prompt_tokens"], dump["steps"]
     assert prompt == TOKENIZER.encode_raw("Once upon a time")
     ids = [step["id"] for step in steps]
-    logits = next(iter(runners.values())).logits(prompt + ids)[len(prompt) - 1 : -1]
+    logits = next(iter(runners.made.values())).logits(prompt + ids)[len(prompt) - 1 : -1]
     for step, expected in zip(steps, logits, strict=True):
         top = np.array(step["top"])
         assert sorted(top[:, 0]) == list(range(CFG.vocab_size))  # no more than there are, and each once

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from lowering import kernels_of
 
 from ds4jax.numerics.rows import Fp4Row
 from ds4jax.ops.check import formula
@@ -61,9 +62,7 @@ def test_every_code_is_decoded_exactly():
 @pytest.mark.parametrize("device", GPUS)
 def test_lowers_for_gpus(device):
     for shape in (SHAPES["decode 28k"], SHAPES["verify 4 at 28k"], SHAPES["prefill 1024 at 28k"]):
-        inputs = jax.eval_shape(shape.inputs, jax.random.key(0))
-        text = common.lower_for_gpu(lambda *a, s=shape: op(*a, **s.static), *inputs, device=device)
-        assert text.count("__gpu$xla.gpu.triton") == 1
+        assert kernels_of(op, shape, device) == 1
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from lowering import kernels_of
 
 from ds4jax.ops.check import formula
 from pallas_kernels import common
@@ -61,10 +62,7 @@ def test_every_bit_of_a_score_counts():
 @pytest.mark.parametrize("device", GPUS)
 def test_lowers_for_gpus(device):
     for name, passes in (("decode 28k", 1), ("decode 256k", 2), ("prefill 1024 at 28k", 1)):
-        shape = SHAPES[name]
-        inputs = jax.eval_shape(shape.inputs, jax.random.key(0))
-        text = common.lower_for_gpu(lambda *a, s=shape: op(*a, **s.static), *inputs, device=device)
-        assert text.count("__gpu$xla.gpu.triton") == passes, name
+        assert kernels_of(op, SHAPES[name], device) == passes, name
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,9 @@ import json
 import numpy as np
 import oracle
 import pytest
+from kept_runners import KeptRunners
 
 from ds4jax.chat import template as chat
-from ds4jax.engine import compile_cache, model_runner
 from ds4jax.engine.types import Sampling
 from ds4jax.errors import Ds4Error
 from ds4jax.io import synthetic
@@ -35,21 +35,13 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runners():
-    return {}
+    return KeptRunners()
 
 
 @pytest.fixture
 def run(model, runners, monkeypatch, capsys):
     """Runs the tool: (status, its lines, those of stderr). What is compiled once serves all calls."""
-    make = model_runner.ModelRunner
-
-    def runner(checkpoint, settings, batch, progress, sizes):
-        if settings not in runners:
-            runners[settings] = make(checkpoint, settings, batch, progress, sizes)
-        return runners[settings]
-
-    monkeypatch.setattr(model_runner, "ModelRunner", runner)
-    monkeypatch.setattr(compile_cache, "keep_compilations", lambda: None)
+    runners.install(monkeypatch)
 
     def call(folder, *argv):
         flags = [str(folder), f"--config={model}/c.toml", *argv]
@@ -153,7 +145,7 @@ def data(id):
 def steps(run, golden, runners):
     """The model's own greedy continuation of PROMPT: ids and their (id, logprob)."""
     run(golden[0])  # so that there is a runner
-    (runner,) = runners.values()
+    (runner,) = runners.made.values()
     tokens = chat.render_ids(TOKENIZER, [{"role": "user", "content": PROMPT}], think="off")
     assert 128 < len(tokens) < 240
     greedy, out = Sampling(temperature=0.0), []

@@ -5,6 +5,8 @@ A few neighbouring weights, four or eight, share an index into a grid of magnitu
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import gguf
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,7 @@ from gguf import GGMLQuantizationType as GGMLType
 
 from pallas_kernels.formats.dots import signed_bytes
 from pallas_kernels.formats.tiles import u32
-from pallas_kernels.formats.units import Words
+from pallas_kernels.formats.units import Units, Words
 
 Array = jax.Array
 
@@ -92,3 +94,18 @@ def scale_of_16(loaded, group: int) -> Array:
     """d·(½ + s)/4 in a kernel that has loaded (codes, word, d), where nibble `group` of the word is s."""
     _, scales, d = loaded
     return d.astype(jnp.float32) * ((scales >> 4 * group & 15).astype(jnp.float32) * 0.25 + 0.125)
+
+
+def units_of_points(load: Callable, look_up: Callable, grid: np.ndarray, spread: Callable, step: int = 32) -> Units:
+    """Units of four points of eight weights, two a group with a scale of its own: `scale_of_16`.
+
+    load, step: see `Units`. look_up: → the codes and the signs of each point. spread: signs → bit 2 of each nibble.
+    """
+
+    def words(ready, group: int, words: Words) -> list[Array]:
+        return [w for codes, signs in ready[2 * group :][:2] for w in signed_words(codes | spread(signs), words)]
+
+    return Units(
+        load, words, scale_of_16, groups=2, order=IN_NIBBLES, look_up=look_up, table=tuple(grid_codes(grid).tolist()),
+        constants=SIGNED, step=step,
+    )  # fmt: skip

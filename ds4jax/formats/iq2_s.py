@@ -9,18 +9,9 @@ from flax import struct
 from gguf import GGMLQuantizationType as GGMLType
 
 from ds4jax.formats.base import bytes_of, scaled, unpack
-from ds4jax.formats.iq import (
-    IN_NIBBLES,
-    SIGNED,
-    grid_codes,
-    grid_of,
-    scale_of_16,
-    signed_points,
-    signed_words,
-    spread_all,
-)
+from ds4jax.formats.iq import grid_of, signed_points, spread_all, units_of_points
 from ds4jax.formats.read_only import ReadOnly
-from pallas_kernels.formats.units import Rows, Units, Words
+from pallas_kernels.formats.units import Rows
 
 Array = jax.Array
 
@@ -39,21 +30,7 @@ def _look_up(loaded, table):
     return [(table[g.astype(jnp.int32)], signs >> 8 * i & 255) for i, g in enumerate(index)]
 
 
-def _words(ready, group: int, words: Words) -> list[Array]:
-    return [w for codes, s in ready[2 * group :][:2] for w in signed_words(codes | spread_all(s), words)]
-
-
-_UNITS = Units(
-    _load,
-    _words,
-    scale_of_16,
-    groups=2,
-    order=IN_NIBBLES,
-    look_up=_look_up,
-    table=tuple(grid_codes(GRID).tolist()),
-    constants=SIGNED,
-    step=128,
-)
+_UNITS = units_of_points(_load, _look_up, GRID, spread_all, step=128)
 
 
 @struct.dataclass

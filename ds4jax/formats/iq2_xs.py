@@ -9,19 +9,9 @@ from flax import struct
 from gguf import GGMLQuantizationType as GGMLType
 
 from ds4jax.formats.base import bits, scaled, unpack
-from ds4jax.formats.iq import (
-    IN_NIBBLES,
-    SIGNED,
-    SIGNS,
-    grid_codes,
-    grid_of,
-    scale_of_16,
-    signed_points,
-    signed_words,
-    spread,
-)
+from ds4jax.formats.iq import SIGNS, grid_of, signed_points, spread, units_of_points
 from ds4jax.formats.read_only import ReadOnly
-from pallas_kernels.formats.units import Rows, Units, Words
+from pallas_kernels.formats.units import Rows
 
 Array = jax.Array
 
@@ -39,20 +29,7 @@ def _look_up(loaded, table):
     return [(table[(half & 511).astype(jnp.int32)], half >> 9 & 127) for half in q]
 
 
-def _words(ready, group: int, words: Words) -> list[Array]:
-    return [w for codes, s in ready[2 * group :][:2] for w in signed_words(codes | spread(s), words)]
-
-
-_UNITS = Units(
-    _load,
-    _words,
-    scale_of_16,
-    groups=2,
-    order=IN_NIBBLES,
-    look_up=_look_up,
-    table=tuple(grid_codes(GRID).tolist()),
-    constants=SIGNED,
-)
+_UNITS = units_of_points(_load, _look_up, GRID, spread)
 
 
 @struct.dataclass

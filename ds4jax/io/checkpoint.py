@@ -115,6 +115,14 @@ def opened(path: str | os.PathLike | GGUFFile) -> Iterator[GGUFFile]:
         raise error if named else GGUFError(f"{file.path}: {error}") from None
 
 
+def check_architecture(file: GGUFFile, *expected: str) -> None:
+    """Raises GGUFError for a file of another architecture than those expected."""
+    found = file.metadata.get("general.architecture")
+    if type(found) is not str or found not in expected:
+        names = " or ".join(map(repr, expected))
+        raise GGUFError(f"key 'general.architecture': found {show(found)}, expected {names}{other(found)}")
+
+
 def open_checkpoint(path: str | os.PathLike | GGUFFile) -> Checkpoint:
     """Opens a main model, with or without an MTP head in the same file, and checks all but the weights' values.
 
@@ -148,12 +156,7 @@ def open_mtp(path: str | os.PathLike, cfg: ModelConfig) -> Checkpoint:
     of the main model must be true of `cfg`. The result's config is `cfg` with n_mtp = 1.
     """
     with opened(path) as file:
-        found = file.metadata.get("general.architecture")
-        if type(found) is not str or found not in (MTP_ARCHITECTURE, ARCHITECTURE):
-            raise GGUFError(
-                f"key 'general.architecture': found {show(found)}, "
-                f"expected {MTP_ARCHITECTURE!r} or {ARCHITECTURE!r}{other(found)}"
-            )
+        check_architecture(file, MTP_ARCHITECTURE, ARCHITECTURE)
         if drafter := dialect.drafter_in(file.tensors):
             raise GGUFError(f"tensor {show(drafter)}: found a DSpark drafter, expected an MTP head of one layer")
         layout: MtpLayout = "nextn" if dialect.is_sidecar(file.tensors) else "mtp"

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 from gguf.constants import GGMLQuantizationType, GGUFValueType
 
-from ds4jax.config import PREFIX, DrafterConfig, ModelConfig, other
+from ds4jax.config import PREFIX, DrafterConfig, ModelConfig
 from ds4jax.errors import GGUFError, show
-from ds4jax.io.checkpoint import Checkpoint, check_tensors, opened
+from ds4jax.io.checkpoint import Checkpoint, check_architecture, check_tensors, opened
 from ds4jax.io.gguf import GGUFFile, Typed
 from ds4jax.model.tensors import drafter_table
 
@@ -85,12 +85,7 @@ def open_drafter(path: str | os.PathLike, main: Checkpoint) -> Drafter:
     MTP head, V4.1's drafter, one of another model, or one whose source is stated to be another than the main model's.
     """
     with opened(path) as file:
-        found = file.metadata.get("general.architecture")
-        if type(found) is not str or found not in (ARCHITECTURE, _DFLASH):
-            raise GGUFError(
-                f"key 'general.architecture': found {show(found)}, expected {ARCHITECTURE!r} or {_DFLASH!r}"
-                f"{other(found)}"
-            )
+        check_architecture(file, ARCHITECTURE, _DFLASH)
         stages, dialect = _canonical(file)
         for name, axis, what, expected in (
             ("mtp.0.main_norm", 0, "values a stream", main.cfg.embed_dim),

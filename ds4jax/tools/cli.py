@@ -18,6 +18,7 @@ from absl import flags
 
 from ds4jax.errors import ConfigError, Ds4Error
 from ds4jax.files import write_whole
+from ds4jax.profile import THINK_MODES
 
 flags.disclaim_key_flags()  # --help lists what is defined here under the tool
 
@@ -46,6 +47,15 @@ def define_compute(flag_values: flags.FlagValues) -> None:
     flags.DEFINE_enum("numerics", None, ["official", "plain"], "By default the config's.", flag_values=flag_values)
     text = "pallas, xla, or pallas,OP=xla for one op in XLA; by default the config's."
     flags.DEFINE_string("kernels", None, text, flag_values=flag_values)
+
+
+def define_answers(flag_values: flags.FlagValues) -> None:
+    """Define --think, --max_tokens and --ctx, for tools that get answers to prompts."""
+    flags.DEFINE_enum("think", "on", THINK_MODES, "Whether the model reasons first.", flag_values=flag_values)
+    text = "The longest answer; by default the config's."
+    flags.DEFINE_integer("max_tokens", None, text, flag_values=flag_values)
+    text = "Tokens of prompt and answer together; by default the config's."
+    flags.DEFINE_integer("ctx", None, text, flag_values=flag_values)
 
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed")

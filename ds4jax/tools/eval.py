@@ -25,7 +25,6 @@ from tqdm import tqdm
 from ds4jax.errors import ConfigError, Ds4Error
 from ds4jax.io.checkpoint import open_checkpoint
 from ds4jax.io.download import resolve_model
-from ds4jax.profile import THINK_MODES
 from ds4jax.settings import Settings
 from ds4jax.tools import cli
 
@@ -37,9 +36,7 @@ flags.DEFINE_integer("samples", 1, "Answers to each question.", flag_values=FLAG
 flags.DEFINE_string(
     "out", None, "A folder for transcript and report; the same command goes on there.", flag_values=FLAGS
 )
-flags.DEFINE_enum("think", "on", THINK_MODES, "Whether the model reasons first.", flag_values=FLAGS)
-flags.DEFINE_integer("max_tokens", None, "The longest answer; by default the config's.", flag_values=FLAGS)
-flags.DEFINE_integer("ctx", None, "Tokens of prompt and answer together; by default the config's.", flag_values=FLAGS)
+cli.define_answers(FLAGS)
 flags.DEFINE_integer("batch", None, "Questions at once; by default the config's.", flag_values=FLAGS)
 cli.define_sampling(FLAGS)
 cli.define_compute(FLAGS)

@@ -24,7 +24,7 @@ from ds4jax.files import LARGE, read_small
 from ds4jax.io.checkpoint import Checkpoint, open_checkpoint
 from ds4jax.io.download import resolve_model
 from ds4jax.io.tokenizer import StreamDecoder, Tokenizer
-from ds4jax.profile import MAX_EFFORT_CTX, THINK_MODES, choose, effort_prefix
+from ds4jax.profile import MAX_EFFORT_CTX, choose, effort_prefix
 from ds4jax.settings import Settings
 from ds4jax.tools import cli
 
@@ -48,10 +48,8 @@ flags.DEFINE_string(
 )
 flags.DEFINE_string("out", None, "Where a batch job's results go, as JSON lines; by default stdout.", flag_values=FLAGS)
 flags.DEFINE_string("system", "", "The system prompt.", flag_values=FLAGS)
-flags.DEFINE_enum("think", "on", THINK_MODES, "Whether the model reasons first.", flag_values=FLAGS)
 flags.DEFINE_bool("raw", False, "Continue the prompt as it is, without the chat template.", flag_values=FLAGS)
-flags.DEFINE_integer("max_tokens", None, "The longest answer; by default the config's.", flag_values=FLAGS)
-flags.DEFINE_integer("ctx", None, "Tokens of prompt and answer together; by default the config's.", flag_values=FLAGS)
+cli.define_answers(FLAGS)
 cli.define_sampling(FLAGS)
 cli.define_compute(FLAGS)
 flags.DEFINE_bool("dump_tokens", False, "Print the prompt's token ids and pieces, and stop.", flag_values=FLAGS)
