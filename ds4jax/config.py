@@ -452,7 +452,7 @@ class DrafterConfig:
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], stages: int, cfg: ModelConfig) -> Self:
-        """The drafter of the model `cfg` that a ``config.json`` declares; its stages, the tensors tell."""
+        """The drafter of the model `cfg` that a ``config.json`` declares. stages: as the tensors show."""
         values = {field: config[key] for field, key in _HF_DRAFTER.items() if key in config}
         return cls.read(values | {"stages": stages}, _HF_DRAFTER, cfg)
 

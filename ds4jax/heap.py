@@ -6,7 +6,7 @@ import ctypes
 
 
 def trim() -> None:
-    """Give back what the allocator keeps although it is free; where it is not glibc's, nothing happens.
+    """Return free memory that the allocator still holds to the system. Does nothing where that is not glibc's.
 
     Compiling and large bodies leave hundreds of MB. Takes some ten milliseconds. Thread-safe.
     """

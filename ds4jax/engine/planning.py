@@ -115,7 +115,7 @@ def _total(programs: CompiledSteps, found: Plan) -> Callable[[int, int], int]:
 
 
 def _largest(fits: Callable[[int], bool], most: int) -> int:
-    """The largest n up to `most` with `fits(n)`, 0 if there is none. Nothing fits that is larger than what does not."""
+    """The largest n up to `most` with `fits(n)`, 0 if there is none. Above an n that does not fit, none does."""
     low, high = 0, most
     while low < high:
         middle = (low + high + 1) // 2

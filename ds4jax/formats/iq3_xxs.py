@@ -32,7 +32,7 @@ def _look_up(loaded, table):
 
 def _words(ready, group: int, _) -> list[Array]:
     points, sets = ready
-    # Bit 2 of a nibble is the sign of one of eight weights: of the first four in every other, of the others between.
+    # `spread` puts the signs of the first four weights into nibbles 0, 2, 4 and 6, those of the other four between.
     negative = [spread(s) >> start & u32(0x01010101) for s in sets for start in (2, 6)]
     return [(point ^ n * 255) + n for point, n in zip(points, negative, strict=True)]
 

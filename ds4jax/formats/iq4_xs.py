@@ -28,7 +28,7 @@ def _words(ready, _, words: Words) -> list[Array]:
     out = []
     for codes in (half for q in ready[0] for half in (q, q >> 16)):
         c, seven, choose = words.constants, codes & u32(0x7777), u32(0x3210) | codes >> 1 & u32(0x4444)
-        # Of the values of the lower codes byte i, or of the others byte 4 + i where the nibble's upper bit is set.
+        # A code's lower three bits look up two values, one of codes 0-7 and one of codes 8-15; its upper bit chooses.
         out.append(words.op.bytes(words.op.bytes(c[0], c[1], seven), words.op.bytes(c[2], c[3], seven), choose))
     return out
 

@@ -41,7 +41,7 @@ def scales_of_two(words: list[Array], run: Array) -> tuple[Array, Array]:
 
     words: uint32, of the super-block of each run. run: int32, 0 to 3.
     """
-    # Shifted so that this run's two groups are the low two bytes; their numbers' upper bits may lie elsewhere.
+    # This run's two groups come into the low two bytes. In late runs, the bits of a number lie in two words.
     sc, m, low = (word >> ((run & 1) * 16).astype(jnp.uint32) for word in words)
     late, six = run >= 2, jnp.uint32(0x3F3F)
     sc = jnp.where(late, low & jnp.uint32(0x0F0F) | sc >> jnp.uint32(2) & jnp.uint32(0x3030), sc & six)

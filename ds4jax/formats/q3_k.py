@@ -21,7 +21,7 @@ def _load(rows: Rows, unit: Array):
     block, run, half, sub = unit >> 3, *((unit >> i & 1).astype(jnp.uint32) for i in (2, 1, 0))
     codes = [word >> 4 * sub for word in rows.several(1, unit >> 1, 4)]
     high = [word >> 4 * run + 2 * sub for word in rows.several(0, block * 2 + (unit >> 1 & 1), 4)]
-    # Of a byte for every other group: the low bits of its scale, and the high ones.
+    # Bytes 0 and 2 are the scales of the unit's two groups: their low four bits, then their upper two.
     low_sc = rows.at(2, block * 3 + (unit & 1)) >> 8 * half + 4 * run & u32(0x000F000F)
     high_sc = rows.at(2, block * 3 + 2) >> 8 * half + 4 * run + 2 * sub & u32(0x00030003)
     return list(zip(codes, high, strict=True)), low_sc | high_sc << 4, rows.at(3, block)
