@@ -153,3 +153,66 @@ def test_a_budget_ends_a_thought_in_blocks_of_tokens(runner, monkeypatch):
     found = ids(prompt, 60, Budget(21, close))
     assert found[:22] == [*free, close] and found[22:] == ids([*prompt, *found[:22]], 38)
     assert len(calls) < 20 and max(calls) == 16
+
+
+def test_the_next_block_begins_before_the_last_one_is_read(runner, monkeypatch):
+    """And the tokens are those of blocks that wait for each other, whatever ends, and whoever gets the slot then."""
+    work, decode = [], runner.decode_block
+    monkeypatch.setattr(runner, "block", lambda room: min(room, 4))
+    prompts = [TOKENS[:20], TOKENS[30:61], TOKENS[:9]]
+
+    def ids(ahead, cancelled=0):
+        if not ahead:
+            monkeypatch.setattr(Engine, "_begin_ahead", lambda self, now: None)
+        engine, out = Engine(runner), [[] for _ in prompts]
+        for prompt, tokens, n in zip(prompts, out, (23, 40, 30), strict=True):
+            stop = frozenset([stops[0]]) if prompt is prompts[0] else frozenset()
+            seq = engine.add(
+                Request(prompt, n, GREEDY, stop_ids=stop),
+                lambda event, tokens=tokens: tokens.append(event.id) if isinstance(event, Token) else None,
+            )
+            while len(engine) and not (prompt is prompts[1] and len(tokens) > 12):
+                engine.step()
+            engine.cancel(seq)
+        return out
+
+    stops = [-1]
+    free = ids(ahead=True)[0]
+    stops = [free[9]]
+
+    def begin(last, n):
+        block = decode(last, n)
+        work.append("begin")
+        read, block.tokens = block.tokens, lambda: work.append("read") or read()
+        return block
+
+    monkeypatch.setattr(runner, "decode_block", begin)
+    found = ids(ahead=True)
+    assert " ".join(work).startswith("begin read begin begin read begin read")
+    assert found[0] == free[: free.index(stops[0]) + 1]
+    work.clear()
+    waiting = ids(ahead=False)
+    assert " ".join(work).startswith("begin read begin read")
+    assert [found[0], found[1][:13], found[2]] == [waiting[0], waiting[1][:13], waiting[2]]
+
+
+def test_chunks_are_short_while_answers_wait_for_them(settings, monkeypatch):
+    runner = ModelRunner.load(dataclasses.replace(settings, prefill_chunk=256), batch=2)
+    engine, chunks, prefill = Engine(runner, sizes=[128, 256], gap=1e-6), [], runner.prefill
+
+    def log(slot, tokens, *args):
+        chunks.append(len(tokens))
+        return prefill(slot, tokens, *args)
+
+    monkeypatch.setattr(runner, "prefill", log)
+    long = [*TOKENS, *TOKENS][:250]
+    engine.add(Request(long, 1, GREEDY), lambda event: None)
+    while len(engine):
+        engine.step()
+    assert chunks == [250]
+    engine.add(Request(TOKENS[:5], 100, GREEDY), lambda event: None)
+    engine.step()
+    engine.add(Request(long, 1, GREEDY), lambda event: None)
+    while len(engine.scheduler.decoding) < 1 or len(chunks) < 4:
+        engine.step()
+    assert chunks == [250, 5, 128, 122]

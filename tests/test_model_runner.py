@@ -1,6 +1,7 @@
 """The runner: chunks, slots and meshes change nothing; every shape is compiled once; what cannot run is refused."""
 
 import dataclasses
+import threading
 import time
 
 import jax
@@ -10,6 +11,7 @@ from small import CFG, write
 
 from ds4jax.engine.chunks import chunk_sizes
 from ds4jax.engine.compiled_steps import BLOCK
+from ds4jax.engine.decode_rows import WORTH_SECONDS, DecodeRows
 from ds4jax.engine.model_runner import ModelRunner
 from ds4jax.engine.types import Sampling
 from ds4jax.errors import Ds4Error, GGUFError
@@ -74,7 +76,8 @@ def test_blocks_find_their_buffers_where_they_were(runner):
     for _ in range(3):
         blocks.append(runner.decode_block(tokens, 2))
         wanted.append((blocks[-1].tokens(), np.asarray(blocks[-1].batch_logits)))
-        buffers = *runner._results, *(there for _, there in runner._arguments[1:])
+        (_, slots), _, *others = runner._arguments  # without the tokens
+        buffers = *runner._results, slots, *(there for _, there in others)
         pointers.add(tuple(x.unsafe_buffer_pointer() for x in buffers))
         tokens = dict.fromkeys(tokens)
     assert len(pointers) == 1
@@ -102,7 +105,7 @@ def test_seconds_of_decoding_are_all_that_it_takes_but_compiling(runner, monkeyp
     runner.decode_block({0: 1}, 2).tokens()
     seconds = runner.stats.decode_seconds - before.decode_seconds
     assert 0.05 <= seconds < 0.6 and runner.stats.token_seconds == pytest.approx(seconds / 2)
-    monkeypatch.setattr(runner.stats, "token_seconds", 0.03)
+    monkeypatch.setattr(runner.stats, "token_seconds", 0.01)
     assert [runner.block(room) for room in (0, 1, 3, 100)] == [1, 1, 3, 4]
     monkeypatch.setattr(runner.stats, "token_seconds", 1e-6)
     assert runner.block(100) == BLOCK
@@ -179,3 +182,67 @@ def test_a_file_without_a_tokenizer_runs_but_has_none(tmp_path):
     bare = ModelRunner.load(Settings(str(tmp_path / "bare.gguf"), ctx=8))
     with pytest.raises(GGUFError, match="the file has no usable tokenizer"):
         _ = bare.tokenizer
+
+
+def test_a_call_for_some_slots_computes_them_alone_and_leaves_the_others_as_they_are(settings, monkeypatch):
+    whole, narrow = (ModelRunner.load(settings, batch=4) for _ in range(2))
+    for runner in (whole, narrow):
+        for slot in range(4):
+            runner.prefill(slot, TOKENS[slot : slot + 5 + slot], GREEDY)
+    assert narrow._prepare_rows(1) and narrow._prepare_rows(2)
+    for slots, rows in (([2], 1), ([2], 2), ([0, 3], 2), ([1, 2, 3], 4)):
+        monkeypatch.setattr(narrow._rows, "of", lambda n, rows=rows: rows)
+        blocks = [runner.decode_block(dict.fromkeys(slots, 7), 3) for runner in (whole, narrow)]
+        ids, same = (block.tokens() for block in blocks)
+        assert ids == same
+        close(*(np.asarray(block.batch_logits)[slots] for block in blocks))
+        again = [runner.decode_block(dict.fromkeys(slots), 2).tokens() for runner in (whole, narrow)]
+        assert again[0] == again[1]
+    for slot in range(4):  # nothing but the order of additions differs in what the slots hold
+        for a, b in zip(*(jax.tree.leaves(runner.snapshot(slot)) for runner in (whole, narrow)), strict=True):
+            if np.issubdtype(a.dtype, np.floating):
+                np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * max(1, np.abs(a[np.isfinite(a)]).max(initial=0)))
+            else:
+                np.testing.assert_array_equal(a, b)
+
+
+def test_programs_for_fewer_sequences_are_made_when_they_are_worth_it():
+    asked, fits = [], {1: True, 2: False}
+
+    def prepare(rows):
+        asked.append(rows)
+        return fits[rows]
+
+    rows = DecodeRows(6, prepare)
+
+    def took(sequences, seconds):
+        rows.took(sequences, seconds)
+        for thread in threading.enumerate():
+            if thread.name == "decode-rows":
+                thread.join()
+
+    assert [rows.of(n) for n in (0, 1, 4, 6)] == [6, 6, 6, 6]
+    took(1, WORTH_SECONDS - 1)
+    took(6, 100)
+    took(5, 100)  # the next power of two is more than there are slots
+    assert not asked
+    took(1, 1)
+    took(1, 100)
+    took(2, 100)
+    took(2, 100)
+    assert asked == [1, 2]  # 2 does not fit, and is not tried again
+    assert [rows.of(n) for n in (0, 1, 2, 6)] == [1, 1, 6, 6]
+
+
+def test_a_program_that_cannot_be_made_is_reported_and_not_missed(capfd):
+    def fail(rows):
+        raise ValueError("too large")
+
+    rows = DecodeRows(4, fail)
+    rows.took(3, 0.1)
+    rows.took(1, WORTH_SECONDS)
+    for thread in threading.enumerate():
+        if thread.name == "decode-rows":
+            thread.join()
+    assert rows.of(1) == 4
+    assert "no program for 1 sequences: too large" in capfd.readouterr().err

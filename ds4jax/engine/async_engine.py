@@ -106,12 +106,14 @@ class AsyncEngine:
         waiting_per_client: int | None = None,
         running_per_client: int | None = None,
         patience: float = math.inf,
+        gap: float = math.inf,
     ):
         """Start the thread. The runner and the prefix cache are from now on its own.
 
         name: of the model, for clients. trace: see `open`. max_waiting: the most requests without a slot, of all
         clients; waiting_per_client, running_per_client: the most of one client without a slot, and with one. patience:
-        seconds after which a request without a slot fails.
+        seconds after which a request without a slot fails. gap: seconds from token to token of an answer that chunks of
+        prompts are cut to keep.
         """
         from ds4jax.engine.counters import Counters
         from ds4jax.engine.engine import Engine
@@ -126,6 +128,7 @@ class AsyncEngine:
             wake=lambda: self._commands.put(Wake()),
             per_client=running_per_client,
             patience=patience,
+            gap=gap,
         )
         self._max_waiting, self._waiting_per_client = max_waiting, waiting_per_client
         self._refusal: Ds4Error | None = None  # why no request is accepted any more

@@ -107,7 +107,7 @@ class CompiledSteps:
 
     def get_all(self, calls: Sequence[tuple[str, tuple]]) -> list[Callable]:
         """`get` for several names and arguments. Missing programs are compiled in parallel, one per core."""
-        keyed = {(name, *(x.shape for x in jax.tree.leaves(args))): (name, args) for name, args in calls}
+        keyed = {_key(name, args): (name, args) for name, args in calls}
         missing = [key for key in keyed if key not in self.compiled]
         if missing:
             start, self.compiling = time.perf_counter(), True
@@ -120,14 +120,22 @@ class CompiledSteps:
             self.seconds += time.perf_counter() - start
         return [self.compiled[key] for key in keyed]
 
+    def prepare(self, name: str, *args: Any) -> Callable:
+        """`get` in another thread, beside running steps; its time does not count as theirs."""
+        key = _key(name, args)
+        if key not in self.compiled:
+            self.compiled[key] = self._compile(name, args)
+        return self.compiled[key]
+
     def calls(self, sizes: Iterable[int]) -> list[tuple[str, tuple]]:
         """The arguments of `get_all` for decoding, and for prefill of chunks padded to each of `sizes`."""
-        one, every = sampling.batch([Sampling()]), sampling.batch([Sampling()] * self.batch)
+        one = sampling.batch([Sampling()])
         prefills = [
             ("prefill", (np.int32(0), np.array([True]), *pad([0], [size]), one, np.zeros(size, np.int32)))
             for size in sizes
         ]
-        return [("decode", (self.results, *decode_args({}, 1, every))), *prefills]
+        decode = decode_args({}, 1, [Sampling()] * self.batch, self.batch)
+        return [("decode", (self.results, *decode)), *prefills]
 
     @contextlib.contextmanager
     def refusing(self, tokens: int) -> Iterator[None]:
@@ -197,6 +205,10 @@ class CompiledSteps:
         self.get_all(self.calls([padded.shape[1], *sizes]))
 
 
+def _key(name: str, args: tuple) -> tuple:
+    return name, *(x.shape for x in jax.tree.leaves(args))
+
+
 def _placed(x: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding | None) -> jax.ShapeDtypeStruct:
     return x.update(sharding=sharding)
 
@@ -212,15 +224,11 @@ def prefill_step(w, cache: Cache, slot, fresh, tokens, n, params, targets, *, cf
     → sampled (1,) int32; logits (1, vocab) of the last real token; `sampling.logprobs` of the targets (T, …), nothing
     where there is none; cache.
     """
-
-    def axis(x: Array) -> int:
-        return min(1, x.ndim - 1)  # the axis of the sequences: 1, but 0 in `length`
-
-    one = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, slot, 1, axis(x)), cache)
-    s, one = transformer.run(w, kv.reset(one, fresh), tokens, n, cfg, compute)
+    one = kv.reset(kv.take(cache, slot[None]), fresh)
+    s, one = transformer.run(w, one, tokens, n, cfg, compute)
     logits = transformer.head(transformer.last(s, n), w.head, cfg, compute)
-    cache = jax.tree.map(lambda x, y: lax.dynamic_update_slice_in_dim(x, y, slot, axis(x)), cache, one)
-    return sampling.sample(logits, params, one.length), logits, *_scores(w, s, targets, cfg, compute), cache
+    sampled, scores = sampling.sample(logits, params, one.length), _scores(w, s, targets, cfg, compute)
+    return sampled, logits, *scores, kv.put(cache, slot[None], one)
 
 
 def _scores(w, s: Streams, targets: Array, cfg: ModelConfig, compute: Compute) -> tuple[Array, Array, Array]:
@@ -248,42 +256,56 @@ def block_logits(w, s: Streams, i: Array, size: int, cfg: ModelConfig, compute: 
     return transformer.head(part, w.head, cfg, compute)
 
 
-def decode_step(w, cache: Cache, results, tokens, active, n, params, *, cfg: ModelConfig, compute: Compute):
+def decode_step(w, cache: Cache, results, slots, tokens, active, n, params, *, cfg: ModelConfig, compute: Compute):
     """Append n tokens to the sequence in every active slot: the given token, then each sampled one but the last.
 
-    One call decodes n tokens, so that the cost of starting a call is paid once.
+    One call decodes n tokens, so that the cost of starting a call is paid once. It computes as many sequences as it is
+    given `slots`. If these are fewer than the cache has, their states are copied out of it and back: without the other
+    sequences a token takes less time.
 
     results: what the previous call returned beside the cache. They are donated: the three have different shapes, so
         each new result takes the buffer of its predecessor.
-    tokens: (B,) int32; a negative one stands for the last sampled token of the previous call. active: (B,) bool.
-    n: () int32, 1 to BLOCK. params: `sampling.Batch` of B.
+    slots: (R,) int32, all different; where R = B, they are 0, 1, …. tokens: (R,) int32; a negative one stands for the
+    last sampled token of the slot. active: (R,) bool. n: () int32, 1 to BLOCK. params: `sampling.Batch` of R.
 
-    → sampled (BLOCK, B) int32, of which the first n rows are set; the last of these (1, B); its logits (B, vocab);
-    cache.
+    → sampled (BLOCK, B) int32, of which the first n rows are set in the given slots; the last of these (1, B); its
+    logits (B, vocab); cache.
     """
 
     def one(i: Array, carry: tuple) -> tuple:
-        cache, ids, sampled, _ = carry
-        logits, cache = transformer.decode_step(w, cache, ids, active, cfg=cfg, compute=compute)
-        ids = sampling.sample(logits, params, cache.length)
-        return cache, ids, sampled.at[i].set(ids), logits
+        part, ids, sampled, _ = carry
+        logits, part = transformer.decode_step(w, part, ids, active, cfg=cfg, compute=compute)
+        ids = sampling.sample(logits, params, part.length)
+        return part, ids, sampled.at[i].set(ids), logits
 
     sampled, last, logits = results
-    carry = cache, jnp.where(tokens >= 0, tokens, last[0]), sampled, logits
-    cache, last, sampled, logits = lax.fori_loop(0, n, one, carry)
-    return sampled, last[None], logits, cache
+    some = len(slots) < len(cache.length)
+    carry = (kv.take(cache, slots), sampled[:, slots], last[:, slots], logits[slots]) if some else (cache, *results)
+    part, of_part, (ids,), of_last = carry
+    carry = part, jnp.where(tokens >= 0, tokens, ids), of_part, of_last
+    part, ids, of_part, of_last = lax.fori_loop(0, n, one, carry)
+    if not some:
+        return of_part, ids[None], of_last, part
+    sampled, last, logits = sampled.at[:, slots].set(of_part), last.at[:, slots].set(ids), logits.at[slots].set(of_last)
+    return sampled, last, logits, kv.put(cache, slots, part)
 
 
-def decode_args(tokens: Mapping[int, int | None], n: int, params: sampling.Batch) -> tuple[Any, ...]:
+def decode_args(tokens: Mapping[int, int | None], n: int, params: Sequence[Sampling], rows: int) -> tuple[Any, ...]:
     """The arguments of `decode_step` after `results`, to decode n tokens in some slots.
 
-    tokens: by slot; None for the last sampled token of the previous call. params: of all slots.
+    tokens: by slot; None for the last sampled token of the slot. params: of all slots. rows: how many sequences the
+    call computes, those of `tokens` at least; others rest.
     """
-    ids = np.zeros(len(params.seed), np.int32)
-    active = np.zeros(len(ids), bool)
-    for slot, token in tokens.items():
-        ids[slot], active[slot] = -1 if token is None else token, True
-    return ids, active, np.int32(n), params
+    resting = [slot for slot in range(len(params)) if slot not in tokens]
+    slots = sorted([*tokens, *resting[: rows - len(tokens)]])
+    ids = [tokens.get(slot, 0) for slot in slots]
+    return (
+        np.array(slots, np.int32),
+        np.array([-1 if token is None else token for token in ids], np.int32),
+        np.array([slot in tokens for slot in slots], bool),
+        np.int32(n),
+        sampling.batch([params[slot] for slot in slots]),
+    )
 
 
 def compiler_options(step: str, kernels: Kernels, backend: str | None = None) -> dict[str, Any] | None:

@@ -21,7 +21,8 @@ import numpy as np
 from ds4jax.engine.chunks import serving_sizes
 from ds4jax.engine.constraints import constraints_of, edits
 from ds4jax.engine.counters import Counters
-from ds4jax.engine.model_runner import ModelRunner, check_prompt
+from ds4jax.engine.model_runner import Block, ModelRunner, check_prompt
+from ds4jax.engine.pace import Pace
 from ds4jax.engine.prefix_cache import PrefixCache
 from ds4jax.engine.prefix_reuse import PrefixReuse
 from ds4jax.engine.scheduler import Scheduler
@@ -62,12 +63,14 @@ class Engine:
         wake: Callable[[], None] = lambda: None,
         per_client: int | None = None,
         patience: float = math.inf,
+        gap: float = math.inf,
     ):
         """runner: from now on the engine's own. prefix_cache: without one, every prompt is computed whole.
 
         sizes: what chunks of prompts are padded to, ascending, the chunk itself last; by default `serving_sizes`.
         wake: called, in another thread, when a step that found no work may find some. per_client: the most slots that
-        a client has. patience: seconds after which a request without a slot fails.
+        a client has. patience: seconds after which a request without a slot fails. gap: seconds from token to token of
+        an answer, which chunks of prompts are cut to keep, see `pace`.
         """
         self.runner, self.ctx, self.prefix_cache = runner, runner.settings.ctx, prefix_cache
         self.counters = Counters() if counters is None else counters
@@ -75,7 +78,9 @@ class Engine:
         self.scheduler = Scheduler(runner.batch, min(self._sizes[-1], runner.settings.prefill_chunk), per_client)
         self._reuse = PrefixReuse(runner, self.scheduler, prefix_cache)
         self._wake, self._patience = wake, patience
-        self._on_device: set[Sequence] = set()  # sequences whose last token is the last one of the last block
+        self._pace = Pace([size for size in self._sizes if size % ALIGN == 0], gap) if gap < math.inf else None
+        self._on_device: set[Sequence] = set()  # sequences whose last token is the last one of the last block read
+        self._ahead: _Decoding | None = None  # a block that was begun before the tokens of the one before it were read
 
     def __len__(self) -> int:
         """Number of sequences that have not ended."""
@@ -129,7 +134,7 @@ class Engine:
         """Go on after an exception in a step: sequences with a slot end with this error, the others still wait."""
         self.counters.step_failed()
         self._reuse.forget()
-        self._on_device = set()
+        self._on_device, self._ahead = set(), None
         for seq in [*self.scheduler.prefilling, *self.scheduler.decoding]:
             self.scheduler.remove(seq)
             self.counters.ended(seq, "failed")
@@ -185,9 +190,13 @@ class Engine:
     def step(self) -> bool:
         """Compute a chunk of one prompt and a token of every answer, or without a chunk a block; → whether any.
 
-        A piece of a snapshot takes the place of the chunk, so that answers never wait for both.
+        A piece of a snapshot takes the place of the chunk, so that answers never wait for both. While there is nothing
+        but answers, the device has the next block before the tokens of the last one are read.
         """
         self._check_patience()
+        finished, quiet = self._ahead, not (self._reuse.busy or self.scheduler.waiting or self.scheduler.prefilling)
+        if finished and not quiet:
+            self._read(finished)
         if not self._reuse.busy and (victim := self.scheduler.victim(self._reuse.start)):
             self._reuse.suspend(victim)
             self.counters.suspended()
@@ -195,12 +204,20 @@ class Engine:
         admitted = [] if self._reuse.busy else self.scheduler.admit(self._reuse.start)
         for seq in admitted:
             self._start(seq)
-        if chunk := None if copied else self.scheduler.next_chunk():
+        if chunk := None if copied else self._next_chunk():
             self._prefill(*chunk)
         resting = self._reuse.must_rest()
-        if decoding := [seq for seq in self.scheduler.decoding if seq not in resting]:
-            self._decode(decoding, 1 if copied or chunk else self._block(decoding))
-        return bool(admitted or copied or chunk or decoding)
+        decoding = [seq for seq in self.scheduler.decoding if seq not in resting]
+        if self._ahead or decoding:
+            now = self._ahead or self._begin(decoding, 1 if copied or chunk else self._block(decoding))
+            self._ahead = self._begin_ahead(now) if quiet else None
+            self._read(now)
+        return bool(finished or admitted or copied or chunk or decoding)
+
+    def _next_chunk(self) -> tuple[Sequence, int] | None:
+        answers = self._pace and self.scheduler.decoding
+        most = self._pace.longest(self.runner.stats.token_seconds) if answers and self._pace else None
+        return self.scheduler.next_chunk(most)
 
     def _check_patience(self) -> None:
         now = time.perf_counter()
@@ -227,9 +244,13 @@ class Engine:
         tokens = seq.tokens[seq.computed : end]
         top = seq.request.prompt_logprobs
         targets = () if top is None else seq.tokens[seq.computed + 1 : end + 1]
+        stats = self.runner.stats
+        before = stats.prefill_seconds
         sampled = self.runner.prefill(
             seq.held_slot, tokens, seq.request.sampling, seq.computed > 0, self._sizes, targets
         )
+        if self._pace:
+            self._pace.took(len(tokens), stats.prefill_seconds - before)
         self.scheduler.advance(seq, end)
         if sampled.token < 0 or any(not np.isfinite(x).all() for x in sampled.scores[:1]):
             return self._not_finite(seq)
@@ -240,25 +261,48 @@ class Engine:
         if end == seq.prompt_len:
             self._first_token(seq, self._tokens({0: seq}, {0: sampled.token}, sampled.batch_logits))
 
-    def _block(self, seqs: list[Sequence]) -> int:
+    def _block(self, seqs: list[Sequence], begun: int = 0) -> int:
         """How many tokens to decode in one call: the device need not wait for the host in between, but streams and new
-        requests wait for the end of the call."""
+        requests wait for the end of the call. begun: tokens of each sequence that are being decoded already."""
         if any(seq.request.logits or seq.request.logprobs is not None for seq in seqs):
             return 1  # the host sees the logits of the last token of a block only
-        wanted = max(seq.limit - len(seq.tokens) for seq in seqs)
-        room = min(self.ctx - seq.computed for seq in seqs)
+        wanted = max(seq.limit - len(seq.tokens) for seq in seqs) - begun
+        room = min(self.ctx - seq.computed for seq in seqs) - begun
         room = min([room, *(seq.constraints.free for seq in seqs if seq.constraints)])
         if self.prefix_cache is not None:  # blocks end where a snapshot may be taken
-            room = min(room, *(ALIGN - seq.computed % ALIGN for seq in seqs))
+            room = min(room, *(ALIGN - (seq.computed + begun) % ALIGN for seq in seqs))
         return self.runner.block(int(min(wanted, room)))
 
-    def _decode(self, seqs: list[Sequence], n: int) -> None:
+    def _begin(self, seqs: list[Sequence], n: int) -> _Decoding:
+        """Let the device decode n tokens of each sequence."""
         last = {seq.held_slot: None if seq in self._on_device else seq.tokens[-1] for seq in seqs}
-        block = self.runner.decode_block(last, n)
-        ids = block.tokens()
-        by_slot = {seq.held_slot: seq for seq in seqs}
-        final = self._tokens(by_slot, {slot: row[-1] for slot, row in ids.items()}, block.batch_logits, held=n)
-        self._on_device = {seq for seq in seqs if not seq.constraints}
+        return _Decoding(n, {seq.held_slot: seq for seq in seqs}, self.runner.decode_block(last, n))
+
+    def _begin_ahead(self, now: _Decoding) -> _Decoding | None:
+        """Let the device go on with the block after one whose tokens are not known yet, if nothing is to come between.
+
+        For a sequence that turns out to have ended the block is in vain.
+        """
+        going = (seq for seq in now.by_slot.values() if seq in self.scheduler.decoding)
+        seqs = [seq for seq in going if len(seq.tokens) + now.n < seq.limit]
+        ends = [seq.computed + now.n for seq in seqs]
+        if not seqs or any(seq.constraints for seq in seqs) or max(ends) >= self.ctx:
+            return None  # the host has to see the tokens first
+        if self.prefix_cache is not None and any(end % ALIGN == 0 for end in ends):
+            return None  # a snapshot may be taken
+        n = self._block(seqs, now.n)
+        last = {seq.held_slot: None for seq in seqs}
+        return _Decoding(n, {seq.held_slot: seq for seq in seqs}, self.runner.decode_block(last, n))
+
+    def _read(self, begun: _Decoding) -> None:
+        """Wait for the tokens of a block, and give them to the sequences that have not ended since it began."""
+        if begun is self._ahead:
+            self._ahead = None
+        n, ids = begun.n, begun.block.tokens()
+        by_slot = {slot: seq for slot, seq in begun.by_slot.items() if seq in self.scheduler.decoding}
+        last = {slot: ids[slot][-1] for slot in by_slot}
+        final = self._tokens(by_slot, last, begun.block.batch_logits, held=n)
+        self._on_device = {seq for seq in by_slot.values() if not seq.constraints}
         for slot, seq in by_slot.items():
             seconds = self.counters.pace(seq, n)
             for token in [*(Token(i) for i in ids[slot][:-1]), final[slot]]:
@@ -330,6 +374,15 @@ class Engine:
         self.counters.not_finite()
         self.runner.clear(seq.held_slot)
         self._fail(seq, StepFailed("the model computed a logit that is not a finite number"), keep=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Decoding:
+    """A block of n tokens of some sequences, by slot, that the device has begun."""
+
+    n: int
+    by_slot: dict[int, Sequence]
+    block: Block
 
 
 def _scored(ids: list[int], scores: Iterable[np.ndarray], top: int) -> list[Token]:

@@ -77,10 +77,8 @@ def plan(programs: CompiledSteps) -> Plan:
     cache = per_device(programs.cache)
     needs: dict[str, int] = {}
     for (name, *_), program in programs.compiled.items():
-        stats = program.memory_analysis()
-        # Of the outputs, the cache takes the place of the old one, which was donated.
-        needs[name] = max(stats.temp_size_in_bytes + stats.output_size_in_bytes - cache, needs.get(name, 0))
-        code += stats.generated_code_size_in_bytes
+        needs[name] = max(needed(programs, program), needs.get(name, 0))
+        code += program.memory_analysis().generated_code_size_in_bytes
     if card is None:
         device = jax.local_devices()[0]
         kind, limit = device.device_kind, (device.memory_stats() or {}).get("bytes_limit")
@@ -101,6 +99,13 @@ def plan(programs: CompiledSteps) -> Plan:
         programs=code,
         origin=origin,
     )
+
+
+def needed(programs: CompiledSteps, program: Any) -> int:
+    """Bytes on each device that a compiled step's calls take beside weights and cache."""
+    stats = program.memory_analysis()
+    # Of the outputs, the cache takes the place of the old one, which was donated.
+    return stats.temp_size_in_bytes + stats.output_size_in_bytes - per_device(programs.cache)
 
 
 def per_device(tree: Any) -> int:

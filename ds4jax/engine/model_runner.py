@@ -18,6 +18,7 @@ from ds4jax.engine import memory, sampling, snapshot
 from ds4jax.engine.chunks import pad
 from ds4jax.engine.compiled_steps import BLOCK, SCORED, CompiledSteps, block_logits, compiler_options, decode_args
 from ds4jax.engine.constraints import edits
+from ds4jax.engine.decode_rows import DecodeRows
 from ds4jax.engine.snapshot import Planes
 from ds4jax.engine.types import Sampling
 from ds4jax.errors import Ds4Error
@@ -35,8 +36,8 @@ from ds4jax.settings import Settings
 
 Array = jax.Array
 
-BLOCK_SECONDS = 0.125
-"""Seconds that a decoding call should take: streams and new requests wait for its end."""
+BLOCK_SECONDS = 0.04
+"""Seconds that a decoding call should take: streams and new requests wait for its end, and for that of the next one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +124,7 @@ class ModelRunner:
             self.weights = weights.init_random(self.steps.tree, self.cfg, checkpoint.seed, self._compute.mesh)
         else:
             self.weights, _ = load(checkpoint, self._compute.mesh, progress)
+        self._rows = DecodeRows(self.batch, self._prepare_rows)
         self.reset()
 
     def reset(self) -> None:
@@ -210,13 +212,19 @@ class ModelRunner:
             if self.lengths[slot] + n > self.settings.ctx:
                 raise Ds4Error(f"slot {slot}: the context of {self.settings.ctx} tokens is full")
         start = time.perf_counter() - self.stats.compile_seconds
-        args = self._resident(decode_args(tokens, n, sampling.batch(self._sampling)))
+        args = self._resident(decode_args(tokens, n, self._sampling, self._rows.of(len(tokens))))
         self._results = tuple(self._run("decode", self._results, *args))
         sampled, _, logits = _copy(self._results)  # the next block's will take the place of these
         for slot in tokens:
             self.lengths[slot] += n
         self.stats.decode_tokens += n * len(tokens)
-        return Block(self.stats, sampled, logits, tuple(tokens), n, start + self.stats.compile_seconds)
+        return Block(self.stats, sampled, logits, tuple(tokens), n, start + self.stats.compile_seconds, self._rows)
+
+    def _prepare_rows(self, rows: int) -> bool:
+        """Compile the decoding call of `rows` sequences, if it fits into memory; → whether it does."""
+        args = decode_args({}, 1, self._sampling, rows)
+        need = memory.needed(self.steps, self.steps.prepare("decode", self.steps.results, *args))
+        return dataclasses.replace(self.plan, workspace={"decode": need}).fits
 
     def _resident(self, args: tuple) -> tuple:
         """Numpy arguments on the device: where one is as it was in the last block, the very array of that block.
@@ -350,6 +358,7 @@ class Block:
     slots: tuple[int, ...]
     n: int
     start: float
+    rows: DecodeRows
 
     def tokens(self) -> dict[int, list[int]]:
         """The tokens by slot. Waits for them, and counts their time."""
@@ -358,6 +367,7 @@ class Block:
         # The next block may start before this one is read, so the time since the last reading is what counts.
         seconds = now - max(self.start, self.stats.decoded_at)
         self.stats.decode_seconds += seconds
+        self.rows.took(len(self.slots), seconds)
         self.stats.decoded_at, self.stats.token_seconds = now, seconds / self.n
         return {slot: sampled[: self.n, slot].tolist() for slot in self.slots}
 

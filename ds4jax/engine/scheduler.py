@@ -166,17 +166,23 @@ class Scheduler:
         """The last multiple of ALIGN up to which two prompts agree; one token at least is left of the first."""
         return min(common(seq.key, other.key) // 4, seq.prompt_len - 1) // ALIGN * ALIGN
 
-    def next_chunk(self) -> tuple[Sequence, int] | None:
-        """Whose prompt is next, and up to which position: a mark, a multiple of `chunk` or its end."""
+    def next_chunk(self, most: int | None = None) -> tuple[Sequence, int] | None:
+        """Whose prompt is next, and up to which position: a mark, a multiple of `chunk` or its end.
+
+        most: a multiple of ALIGN, of which a multiple will do, too.
+        """
         if not self.prefilling:
             return None
         seq = self.prefilling[0]
         if not self._out_of_turn:
             seq = next((other for other in self.prefilling if not self._is_long(other)), seq)
-        return seq, self._chunk_end(seq)
+        return seq, self._chunk_end(seq, most)
 
-    def _chunk_end(self, seq: Sequence) -> int:
-        ends = {seq.prompt_len, seq.computed // self.chunk * self.chunk + self.chunk, *seq.marks}
+    def _chunk_end(self, seq: Sequence, most: int | None = None) -> int:
+        whole = seq.computed // self.chunk * self.chunk + self.chunk
+        ends = {seq.prompt_len, whole, *seq.marks}
+        if most is not None:
+            ends.add(seq.computed // most * most + most)
         return min(end for end in ends if end > seq.computed)
 
     def ends_next(self, seq: Sequence) -> bool:

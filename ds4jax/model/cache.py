@@ -114,6 +114,30 @@ def reset(cache: Cache, which: Bool[Array, "B"]) -> Cache:
     )
 
 
+def take(cache: Cache, slots: Int32[Array, "R"]) -> Cache:
+    """The sequences in some slots as a cache of their own. Within a larger program."""
+    if len(slots) == 1:  # a slice is copied faster than rows are gathered
+        return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, slots[0], 1, _sequences(x)), cache)
+    return jax.tree.map(lambda x: jnp.take(x, slots, _sequences(x), unique_indices=True, mode="clip"), cache)
+
+
+def put(cache: Cache, slots: Int32[Array, "R"], part: Cache) -> Cache:
+    """The cache with the sequences of `part` in some slots, all different. Within a larger program."""
+    if len(slots) == 1:
+        one = functools.partial(lax.dynamic_update_slice_in_dim, start_index=slots[0])
+        return jax.tree.map(lambda x, y: one(x, y, axis=_sequences(x)), cache, part)
+
+    def set(x: Array, y: Array) -> Array:
+        return x.at[(slice(None),) * _sequences(x) + (slots,)].set(y, unique_indices=True, mode="promise_in_bounds")
+
+    return jax.tree.map(set, cache, part)
+
+
+def _sequences(x: Array) -> int:
+    """The axis of the sequences: 1, but 0 in `length`."""
+    return min(1, x.ndim - 1)
+
+
 def capacity(cache: Cache) -> int | None:
     """The longest sequence that the compressed rows have room for, or None without layers that compress."""
     per_kind = []
@@ -179,7 +203,7 @@ def clear(cache: Cache, slot: int | Array) -> Cache:
     """`cache` (donated) with zeros in sequence `slot`. Old rows are unreachable anyway, but for NaN: 0 · NaN is NaN."""
 
     def zero(x: Array) -> Array:
-        return x.at[(slice(None),) * min(1, x.ndim - 1) + (slot,)].set(0)
+        return x.at[(slice(None),) * _sequences(x) + (slot,)].set(0)
 
     return jax.tree.map(zero, cache)
 

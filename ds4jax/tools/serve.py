@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import logging
+import math
 import os
 import re
 import socket
@@ -72,6 +73,10 @@ flags.DEFINE_integer("ctx", None, "Tokens of prompt and answer together; by defa
 flags.DEFINE_integer("max_seqs", None, "Answers at once; by default the config's batch.", 1, flag_values=FLAGS)
 flags.DEFINE_integer("max_waiting", 1024, "Requests that may wait for their turn.", 1, flag_values=FLAGS)
 flags.DEFINE_float("queue_timeout", 600.0, "Seconds that a request may wait for its turn.", 0.0, flag_values=FLAGS)
+flags.DEFINE_float(
+    "itl_target_ms", 150.0, "Between two tokens of an answer: chunks of prompts are cut to keep it, if they get no "
+    "slower than by half. 0: never.", 0.0, 1e9, flag_values=FLAGS,
+)  # fmt: skip
 flags.DEFINE_integer("max_seqs_per_key", None, "Answers at once for one API key.", 1, flag_values=FLAGS)
 flags.DEFINE_integer("max_waiting_per_key", None, "Requests of one API key that may wait.", 1, flag_values=FLAGS)
 flags.DEFINE_string("kv_dir", None, "A folder for prefixes, so that a restart computes none anew.", flag_values=FLAGS)
@@ -145,6 +150,7 @@ def main() -> int:
         waiting_per_client=FLAGS.max_waiting_per_key,
         running_per_client=FLAGS.max_seqs_per_key,
         patience=FLAGS.queue_timeout,
+        gap=FLAGS.itl_target_ms / 1000 or math.inf,
     )
     replay = Replay.beside(engine.kv_store, turns)
     asyncio.run(serve(engine, options, replay, listener, FLAGS.grace, limits))
