@@ -18,6 +18,11 @@ def embedded_model(name: str) -> Path:
     return MODELS / f"{name}.gguf"
 
 
+def embedded_drafter() -> Path:
+    """The GGUF file of the DSpark drafter of ``tiny``, named as `ds4jax convert` would; it has a card too."""
+    return MODELS / "tiny-dspark.gguf"
+
+
 def cache_dir() -> Path:
     """The directory in the user's cache for what can be made again, created if need be.
 

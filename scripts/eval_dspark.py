@@ -1,4 +1,4 @@
-"""How often the drafts of a DSpark drafter are accepted: ``python scripts/eval_dspark.py --drafter FILE.gguf``.
+"""How often the drafts of a DSpark drafter are accepted: ``python scripts/eval_dspark.py [--drafter FILE.gguf]``.
 
 The tiny model goes on greedily after held-out text and after the beginnings of new dialogues, with drafts that are
 verified and committed, and again without. Prints by slot how often a draft is accepted if all before it were, the
@@ -11,6 +11,7 @@ import functools
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a checkout works without being installed
 
@@ -19,7 +20,7 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 import tiny_data  # noqa: E402
 from absl import flags  # noqa: E402
-from tiny_dialogues import Generator, held_out  # noqa: E402
+from tiny_dialogues import HELD_OUT, Generator, held_out  # noqa: E402
 
 from ds4jax.config import ModelConfig  # noqa: E402
 from ds4jax.io.load import load, load_drafter  # noqa: E402
@@ -30,16 +31,16 @@ from ds4jax.model.cache import Cache  # noqa: E402
 from ds4jax.model.compute import Compute  # noqa: E402
 from ds4jax.model.verify import commit, verify  # noqa: E402
 from ds4jax.model.weights import Dspark, Weights  # noqa: E402
-from ds4jax.paths import embedded_model  # noqa: E402
+from ds4jax.paths import embedded_drafter, embedded_model  # noqa: E402
 from ds4jax.tools import cli  # noqa: E402
 
 COMPUTE = Compute("official", "float32")
 PROMPT = 128  # tokens
 
 FLAGS = flags.FlagValues()
-flags.DEFINE_string("drafter", None, "The drafter's GGUF file.", flag_values=FLAGS, required=True)
+flags.DEFINE_string("drafter", None, "Another GGUF file than the embedded drafter.", flag_values=FLAGS)
 flags.DEFINE_string("model", None, "Another GGUF file than the embedded model.", flag_values=FLAGS)
-flags.DEFINE_string("data", "build/tiny", "Folder that scripts/tiny_data.py wrote.", flag_values=FLAGS)
+flags.DEFINE_string("data", str(HELD_OUT), "Folder with the heldout.json of scripts/tiny_data.py.", flag_values=FLAGS)
 flags.DEFINE_integer("batch", 16, "Texts of each kind.", flag_values=FLAGS)
 flags.DEFINE_integer("tokens", 64, "Tokens of an answer.", flag_values=FLAGS)
 
@@ -87,7 +88,7 @@ def plainly(w: Weights, cache: Cache, token: jax.Array, *, cfg: ModelConfig, n: 
     return jax.lax.scan(step, (cache, token), length=n)[1].T
 
 
-def measure(w: Weights, d: Dspark, cfg: ModelConfig, prompts: np.ndarray, n: int) -> dict[str, object]:
+def measure(w: Weights, d: Dspark, cfg: ModelConfig, prompts: np.ndarray, n: int) -> dict[str, Any]:
     """What the module says, of n tokens after each prompt (B, PROMPT)."""
     anchor, cache = begin(w, d, prompts, cfg=cfg)
     expected = np.asarray(plainly(w, cache, anchor, cfg=cfg, n=n))
@@ -130,7 +131,7 @@ def prompts(tok: Tokenizer, data: Path, batch: int) -> dict[str, np.ndarray]:
 
 def main() -> int:
     w, checkpoint = load(FLAGS.model or embedded_model("tiny"))
-    d, cfg = load_drafter(FLAGS.drafter, checkpoint)
+    d, cfg = load_drafter(FLAGS.drafter or embedded_drafter(), checkpoint)
     tok = Tokenizer.from_metadata(checkpoint.file.metadata)
     for kind, ids in prompts(tok, Path(FLAGS.data), FLAGS.batch).items():
         print(kind, json.dumps(measure(w, d, cfg, ids, FLAGS.tokens)), flush=True)

@@ -218,9 +218,14 @@ def load(folder: str | Path) -> tuple[Tokenizer, np.ndarray, np.ndarray]:
     """The tokenizer, tokens uint16 (rows, ROW) and mask bool (rows, ROW) that were written to `folder`."""
     folder = Path(folder)
     tok = Tokenizer.from_metadata(json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")))
-    with np.load(folder / "rows.npz") as file:
+    return tok, *load_rows(folder / "rows.npz")
+
+
+def load_rows(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """tokens uint16 (rows, ROW) and mask bool (rows, ROW) of a file."""
+    with np.load(path) as file:
         tokens = file["tokens"]
-        return tok, tokens, np.unpackbits(file["mask"], axis=1, count=tokens.shape[1]).astype(bool)
+        return tokens, np.unpackbits(file["mask"], axis=1, count=tokens.shape[1]).astype(bool)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Trains the DSpark drafter of the tiny model: ``python scripts/train_dspark.py --data build/tiny --out build/dspark``.
 
-The data come from scripts/tiny_data.py; the model is the embedded one, and stays as it is: the drafter learns from its
-distributions. The result is two files in --out: dspark-f16.gguf, and dspark.gguf in the types of the q4 recipe.
+The data come from scripts/tiny_data.py and, half of every batch, from scripts/tiny_answers.py. The model is the
+embedded one, and stays as it is: the drafter learns from its distributions. The result is two files in --out:
+dspark-f16.gguf, and dspark.gguf in the types of the q4 recipe.
 """
 
 from __future__ import annotations
@@ -65,13 +66,17 @@ def draw_anchors(mask: jax.Array, key: jax.Array, n: int, slots: int) -> jax.Arr
 @functools.partial(jax.jit, static_argnames=("cfg", "compute", "rate", "n", "batch"), donate_argnums=0)
 def train_step(
     state: tuple, w: Weights, tokens: jax.Array, mask: jax.Array, key: jax.Array, fraction: jax.Array, *,
-    cfg: ModelConfig, compute: Compute, rate: float, n: int, batch: int,
+    cfg: ModelConfig, compute: Compute, rate: float, n: int, batch: int, others: int,
 ) -> tuple[tuple, dict[str, jax.Array]]:  # fmt: skip
-    """One step on random rows and anchors. fraction: of the run that is over; the learning rate follows it."""
+    """One step on random rows and anchors: half of the rows are of the first `others`, half of the model's own answers.
+
+    fraction: of the run that is over; the learning rate follows it.
+    """
     d, moments = state
     assert cfg.drafter is not None
     rows_key, anchors_key = jax.random.split(key)
-    rows = jax.random.randint(rows_key, (batch,), 0, len(tokens))
+    start, end = jnp.array([[0], [others]]), jnp.array([[others], [len(tokens)]])
+    rows = jax.random.randint(rows_key, (2, batch // 2), start, end).reshape(batch)
     anchors = draw_anchors(mask[rows], anchors_key, n, cfg.drafter.block_size)
 
     def loss(params: Dspark):
@@ -118,7 +123,9 @@ def main() -> int:
     start = time.monotonic()
     out = Path(FLAGS.out)
     out.mkdir(parents=True, exist_ok=True)
-    _, tokens, mask = tiny_data.load(FLAGS.data)
+    _, *given = tiny_data.load(FLAGS.data)
+    own = tiny_data.load_rows(Path(FLAGS.data) / "answers.npz")
+    tokens, mask = (np.concatenate(parts) for parts in zip(given, own, strict=True))
     w, checkpoint = load(FLAGS.model or embedded_model("tiny"))
     cfg = dataclasses.replace(checkpoint.cfg, drafter=DRAFTER)
     w = jax.jit(widened)(w)
@@ -139,7 +146,7 @@ def main() -> int:
             break
         state, parts = train_step(
             state, w, tokens, mask, jax.random.fold_in(key, step), jnp.float32(fraction), cfg=cfg, compute=compute,
-            rate=FLAGS.learning_rate, n=FLAGS.anchors, batch=FLAGS.batch,
+            rate=FLAGS.learning_rate, n=FLAGS.anchors, batch=FLAGS.batch, others=len(given[0]),
         )  # fmt: skip
         step += 1
         if step == 1 or step % 100 == 0:
@@ -148,7 +155,7 @@ def main() -> int:
             print(f"step {step} at {time.monotonic() - start:.1f} s, {100 * fraction:.0f} %: "
                   f"accepted {np.round(parts['accepted'], 3)}, agrees {np.round(parts['agreement'], 3)}, "
                   f"loads {parts['loads'].min():.2f}-{parts['loads'].max():.2f}", flush=True)  # fmt: skip
-    for name, recipe in (("dspark-f16", "f16"), ("dspark", "q4")):
+    for name, recipe in (("dspark", "q4"), ("dspark-f16", "f16")):
         export(out / f"{name}.gguf", state[0], cfg, RECIPES[recipe])
     print(json.dumps({"steps": step, "seconds": time.monotonic() - start}))
     return 0

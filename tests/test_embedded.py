@@ -1,9 +1,11 @@
 """The embedded models do what their cards say. (The cards' whole table: scripts/eval_tiny.py.)"""
 
+import dataclasses
 import functools
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,18 +13,21 @@ from gguf import GGMLQuantizationType as Type
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 
+import eval_dspark
 import eval_tiny
 
 from ds4jax.chat import template as chat
 from ds4jax.io.checkpoint import open_checkpoint
-from ds4jax.io.load import load
+from ds4jax.io.drafter import open_drafter
+from ds4jax.io.load import load, load_drafter
 from ds4jax.io.recipes import RECIPES, choose, parse_types
 from ds4jax.io.tokenizer import Special, Tokenizer
 from ds4jax.model import cache as kv
+from ds4jax.model import dspark, weights
 from ds4jax.model.compute import Compute
-from ds4jax.model.tensors import mtp_table, tensor_table
+from ds4jax.model.tensors import drafter_table, mtp_table, tensor_table
 from ds4jax.model.transformer import decode_step
-from ds4jax.paths import EMBEDDED, MODELS, embedded_model
+from ds4jax.paths import EMBEDDED, MODELS, embedded_drafter, embedded_model
 from ds4jax.settings import Settings
 
 RIGHT = {"tiny": 0.90, "tiny_q2": 0.75}  # the part of the questions that must be answered right
@@ -128,3 +133,49 @@ def test_cards_and_configs(name):
     assert "scripts/eval_tiny.py" in card and all(licence in card for licence in ("PSF-2.0", "Apache-2.0", "BSD-3"))
     assert f"{embedded_model(name).stat().st_size / 1e6:.2f} MB" in card
     assert Settings.load(name).model == name
+
+
+# ---- the drafter -----------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def drafter():
+    """The drafter's open file, and the config of ``tiny`` with it."""
+    checkpoint = open_checkpoint(embedded_model("tiny"))
+    opened = open_drafter(embedded_drafter(), checkpoint)
+    return opened, dataclasses.replace(checkpoint.cfg, drafter=opened.cfg)
+
+
+def test_the_drafters_tensors_and_card(drafter):
+    opened, cfg = drafter
+    table = drafter_table(cfg, opened.cfg)
+    assert opened.types.keys() == {spec.name for spec in table} and opened.types == choose(table, RECIPES["q4"], {})
+    card = embedded_drafter().with_suffix(".md").read_text(encoding="utf-8")
+    assert "scripts/eval_dspark.py" in card and f"{embedded_drafter().stat().st_size / 1e6:.2f} MB" in card
+
+
+def test_the_kernels_take_the_drafter(drafter):
+    """Traced, not compiled: the kernels' own checks of formats and shapes decide."""
+    opened, cfg = drafter
+    w, d = (
+        jax.tree.map(lambda spec: spec.struct(), tree)
+        for tree in (
+            weights.abstract(cfg, open_checkpoint(embedded_model("tiny")).types),
+            weights.abstract_drafter(cfg, opened.types),
+        )
+    )
+    compute = Compute("official", "bfloat16", kernels="pallas_interpret")
+    cache = jax.eval_shape(lambda: kv.zeros(cfg, "official", "bfloat16", 2, 256))
+    anchor, active = jnp.zeros(2, jnp.int32), jnp.ones(2, bool)
+    drafts = jax.eval_shape(lambda w, d, c: dspark.draft(w, d, c, anchor, active, cfg, compute), w, d, cache)
+    assert drafts.logits.shape == (2, opened.cfg.block_size, cfg.vocab_size)
+
+
+@pytest.mark.slow
+def test_drafts_hold_and_change_no_answer():
+    """Some of the card's texts, a third of the tokens each; chance would be one draft in 2,048."""
+    w, checkpoint = load(embedded_model("tiny"))
+    d, cfg = load_drafter(embedded_drafter(), checkpoint)
+    tok = Tokenizer.from_metadata(checkpoint.file.metadata)
+    prompts = eval_dspark.prompts(tok, eval_dspark.HELD_OUT, 8)
+    for kind, least in (("held-out text", 1.4), ("new dialogues", 2.0)):
+        found = eval_dspark.measure(w, d, cfg, prompts[kind], 24)
+        assert found["answers that differ"] == 0 and found["tokens per round"] > least, (kind, found)

@@ -6,7 +6,7 @@ import sys
 import zipfile
 from pathlib import Path
 
-from ds4jax.paths import EMBEDDED
+from ds4jax.paths import EMBEDDED, embedded_drafter
 
 ROOT = Path(__file__).parents[1]
 
@@ -19,7 +19,7 @@ def test_wheel_outside_the_checkout(tmp_path):
     sources = [p for top in ("ds4jax", "pallas_kernels") for p in (ROOT / top).rglob("*.py")]
     modules = {p.relative_to(ROOT).as_posix() for p in sources}
     configs = {f"ds4jax/configs/{p.name}" for p in (ROOT / "configs").glob("*.toml")}
-    models = {f"ds4jax/models/{name}.{end}" for name in EMBEDDED for end in ("gguf", "md")}
+    models = {f"ds4jax/models/{name}.{end}" for name in (*EMBEDDED, embedded_drafter().stem) for end in ("gguf", "md")}
     typed = {"ds4jax/py.typed", "pallas_kernels/py.typed"}
     assert modules | configs | models | typed | {"ds4jax/server/page.html"} <= names
 
