@@ -178,7 +178,10 @@ def test_ids_equal_the_published_tokenizer_on_the_rendered_text(name):
 PLACES = {
     "user": lambda t: ([user(t)], {}),
     "user part": lambda t: ([user([{"type": "text", "text": t}])], {}),
-    "unsupported part": lambda t: ([user([{"type": t + "!"}])], {}),
+    "unsupported part": lambda t: (
+        [user("Q"), assistant(calls=[call("a", "f")]), result("a", [{"type": t + "!"}])],
+        {},
+    ),
     "system": lambda t: ([system(t), user("Q")], {}),
     "developer": lambda t: ([{"role": "developer", "content": t}, user("Q")], {}),
     "later system": lambda t: ([user("Q"), system(t)], {}),
@@ -282,10 +285,11 @@ def test_tool_dialects_give_one_form():
 
 def test_content_parts():
     parts = [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {}}, {"type": "text", "text": "b"}]
-    joined = "a\n\n[Unsupported image_url]\n\nb"
-    assert text([user(parts)]) == f"{BOS}<｜User｜>{joined}<｜Assistant｜><think>"
+    assert text([user(parts[::2])]) == f"{BOS}<｜User｜>a\n\nb<｜Assistant｜><think>"
+    with pytest.raises(Ds4Error, match=r"^messages\[0\].content\[1\].type: found 'image_url', expected 'text': "):
+        text([user(parts)])
     messages = [user("Q"), assistant(calls=[call("a", "f")]), result("a", parts)]
-    assert f"<tool_result>{joined}</tool_result>" in text(messages)
+    assert "<tool_result>a\n\n[Unsupported image_url]\n\nb</tool_result>" in text(messages)
 
 
 def test_results_are_sorted_among_their_slots():

@@ -855,9 +855,9 @@ def test_responses_have_every_field():
 
 
 def test_what_responses_send_comes_back():
-    """Items of any status, cut calls, refusals; what the model cannot see leaves a trace."""
+    """Items of any status, cut calls, refusals; what the model cannot see of a tool's result leaves a trace."""
     items = [
-        {"role": "user", "content": [{"type": "input_text", "text": "A"}, {"type": "input_image", "image_url": "x"}]},
+        {"role": "user", "content": [{"type": "input_text", "text": "A"}]},
         {"type": "reasoning", "id": "rs_1", "summary": [], "status": "incomplete", "encrypted_content": None},
         {"role": "assistant", "status": "incomplete", "content": [{"type": "refusal", "refusal": "No"}]},
         {"type": "function_call", "call_id": "c", "name": "f", "arguments": '{"a', "status": "incomplete"},
@@ -867,7 +867,7 @@ def test_what_responses_send_comes_back():
     with clients("</think>x") as (o, _, _, engine):
         o.responses.create(model="m", input=items)
         text = prompt(engine)
-        assert "A\n\n[Unsupported image]<｜Assistant｜>" in text and "</think>No" in text and '{"a</｜DSML' in text
+        assert "A<｜Assistant｜>" in text and "</think>No" in text and '{"a</｜DSML' in text
         assert "<tool_result>R\n\n[Unsupported file]</tool_result>" in text
         o.chat.completions.create(
             model="m", messages=[*HI, {"role": "assistant", "content": [items[2]["content"][0]]}, *HI]
@@ -891,16 +891,44 @@ def test_documents_of_text_are_read():
     scan = {"type": "document", "source": {"type": "base64", "media_type": "application/pdf", "data": ""}}
     with clients("</think>x") as (_, a, http, engine):
         result = {"type": "tool_result", "tool_use_id": "t", "content": [found, {"type": "image", "source": {}}]}
-        asked = [plain, {"type": "document", "source": blocks}, scan, found, result]
+        result["content"] += [{"type": "document", "source": blocks}, scan]
+        asked = [plain, found, result]
         call = {"type": "tool_use", "id": "t", "name": "f", "input": {}}
         a.messages.create(
             model="m", max_tokens=9,
             messages=[*HI, {"role": "assistant", "content": [call]}, {"role": "user", "content": asked}],
         )  # fmt: skip
-        said = "D\n\nwritten\n\ninner\n\n[Unsupported image]\n\n[Unsupported document]\n\nT\nhttps://x\n\nfound\n\n"
-        assert f"{said}<tool_result>T\nhttps://x\n\nfound\n\n[Unsupported image]</tool_result>" in prompt(engine)
+        said = "T\nhttps://x\n\nfound\n\n"
+        seen = f"{said}[Unsupported image]\n\ninner\n\n[Unsupported image]\n\n[Unsupported document]"
+        assert f"D\n\nwritten\n\n{said}<tool_result>{seen}</tool_result>" in prompt(engine)
         wrong = {"messages": [{"role": "user", "content": [found | {"content": [{"type": "text"}]}]}], "max_tokens": 9}
         assert http.post("/v1/messages", json=wrong).status_code == 400
+
+
+def test_what_the_model_cannot_see_is_refused():
+    """By all APIs, naming the part: an answer about an image that was not seen would be made up."""
+    scan = {"type": "document", "source": {"type": "base64", "media_type": "application/pdf", "data": ""}}
+    inside = {"type": "document", "source": {"type": "content", "content": [{"type": "image", "source": {}}]}}
+    cases = [
+        ("chat/completions", "messages", {"type": "image_url", "image_url": {"url": "data:image/png;base64,"}}, ""),
+        ("chat/completions", "messages", {"type": "input_audio", "input_audio": {}}, ""),
+        ("responses", "input", {"type": "input_image", "image_url": "x"}, ""),
+        ("responses", "input", {"type": "input_file", "file_id": "x"}, ""),
+        ("messages", "messages", {"type": "image", "source": {}}, ""),
+        ("messages", "messages", scan, ""),
+        ("messages", "messages", inside, ".source.content[0]"),
+    ]
+    with clients("</think>x") as (_, _, http, _):
+        for path, field, part, place in cases:
+            text = {"type": "input_text" if field == "input" else "text", "text": "What is this?"}
+            body = {field: [{"role": "user", "content": [text, part]}], "model": "m", "max_tokens": 9}
+            reply = http.post(f"/v1/{path}", json=body)
+            message = reply.json()["error"]["message"]
+            assert reply.status_code == 400
+            assert message.startswith(f"{field}[0].content[1]{place}.type: found ")
+            assert message.endswith("expected 'text': the model sees no images and reads no files")
+        reply = http.post("/v1/completions", json={"prompt": [{"type": "image_url"}], "max_tokens": 9})
+        assert reply.status_code == 400 and reply.json()["error"]["message"].startswith("prompt[0]: found {")
 
 
 # ---- calls in blocks that are malformed or cut -----------------------------------------------------------------------

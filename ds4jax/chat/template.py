@@ -26,7 +26,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ds4jax.errors import Ds4Error
+from ds4jax.errors import Ds4Error, show
 from ds4jax.io.tokenizer import Special, Tokenizer
 from ds4jax.profile import effort_prefix
 
@@ -86,6 +86,15 @@ _TOOLS_TAIL = "\nYou MUST strictly follow the above defined tool name and parame
 _RESPONSE_FORMAT = "\n\n## Response Format:\n\nYou MUST strictly adhere to the following schema to reply:\n"
 
 
+TEXT_ONLY = "'text': the model sees no images and reads no files"
+"""What is expected of a part of a message."""
+
+
+def unsupported(kind: str) -> str:
+    """What the model reads where a tool's result has a part that is not text, as in the reference."""
+    return f"[Unsupported {kind}]"
+
+
 def render_ids(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
     """The ids of a chat prompt: `render` with its options, then BPE.
 
@@ -119,7 +128,8 @@ def render(
     """The prompt for a conversation.
 
     messages: OpenAI-style dicts. Roles: system, developer, user, assistant (with reasoning_content and tool_calls),
-        tool (with tool_call_id) and latest_reminder. Content is a string or a list of parts, of which text is used.
+        tool (with tool_call_id) and latest_reminder. Content is a string or a list of parts of text; in a tool's result
+        a part of another kind is said to have been there.
     think: one of `ds4jax.profile.THINK_MODES`.  profile, ctx: see `ds4jax.profile.effort_prefix`.
     tools: function tools as the Chat Completions, Responses or Messages API has them; see `normalise_tools`.
     response_format: a JSON value, put into the prompt as the schema that the reply must follow.
@@ -287,7 +297,10 @@ def _turns(messages: Sequence[Mapping[str, Any]]) -> tuple[str, list[_User | _As
 
 
 def _text(message: Mapping[str, Any], where: str, optional: bool = False) -> str:
-    """A message's content: a string, or the text of its parts, joined by blank lines."""
+    """A message's content: a string, or the text of its parts, joined by blank lines.
+
+    What a tool found is not the client's to choose: other parts of it leave a trace, as in the reference.
+    """
     where, content = f"{where}.content", message.get("content")
     if content is None and optional:
         return ""
@@ -301,7 +314,11 @@ def _text(message: Mapping[str, Any], where: str, optional: bool = False) -> str
         _check(f"{where}[{i}].type", part.get("type"), str, "a string")
         if (kind := part["type"]) in ("text", "refusal"):
             _check(f"{where}[{i}].{kind}", part.get(kind), str, "a string")
-        texts.append(part[kind] if kind in ("text", "refusal") else f"[Unsupported {kind}]")
+            texts.append(part[kind])
+        elif message.get("role") == "tool":
+            texts.append(unsupported(kind))
+        else:
+            raise Ds4Error(f"{where}[{i}].type: found {show(kind)}, expected {TEXT_ONLY}")
     return "\n\n".join(texts)
 
 

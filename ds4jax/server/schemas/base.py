@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from ds4jax.chat import template
 from ds4jax.chat.calls import Calling
 from ds4jax.engine.form import Form, Pattern, quoted
 from ds4jax.engine.types import Sampling
@@ -294,6 +295,11 @@ def wrong(where: str, found: Any, expected: str) -> ApiError:
     """The error for a value: where it is in the body, what it is, what it should be."""
     shown = "nothing" if found is None else json.dumps(found, ensure_ascii=False)
     return ApiError(f"{where}: found {shown:.80}, expected {expected}", param=where)
+
+
+def unseen(where: str, kind: str) -> ApiError:
+    """The error for a part of a message, of type `kind`, that is not text."""
+    return wrong(f"{where}.type", kind, template.TEXT_ONLY)
 
 
 _EXPECTED = {  # by pydantic's types of errors, with their contexts

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from ds4jax.chat import template
 from ds4jax.chat.calls import Calling
 from ds4jax.server.ask import Ask, Json
 from ds4jax.server.schemas import base
@@ -23,7 +24,7 @@ class SystemText(base.Schema):
 
 
 class Image(base.Schema):
-    """Something that the model cannot see. The prompt says that it was there."""
+    """Something that the model cannot see. Of a tool's result the prompt says that it was there."""
 
     type: Literal["image"]
 
@@ -160,8 +161,8 @@ def read(body: Json, think_default: str = "on") -> Ask:
     if continues := isinstance(last, Assistant):
         _check_continued(last, f"messages[{len(asked.messages) - 1}].content", think)
     history = [{"role": "system", "content": system}] if system else []
-    for message in asked.messages:
-        history += _as_chat(message)
+    for i, message in enumerate(asked.messages):
+        history += _as_chat(message, f"messages[{i}].content")
     return Ask(
         messages=history,
         continues=continues,
@@ -192,12 +193,12 @@ def _check_continued(message: Assistant, where: str, think: str) -> None:
         raise base.wrong(where, text[-20:], "no white space at the end of a message that is continued")
 
 
-def _as_chat(message: User | Assistant | System) -> list[Json]:
-    """A message in Chat Completions' form; several if it has tool results."""
+def _as_chat(message: User | Assistant | System, where: str) -> list[Json]:
+    """A message in Chat Completions' form; several if it has tool results. Raises ApiError for what is not text."""
     if isinstance(message.content, str):
         return [{"role": message.role, "content": message.content}]
     if isinstance(message, User):
-        return _user(message.content)
+        return _user(message.content, where)
     if isinstance(message, System):
         return [{"role": message.role, "content": [block.model_dump() for block in message.content]}]
     thoughts, parts, calls = [], [], []
@@ -214,15 +215,17 @@ def _as_chat(message: User | Assistant | System) -> list[Json]:
     return [out | ({"reasoning_content": "".join(thoughts)} if thoughts else {})]
 
 
-def _user(content: list[Text | Image | Document | SearchResult | ToolResult]) -> list[Json]:
+def _user(content: list[Text | Image | Document | SearchResult | ToolResult], where: str) -> list[Json]:
     out: list[Json] = []
-    for block in content:
+    for i, block in enumerate(content):
         if isinstance(block, ToolResult):
             out.append({"role": "tool", "tool_call_id": block.tool_use_id, "content": _result(block.content)})
-        elif out and out[-1]["role"] == "user":
-            out[-1]["content"].append(_part(block))
+            continue
+        part = _part(block, f"{where}[{i}]")
+        if out and out[-1]["role"] == "user":
+            out[-1]["content"].append(part)
         else:
-            out.append({"role": "user", "content": [_part(block)]})
+            out.append({"role": "user", "content": [part]})
     return out or [{"role": "user", "content": []}]
 
 
@@ -239,12 +242,17 @@ def _result(content: str | list[Any]) -> str | list[Any]:
     ]
 
 
-def _part(block: Text | Image | Document | SearchResult) -> Json:
-    """A block in Chat Completions' form: as text, if it has any."""
+def _part(block: Text | Image | Document | SearchResult, where: str | None = None) -> Json:
+    """A block in Chat Completions' form: as text, if it has any.
+
+    where: its place in a message, where all has to be text, or else it raises an ApiError; None in a tool's result.
+    """
     match block:
+        case Image(type=kind):
+            return _unread(kind, where)
         case Document(title=title, context=context):
-            if (text := _written(block.source)) is None:
-                return {"type": block.type}
+            if (text := _written(block.source, where and f"{where}.source")) is None:
+                return _unread(block.type, where)
             texts = [title, context, text]
         case SearchResult(title=title, source=source):
             texts = [f"{title}\n{source}".strip(), *(inner.text for inner in block.content)]
@@ -253,12 +261,20 @@ def _part(block: Text | Image | Document | SearchResult) -> Json:
     return {"type": "text", "text": "\n\n".join(filter(None, texts))}
 
 
-def _written(source: Json) -> str | None:
-    """The text of a document, if it is one of text."""
+def _unread(kind: str, where: str | None) -> Json:
+    """A block that is not text, as `_part` has it."""
+    if where is not None:
+        raise base.unseen(where, kind)
+    return {"type": kind}
+
+
+def _written(source: Json, where: str | None) -> str | None:
+    """The text of a document, if it is one of text. where: of the source, see `_part`."""
     match source:
         case {"type": "text", "data": str(text)} | {"type": "content", "content": str(text)}:
             return text
         case {"type": "content", "content": list(blocks)}:
-            parts = map(_part, base.parse(Blocks, {"content": blocks}).content)
-            return "\n\n".join(part.get("text", f"[Unsupported {part['type']}]") for part in parts)
+            read = base.parse(Blocks, {"content": blocks}).content
+            parts = [_part(block, where and f"{where}.content[{i}]") for i, block in enumerate(read)]
+            return "\n\n".join(part["text"] if "text" in part else template.unsupported(part["type"]) for part in parts)
     return None

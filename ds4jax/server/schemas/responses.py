@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from ds4jax.chat import calls
+from ds4jax.chat import calls, template
 from ds4jax.chat.calls import Calling
 from ds4jax.engine.form import Pattern
 from ds4jax.server.ask import Ask, Json
@@ -30,7 +30,7 @@ class Refusal(base.Schema):
 
 
 class Attachment(base.Schema):
-    """Something that the model cannot see. The prompt says that it was there."""
+    """Something that the model cannot see. Of a call's output the prompt says that it was there."""
 
     type: Literal["input_image", "input_file", "input_audio", "input_video"]
 
@@ -301,7 +301,7 @@ def _in_namespace(namespace: str, name: str) -> str:
 
 
 def _as_chat(items: list[Message | Reasoning | FunctionCall | CustomCall | CallOutput | Skipped]) -> list[Json]:
-    """Messages in Chat Completions' form.
+    """Messages in Chat Completions' form. Raises ApiError for one that is not all text.
 
     What the assistant thought, said and called in one turn becomes one message.
     """
@@ -316,16 +316,16 @@ def _as_chat(items: list[Message | Reasoning | FunctionCall | CustomCall | CallO
             out.append(turn)
         return turn
 
-    for item in items:
+    for i, item in enumerate(items):
         match item:
             case Message(role="assistant", content=content):
-                assistant(after_speech=False)["content"] = _text(content)
+                assistant(after_speech=False)["content"] = _text(content, f"input[{i}].content")
             case Message(role=role, content=content):
                 turn = None
-                out.append({"role": role, "content": _text(content)})
+                out.append({"role": role, "content": _text(content, f"input[{i}].content")})
             case Reasoning():
                 thought = assistant(after_speech=False)
-                text = _text([*item.summary, *item.content])
+                text = "\n\n".join(part.text for part in (*item.summary, *item.content))
                 thought["reasoning_content"] = thought.get("reasoning_content", "") + text
             case FunctionCall() | CustomCall():
                 function = {"name": _in_namespace(item.namespace, item.name), "arguments": _arguments(item)}
@@ -333,7 +333,8 @@ def _as_chat(items: list[Message | Reasoning | FunctionCall | CustomCall | CallO
                 assistant(after_speech=True).setdefault("tool_calls", []).append(call)
             case CallOutput():
                 turn = None
-                out.append({"role": "tool", "tool_call_id": item.call_id, "content": _text(item.output)})
+                output = _text(item.output, f"input[{i}].output", traces=True)
+                out.append({"role": "tool", "tool_call_id": item.call_id, "content": output})
     return out
 
 
@@ -343,14 +344,17 @@ def _arguments(call: FunctionCall | CustomCall) -> str:
     return json.dumps({calls.FREE_TEXT: call.input}, ensure_ascii=False)
 
 
-def _text(content: Content) -> str:
+def _text(content: Content, where: str, traces: bool = False) -> str:
+    """The text of parts. traces: whether others leave a trace; if not, they raise an ApiError."""
     if isinstance(content, str):
         return content
     texts = []
-    for part in content:
+    for i, part in enumerate(content):
         match part:
             case TextPart(text=text) | Refusal(refusal=text):
                 texts.append(text)
+            case Attachment(type=kind) if traces:
+                texts.append(template.unsupported(kind.removeprefix("input_")))
             case Attachment(type=kind):
-                texts.append(f"[Unsupported {kind.removeprefix('input_')}]")
+                raise base.unseen(f"{where}[{i}]", kind)
     return "\n\n".join(texts)
