@@ -1,4 +1,4 @@
-"""Attention of DeepSeek-V4: one shared key/value row per token, a window, compressed rows, and a sink per head.
+"""Attention of DeepSeek-V4 (report, section 2.3): a shared key/value row per token, a window, compressed rows, a sink.
 
 A query at position t sees
   * window rows t - W + 1 … t of its own layer,

@@ -5,7 +5,7 @@
 
 R = 128 (HCA): the 128 tokens of the window. R = 4 (CSA) overlaps: z and g have two halves, a and b; row i pools the
 a-halves of window i - 1 and the b-halves of window i. The indexer has a compressor of its own, of the same kind.
-DeepSeek-V4 report, compressed sparse attention and heavily compressed attention.
+DeepSeek-V4 report: section 2.3.1, eqs. 9 to 12 (CSA); section 2.3.2, eqs. 20 to 23 (HCA).
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
-"""The lightning indexer: how much a query wants each compressed row (DeepSeek-V3.2, arXiv:2512.02556, eq. 1).
+"""The lightning indexer: how much a query wants each compressed row (DeepSeek-V4 report, section 2.3.1).
 
 qᴵ       RoPE, Hadamard, rounding to E2M1
 score_i  Σ_heads w_h · relu(qᴵ_h · κ_i),  w = W_proj h / √(Hi · Di)
+
+Equations 13 to 17 of the report, top-k of them in `topk`; DeepSeek-V3.2, arXiv:2512.02556, eq. 1, for all rows.
 """
 
 from __future__ import annotations

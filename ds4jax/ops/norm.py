@@ -1,4 +1,4 @@
-"""RMS normalisation (arXiv:1910.07467)."""
+"""RMS normalisation (arXiv:1910.07467, eq. 4)."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@
     weight_e = scale · s_e / Σ s
 
 The bias decides who is chosen, not how much a choice counts (auxiliary-loss-free balancing, arXiv:2408.15664). The
-first layers route by token id (hash layers, arXiv:2106.04426).
+first layers route by token id (DeepSeek-V4 report, section 2.1; hash layers, arXiv:2106.04426).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The k rows of highest score for each query."""
+"""The k rows of highest score for each query (DeepSeek-V4 report, section 2.3.1)."""
 
 from __future__ import annotations
 
