@@ -1,7 +1,7 @@
 """Text that the tiny model writes itself, for its drafter: ``python scripts/tiny_answers.py --data build/tiny``.
 
-A drafter is used on what its model says, not on what others wrote. So each of these rows begins with text of
-scripts/tiny_data.py, and the model goes on from there: one row in two with the likeliest token each time, the others
+A drafter is used on what its model says, not on what others wrote. So each of these rows begins with one of
+scripts/tiny_unseen.py, and the model goes on from there: one row in two with the likeliest token each time, the others
 with tokens drawn from its distribution. The result is answers.npz in --data, in the format of rows.npz; all but the
 first token, and what comes after an end token, is to be predicted.
 """
@@ -23,6 +23,7 @@ from absl import flags  # noqa: E402
 
 from ds4jax.config import ModelConfig  # noqa: E402
 from ds4jax.io.load import load  # noqa: E402
+from ds4jax.io.tokenizer import Tokenizer  # noqa: E402
 from ds4jax.model import cache as kv  # noqa: E402
 from ds4jax.model import transformer  # noqa: E402
 from ds4jax.model.compute import Compute  # noqa: E402
@@ -34,7 +35,7 @@ COMPUTE = Compute("official", "float32")
 PROMPT = 256  # tokens; the model writes the rest of a row
 
 FLAGS = flags.FlagValues()
-flags.DEFINE_string("data", "build/tiny", "Folder that scripts/tiny_data.py wrote.", flag_values=FLAGS)
+flags.DEFINE_string("data", "build/tiny", "Folder that scripts/tiny_unseen.py wrote to.", flag_values=FLAGS)
 flags.DEFINE_string("model", None, "Another GGUF file than the embedded model.", flag_values=FLAGS)
 flags.DEFINE_integer("rows", 2048, "How many.", flag_values=FLAGS)
 flags.DEFINE_integer("batch", 128, "Rows at once.", flag_values=FLAGS)
@@ -65,11 +66,11 @@ def go_on(w: Weights, tokens: jax.Array, heat: jax.Array, key: jax.Array, *, cfg
 
 def main() -> int:
     start, data, rng = time.monotonic(), Path(FLAGS.data), np.random.default_rng(FLAGS.seed)
-    tok, tokens, mask = tiny_data.load(data)
+    tokens, _ = tiny_data.load_rows(data / "unseen.npz")
     w, checkpoint = load(FLAGS.model or embedded_model("tiny"))
-    texts = tokens[mask[:, 1:].all(axis=1)]  # rows of one piece of text
+    tok = Tokenizer.from_metadata(checkpoint.file.metadata)
     heat, key = np.arange(FLAGS.batch) % 2, jax.random.key(FLAGS.seed)
-    begun, written = texts[rng.permutation(len(texts))[: FLAGS.rows], :PROMPT], []
+    begun, written = tokens[rng.permutation(len(tokens))[: FLAGS.rows], :PROMPT], []
     for i in range(0, len(begun) - FLAGS.batch + 1, FLAGS.batch):
         given = jnp.asarray(begun[i : i + FLAGS.batch], jnp.int32)
         said = go_on(

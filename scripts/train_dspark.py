@@ -1,6 +1,6 @@
 """Trains the DSpark drafter of the tiny model: ``python scripts/train_dspark.py --data build/tiny --out build/dspark``.
 
-The data come from scripts/tiny_data.py and, half of every batch, from scripts/tiny_answers.py. The model is the
+The data come from scripts/tiny_unseen.py and, half of every batch, from scripts/tiny_answers.py. The model is the
 embedded one, and stays as it is: the drafter learns from its distributions. The result is two files in --out:
 dspark-f16.gguf, and dspark.gguf in the types of the q4 recipe.
 """
@@ -123,8 +123,7 @@ def main() -> int:
     start = time.monotonic()
     out = Path(FLAGS.out)
     out.mkdir(parents=True, exist_ok=True)
-    _, *given = tiny_data.load(FLAGS.data)
-    own = tiny_data.load_rows(Path(FLAGS.data) / "answers.npz")
+    given, own = (tiny_data.load_rows(Path(FLAGS.data) / f"{name}.npz") for name in ("unseen", "answers"))
     tokens, mask = (np.concatenate(parts) for parts in zip(given, own, strict=True))
     w, checkpoint = load(FLAGS.model or embedded_model("tiny"))
     cfg = dataclasses.replace(checkpoint.cfg, drafter=DRAFTER)
