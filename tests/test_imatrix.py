@@ -10,6 +10,7 @@ import pytest
 from gguf import GGMLQuantizationType as Type
 
 from ds4jax import sharding
+from ds4jax.config import DrafterConfig
 from ds4jax.errors import Ds4Error, GGUFError
 from ds4jax.io import synthetic
 from ds4jax.io.gguf import TensorData, write_gguf
@@ -17,7 +18,7 @@ from ds4jax.io.imatrix import Entry, Imatrix, merge
 from ds4jax.io.load import load
 from ds4jax.io.tokenizer import byte_tokenizer
 from ds4jax.model import cache as kv
-from ds4jax.model import mtp, transformer, weights
+from ds4jax.model import dspark, mtp, transformer, weights
 from ds4jax.model.compute import Compute
 from ds4jax.model.tensors import tensor_table
 from ds4jax.tools import cli, imatrix
@@ -340,6 +341,52 @@ def test_the_mtp_head_reads_every_token_but_the_last():
     experts = found["mtp.0.ffn_up_exps.weight"]
     assert experts.counts.sum() == 40 * cfg.n_experts_used
     assert not any(name.startswith("mtp.") for name in collect(w, cfg, PLAIN, [tokens], ctx=64, piece=64))
+
+
+DRAFTER = DrafterConfig(stages=2, block_size=4, markov_rank=16, noise_token=300, target_layers=(0, 1))
+
+
+@pytest.mark.slow
+def test_a_drafter_drafts_along_the_text(monkeypatch):
+    """A block after every 4 tokens, each from a cache of its own; the context's rows count for what makes rows."""
+    cfg = dataclasses.replace(CFG, drafter=DRAFTER, window=16)
+    w = weights.init_random(weights.abstract(cfg, synthetic.RECIPES["f32"]), cfg, seed=3)
+    d = weights.init_random(weights.abstract_drafter(cfg, synthetic.RECIPES["f32"]), cfg, seed=4)
+    tokens, slots, (attention, moe) = text(1, 22), 4, (transformer.attention, transformer.moe)
+
+    @jax.jit
+    def blocks(w, d, tokens, n):
+        """n (B,): how many of the tokens (B, T) are context."""
+        taps, seen = dspark.Taps(cfg), []
+        empty = kv.zeros(cfg, "plain", "float32", len(n), 64)
+        _, cache = transformer.forward(w, empty, tokens, n, cfg, PLAIN, taps)
+        features = taps.features(len(n))
+        cache = dspark.write(d, cache, features, empty.length, n, cfg, PLAIN)
+        anchors = jnp.take_along_axis(tokens, n[:, None], axis=1)[:, 0]
+        with monkeypatch.context() as patch:
+            patch.setattr(transformer, "attention", lambda h, *args: seen.append(h) or attention(h, *args))
+            patch.setattr(transformer, "moe", lambda h, *args: seen.append(h) or moe(h, *args))
+            dspark.hidden(w, d, cache, anchors, jnp.full_like(n, slots), cfg, PLAIN)
+        return seen, dspark.joined(d, features, cfg, PLAIN)
+
+    n = [*range(slots, len(tokens), slots), len(tokens)]  # 4, 8, …: there is no block without context, nor at the end
+    seen, m = jax.device_get(blocks(w, d, jnp.array([[*tokens, 0]] * len(n), jnp.int32), jnp.array(n)))
+    drafted = slots * (len(n) - 1)
+    found = collect(w, cfg, PLAIN, [tokens], ctx=64, piece=16, d=d)
+    for stage in range(2):
+        attended, fed = (h[:drafted] for h in seen[2 * stage : 2 * stage + 2])
+        context = (m[-1, : len(tokens)].astype(np.float64) ** 2).sum(0)
+        for name, h, more, rows in (
+            ("attn_q_a", attended, 0, 0), ("ffn_gate_inp", fed, 0, 0), ("attn_kv", attended, context, len(tokens))
+        ):  # fmt: skip
+            entry = found[f"mtp.{stage}.{name}.weight"]
+            assert entry.counts.tolist() == [drafted + rows]
+            np.testing.assert_allclose(entry.sums[0], (h.astype(np.float64) ** 2).sum(0) + more, rtol=1e-4)
+        experts = found[f"mtp.{stage}.ffn_down_exps.weight"]
+        assert (
+            experts.counts.sum() == drafted * cfg.n_experts_used and (experts.sums.any(1) == (experts.counts > 0)).all()
+        )
+    assert found.keys() >= collect(w, CFG, PLAIN, [tokens], ctx=64, piece=16).keys()
 
 
 def test_experts_on_several_devices(model):

@@ -1,8 +1,11 @@
 """ds4jax perplexity: likelihoods against the engine's, divergences against NumPy, interruptions, wrong input."""
 
+import contextlib
 import json
 import math
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -122,8 +125,8 @@ def by_hand(runners, windows):
 @pytest.mark.parametrize("precision, tolerance", [("float32", 1e-6), ("float16", 1e-3)])
 def test_divergence_from_a_saved_model(runners, windows, tmp_path, precision, tolerance):
     saved = library.Distributions(tmp_path, CFG.vocab_size, precision)
-    journal = Journal(tmp_path / library.JOURNAL, {"text": "t"})
-    list(library.read(runners["a"], windows, journal, saved))
+    with contextlib.closing(Journal(tmp_path / library.JOURNAL, {"text": "t"})) as journal:
+        list(library.read(runners["a"], windows, journal, saved))
     size = sum(path.stat().st_size for path in (tmp_path / "distributions").iterdir())
     assert size == saved.nbytes(windows) + 128 * len(windows)  # the head of each file
 
@@ -221,6 +224,27 @@ def test_a_run_can_be_extended_and_its_last_line_be_cut(run, tmp_path):
         journal.write_bytes(lines[0] + damage + b"\n")
         status, out, err = run(*flags)
         assert (status, out) == (1, "") and problem in err[-1]
+
+
+def test_two_processes_do_not_share_a_journal(run, tmp_path):
+    """The second is refused while the first is at work, and its line being written is left alone; later it goes on."""
+    path = tmp_path / "out" / library.JOURNAL
+    hold = (
+        "import sys; from pathlib import Path; from ds4jax.quality.journal import Journal\n"
+        "journal = Journal(Path(sys.argv[1]), {}); print('held', flush=True); sys.stdin.read()"
+    )
+    path.parent.mkdir()
+    first = subprocess.Popen(
+        [sys.executable, "-c", hold, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )  # fmt: skip
+    assert first.stdin and first.stdout and first.stdout.readline() == "held\n"
+    path.write_text('{"a": 1}\n{"cut')
+    status, out, err = run(f"--out={tmp_path}/out")
+    assert (status, out) == (1, "") and f"{path}: in use by another process; wait for its end" in err[-1]
+    assert Journal.read(path).key == {"a": 1} and path.read_text() == '{"a": 1}\n{"cut'
+    first.communicate()
+    path.write_text("")
+    assert run(f"--out={tmp_path}/out")[0] == 0
 
 
 def test_another_runs_journal_is_refused(run, paths, tmp_path):
@@ -383,7 +407,8 @@ def test_divergence_from_transformers(tmp_path):
     windows = [library.Window((*ids, 0), n, 0, 0)]
     settings = Settings("tiny", ctx=256, numerics="plain")
     saved = library.Distributions(tmp_path, 2048)
-    list(library.read(ModelRunner.load(settings), windows, Journal(tmp_path / library.JOURNAL, {"x": 1}), saved))
+    with contextlib.closing(Journal(tmp_path / library.JOURNAL, {"x": 1})) as journal:
+        list(library.read(ModelRunner.load(settings), windows, journal, saved))
     reference = library.Reference.open(tmp_path, {}, windows, 2048)
     runner = ModelRunner.load(Settings("tiny_q2", ctx=256, numerics="plain"))
     (record,) = library.read(runner, windows, Journal(None, {}), None, reference)

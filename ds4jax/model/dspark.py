@@ -68,6 +68,15 @@ class Taps:
         return x.reshape(batch, -1, x.shape[-1])
 
 
+def joined(
+    d: Dspark, features: Float[Array, "*s K"], cfg: ModelConfig, compute: Compute
+) -> Float[Array, "*s E"]:  # fmt: skip
+    """m: what the stages' rows of the context are made of."""
+    kernel, given = compute.implementations["linear"], features.reshape(-1, features.shape[-1])
+    (m,) = products(given, [product(single(d.main_proj))], implementation=kernel)
+    return rms_norm(m, cfg.norm_eps, d.main_norm).reshape(*features.shape[:-1], -1)
+
+
 def context(
     d: Dspark, features: Float[Array, "B T K"], start: Int32[Array, "B"], cfg: ModelConfig, compute: Compute
 ) -> num.Rows:
@@ -76,8 +85,7 @@ def context(
     kernel, dtype = compute.implementations["linear"], wide(features.dtype)
     row, _ = row_formats(cfg, compute, features.dtype)
     angles = rope.angles(cfg, start, T, dtype)[0]
-    (m,) = products(features.reshape(B * T, -1), [product(single(d.main_proj))], implementation=kernel)
-    m = rms_norm(m, cfg.norm_eps, d.main_norm)
+    m = joined(d, features, cfg, compute).reshape(B * T, -1)
     made = []
     for layer in cfg.stages:
         a = d.attn.at(layer)

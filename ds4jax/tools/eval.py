@@ -14,6 +14,7 @@ transcript.jsonl, every answer as it came, and report.json.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
 from pathlib import Path
@@ -86,9 +87,11 @@ def main() -> None:
     del key["sampling"], key["samples"]  # there may be more samples next time
     if folder is not None:
         cli.make_folder(folder)
-    journal = Journal(folder / "transcript.jsonl" if folder else None, key)
     records, right = [], 0
-    with tqdm(total=len(how.runs(questions)), desc=checkpoint.file.path.name, unit="answer") as bar:
+    with (
+        contextlib.closing(Journal(folder / "transcript.jsonl" if folder else None, key)) as journal,
+        tqdm(total=len(how.runs(questions)), desc=checkpoint.file.path.name, unit="answer") as bar,
+    ):
         for record in library.ask(Engine(runner, sizes=sizes), questions, how, journal):
             records.append(record)
             right += record["right"]

@@ -1,15 +1,19 @@
 """Importance matrices: how strongly a text drives each column of each weight matrix.
 
-    python -m ds4jax.imatrix --config NAME --text FILE --out F.gguf [--ctx 512] [--chunks N]
+    python -m ds4jax.imatrix --config NAME --text FILE --out F.gguf [--ctx 512] [--chunks N] [--drafter D.gguf]
     python -m ds4jax.imatrix --merge A.gguf,B.gguf --out F.gguf
 
 The model reads the text, and for every matrix the squares of what it is multiplied with are summed, column by column,
 over the tokens; for routed experts, over the tokens that were routed to each. The sums over the counts weigh the
 squared errors that a quantizer makes (`ds4jax.formats.quantize`). Files are those of llama.cpp's tools.
+
+With --drafter, the model's DSpark drafter drafts along the text, and its stages are in the file too. An MTP head is
+then not, whose tensors have the same names.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import sys
@@ -32,15 +36,15 @@ from ds4jax.files import LARGE, read_small
 from ds4jax.io.checkpoint import open_checkpoint
 from ds4jax.io.download import resolve_model
 from ds4jax.io.imatrix import Entry, Imatrix, merge
-from ds4jax.io.load import load
+from ds4jax.io.load import load, load_drafter
 from ds4jax.io.tokenizer import Tokenizer
 from ds4jax.model import cache as kv
-from ds4jax.model import mtp, transformer
+from ds4jax.model import dspark, mtp, transformer
 from ds4jax.model.cache import Cache
 from ds4jax.model.compute import Compute, Tap
-from ds4jax.model.tensors import MtpLayout, mtp_table, tensor_table
+from ds4jax.model.tensors import MtpLayout, drafter_table, mtp_table, tensor_table
 from ds4jax.model.transformer import bucket
-from ds4jax.model.weights import SwiGLU, Weights
+from ds4jax.model.weights import Dspark, SwiGLU, Weights
 from ds4jax.numerics import rows as numerics
 from ds4jax.numerics.precision import matmul
 from ds4jax.ops.linear import linear, swiglu
@@ -52,9 +56,10 @@ Array = jax.Array
 
 # ---- collection ------------------------------------------------------------------------------------------------------
 # Families of matrices → what they are multiplied with, as `Tap` and `_counting` name it. The matrices between the
-# attention heads and the residual streams are not among them.
+# attention heads and the residual streams are not among them, nor what only a drafter has.
 _INPUTS = {
-    **dict.fromkeys(("attn.q_a", "attn.kv", "csa.indexer.proj"), "attention"),
+    **dict.fromkeys(("attn.q_a", "csa.indexer.proj"), "attention"),
+    "attn.kv": "rows",
     **dict.fromkeys(
         ("csa.compressor.kv", "csa.compressor.gate", "hca.compressor.kv", "hca.compressor.gate"), "attention"
     ),
@@ -78,11 +83,13 @@ def collect(
     ctx: int,
     piece: int = 128,
     layout: MtpLayout | None = None,
+    d: Dspark | None = None,
 ) -> dict[str, Entry]:
     """Runs texts, of 1 to `ctx` token ids each, through the model, `piece` tokens at a time; → entries by tensor.
 
     Routed experts count the tokens routed to them, and ``ffn_down_exps`` sees its input after the route's weight.
-    layout: of the names of the MTP head's tensors, if the model has one; see `Checkpoint.mtp`.
+    layout: of the names of the MTP head's tensors, if the model has one; see `Checkpoint.mtp`. d: the drafter
+    `cfg.drafter`, whose stages then take the head's place.
     """
     everywhere = sharding.replicated(compute.mesh) if compute.mesh else None
     cache = kv.empty(cfg, compute.numerics, compute.dtype, 1, ctx, everywhere)
@@ -93,13 +100,18 @@ def collect(
             (tokens, n), (following, n_head) = (_pad(text[s : s + piece], size) for s in (start, start + 1))
             n_head = np.minimum(n, n_head)  # the head has nothing to read with the last token of a text
             args = tokens, n, following, n_head, np.array([start == 0])
-            found, cache = _observe(w, cache, *args, cfg=cfg, compute=compute)
+            found, cache = _observe(w, d, cache, *args, cfg=cfg, compute=compute)
             totals = found if totals is None else _add(totals, found)
+    table = [(spec, spec.layer) for spec in tensor_table(cfg)]
+    if d is not None:
+        assert cfg.drafter is not None
+        table += [(spec, cfg.stages.start + (spec.layer or 0)) for spec in drafter_table(cfg, cfg.drafter)]
+    elif layout:
+        table += [(spec, cfg.n_layers) for spec in mtp_table(cfg, layout)]
     out = {}
-    for spec in tensor_table(cfg) + (mtp_table(cfg, layout) if layout else []):
-        family = spec.family.removeprefix("mtp.")
+    for spec, layer in table:
+        family = spec.family.removeprefix("mtp.").removeprefix("dspark.")
         if family in _INPUTS and totals is not None:
-            layer = spec.layer if family == spec.family else cfg.n_layers
             assert layer is not None
             sums, counts = (np.asarray(x, np.float64) for x in totals[layer][_INPUTS[family]])
             if not np.isfinite(sums).all():
@@ -123,6 +135,7 @@ def _add(a: Totals, b: Totals) -> Totals:
 @functools.partial(jax.jit, static_argnames=("cfg", "compute"), donate_argnames="cache")
 def _observe(
     w: Weights,
+    d: Dspark | None,
     cache: Cache,
     tokens: Array,
     n: Array,
@@ -135,27 +148,85 @@ def _observe(
 ) -> tuple[Totals, Cache]:
     """`transformer.forward`, and `mtp.draft` of as many tokens as have one `following`, with sums over the tokens.
 
-    Sequences marked `fresh` (B,) are emptied first.
+    Sequences marked `fresh` (B,) are emptied first. With a drafter, `_drafted` takes the head's place.
     """
     cache = kv.reset(cache, fresh)
-    totals: Totals = [{} for _ in range(cfg.n_layers + cfg.n_mtp)]
+    totals: Totals = [{} for _ in range(cfg.stages.stop)]
     length = cache.length
-    X, cache = transformer.forward(w, cache, tokens, n, cfg, compute, _counting(totals, tokens, n, w, cfg, compute))
-    if cfg.n_mtp:
+    counting = _counting(totals, tokens, n, w, cfg, compute)
+    taps = dspark.Taps(cfg) if d is not None else None
+
+    def both(layer: int, name: str, x: Any) -> None:
+        counting(layer, name, x)
+        if taps is not None:
+            taps(layer, name, x)
+
+    X, cache = transformer.forward(w, cache, tokens, n, cfg, compute, both)
+    if d is not None and taps is not None:
+        features = taps.features(len(tokens))
+        drafted = _drafted(w, d, cache, tokens, features, length, n, cfg, compute)
+        totals[cfg.stages.start :] = drafted[cfg.stages.start :]
+        cache = dspark.write(d, cache, features, length, n, cfg, compute)
+    elif cfg.n_mtp:
         tap = _counting(totals, tokens, n_head, w, cfg, compute)
         _, _, cache = mtp.draft(w, cache, X, following, length, n_head, cfg, compute, tap)
     return totals, cache
 
 
+def _drafted(
+    w: Weights,
+    d: Dspark,
+    cache: Cache,
+    tokens: Array,
+    features: Array,
+    start: Array,
+    n: Array,
+    cfg: ModelConfig,
+    compute: Compute,
+) -> Totals:
+    """The sums over a block of drafts after every so many of the tokens as a block has, and over the context's rows.
+
+    cache: after the tokens, but with the stages' windows as before them. start (B,): the tokens before them.
+    """
+    assert cfg.drafter is not None
+    (B, T), slots = tokens.shape, cfg.drafter.block_size
+    staged = dataclasses.replace(w, attn=d.attn, ffn=d.ffn, route=d.route)
+
+    def block(at: Array) -> Totals:
+        """at (): how many of the tokens are context; the next is the block's anchor."""
+        here: Totals = [{} for _ in range(cfg.stages.stop)]
+        before = dspark.write(d, cache, features, start, jnp.broadcast_to(at, (B,)), cfg, compute)
+        before = dataclasses.replace(before, length=start + at)
+        size = jnp.where((at < n) & (start + at > 0), slots, 0)  # there is no draft without context
+        tap = _counting(here, jnp.zeros((B, slots), jnp.int32), size, staged, cfg, compute)
+        dspark.hidden(w, d, before, tokens[:, at], size, cfg, compute, tap)
+        return here
+
+    anchors = jnp.arange(0, T, slots, dtype=jnp.int32)
+    empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(block, anchors[0]))
+    found, _ = lax.scan(lambda sums, at: (jax.tree.map(jnp.add, sums, block(at)), None), empty, anchors)
+    m = dspark.joined(d, features, cfg, compute).reshape(B * T, -1)
+    context = _sums(m, _real(T, n))
+    for stage in cfg.stages:
+        found[stage]["rows"] = jax.tree.map(jnp.add, found[stage]["rows"], context)
+    return found
+
+
+def _real(T: int, n: Array) -> Array:
+    """1 for each of the first n (B,) of T tokens, 0 for the others: (B·T, 1)."""
+    return (jnp.arange(T, dtype=jnp.int32) < n[:, None]).reshape(-1, 1).astype(jnp.float32)
+
+
+def _sums(x: Array, who: Array) -> tuple[Array, Array]:
+    """Sums of squares and counts. x (S, columns); who (S, matrices), 1 where a matrix is multiplied with that row."""
+    x = x.astype(jnp.float32)
+    return matmul("sm,si->mi", who, x * x), who.sum(0)
+
+
 def _counting(totals: Totals, tokens: Array, n: Array, w: Weights, cfg: ModelConfig, compute: Compute) -> Tap:
     """A tap that puts the sums of squares of what a layer's matrices are multiplied with into `totals`."""
-    real = (jnp.arange(tokens.shape[1], dtype=jnp.int32) < n[:, None]).reshape(-1, 1).astype(jnp.float32)
+    real = _real(tokens.shape[1], n)
     kept: dict[str, Any] = {}
-
-    def sums(x: Array, who: Array) -> tuple[Array, Array]:
-        """x (S, columns); who (S, matrices), 1 where a matrix is multiplied with that row."""
-        x = x.astype(jnp.float32)
-        return matmul("sm,si->mi", who, x * x), who.sum(0)
 
     def tap(layer: int, name: str, x: Any) -> None:
         if name not in ("attention", "query", "ffn", "shared", "routing"):
@@ -163,10 +234,12 @@ def _counting(totals: Totals, tokens: Array, n: Array, w: Weights, cfg: ModelCon
         found = totals[layer]
         if name != "routing":
             kept[name] = x() if callable(x) else x
-            found[name] = sums(kept[name], real)
+            found[name] = _sums(kept[name], real)
+            if name == "attention":
+                found["rows"] = found[name]
             return
         chosen = (x.ids[..., None] == jnp.arange(cfg.n_experts, dtype=x.ids.dtype)).any(1).astype(jnp.float32) * real
-        found["routed"] = sums(kept["ffn"], chosen)
+        found["routed"] = _sums(kept["ffn"], chosen)
         experts = jax.tree.map(lambda m: m.value, w.ffn.experts.at(layer), is_leaf=lambda m: isinstance(m, Weight))
         run = _weighted if compute.mesh is None else functools.partial(_sharded_weighted, mesh=compute.mesh)
         found["weighted"] = run(kept["ffn"], x.ids, x.weight * real, experts, cfg.clamp(layer)), found["routed"][1]
@@ -207,6 +280,9 @@ def _sharded_weighted(x: Array, ids: Array, weight: Array, w: SwiGLU, clamp: flo
 # ---- command line ----------------------------------------------------------------------------------------------------
 FLAGS = flags.FlagValues()
 cli.define_model(FLAGS)
+flags.DEFINE_string(
+    "drafter", None, "The file of the model's DSpark drafter, if it is to be in --out too.", flag_values=FLAGS
+)
 flags.DEFINE_string("text", None, "A UTF-8 file for the model to read.", flag_values=FLAGS)
 flags.DEFINE_integer("ctx", 512, "Tokens that are read together, the first of them BOS.", flag_values=FLAGS)
 flags.DEFINE_integer("chunks", None, "Read no more than this many times --ctx tokens.", flag_values=FLAGS)
@@ -243,8 +319,11 @@ def _read_text(path: Path) -> Imatrix:
     if not chunks:
         raise Ds4Error(f"{path}: found no text")
     mesh = sharding.make_mesh(settings.tp, settings.ep) if settings.tp * settings.ep > 1 else None
+    cfg, d = checkpoint.cfg, None
+    if FLAGS.drafter:
+        d, cfg = load_drafter(resolve_model(dataclasses.replace(settings, model=FLAGS.drafter)), checkpoint, mesh)
     w, _ = load(checkpoint, mesh, progress=True)
     compute = Compute(settings.numerics, settings.dtype, mesh)
     bar = tqdm(chunks, desc="reading", unit="chunk")
-    entries = collect(w, checkpoint.cfg, compute, bar, settings.ctx, settings.prefill_chunk, checkpoint.mtp)
+    entries = collect(w, cfg, compute, bar, settings.ctx, settings.prefill_chunk, checkpoint.mtp, d)
     return Imatrix(entries, [path.name], len(chunks), settings.ctx)

@@ -156,12 +156,14 @@ def _read(model: _Model, folder: Path | None, save: bool = False, reference: Ref
     key = {"journal": "perplexity", **model.key, **model_key(runner)}
     key |= {"precision": FLAGS.precision} if save else {}
     key |= {"against": reference.key} if reference else {}
-    journal = Journal(folder / library.JOURNAL if folder else None, key)
-    if saved is not None:
-        saved.check_disk(model.windows[len(journal.records) :])
     records, nats = [], 0.0
     scored = sum(window.scored for window in model.windows)
-    with tqdm(total=scored, desc=model.name, unit="token") as bar:
+    with (
+        contextlib.closing(Journal(folder / library.JOURNAL if folder else None, key)) as journal,
+        tqdm(total=scored, desc=model.name, unit="token") as bar,
+    ):
+        if saved is not None:
+            saved.check_disk(model.windows[len(journal.records) :])
         for record in library.read(runner, model.windows, journal, saved, reference):
             records.append(record)
             nats += sum(record["nats"])
