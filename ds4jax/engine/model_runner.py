@@ -268,7 +268,8 @@ class ModelRunner:
         Ds4Error if a sequence has less room.
         """
         for slot in tokens:
-            if not 1 <= room[slot] <= (left := self.settings.ctx - self.lengths[slot]):
+            left = self.settings.ctx - self.lengths[slot]
+            if not 1 <= room[slot] <= left:
                 raise Ds4Error(f"slot {slot}: found room {room[slot]}, expected 1 to {left}")
         start = time.perf_counter() - self.stats.compile_seconds
         args = speculate_args(tokens, room, rounds, self._sampling, self._round_rows[n].of(len(tokens)))
@@ -417,7 +418,8 @@ class ModelRunner:
 class Block:
     """A block of n tokens that the device is sampling for each of some slots.
 
-    batch_logits: (B, vocab), on the device, those that the last token of each slot was sampled from.
+    batch_logits: (B, vocab), on the device, those that the last token of each slot was sampled from. seconds: that the
+    block took, once `tokens` has been called.
     """
 
     stats: Stats
@@ -427,13 +429,14 @@ class Block:
     n: int
     start: float
     rows: DecodeRows
+    seconds: float = 0.0
 
     def tokens(self) -> dict[int, list[int]]:
         """The tokens by slot. Waits for them, and counts their time."""
         sampled = np.asarray(self.sampled)
         now = time.perf_counter()
         # The next block may start before this one is read, so the time since the last reading is what counts.
-        seconds = now - max(self.start, self.stats.decoded_at)
+        self.seconds = seconds = now - max(self.start, self.stats.decoded_at)
         self.stats.decode_seconds += seconds
         self.rows.took(len(self.slots), seconds)
         self.stats.decoded_at, self.stats.token_seconds = now, seconds / self.n
@@ -444,7 +447,8 @@ class Block:
 class Rounds:
     """Rounds of drafts that the device is running for each of some slots.
 
-    ids, counts, batch_logits: what `speculate_step` returns. lengths: the runner's, by slot.
+    ids, counts, batch_logits: what `speculate_step` returns. lengths: the runner's, by slot. seconds: that the call
+    took, once `tokens` has been called.
     """
 
     stats: Stats
@@ -455,12 +459,13 @@ class Rounds:
     lengths: list[int]
     start: float
     rows: DecodeRows
+    seconds: float = 0.0
 
     def tokens(self) -> dict[int, list[int]]:
         """The tokens by slot. Waits for them, and counts their time. To be called once."""
         ids, counts = np.asarray(self.ids), self.kept()
         now = time.perf_counter()
-        seconds = now - max(self.start, self.stats.decoded_at)
+        self.seconds = seconds = now - max(self.start, self.stats.decoded_at)
         self.stats.decode_seconds += seconds
         self.rows.took(len(self.slots), seconds)
         self.stats.decoded_at, self.stats.round_seconds = now, seconds / max(1, len(counts))
