@@ -33,7 +33,8 @@ def shapes(settings: Settings, synthetic: str | None = None, from_server: bool |
     """
     source, origin = _shapes(settings, synthetic, from_server)
     if isinstance(source, Synthetic):
-        return (source if source.cfg.drafter else with_drafter(source, settings)), origin
+        drafts = synthetic or settings.draft != "auto" or _takes_drafter(source, settings)
+        return with_drafter(source, settings) if drafts else source, origin
     return checkpoint_with_drafter(source, settings.draft), origin
 
 
@@ -79,7 +80,7 @@ def describe(programs: CompiledSteps) -> str:
             f"context    {ctx or 'none':>9}  the largest that fits with batch 1",
             f"batch      {batch or 'none':>9}  the largest that fits with ctx {found.ctx}",
         ]
-        if programs.drafter is None and _takes_drafter(programs):
+        if programs.drafter is None and _takes_drafter(programs.source, programs.settings):
             more = DRAFTER_BYTES + rings(programs)
             fits = "yes" if found.total + more <= limit else "no"
             lines.append(f"drafter    {fits:>9}  {more / 2**30:.2f} GiB more: its weights and its rings")
@@ -92,9 +93,9 @@ def rings(programs: CompiledSteps) -> int:
     return window // programs.cfg.n_layers * DRAFTER_STAGES
 
 
-def _takes_drafter(programs: CompiledSteps) -> bool:
+def _takes_drafter(source: Source, settings: Settings) -> bool:
     """Whether the model is DeepSeek-V4-Flash-0731, which the published drafter is of."""
-    cfg, source, settings = programs.cfg, programs.source, programs.settings
+    cfg = source.cfg
     if (cfg.n_layers, cfg.embed_dim, cfg.vocab_size) != (FULL.n_layers, FULL.embed_dim, FULL.vocab_size):
         return False
     file = ({}, settings.model) if isinstance(source, Synthetic) else (source.file.metadata, source.file.path.name)

@@ -164,6 +164,12 @@ class Speculation:
                 self.tried[0],
             )
 
+    def __str__(self) -> str:
+        """How many drafts were accepted, in all and by place."""
+        places = ", ".join(f"{a / t:.2f}" for a, t in zip(self.accepted, self.tried, strict=True) if t)
+        said = f"{sum(self.accepted)} of {sum(self.tried)} accepted in {self.rounds} rounds"
+        return f"{said}; by place {places}" if places else said
+
     def report(self) -> dict[str, Any]:
         """For metrics."""
         return {
