@@ -24,6 +24,7 @@ _RANGES = {
     "ep": (1, 1024),
     "prefill_chunk": (1, 2**20),
     "max_tokens": (1, 2**24),
+    "draft_tokens": (0, 16),
 }
 
 
@@ -47,6 +48,10 @@ class Settings:
     memory_fraction: the part of each GPU's memory that JAX may take (XLA_CLIENT_MEM_FRACTION).
     preallocate: whether to take it all at the start (XLA_PYTHON_CLIENT_PREALLOCATE).
     device: the GPU that the config is for, see `engine.cards`, or ``here``, whatever is there. Only plans depend on it.
+    draft: whose drafts the model verifies, several tokens at once: a GGUF file with a DSpark drafter or an MTP head;
+        ``auto``, the drafter beside the model (``NAME-dspark.gguf``), else the model's own MTP head, if there is one;
+        or ``off``. What is said stays the same. One device only.
+    draft_tokens: how many tokens are drafted at once, at most; 0: what the drafter is made for, 1 for an MTP head.
     """
 
     model: str
@@ -63,6 +68,8 @@ class Settings:
     memory_fraction: float = 0.75
     preallocate: bool = True
     device: str = "here"
+    draft: str = "off"
+    draft_tokens: int = 0
 
     def __post_init__(self):
         if problem := self._problem():
@@ -85,6 +92,10 @@ class Settings:
         found = f"numerics {self.numerics}, {self.tp * self.ep} devices"
         if implementation.parse(self.kernels).any_pallas and found != (expected := "numerics official, 1 devices"):
             return "kernels", f"{self.kernels} with {found}", f"{expected}, or kernels xla"
+        if self.draft != "off" and self.tp * self.ep > 1:
+            return "draft", f"{self.draft} with {self.tp * self.ep} devices", "off, or one device"
+        if not self.draft:
+            return "draft", self.draft, "auto, off or a path"
         if not self.model:
             return "model", self.model, "tiny, tiny_q2, hf:OWNER/REPO/FILE or a path"
         if self.model.startswith("hf:") and self.hf_file is None:

@@ -106,7 +106,8 @@ class FakeEngine:
         first = Histogram("First tokens", (0.1, 1.0))
         first.observe(0.5)
         state = {"waiting": 0, "decoding": len(self.running), "generated_tokens": 7}
-        return state | {"histograms": {"time_to_first_token_seconds": first}}
+        drafts = {"draft_tokens": 2, "drafts_by_place": [(9, 7), (7, 3)]}
+        return state | drafts | {"histograms": {"time_to_first_token_seconds": first}}
 
     def grammar(self, form, begin):
         return (form, begin) if self._vocabulary is None else Grammar(self._vocabulary, form, begin)

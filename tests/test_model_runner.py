@@ -76,7 +76,7 @@ def test_blocks_find_their_buffers_where_they_were(runner):
     for _ in range(3):
         blocks.append(runner.decode_block(tokens, 2))
         wanted.append((blocks[-1].tokens(), np.asarray(blocks[-1].batch_logits)))
-        (_, slots), _, *others = runner._arguments  # without the tokens
+        (_, slots), _, *others = runner._arguments["decode"]  # without the tokens
         buffers = *runner._results, slots, *(there for _, there in others)
         pointers.add(tuple(x.unsafe_buffer_pointer() for x in buffers))
         tokens = dict.fromkeys(tokens)

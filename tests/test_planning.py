@@ -124,6 +124,18 @@ def test_only_0731_has_a_drafter():
     assert "\ndrafter " in planning.describe(plan(model=first, profile="0731"))
 
 
+def test_a_drafter_that_is_asked_for_is_counted(run):
+    """Its weights are the published file's, to the byte; its rings are as many as the table without it says."""
+    without, with_it = memory.plan(plan()), memory.plan(plan(draft="auto"))
+    assert with_it.weights - without.weights == published.DRAFTER_BYTES
+    assert with_it.cache - without.cache == planning.rings(plan())
+    status, out, _ = run("--config=rtx_pro_6000", "--draft=auto")
+    assert status == 0 and "drafter" not in rows(out) and " ".join(rows(out)["workspace"]).endswith("of drafts")
+    assert memory.plan(plan(model=RTX.model.replace("-0731", ""), draft="auto")).weights == without.weights
+    status, _, err = run("--config=rtx_pro_6000", "--draft=F.gguf")
+    assert status == 1 and err == "error: draft: found 'F.gguf' for a model without a file, expected auto or off\n"
+
+
 def test_several_devices_need_not_be_here(run):
     status, out, _ = run("--config=h200x2")
     assert status == 0 and 40 < float(rows(out)["weights"][0]) < 42

@@ -1174,6 +1174,8 @@ def test_models_health_metrics():
             'ds4jax_http_requests_total{path="/v1/chat/completions",status="200"} 1.0',
             "ds4jax_waiting 0.0",
             "ds4jax_generated_tokens_total 7.0",
+            "ds4jax_draft_tokens 2.0",
+            'ds4jax_drafts_accepted_total{place="2"} 3.0',
             'ds4jax_time_to_first_token_seconds_bucket{le="0.1"} 0.0',
             'ds4jax_time_to_first_token_seconds_bucket{le="1.0"} 1.0',
             'ds4jax_time_to_first_token_seconds_bucket{le="+Inf"} 1.0',

@@ -1,7 +1,8 @@
-"""The compiled steps of a model: prefill of one slot, and decoding of a block of tokens in every slot.
+"""The compiled steps of a model: prefill of one slot, and decoding in every slot, plainly or by rounds of drafts.
 
-A step is compiled for the shapes that it is called with: prefill for each padded chunk length, decoding once. Nothing
-here allocates memory on a device, so a memory plan can be made from the steps before the weights are loaded.
+A step is compiled for the shapes that it is called with: prefill for each padded chunk length, plain decoding once,
+rounds for each number of drafts. Nothing here allocates memory on a device, so a memory plan can be made from the steps
+before the weights are loaded.
 """
 
 from __future__ import annotations
@@ -33,9 +34,10 @@ from ds4jax.implementation import Kernels
 from ds4jax.io.checkpoint import Checkpoint
 from ds4jax.io.synthetic import Synthetic
 from ds4jax.model import cache as kv
-from ds4jax.model import support, transformer, weights
+from ds4jax.model import support, transformer, verify, weights
 from ds4jax.model.cache import Cache
 from ds4jax.model.compute import Compute
+from ds4jax.model.drafting import Drafter, drafter_of
 from ds4jax.numerics import rows as numerics
 from ds4jax.numerics.precision import wide
 from ds4jax.ops.mhc import Streams
@@ -46,15 +48,17 @@ Array = jax.Array
 
 SCORED = 128  # tokens of a prompt whose logits are in memory at once, where their log-probabilities are asked for
 BLOCK = 16  # the most tokens of a sequence that one decoding call computes
+ROUNDS = 8  # the most rounds of drafts in one call
 
 
 class CompiledSteps:
     """The steps of a model for one batch and context length, each compiled for the shapes that it is called with.
 
     Attributes: source, settings, cfg (of the model), batch, compute, tree (`weights.abstract`); weights, cache and
-    results (of the decoding step beside the cache), all three trees of `jax.ShapeDtypeStruct`; card (as given);
-    can_compile (whether that is possible on this machine, for the card); compiled (programs by name and shapes);
-    seconds (spent compiling); compiling (whether it does so now).
+    results (of the decoding step beside the cache), all three trees of `jax.ShapeDtypeStruct`; drafter (or None);
+    draft_counts (how many tokens it may draft at once, ascending; empty without one); card (as given); can_compile
+    (whether that is possible on this machine, for the card); compiled (programs by name and shapes); seconds (spent
+    compiling); compiling (whether it does so now).
     """
 
     def __init__(
@@ -64,11 +68,12 @@ class CompiledSteps:
         batch: int | None = None,
         progress: bool = False,
         card: Card | None = None,
+        acceptance: Sequence[float] = (),
     ):
         """batch: number of slots, by default the settings'. progress: report each compilation on stderr. card: plan for
-        such devices instead of this machine's.
+        such devices instead of this machine's. acceptance: see `speculate_step`.
 
-        Raises Ds4Error for weights, numerics and mesh that do not go together.
+        Raises Ds4Error for weights, numerics, mesh and drafter that do not go together.
         """
         settings.set_environment()
         self.source, self.settings, self.cfg = source, settings, source.cfg
@@ -83,7 +88,10 @@ class CompiledSteps:
         if card and self.can_compile:
             self.everywhere = jax.sharding.SingleDeviceSharding(card.device())
         self.compute = Compute(settings.numerics, settings.dtype, mesh, kernels=settings.kernels)
-        self.tree = weights.abstract(self.cfg, source.types)
+        self.tree = weights.abstract(self.cfg, source.types, source.drafter_types)
+        self.drafter = drafter_of(self.cfg) if settings.draft != "off" else None
+        self.draft_counts = _draft_counts(self.cfg, settings.draft_tokens) if self.drafter else []
+        self._acceptance = tuple(acceptance)
         self.weights = weights.structs(self.tree)
         self.cache = kv.abstract(self.cfg, settings.numerics, settings.dtype, self.batch, settings.ctx)
         logits = (self.batch, self.cfg.vocab_size), jnp.dtype(wide(jnp.dtype(settings.dtype)))
@@ -92,10 +100,15 @@ class CompiledSteps:
         if mesh is not None:
             self.weights = jax.tree.map(_placed, self.weights, weights.shardings(self.tree, mesh))
             self.cache = jax.tree.map(self._whole, self.cache)
-        model = {"cfg": self.cfg, "compute": self.compute}
+        model = {"cfg": self.cfg, "compute": self.compute, "drafter": self.drafter}
+        speculate = functools.partial(speculate_step, acceptance=self._acceptance)
         self._steps = {
             name: jax.jit(functools.partial(step, **model), donate_argnums=donated, out_shardings=self.everywhere)
-            for name, step, donated in (("prefill", prefill_step, 1), ("decode", decode_step, (1, 2)))
+            for name, step, donated in (
+                ("prefill", prefill_step, 1),
+                ("decode", decode_step, (1, 2)),
+                ("speculate", speculate, (1, 2)),
+            )
         }
         self._lowering = threading.Lock()
         self.compiled: dict[tuple, Callable] = {}
@@ -128,14 +141,24 @@ class CompiledSteps:
         return self.compiled[key]
 
     def calls(self, sizes: Iterable[int]) -> list[tuple[str, tuple]]:
-        """The arguments of `get_all` for decoding, and for prefill of chunks padded to each of `sizes`."""
+        """The arguments of `get_all` for decoding, with drafts too, and for prefill of chunks padded to `sizes`."""
         one = sampling.batch([Sampling()])
         prefills = [
             ("prefill", (np.int32(0), np.array([True]), *pad([0], [size]), one, np.zeros(size, np.int32)))
             for size in sizes
         ]
-        decode = decode_args({}, 1, [Sampling()] * self.batch, self.batch)
-        return [("decode", (self.results, *decode)), *prefills]
+        every, batch = [Sampling()] * self.batch, self.batch
+        rounds = [
+            ("speculate", ((*self.drafted(n), *self.results[1:]), *speculate_args({}, {}, 1, every, batch)))
+            for n in self.draft_counts
+        ]
+        return [("decode", (self.results, *decode_args({}, 1, every, batch))), *rounds, *prefills]
+
+    def drafted(self, n: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+        """What `speculate_step` returns first, with n drafts at once."""
+        shapes = (ROUNDS, 1 + n, self.batch), (ROUNDS, self.batch)
+        ids, counts = (jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self.everywhere) for shape in shapes)
+        return ids, counts
 
     @contextlib.contextmanager
     def refusing(self, tokens: int) -> Iterator[None]:
@@ -159,14 +182,17 @@ class CompiledSteps:
         if self.card:
             args = jax.tree.map(self._whole, args)
         shapes = jax.tree.map(lambda x: (x.shape, np.dtype(x.dtype).name), args)
-        what = name, self.cfg, self.compute, options, jax.tree.structure(args), jax.tree.leaves(shapes)
-        others = {"prefill": 5, "decode": 3}[name]  # results beside the cache
+        drafting = self.drafter, self._acceptance
+        what = name, self.cfg, self.compute, drafting, options, jax.tree.structure(args), jax.tree.leaves(shapes)
+        others = {"prefill": 5, "decode": 3, "speculate": 4}[name]  # results beside the cache
         program = None if self.card else compile_cache.load(what, args, (*range(others), self.cache))
         if program is not None:
             return program
-        with self.refusing(args[4].shape[1] if name == "prefill" else 1):
+        tokens = {"prefill": lambda: args[4].shape[1], "decode": lambda: 1, "speculate": lambda: args[2][0].shape[1]}
+        of_each = tokens[name]()
+        with self.refusing(of_each):
             if self._progress:
-                what_for = f"{name}, {args[3 if name == 'decode' else 4].size} tokens"
+                what_for = f"{name}, {of_each * (1 if name == 'prefill' else args[3].size)} tokens"
                 sys.stderr.write(f"compiling {what_for} ...\n")  # one write: several threads do this
             with self._lowering:  # Python's work, which threads do not speed up; it also compiles small programs
                 lowered = self._lower(name, args)
@@ -197,7 +223,8 @@ class CompiledSteps:
     def but(self, key: str, value: int) -> Self:
         """The steps of the same model with another value of `key`, ctx or batch."""
         ctx, batch = {"ctx": (value, self.batch), "batch": (self.ctx, value)}[key]
-        return type(self)(self.source, dataclasses.replace(self.settings, ctx=ctx), batch, self._progress, self.card)
+        settings = dataclasses.replace(self.settings, ctx=ctx)
+        return type(self)(self.source, settings, batch, self._progress, self.card, self._acceptance)
 
     def compile_largest(self, sizes: Iterable[int] = ()) -> None:
         """Compile the calls that need the most memory: decoding and the largest chunk; and prefill for `sizes`."""
@@ -213,8 +240,21 @@ def _placed(x: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding | None) -> 
     return x.update(sharding=sharding)
 
 
+def _draft_counts(cfg: ModelConfig, asked: int) -> list[int]:
+    """How many tokens may be drafted at once, for settings that say `asked`: so many, and half. Raises ConfigError."""
+    if cfg.drafter and asked > cfg.drafter.block_size:
+        raise ConfigError(
+            f"draft_tokens: found {asked}, expected at most {cfg.drafter.block_size}, the drafter's block"
+        )
+    most = asked or (cfg.drafter.block_size if cfg.drafter else 1)
+    return sorted({(most + 1) // 2, most})
+
+
 # ---- the steps -------------------------------------------------------------------------------------------------------
-def prefill_step(w, cache: Cache, slot, fresh, tokens, n, params, targets, *, cfg: ModelConfig, compute: Compute):
+def prefill_step(
+    w, cache: Cache, slot, fresh, tokens, n, params, targets, *, cfg: ModelConfig, compute: Compute,
+    drafter: Drafter | None = None,
+):  # fmt: skip
     """Append a chunk of a prompt to the sequence in one slot, and sample the token that follows.
 
     slot: () int32. fresh: (1,) bool, whether to empty the slot first. tokens: (1, T) int32, of which the first n (1,)
@@ -225,10 +265,19 @@ def prefill_step(w, cache: Cache, slot, fresh, tokens, n, params, targets, *, cf
     where there is none; cache.
     """
     one = kv.reset(kv.take(cache, slot[None]), fresh)
-    s, one = transformer.run(w, one, tokens, n, cfg, compute)
+    s, one = _run(w, one, tokens, n, cfg, compute, drafter)
     logits = transformer.head(transformer.last(s, n), w.head, cfg, compute)
     sampled, scores = sampling.sample(logits, params, one.length), _scores(w, s, targets, cfg, compute)
     return sampled, logits, *scores, kv.put(cache, slot[None], one)
+
+
+def _run(w, cache: Cache, tokens, n, cfg: ModelConfig, compute: Compute, drafter: Drafter | None):
+    """`transformer.run`, and after it the drafter."""
+    if drafter is None:
+        return transformer.run(w, cache, tokens, n, cfg, compute)
+    seen = drafter.tap(cfg)
+    s, moved = transformer.run(w, cache, tokens, n, cfg, compute, seen)
+    return s, drafter.follow(w, moved, seen, tokens, cache.length, n, cfg, compute)
 
 
 def _scores(w, s: Streams, targets: Array, cfg: ModelConfig, compute: Compute) -> tuple[Array, Array, Array]:
@@ -256,7 +305,10 @@ def block_logits(w, s: Streams, i: Array, size: int, cfg: ModelConfig, compute: 
     return transformer.head(part, w.head, cfg, compute)
 
 
-def decode_step(w, cache: Cache, results, slots, tokens, active, n, params, *, cfg: ModelConfig, compute: Compute):
+def decode_step(
+    w, cache: Cache, results, slots, tokens, active, n, params, *, cfg: ModelConfig, compute: Compute,
+    drafter: Drafter | None = None,
+):  # fmt: skip
     """Append n tokens to the sequence in every active slot: the given token, then each sampled one but the last.
 
     One call decodes n tokens, so that the cost of starting a call is paid once. It computes as many sequences as it is
@@ -274,7 +326,8 @@ def decode_step(w, cache: Cache, results, slots, tokens, active, n, params, *, c
 
     def one(i: Array, carry: tuple) -> tuple:
         part, ids, sampled, _ = carry
-        logits, part = transformer.decode_step(w, part, ids, active, cfg=cfg, compute=compute)
+        s, part = _run(w, part, ids[:, None], active.astype(jnp.int32), cfg, compute, drafter)
+        logits = transformer.head(s, w.head, cfg, compute)
         ids = sampling.sample(logits, params, part.length)
         return part, ids, sampled.at[i].set(ids), logits
 
@@ -308,8 +361,103 @@ def decode_args(tokens: Mapping[int, int | None], n: int, params: Sequence[Sampl
     )
 
 
+def speculate_step(
+    w, cache: Cache, results, slots, tokens, room, rounds, params, *, cfg: ModelConfig, compute: Compute,
+    drafter: Drafter, acceptance: Sequence[float] = (),
+):  # fmt: skip
+    """Some rounds for the sequence in every slot with room: N tokens are drafted, verified at once, and some are kept.
+
+    A round appends 1 to N + 1 tokens: the newest one, which was chosen before, and those drafts that are accepted.
+
+    The token of each position is drawn from the model's logits there exactly as `decode_step` draws it: with the noise
+    of that position, under the same temperature and filters. A draft is accepted if it is that token, so the text is
+    the one without drafts, token by token, at any temperature and with any seed. What this costs is acceptance: drafts
+    are drawn with the same noise, so that they agree as often as two draws by Gumbel-max can that do not know of each
+    other's distribution. With p the model's and q the drafter's, and TV their total variation distance, that is at
+    least (1 - TV) / (1 + TV) of all, where rejection sampling accepts 1 - TV and draws another text (Daliri, Musco,
+    Suresh, arXiv:2408.07978; Leviathan, Kalman, Matias, arXiv:2211.17192).
+
+    results: buffers of what is returned beside the cache, donated: the first two as `CompiledSteps.drafted` says, the
+        others as in `decode_step`, of the last call of either.
+    slots, tokens, params: as in `decode_step`. room: (R,) int32, how many tokens may be appended to each sequence; 0
+        lets it rest. rounds: () int32, at most, 1 to ROUNDS.
+    acceptance: for measurements with weights that predict nothing: the probability by slot with which a draft counts as
+        accepted if those before it are, whatever the model says of it.
+
+    → the tokens after the appended ones (ROUNDS, 1 + N, B) int32; how many of them each round gave (ROUNDS, B) int32, 0
+    in those that were not needed; the last one (1, B); its logits (B, vocab); cache.
+    """
+    ids, counts, last, logits = results
+    T, B, some = ids.shape[1], len(slots), len(slots) < len(cache.length)
+    of_each = jax.tree.map(lambda x: jnp.repeat(x, T), params)
+
+    def one(carry: tuple) -> tuple:
+        i, cache, room, anchor, ids, kept_in, logits = carry
+        following = cache.length[:, None] + jnp.arange(1, T + 1, dtype=jnp.int32)  # positions of what is chosen
+
+        def choose(x: Array, slot: int) -> Array:
+            return jnp.maximum(sampling.sample(x, params, following[:, slot]), 0)  # any token, where x is not finite
+
+        drafts = drafter.draft(w, cache, anchor, room > 0, T - 1, choose, cfg, compute)
+        run, n, seen = jnp.concatenate([anchor[:, None], drafts], axis=1), jnp.minimum(room, T), drafter.tap(cfg)
+        every, pending = verify.verify(w, cache, run, n, cfg, compute, seen)
+        said = sampling.sample(every.reshape(B * T, -1), of_each, following.reshape(-1)).reshape(B, T)
+        if acceptance:
+            right = _forced(params, following[:, 1:], acceptance)
+        else:
+            right = said[:, :-1] == drafts
+        right &= jnp.arange(1, T, dtype=jnp.int32) < n[:, None]
+        accepted = jnp.cumprod(right.astype(jnp.int32), axis=1).sum(axis=1, dtype=jnp.int32)
+        kept = jnp.where(room > 0, 1 + accepted, 0)
+        moved = verify.commit(pending, kept)
+        moved = drafter.follow(w, moved, seen, run, cache.length, kept, cfg, compute)
+
+        newest = jnp.maximum(kept - 1, 0)[:, None]
+        chosen = jnp.take_along_axis(said, newest, axis=1)[:, 0]
+        anchor = jnp.where(kept > 0, chosen, anchor)
+        logits = jnp.where(kept[:, None] > 0, jnp.take_along_axis(every, newest[..., None], axis=1)[:, 0], logits)
+        room = jnp.where(anchor >= 0, room - kept, 0)  # nothing follows logits that are not finite
+        return i + 1, moved, room, anchor, ids.at[i].set(said.T), kept_in.at[i].set(kept), logits
+
+    def goes_on(carry: tuple) -> Array:
+        return (carry[0] < rounds) & (carry[2] > 0).any()
+
+    part = (
+        (kv.take(cache, slots), ids[..., slots], last[0, slots], logits[slots])
+        if some
+        else (cache, ids, last[0], logits)
+    )
+    of_cache, of_ids, before, of_logits = part
+    start = jnp.int32(0), of_cache, room, jnp.where(tokens >= 0, tokens, before), of_ids
+    start = *start, jnp.zeros((ROUNDS, B), jnp.int32), of_logits
+    _, of_cache, _, anchor, of_ids, kept_in, of_logits = lax.while_loop(goes_on, one, start)
+    if not some:
+        return of_ids, kept_in, anchor[None], of_logits, of_cache
+    ids, counts = ids.at[..., slots].set(of_ids), jnp.zeros_like(counts).at[:, slots].set(kept_in)
+    last, logits = last.at[:, slots].set(anchor), logits.at[slots].set(of_logits)
+    return ids, counts, last, logits, kv.put(cache, slots, of_cache)
+
+
+def _forced(params: sampling.Batch, position: Array, acceptance: Sequence[float]) -> Array:
+    """Which drafts (B, N) count as accepted: drawn with the sequence's seed, for their positions."""
+
+    def draw(seed: Array, positions: Array) -> Array:
+        keys = jax.vmap(lambda p: jax.random.fold_in(jax.random.key(seed), p))(positions)
+        return jax.vmap(lambda key: jax.random.uniform(key, dtype=jnp.float32))(keys)
+
+    return jax.vmap(draw)(jnp.asarray(params.seed), position) < jnp.array(acceptance, jnp.float32)[: position.shape[1]]
+
+
+def speculate_args(
+    tokens: Mapping[int, int | None], room: Mapping[int, int], rounds: int, params: Sequence[Sampling], rows: int
+) -> tuple[Any, ...]:
+    """The arguments of `speculate_step` after `results`: those of `decode_args`, with the room by slot."""
+    slots, ids, _, n, batch = decode_args(tokens, rounds, params, rows)
+    return slots, ids, np.array([room.get(slot, 0) for slot in slots.tolist()], np.int32), n, batch
+
+
 def compiler_options(step: str, kernels: Kernels, backend: str | None = None) -> dict[str, Any] | None:
-    """XLA's options for a step, "prefill" or "decode", on a backend, by default JAX's own.
+    """XLA's options for a step, "prefill", "decode" or "speculate", on a backend, by default JAX's own.
 
     On a GPU a decoding step is recorded as a graph, in which independent kernels may run side by side: 4 % of the time
     on an H200. With Pallas kernels the graph includes the loop over tokens, which XLA would otherwise leave to the

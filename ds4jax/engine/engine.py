@@ -21,12 +21,13 @@ import numpy as np
 from ds4jax.engine.chunks import serving_sizes
 from ds4jax.engine.constraints import constraints_of, edits
 from ds4jax.engine.counters import Counters
-from ds4jax.engine.model_runner import Block, ModelRunner, check_prompt
+from ds4jax.engine.model_runner import Block, ModelRunner, Rounds, check_prompt
 from ds4jax.engine.pace import Pace
 from ds4jax.engine.prefix_cache import PrefixCache
 from ds4jax.engine.prefix_reuse import PrefixReuse
 from ds4jax.engine.scheduler import Scheduler
 from ds4jax.engine.sequence import Sequence
+from ds4jax.engine.speculation import Speculation
 from ds4jax.engine.types import (
     ALIGN,
     MAX_LOGPROBS,
@@ -50,7 +51,7 @@ class Engine:
     """Continues sequences, step by step, as many at once as the model runner has slots.
 
     Attributes: runner, ctx (tokens of prompt and answer together), scheduler (all sequences that have not ended),
-    prefix_cache (or None), counters.
+    prefix_cache (or None), speculation (None without a drafter), counters.
     """
 
     def __init__(
@@ -76,6 +77,8 @@ class Engine:
         self.counters = Counters() if counters is None else counters
         self._sizes = serving_sizes(runner.settings) if sizes is None else sizes
         self.scheduler = Scheduler(runner.batch, min(self._sizes[-1], runner.settings.prefill_chunk), per_client)
+        counts = runner.steps.draft_counts
+        self.speculation = Speculation(counts) if counts else None
         self._reuse = PrefixReuse(runner, self.scheduler, prefix_cache)
         self._wake, self._patience = wake, patience
         self._pace = Pace([size for size in self._sizes if size % ALIGN == 0], gap) if gap < math.inf else None
@@ -160,6 +163,7 @@ class Engine:
             "slots": self.runner.batch,
             "cache_use_percent": 100 * held / (self.runner.batch * self.ctx),
             **self.counters.report(),
+            **(self.speculation.report() if self.speculation else {}),
             "prefill_tokens": stats.prefill_tokens,
             "prefill_seconds": stats.prefill_seconds,
             "decode_tokens": stats.decode_tokens,
@@ -190,8 +194,9 @@ class Engine:
     def step(self) -> bool:
         """Compute a chunk of one prompt and a token of every answer, or without a chunk a block; → whether any.
 
-        A piece of a snapshot takes the place of the chunk, so that answers never wait for both. While there is nothing
-        but answers, the device has the next block before the tokens of the last one are read.
+        With a drafter, a token may be several, and a block some rounds of drafts: see `Speculation`. A piece of a
+        snapshot takes the place of the chunk, so that answers never wait for both. While there is nothing but answers,
+        the device has the next block before the tokens of the last one are read.
         """
         self._check_patience()
         finished, quiet = self._ahead, not (self._reuse.busy or self.scheduler.waiting or self.scheduler.prefilling)
@@ -209,14 +214,16 @@ class Engine:
         resting = self._reuse.must_rest()
         decoding = [seq for seq in self.scheduler.decoding if seq not in resting]
         if self._ahead or decoding:
-            now = self._ahead or self._begin(decoding, 1 if copied or chunk else self._block(decoding))
+            now = self._ahead or self._begin(decoding, alone=not (copied or chunk))
             self._ahead = self._begin_ahead(now) if quiet else None
             self._read(now)
         return bool(finished or admitted or copied or chunk or decoding)
 
     def _next_chunk(self) -> tuple[Sequence, int] | None:
         answers = self._pace and self.scheduler.decoding
-        most = self._pace.longest(self.runner.stats.token_seconds) if answers and self._pace else None
+        stats = self.runner.stats
+        one = max(stats.token_seconds, stats.round_seconds if self.speculation and self.speculation.chosen else 0.0)
+        most = self._pace.longest(one) if answers and self._pace else None
         return self.scheduler.next_chunk(most)
 
     def _check_patience(self) -> None:
@@ -261,50 +268,67 @@ class Engine:
         if end == seq.prompt_len:
             self._first_token(seq, self._tokens({0: seq}, {0: sampled.token}, sampled.batch_logits))
 
+    def _room(self, seq: Sequence, begun: int = 0) -> int:
+        """How many tokens a call may append to a sequence at most. begun: those that are being decoded already."""
+        if seq.request.logits or seq.request.logprobs is not None:
+            return 1  # the host sees the logits of the last token of a call only
+        end = seq.computed + begun
+        room = min(self.ctx - end, seq.constraints.free if seq.constraints else math.inf)
+        if self.prefix_cache is not None:  # calls end where a snapshot may be taken
+            room = min(room, ALIGN - end % ALIGN)
+        return int(room)
+
     def _block(self, seqs: list[Sequence], begun: int = 0) -> int:
         """How many tokens to decode in one call: the device need not wait for the host in between, but streams and new
         requests wait for the end of the call. begun: tokens of each sequence that are being decoded already."""
-        if any(seq.request.logits or seq.request.logprobs is not None for seq in seqs):
-            return 1  # the host sees the logits of the last token of a block only
         wanted = max(seq.limit - len(seq.tokens) for seq in seqs) - begun
-        room = min(self.ctx - seq.computed for seq in seqs) - begun
-        room = min([room, *(seq.constraints.free for seq in seqs if seq.constraints)])
-        if self.prefix_cache is not None:  # blocks end where a snapshot may be taken
-            room = min(room, *(ALIGN - (seq.computed + begun) % ALIGN for seq in seqs))
-        return self.runner.block(int(min(wanted, room)))
+        return self.runner.block(min(wanted, *(self._room(seq, begun) for seq in seqs)))
 
-    def _begin(self, seqs: list[Sequence], n: int) -> _Decoding:
-        """Let the device decode n tokens of each sequence."""
-        last = {seq.held_slot: None if seq in self._on_device else seq.tokens[-1] for seq in seqs}
-        return _Decoding(n, {seq.held_slot: seq for seq in seqs}, self.runner.decode_block(last, n))
+    def _begin(self, seqs: list[Sequence], alone: bool) -> _Decoding:
+        """Let the device go on with these sequences. alone: whether nothing else waits, and it may take longer."""
+        by_slot = {seq.held_slot: seq for seq in seqs}
+        last = {slot: None if seq in self._on_device else seq.tokens[-1] for slot, seq in by_slot.items()}
+        if self.speculation:
+            room = {slot: min(self._room(seq), seq.limit - len(seq.tokens)) for slot, seq in by_slot.items()}
+            if drafts := self.speculation.choose(len(seqs), sum(n > 1 for n in room.values())):
+                # A sequence with room for one token does not wait for several rounds of the others.
+                rounds = self.runner.rounds() if alone and min(room.values()) > 1 else 1
+                return _Decoding(by_slot, self.runner.speculate(last, room, drafts, rounds), drafts, room)
+        n = self._block(seqs) if alone else 1
+        return _Decoding(by_slot, self.runner.decode_block(last, n), tokens=n)
 
     def _begin_ahead(self, now: _Decoding) -> _Decoding | None:
         """Let the device go on with the block after one whose tokens are not known yet, if nothing is to come between.
 
         For a sequence that turns out to have ended the block is in vain.
         """
+        n = now.tokens
         going = (seq for seq in now.by_slot.values() if seq in self.scheduler.decoding)
-        seqs = [seq for seq in going if len(seq.tokens) + now.n < seq.limit]
-        ends = [seq.computed + now.n for seq in seqs]
-        if not seqs or any(seq.constraints for seq in seqs) or max(ends) >= self.ctx:
+        seqs = [seq for seq in going if len(seq.tokens) + n < seq.limit]
+        ends = [seq.computed + n for seq in seqs]
+        if now.drafts or not seqs or any(seq.constraints for seq in seqs) or max(ends) >= self.ctx:
             return None  # the host has to see the tokens first
         if self.prefix_cache is not None and any(end % ALIGN == 0 for end in ends):
             return None  # a snapshot may be taken
-        n = self._block(seqs, now.n)
+        if self.speculation and self.speculation.choose(len(seqs)):
+            return None  # how far there is room for drafts depends on the tokens
+        n = self._block(seqs, n)
         last = {seq.held_slot: None for seq in seqs}
-        return _Decoding(n, {seq.held_slot: seq for seq in seqs}, self.runner.decode_block(last, n))
+        return _Decoding({seq.held_slot: seq for seq in seqs}, self.runner.decode_block(last, n), tokens=n)
 
     def _read(self, begun: _Decoding) -> None:
-        """Wait for the tokens of a block, and give them to the sequences that have not ended since it began."""
+        """Wait for the tokens of a call, and give them to the sequences that have not ended since it began."""
         if begun is self._ahead:
             self._ahead = None
-        n, ids = begun.n, begun.block.tokens()
+        ids = begun.block.tokens()
+        if self.speculation:
+            begun.tell(self.speculation)
         by_slot = {slot: seq for slot, seq in begun.by_slot.items() if seq in self.scheduler.decoding}
-        last = {slot: ids[slot][-1] for slot in by_slot}
-        final = self._tokens(by_slot, last, begun.block.batch_logits, held=n)
+        last, held = {slot: ids[slot][-1] for slot in by_slot}, {slot: len(ids[slot]) for slot in by_slot}
+        final = self._tokens(by_slot, last, begun.block.batch_logits, held)
         self._on_device = {seq for seq in by_slot.values() if not seq.constraints}
         for slot, seq in by_slot.items():
-            seconds = self.counters.pace(seq, n)
+            seconds = self.counters.pace(seq, held[slot])
             for token in [*(Token(i) for i in ids[slot][:-1]), final[slot]]:
                 self.scheduler.advance(seq, seq.computed + 1)
                 self._reuse.decoded(seq)
@@ -312,12 +336,12 @@ class Engine:
                     break  # what the block has beyond the end is dropped
 
     def _tokens(
-        self, seqs: Mapping[int, Sequence], sampled: Mapping[int, int], logits: Any, held: int = 0
+        self, seqs: Mapping[int, Sequence], sampled: Mapping[int, int], logits: Any, held: Mapping[int, int] = {}
     ) -> dict[int, Token]:
         """The next token of some sequences, by their row of logits (B, vocab).
 
         sampled: what was drawn on the device, by row; drawn again where there is none, or under constraints. held:
-        tokens that the sequences' slots hold beyond `computed`.
+        tokens that the sequences' slots hold beyond `computed`, by row.
         """
         tokens = {row: Token(id) for row, id in sampled.items() if not seqs[row].constraints}
         if special := {row: seq for row, seq in seqs.items() if row not in tokens}:
@@ -327,13 +351,13 @@ class Engine:
             tokens |= {row: dataclasses.replace(tokens[row], logits=host[row]) for row in with_logits}
         return tokens
 
-    def _choose(self, seqs: Mapping[int, Sequence], logits: Any, held: int) -> dict[int, Token]:
+    def _choose(self, seqs: Mapping[int, Sequence], logits: Any, held: Mapping[int, int]) -> dict[int, Token]:
         """`_tokens` of sequences whose logits are edited."""
         rows = [seqs.get(row) for row in range(len(logits))]
         anyone = next(iter(seqs.values())).request.sampling
         params = [seq.request.sampling if seq else anyone for seq in rows]
         changes = edits([seq.constraints if seq else None for seq in rows], logits.shape[1])
-        positions = [seq.computed + held if seq else 0 for seq in rows]
+        positions = [seq.computed + held.get(row, 0) if seq else 0 for row, seq in enumerate(rows)]
         chosen = self.runner.choose(logits, params, changes, positions)
         ids = chosen[0].tolist()
         tokens = {}
@@ -378,11 +402,24 @@ class Engine:
 
 @dataclasses.dataclass(frozen=True)
 class _Decoding:
-    """A block of n tokens of some sequences, by slot, that the device has begun."""
+    """A call for some sequences, by slot, that the device has begun: a block of so many tokens, or rounds of drafts.
 
-    n: int
+    room: of each sequence by slot, where drafts are made.
+    """
+
     by_slot: dict[int, Sequence]
-    block: Block
+    block: Block | Rounds
+    drafts: int = 0
+    room: Mapping[int, int] = dataclasses.field(default_factory=dict)
+    tokens: int = 0
+
+    def tell(self, rule: Speculation) -> None:
+        """Let the rule know what the call was worth, once it has been read."""
+        if isinstance(self.block, Rounds):
+            kept, room = self.block.kept().tolist(), list(self.room.values())
+            rule.ran(len(room), self.drafts, kept, room, self.block.seconds)
+        else:
+            rule.plain(len(self.by_slot), self.tokens, self.block.seconds)
 
 
 def _scored(ids: list[int], scores: Iterable[np.ndarray], top: int) -> list[Token]:

@@ -70,6 +70,7 @@ def fingerprint(runner: ModelRunner) -> dict[str, str | int]:
         "numerics": settings.numerics,
         "dtype": settings.dtype,
         "kernels": settings.kernels,
+        "drafter": type(runner.steps.drafter).__name__,
         "device": jax.devices()[0].device_kind,
         "mesh": f"tp {settings.tp}, ep {settings.ep}",
         "layout": LAYOUT,
@@ -97,9 +98,9 @@ def _model(runner: ModelRunner) -> str:
         return digest.hexdigest()
     for key, value in sorted(source.file.metadata.items()):
         digest.update(repr((key, value.tolist() if isinstance(value, np.ndarray) else value)).encode())
-    for name in sorted(source.types):
-        info = source.holder(name).info(name)
-        digest.update(repr((name, info.shape, int(info.type))).encode())
+    drafter = source.drafter.file.tensors if source.drafter else {}
+    for info in [*(source.holder(name).info(name) for name in sorted(source.types)), *drafter.values()]:
+        digest.update(repr((info.name, info.shape, int(info.type))).encode())
     return digest.hexdigest()
 
 
@@ -108,4 +109,5 @@ def _files(runner: ModelRunner) -> list[GGUFFile]:
     source = runner.checkpoint
     if isinstance(source, Synthetic):
         return []
-    return [part for file in (source.file, source.mtp_file) if file for part in file.parts]
+    files = source.file, source.mtp_file, source.drafter.file if source.drafter else None
+    return [part for file in files if file for part in file.parts]

@@ -85,7 +85,8 @@ def plan(programs: CompiledSteps) -> Plan:
         origin = "compiled here" if needs else "not compiled"
     else:
         kind, limit = card.kind, int(card.memory * programs.settings.memory_fraction)
-        origin = f"compiled here for {card.name}" if needs else f"from {workspace.SOURCE}"
+        drafts = ", without that of drafts" if programs.drafter else ""
+        origin = f"compiled here for {card.name}" if needs else f"from {workspace.SOURCE}{drafts}"
         needs = needs or workspace.predict(programs)
         origin = origin if needs else "not known without compiling"
     return Plan(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Self
@@ -16,14 +17,23 @@ import numpy as np
 from ds4jax.config import ModelConfig
 from ds4jax.engine import memory, sampling, snapshot
 from ds4jax.engine.chunks import pad
-from ds4jax.engine.compiled_steps import BLOCK, SCORED, CompiledSteps, block_logits, compiler_options, decode_args
+from ds4jax.engine.compiled_steps import (
+    BLOCK,
+    ROUNDS,
+    SCORED,
+    CompiledSteps,
+    block_logits,
+    compiler_options,
+    decode_args,
+    speculate_args,
+)
 from ds4jax.engine.constraints import edits
 from ds4jax.engine.decode_rows import DecodeRows
 from ds4jax.engine.snapshot import Planes
 from ds4jax.engine.types import Sampling
-from ds4jax.errors import Ds4Error
-from ds4jax.io.checkpoint import Checkpoint, open_checkpoint
-from ds4jax.io.download import resolve_model
+from ds4jax.errors import ConfigError, Ds4Error
+from ds4jax.io.checkpoint import Checkpoint
+from ds4jax.io.drafter import open_with_drafter
 from ds4jax.io.load import load
 from ds4jax.io.synthetic import RECIPES, Synthetic, synthetic_config
 from ds4jax.io.tokenizer import Tokenizer, byte_tokenizer
@@ -70,13 +80,21 @@ class Stats:
     compile_seconds: float = 0.0
     decoded_at: float = 0.0  # `time.perf_counter` when the last block was read
     token_seconds: float = 0.0  # of the last block, per token of each sequence
+    round_seconds: float = 0.0  # of the last rounds of drafts, each
 
 
 def open_model(settings: Settings, synthetic: str | None = None) -> Checkpoint | Synthetic:
     """The model file of `settings`, or one of `synthetic.SHAPES` in the published q2 file's types. Raises Ds4Error."""
     if synthetic is None:
-        return open_checkpoint(resolve_model(settings))
-    return Synthetic(synthetic_config(synthetic), RECIPES["q2"])
+        return open_with_drafter(settings)
+    return with_drafter(Synthetic(synthetic_config(synthetic), RECIPES["q2"]), settings)
+
+
+def with_drafter(model: Synthetic, settings: Settings) -> Synthetic:
+    """A synthetic model with the drafter that the settings ask for. Raises ConfigError if that is a file."""
+    if settings.draft not in ("auto", "off"):
+        raise ConfigError(f"draft: found {settings.draft!r} for a model without a file, expected auto or off")
+    return model.with_drafter() if settings.draft == "auto" else model
 
 
 class ModelRunner:
@@ -113,6 +131,8 @@ class ModelRunner:
         self.steps = CompiledSteps(checkpoint, settings, batch, progress)
         self.settings, self.checkpoint, self.cfg = settings, checkpoint, checkpoint.cfg
         self.batch, self._compute = self.steps.batch, self.steps.compute
+        if progress and settings.draft != "off":
+            print(f"drafts: {self.drafts}", file=sys.stderr)
         self.plan = memory.check(self.steps, sizes)
         if sizes:
             self.steps.get_all(self.steps.calls(sizes))
@@ -125,6 +145,9 @@ class ModelRunner:
         else:
             self.weights, _ = load(checkpoint, self._compute.mesh, progress)
         self._rows = DecodeRows(self.batch, self._prepare_rows)
+        self._round_rows = {
+            n: DecodeRows(self.batch, functools.partial(self._prepare_round_rows, n)) for n in self.steps.draft_counts
+        }
         self.reset()
 
     def reset(self) -> None:
@@ -135,7 +158,18 @@ class ModelRunner:
         self.lengths, self._sampling = [0] * self.batch, [Sampling()] * self.batch
         results = self.steps.results
         self._results = tuple(jnp.zeros(x.shape, x.dtype, device=x.sharding) for x in results)  # of the last block
-        self._arguments: list[tuple[Any, Any]] = []  # of the last block, on the host and on the device
+        self._drafted: dict[int, tuple[Array, ...]] = {}  # of the last rounds, by the number of drafts
+        self._arguments: dict[str, list[tuple[Any, Any]]] = {}  # of each step's last call, on the host and the device
+
+    @property
+    def drafts(self) -> str:
+        """Who drafts, and how much, in words."""
+        if not self.steps.draft_counts:
+            return "nobody: there is no drafter beside the model, nor an MTP head in it"
+        file = None if isinstance(self.checkpoint, Synthetic) else self.checkpoint.drafter
+        mtp = None if isinstance(self.checkpoint, Synthetic) else self.checkpoint.mtp_file
+        who = file.file.path if file else "a synthetic drafter" if self.cfg.drafter else mtp.path if mtp else "MTP head"
+        return f"{who}, {self.steps.draft_counts[-1]} at once"
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
@@ -212,7 +246,7 @@ class ModelRunner:
             if self.lengths[slot] + n > self.settings.ctx:
                 raise Ds4Error(f"slot {slot}: the context of {self.settings.ctx} tokens is full")
         start = time.perf_counter() - self.stats.compile_seconds
-        args = self._resident(decode_args(tokens, n, self._sampling, self._rows.of(len(tokens))))
+        args = self._resident("decode", decode_args(tokens, n, self._sampling, self._rows.of(len(tokens))))
         self._results = tuple(self._run("decode", self._results, *args))
         sampled, _, logits = _copy(self._results)  # the next block's will take the place of these
         for slot in tokens:
@@ -226,18 +260,53 @@ class ModelRunner:
         need = memory.needed(self.steps, self.steps.prepare("decode", self.steps.results, *args))
         return dataclasses.replace(self.plan, workspace={"decode": need}).fits
 
-    def _resident(self, args: tuple) -> tuple:
-        """Numpy arguments on the device: where one is as it was in the last block, the very array of that block.
+    def speculate(self, tokens: Mapping[int, int | None], room: Mapping[int, int], n: int, rounds: int) -> Rounds:
+        """Append to the sequence of each given slot in rounds of n drafts, ROUNDS at most: see `speculate_step`.
+
+        tokens: as in `decode_block`. room: by slot, 1 or more: how many tokens to append at most. n: one of
+        `CompiledSteps.draft_counts`. How long the sequences have become is known once the result is read. Raises
+        Ds4Error if a sequence has less room.
+        """
+        for slot in tokens:
+            left = self.settings.ctx - self.lengths[slot]
+            if not 1 <= room[slot] <= left:
+                raise Ds4Error(f"slot {slot}: found room {room[slot]}, expected 1 to {left}")
+        start = time.perf_counter() - self.stats.compile_seconds
+        args = speculate_args(tokens, room, rounds, self._sampling, self._round_rows[n].of(len(tokens)))
+        args = self._resident("speculate", args)
+        buffers = self._drafted.pop(n, None) or tuple(
+            jnp.zeros(x.shape, x.dtype, device=x.sharding) for x in self.steps.drafted(n)
+        )
+        sampled, last, logits = self._results
+        ids, counts, last, logits = self._run("speculate", (*buffers, last, logits), *args)
+        self._drafted[n], self._results = (ids, counts), (sampled, last, logits)
+        ids, counts, logits = _copy((ids, counts, logits))
+        start += self.stats.compile_seconds
+        return Rounds(self.stats, ids, counts, logits, tuple(tokens), self.lengths, start, self._round_rows[n])
+
+    def _prepare_round_rows(self, n: int, rows: int) -> bool:
+        """`_prepare_rows` of rounds of n drafts."""
+        args = (*self.steps.drafted(n), *self.steps.results[1:]), *speculate_args({}, {}, 1, self._sampling, rows)
+        need = memory.needed(self.steps, self.steps.prepare("speculate", *args))
+        return dataclasses.replace(self.plan, workspace={"speculate": need}).fits
+
+    def rounds(self) -> int:
+        """How many rounds to run at once, so that they take some BLOCK_SECONDS: see `block`."""
+        seconds = self.stats.round_seconds
+        return max(1, min(ROUNDS, int(BLOCK_SECONDS / seconds) if seconds else 1))
+
+    def _resident(self, step: str, args: tuple) -> tuple:
+        """Numpy arguments on the device: where one is as it was in the step's last call, the very array of that call.
 
         A step that finds all its buffers where they were runs as it was recorded; else it is first written anew.
         """
         leaves, tree = jax.tree.flatten(args)
-        before = self._arguments or [(None, None)] * len(leaves)
-        self._arguments = [
+        before: list[tuple[Any, Any]] = self._arguments.get(step) or [(None, None)] * len(leaves)
+        self._arguments[step] = [
             (x, there if np.array_equal(x, old) else jax.device_put(x, self.steps.everywhere))
             for x, (old, there) in zip(leaves, before, strict=True)
         ]
-        return jax.tree.unflatten(tree, [there for _, there in self._arguments])
+        return jax.tree.unflatten(tree, [there for _, there in self._arguments[step]])
 
     def block(self, room: int) -> int:
         """How many tokens to decode at once, BLOCK and `room` at most, so that it takes some BLOCK_SECONDS.
@@ -349,7 +418,8 @@ class ModelRunner:
 class Block:
     """A block of n tokens that the device is sampling for each of some slots.
 
-    batch_logits: (B, vocab), on the device, those that the last token of each slot was sampled from.
+    batch_logits: (B, vocab), on the device, those that the last token of each slot was sampled from. seconds: that the
+    block took, once `tokens` has been called.
     """
 
     stats: Stats
@@ -359,17 +429,57 @@ class Block:
     n: int
     start: float
     rows: DecodeRows
+    seconds: float = 0.0
 
     def tokens(self) -> dict[int, list[int]]:
         """The tokens by slot. Waits for them, and counts their time."""
         sampled = np.asarray(self.sampled)
         now = time.perf_counter()
         # The next block may start before this one is read, so the time since the last reading is what counts.
-        seconds = now - max(self.start, self.stats.decoded_at)
+        self.seconds = seconds = now - max(self.start, self.stats.decoded_at)
         self.stats.decode_seconds += seconds
         self.rows.took(len(self.slots), seconds)
         self.stats.decoded_at, self.stats.token_seconds = now, seconds / self.n
         return {slot: sampled[: self.n, slot].tolist() for slot in self.slots}
+
+
+@dataclasses.dataclass
+class Rounds:
+    """Rounds of drafts that the device is running for each of some slots.
+
+    ids, counts, batch_logits: what `speculate_step` returns. lengths: the runner's, by slot. seconds: that the call
+    took, once `tokens` has been called.
+    """
+
+    stats: Stats
+    ids: Array
+    counts: Array
+    batch_logits: Array
+    slots: tuple[int, ...]
+    lengths: list[int]
+    start: float
+    rows: DecodeRows
+    seconds: float = 0.0
+
+    def tokens(self) -> dict[int, list[int]]:
+        """The tokens by slot. Waits for them, and counts their time. To be called once."""
+        ids, counts = np.asarray(self.ids), self.kept()
+        now = time.perf_counter()
+        self.seconds = seconds = now - max(self.start, self.stats.decoded_at)
+        self.stats.decode_seconds += seconds
+        self.rows.took(len(self.slots), seconds)
+        self.stats.decoded_at, self.stats.round_seconds = now, seconds / max(1, len(counts))
+        out = {}
+        for i, slot in enumerate(self.slots):
+            out[slot] = [int(token) for r, n in enumerate(counts[:, i]) for token in ids[r, :n, slot]]
+            self.lengths[slot] += len(out[slot])
+            self.stats.decode_tokens += len(out[slot])
+        return out
+
+    def kept(self) -> np.ndarray:
+        """How many tokens each round appended, for each of `slots`: (rounds, slots), of the rounds that were run."""
+        counts = np.asarray(self.counts)
+        return counts[counts.any(axis=1)][:, list(self.slots)]
 
 
 _copy = jax.jit(functools.partial(jax.tree.map, jnp.copy))

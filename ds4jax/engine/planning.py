@@ -8,11 +8,12 @@ from ds4jax.config import HCA_RATIO
 from ds4jax.engine import cards, memory, workspace
 from ds4jax.engine.compiled_steps import CompiledSteps
 from ds4jax.engine.memory import Plan
-from ds4jax.engine.model_runner import open_model
+from ds4jax.engine.model_runner import open_model, with_drafter
 from ds4jax.errors import ConfigError, Ds4Error
 from ds4jax.io import remote
 from ds4jax.io.checkpoint import Checkpoint, open_checkpoint
 from ds4jax.io.download import resolve_model
+from ds4jax.io.drafter import with_drafter as checkpoint_with_drafter
 from ds4jax.io.published import DRAFTER_BYTES, DRAFTER_STAGES, published
 from ds4jax.io.synthetic import FULL, Synthetic
 from ds4jax.model import cache as kv
@@ -24,12 +25,20 @@ Source = Checkpoint | Synthetic
 
 
 def shapes(settings: Settings, synthetic: str | None = None, from_server: bool | None = False) -> tuple[Source, str]:
-    """The tensors' shapes and types, and a line that says where they are from.
+    """The tensors' shapes and types, drafter included, and a line that says where they are from.
 
     They are from the file on this machine; if it is not there, from what is known of it (`io.published`). Of a model
     that is named by an address, they are from the header of the file on its server.
     from_server: so they are of one named hf:OWNER/REPO/FILE; None: only if nothing else tells. Raises Ds4Error.
     """
+    source, origin = _shapes(settings, synthetic, from_server)
+    if isinstance(source, Synthetic):
+        drafts = synthetic or settings.draft != "auto" or _takes_drafter(source, settings)
+        return with_drafter(source, settings) if drafts else source, origin
+    return checkpoint_with_drafter(source, settings.draft), origin
+
+
+def _shapes(settings: Settings, synthetic: str | None, from_server: bool | None) -> tuple[Source, str]:
     if synthetic:
         return open_model(settings, synthetic), f"shapes: {synthetic}, in the q2 file's types"
     if remote.is_url(settings.model):
@@ -44,7 +53,7 @@ def shapes(settings: Settings, synthetic: str | None = None, from_server: bool |
         if known := published(settings):
             return known, f"shapes: known of {settings.model}, which is not on this machine"
         if from_server is None and settings.hf_file:
-            return shapes(settings, from_server=True)
+            return _shapes(settings, None, from_server=True)
         if settings.hf_file:
             raise Ds4Error(f"{error}, or read its header with --remote") from None
         raise
@@ -71,7 +80,7 @@ def describe(programs: CompiledSteps) -> str:
             f"context    {ctx or 'none':>9}  the largest that fits with batch 1",
             f"batch      {batch or 'none':>9}  the largest that fits with ctx {found.ctx}",
         ]
-        if _takes_drafter(programs):
+        if programs.drafter is None and _takes_drafter(programs.source, programs.settings):
             more = DRAFTER_BYTES + rings(programs)
             fits = "yes" if found.total + more <= limit else "no"
             lines.append(f"drafter    {fits:>9}  {more / 2**30:.2f} GiB more: its weights and its rings")
@@ -84,9 +93,9 @@ def rings(programs: CompiledSteps) -> int:
     return window // programs.cfg.n_layers * DRAFTER_STAGES
 
 
-def _takes_drafter(programs: CompiledSteps) -> bool:
+def _takes_drafter(source: Source, settings: Settings) -> bool:
     """Whether the model is DeepSeek-V4-Flash-0731, which the published drafter is of."""
-    cfg, source, settings = programs.cfg, programs.source, programs.settings
+    cfg = source.cfg
     if (cfg.n_layers, cfg.embed_dim, cfg.vocab_size) != (FULL.n_layers, FULL.embed_dim, FULL.vocab_size):
         return False
     file = ({}, settings.model) if isinstance(source, Synthetic) else (source.file.metadata, source.file.path.name)

@@ -21,6 +21,7 @@ Planes = dict[str, np.ndarray]
 
 LAYOUT = 1  # of planes; changes with whatever makes an older snapshot another state
 SMALLEST_ROOM = 1024  # tokens; copies are made of one of few sizes, because each size is compiled
+ZERO = np.int32(0)  # indices are of one type, with 64-bit numbers enabled, too
 PIECE = 32768  # tokens whose rows are copied at once, at most: others wait for that
 
 
@@ -134,7 +135,7 @@ def _rows(cache: Cache, slot: jax.Array, first: dict[str, jax.Array], tokens: in
     for name, at in first.items():
         layers, _, capacity, dim = leaves[name].shape
         size = layers, 1, _size(name, capacity, tokens), dim
-        out[name] = lax.dynamic_slice(leaves[name], (0, slot, at, 0), size)
+        out[name] = lax.dynamic_slice(leaves[name], (ZERO, slot, at, ZERO), size)
     return out
 
 
@@ -153,7 +154,7 @@ def _put(cache: Cache, slot: jax.Array, first: dict[str, jax.Array], planes: dic
         name = _name(path)
         if name not in planes:
             return x
-        at: list[int | jax.Array] = [0] * x.ndim
+        at: list[np.int32 | jax.Array] = [ZERO] * x.ndim
         at[_axis(x)] = slot
         if name in first:
             at[2] = first[name]

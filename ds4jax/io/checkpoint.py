@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 from gguf.constants import GGMLQuantizationType
 
-from ds4jax.config import ARCHITECTURE, ModelConfig, other
+from ds4jax.config import ARCHITECTURE, DrafterConfig, ModelConfig, other
 from ds4jax.errors import GGUFError, show
 from ds4jax.io import dialect, split
 from ds4jax.io.gguf import TYPES, GGUFFile
@@ -27,12 +27,25 @@ ALLOWED: dict[Kind, tuple[GGMLQuantizationType, ...]] = {
 
 
 @dataclasses.dataclass(frozen=True)
+class Drafter:
+    """An open file whose tensors, under the names of `drafter_table`, are known to be those of `cfg`.
+
+    types: tensor name → storage type, for every tensor.
+    """
+
+    file: GGUFFile
+    cfg: DrafterConfig
+    types: dict[str, GGMLQuantizationType]
+
+
+@dataclasses.dataclass(frozen=True)
 class Checkpoint:
     """An open file whose tensors are known to be those of `cfg`.
 
     types: tensor name → storage type, for every tensor.
     mtp: the layout of the MTP head, or None. mtp_file: the file it is in, where that is not `file`.
     left_out: names of the tensors of `file` that only images need.
+    drafter: the DSpark drafter in a file of its own, see `io.drafter.with_drafter`; then `cfg` has it as well.
     """
 
     file: GGUFFile
@@ -41,6 +54,12 @@ class Checkpoint:
     mtp: MtpLayout | None
     mtp_file: GGUFFile | None = None
     left_out: tuple[str, ...] = ()
+    drafter: Drafter | None = None
+
+    @property
+    def drafter_types(self) -> dict[str, GGMLQuantizationType] | None:
+        """The storage types of the drafter's tensors, whose names are not unlike those of an MTP head."""
+        return self.drafter.types if self.drafter else None
 
     def holder(self, name: str) -> GGUFFile:
         """The file that has tensor `name`."""

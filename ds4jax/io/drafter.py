@@ -11,16 +11,28 @@ import dataclasses
 import os
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf.constants import GGMLQuantizationType, GGUFValueType
+from gguf.constants import GGUFValueType
 
+from ds4jax.config import ARCHITECTURE as MAIN_ARCHITECTURE
 from ds4jax.config import PREFIX, DrafterConfig, ModelConfig
 from ds4jax.errors import GGUFError, show
-from ds4jax.io.checkpoint import Checkpoint, check_architecture, check_tensors, opened
+from ds4jax.io.checkpoint import (
+    MTP_ARCHITECTURE,
+    Checkpoint,
+    Drafter,
+    check_architecture,
+    check_tensors,
+    open_checkpoint,
+    opened,
+)
+from ds4jax.io.download import resolve_model
 from ds4jax.io.gguf import GGUFFile, Typed
 from ds4jax.model.tensors import drafter_table
+from ds4jax.settings import Settings
 
 ARCHITECTURE = "deepseek4-dspark"  # general.architecture of ds4's files, and of those with dspark.*
 _DFLASH = "dflash"
@@ -66,18 +78,6 @@ _ORIGINS = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Drafter:
-    """An open file whose tensors, under the names of `drafter_table`, are known to be those of `cfg`.
-
-    types: tensor name → storage type, for every tensor.
-    """
-
-    file: GGUFFile
-    cfg: DrafterConfig
-    types: dict[str, GGMLQuantizationType]
-
-
 def open_drafter(path: str | os.PathLike, main: Checkpoint) -> Drafter:
     """Opens the drafter of the model `main`, in any dialect, and checks all but the weights' values.
 
@@ -108,6 +108,37 @@ def open_drafter(path: str | os.PathLike, main: Checkpoint) -> Drafter:
             raise GGUFError(f"key '{spelled['stages']}': found {cfg.stages}, expected {stages}, as there are tensors")
         check_tensors(file, drafter_table(main.cfg, cfg))
         return Drafter(file, cfg, {name: t.type for name, t in file.tensors.items()})
+
+
+def open_with_drafter(settings: Settings) -> Checkpoint:
+    """The model of `settings`, and what `settings.draft` says. Raises Ds4Error if a file is missing or does not fit."""
+    path = resolve_model(settings)
+    return with_drafter(open_checkpoint(path), settings.draft, path)
+
+
+def with_drafter(main: Checkpoint, draft: str, path: Path | None = None) -> Checkpoint:
+    """A model with what drafts for it, as `Settings.draft` says. An MTP head in its own file is there already.
+
+    path: the model's, by default as it was opened. Raises Ds4Error as `open_drafter` and `open_mtp` do.
+    """
+    beside = beside_model(path or Path(main.file.path))
+    if draft == "off" or draft == "auto" and not beside.is_file():
+        return main
+    chosen = beside if draft == "auto" else Path(draft).expanduser()
+    if not chosen.is_file():
+        raise GGUFError(f"draft: found {draft!r}, expected a GGUF file, auto or off")
+    with opened(chosen) as file:
+        is_mtp = file.metadata.get("general.architecture") in (MTP_ARCHITECTURE, MAIN_ARCHITECTURE)
+        file.close()
+    if is_mtp and draft != "auto":
+        return main.with_mtp(chosen)
+    drafter = open_drafter(chosen, main)
+    return dataclasses.replace(main, cfg=dataclasses.replace(main.cfg, drafter=drafter.cfg), drafter=drafter)
+
+
+def beside_model(path: Path) -> Path:
+    """Where the drafter of a model's file lies, if it lies beside it; `ds4jax convert` puts it there."""
+    return path.with_name(f"{path.stem}-dspark.gguf")
 
 
 def _canonical(file: GGUFFile) -> tuple[int, int]:

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from ds4jax.config import ModelConfig
 from ds4jax.formats import FORMATS
-from ds4jax.io.checkpoint import Checkpoint, open_checkpoint
+from ds4jax.io.checkpoint import Checkpoint, Drafter, open_checkpoint
 from ds4jax.io.dialect import without_images_note
 from ds4jax.io.drafter import open_drafter
 from ds4jax.io.gguf import GGUFFile
@@ -65,8 +65,10 @@ def load(
         checkpoint = checkpoint.with_mtp(mtp_path)
     if progress and checkpoint.left_out:
         print(without_images_note(checkpoint.left_out), file=sys.stderr)
-    tree = weights.abstract(checkpoint.cfg, checkpoint.types)
-    return _load(tree, checkpoint.holder, mesh, progress), checkpoint
+    w = _load(weights.abstract(checkpoint.cfg, checkpoint.types), checkpoint.holder, mesh, progress)
+    if checkpoint.drafter:
+        w = dataclasses.replace(w, dspark=_load_drafter(checkpoint.drafter, checkpoint.cfg, mesh, progress))
+    return w, checkpoint
 
 
 def load_drafter(
@@ -78,7 +80,11 @@ def load_drafter(
     """
     opened = open_drafter(path, main)
     cfg = dataclasses.replace(main.cfg, drafter=opened.cfg)
-    return _load(weights.abstract_drafter(cfg, opened.types), lambda _: opened.file, mesh, progress), cfg
+    return _load_drafter(opened, cfg, mesh, progress), cfg
+
+
+def _load_drafter(drafter: Drafter, cfg: ModelConfig, mesh: jax.sharding.Mesh | None, progress: bool) -> Dspark:
+    return _load(weights.abstract_drafter(cfg, drafter.types), lambda _: drafter.file, mesh, progress)
 
 
 def _load[Tree: (Weights, Dspark)](tree: Tree, holder: Holder, mesh: jax.sharding.Mesh | None, progress: bool) -> Tree:

@@ -13,7 +13,7 @@ import hashlib
 import math
 import os
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ from gguf.constants import GGML_QUANT_SIZES
 from gguf.quants import quantize
 from tqdm import tqdm
 
-from ds4jax.config import ModelConfig
+from ds4jax.config import DrafterConfig, ModelConfig
 from ds4jax.errors import ConfigError
 from ds4jax.io import recipes
 from ds4jax.io.gguf import TensorData, write_gguf
@@ -127,6 +127,17 @@ class Synthetic:
     def types(self, spec: TensorSpec) -> Type:
         """The type that a tensor is stored in."""
         return storage_type(spec, self.recipe)
+
+    @property
+    def drafter_types(self) -> Callable[[TensorSpec], Type] | None:
+        """`types`, if there is a drafter."""
+        return self.types if self.cfg.drafter else None
+
+    def with_drafter(self) -> Synthetic:
+        """The model with a drafter of the published one's numbers, which reads the last layers."""
+        layers, last = tuple(range(self.cfg.n_layers))[-3:], self.cfg.vocab_size - 1
+        drafter = DrafterConfig(3, 5, 256, min(128799, last), layers)
+        return dataclasses.replace(self, cfg=dataclasses.replace(self.cfg, drafter=drafter))
 
 
 def synthetic_config(shape: str | Mapping = "base") -> ModelConfig:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax import lax
-from jaxtyping import Array, Bool, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
 from ds4jax.config import CSA_RATIO, HCA_RATIO, ModelConfig
 from ds4jax.errors import ConfigError
@@ -36,6 +36,7 @@ class Cache:
     `window` has more layers after the model's: the window of the MTP head's block, and one for each stage of the
     drafter, if these are there.
     csa, index: layers of ratio 4 (`index` holds the indexer's keys). hca: layers of ratio 128.
+    carry: the streams of the last token, (1, B, N·E), which the MTP head joins with the next one; None without a head.
     """
 
     length: Int32[Array, "B"]
@@ -43,6 +44,7 @@ class Cache:
     csa: Compressed
     index: Compressed
     hca: Compressed
+    carry: Float[Array, "1 B N*E"] | None = None
 
     @property
     def batch(self) -> int:
@@ -71,12 +73,14 @@ def abstract(cfg: ModelConfig, numerics: num.Numerics, dtype, batch: int, ctx: i
         return Compressed(rows(fmt, layers, max(1, ctx // ratio)), z=state, g=state, prev_z=prev, prev_g=prev)
 
     length: Any = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    carry: Any = jax.ShapeDtypeStruct((1, batch, cfg.n_streams * cfg.embed_dim), jnp.dtype(dtype))
     return Cache(
         length=length,
         window=rows(kv, cfg.stages.stop, cfg.window),
         csa=compressed(kv, CSA_RATIO),
         index=compressed(key, CSA_RATIO),
         hca=compressed(kv, HCA_RATIO),
+        carry=carry if cfg.n_mtp else None,
     )
 
 
@@ -163,6 +167,7 @@ def _map_sequence(fn, fn_rows, *caches: Cache) -> Cache:
         csa=compressed(CSA_RATIO, *(c.csa for c in caches)),
         index=compressed(CSA_RATIO, *(c.index for c in caches)),
         hca=compressed(HCA_RATIO, *(c.hca for c in caches)),
+        carry=jax.tree.map(fn, *(c.carry for c in caches)),
     )
 
 

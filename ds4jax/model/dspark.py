@@ -102,13 +102,18 @@ def write(
 
     features: of T positions, of which the first n are the sequence's: after verification, those accepted.
     """
-    W = cfg.window
-    if features.shape[1] > W:  # no more than the last W stay
-        skipped = jnp.maximum(n - W, 0)
-        last = skipped[:, None] + jnp.arange(W, dtype=jnp.int32)
-        features, start, n = jnp.take_along_axis(features, last[..., None], axis=1), start + skipped, n - skipped
+    if features.shape[1] > cfg.window:  # no more stay
+        (features,), skipped = newest(cfg.window, n, features)
+        start, n = start + skipped, n - skipped
     new, stages = context(d, features, start, cfg, compute), slice(cfg.stages.start, cfg.stages.stop)
     return dataclasses.replace(cache, window=latent.store(new, cache.window, stages, start, n))
+
+
+def newest(W: int, n: Int32[Array, "B"], *arrays: Array) -> tuple[list[Array], Int32[Array, "B"]]:
+    """Of the first n of more than W tokens, in arrays (B, T, …), the last W, and how many come before these."""
+    skipped = jnp.maximum(n - W, 0)
+    last = skipped[:, None] + jnp.arange(W, dtype=jnp.int32)
+    return [jnp.take_along_axis(x, last.reshape(*last.shape, *[1] * (x.ndim - 2)), axis=1) for x in arrays], skipped
 
 
 def hidden(
@@ -166,17 +171,18 @@ def greedy(logits: Float[Array, "B vocab"], slot: int) -> Int32[Array, "B"]:
 
 def draft(
     w: Weights, d: Dspark, cache: Cache, anchor: Int32[Array, "B"], active: Bool[Array, "B"], cfg: ModelConfig,
-    compute: Compute, choose: Choose = greedy,
+    compute: Compute, choose: Choose = greedy, count: int | None = None,
 ) -> Drafts:  # fmt: skip
     """Draft the tokens after the anchors, which come after the `cache.length` tokens that the model has run.
 
-    The cache stays as it is. Where a sequence is not active the drafts mean nothing.
+    count: how many of the block's slots to choose a token in, the first ones; by default all. The block is computed
+    whole: its places see each other. The cache stays as it is. Where a sequence is not active the drafts mean nothing.
     """
     assert cfg.drafter is not None
-    slots = cfg.drafter.block_size
-    h = hidden(w, d, cache, anchor, jnp.where(active, slots, 0), cfg, compute)
+    count = cfg.drafter.block_size if count is None else count
+    h = hidden(w, d, cache, anchor, jnp.where(active, cfg.drafter.block_size, 0), cfg, compute)[:, :count]
     U, previous, drafted = base(w, d, h, cfg, compute), anchor, []
-    for slot in range(slots):
+    for slot in range(count):
         logits, sure = after(d, U[:, slot], h[:, slot], previous, compute)
         previous = choose(logits, slot)
         drafted.append((previous, logits, jax.nn.sigmoid(sure)))

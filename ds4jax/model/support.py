@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from ds4jax.config import ModelConfig
 from ds4jax.formats import F16, Q2_K, Q4_K, Q8_0, Quantized
 from ds4jax.implementation import OPS, Implementation, Kernels, Op
-from ds4jax.model import mtp, transformer
+from ds4jax.model import dspark, mtp, transformer
 from ds4jax.model.cache import Cache
 from ds4jax.model.compute import Compute
 from ds4jax.model.weights import Weights
@@ -23,8 +23,8 @@ def unsupported(cfg: ModelConfig, weights: Weights, cache: Cache, compute: Compu
     """The ops whose kernels cannot run, and why; empty if a step of `tokens` tokens a sequence can run as asked.
 
     weights, cache: of arrays or `jax.ShapeDtypeStruct`s. Each op is traced with its own implementation and the others
-    in XLA, without compiling: the kernels' own checks decide. An MTP head is traced, too. Where the reason is the type
-    of matrices, it ends with the command that writes them in another type.
+    in XLA, without compiling: the kernels' own checks decide. An MTP head and a drafter are traced, too. Where the
+    reason is the type of matrices, it ends with the command that writes them in another type.
     """
     batch = cache.length.shape[0]
     ids, n = jax.ShapeDtypeStruct((batch, tokens), jnp.int32), jax.ShapeDtypeStruct((batch,), jnp.int32)
@@ -50,7 +50,9 @@ def unsupported(cfg: ModelConfig, weights: Weights, cache: Cache, compute: Compu
 
 def _step(w: Weights, cache: Cache, tokens: jax.Array, n: jax.Array, *, cfg: ModelConfig, compute: Compute):
     X, moved = transformer.forward(w, cache, tokens, n, cfg, compute)
-    drafted = mtp.draft(w, moved, X, tokens, cache.length, n, cfg, compute)[0] if cfg.n_mtp else None
+    drafted = [mtp.draft(w, moved, X, tokens, cache.length, n, cfg, compute)[0]] if cfg.n_mtp else []
+    if w.dspark is not None:
+        drafted.append(dspark.draft(w, w.dspark, moved, tokens[:, 0], n > 0, cfg, compute).logits)
     return transformer.logits(w, X, cfg, compute), drafted
 
 

@@ -217,6 +217,7 @@ class Weights:
     """The whole model. embed (vocab, E); families over layers; head.
 
     mtp: None without an MTP head. Its block is one more layer of ratio 0 in the families over layers, number n_layers.
+    dspark: the DSpark drafter that goes with the model, or None.
     """
 
     embed: Leaf
@@ -228,6 +229,7 @@ class Weights:
     route: Route
     head: Head
     mtp: Mtp | None
+    dspark: Dspark | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -298,11 +300,12 @@ def _format_name(fmt: type[Quantized] | np.dtype) -> str:
 Types = Mapping[str, GGMLType] | Callable[[TensorSpec], GGMLType]
 
 
-def abstract(cfg: ModelConfig, types: Types) -> Weights:
+def abstract(cfg: ModelConfig, types: Types, drafter: Types | None = None) -> Weights:
     """The weight tree with a `WeightSpec` in place of every array.
 
     types: the type of every matrix, by tensor name (a file's) or as a function (a recipe). Vectors are float32 and
     routing ids int32 whatever the file holds. A file's names also tell the layout of the MTP head.
+    drafter: the types of the DSpark drafter, which is then part of the tree.
     """
     families: dict[str, list[TensorSpec]] = {}
     for spec in tensor_table(cfg):
@@ -315,7 +318,8 @@ def abstract(cfg: ModelConfig, types: Types) -> Weights:
         else:
             lacks = spec.optional and not callable(types) and spec.name not in types
             families[spec.family] = families[in_main] if lacks else [spec]
-    return _build(Weights, "", families, types)
+    tree = _build(Weights, "", families, types)
+    return tree if drafter is None else dataclasses.replace(tree, dspark=abstract_drafter(cfg, drafter))
 
 
 def abstract_drafter(cfg: ModelConfig, types: Types) -> Dspark:

@@ -15,7 +15,7 @@ from ds4jax.server.replay import Replay
 
 # Of what the engine reports, the present state; all else counts up.
 _GAUGES = {"waiting", "running", "prefilling", "decoding", "slots", "weights_bytes", "cache_bytes", "cache_use_percent"}
-_GAUGES |= {"prefix_bytes", "prefixes", "disk_bytes", "disk_prefixes"}
+_GAUGES |= {"draft_tokens", "prefix_bytes", "prefixes", "disk_bytes", "disk_prefixes"}
 
 _TOKENS = tuple(float(2**i) for i in range(21))
 _SECONDS = (0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0)
@@ -66,10 +66,17 @@ class Metrics:
             values["disk_bytes"] = values.get("disk_bytes", 0) + self._replay.nbytes
         else:  # the last state is not the present one
             values = {key: value for key, value in values.items() if key not in _GAUGES}
-        histograms = values.pop("histograms")
+        histograms, places = values.pop("histograms"), values.pop("drafts_by_place", [])
         for key, value in values.items():
             kind = GaugeMetricFamily if key in _GAUGES else CounterMetricFamily
             yield kind(f"ds4jax_{key}", key.replace("_", " ").capitalize(), value=value)
+        for i, name in enumerate(("tried", "accepted") if places else ()):
+            family = CounterMetricFamily(
+                f"ds4jax_drafts_{name}", f"Drafts {name}, by place in a round", labels=["place"]
+            )
+            for place, counts in enumerate(places, 1):
+                family.add_metric([str(place)], counts[i])
+            yield family
         for key, found in histograms.items():
             counts = itertools.accumulate(found.counts)
             buckets = list(zip([*map(str, found.bounds), "+Inf"], counts, strict=True))

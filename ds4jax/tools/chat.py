@@ -40,6 +40,7 @@ if TYPE_CHECKING:  # JAX takes a second to import
 FLAGS = flags.FlagValues()
 cli.define_model(FLAGS)
 cli.define_profile(FLAGS)
+cli.define_drafts(FLAGS)
 flags.DEFINE_string("system", "", "The system prompt.", flag_values=FLAGS)
 flags.DEFINE_enum("think", "on", THINK_MODES, "Whether the model reasons first.", flag_values=FLAGS)
 flags.DEFINE_integer("max_tokens", None, "The longest answer; by default all the room.", 1, flag_values=FLAGS)
@@ -54,7 +55,8 @@ _DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
 
 def main() -> int:
     """Chat as FLAGS say, until the user leaves; → exit status. Raises Ds4Error."""
-    settings = Settings.load(FLAGS.config, model=FLAGS.model, ctx=FLAGS.ctx, profile=FLAGS.profile)
+    overrides = {key: FLAGS[key].value for key in ("model", "ctx", "profile", *cli.DRAFTS)}
+    settings = Settings.load(FLAGS.config, **overrides)
     with asyncio.Runner() as loop, _line_editing():
         session = Session(loop.run, settings, lambda settings: _open(settings))
         try:

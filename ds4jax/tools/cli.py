@@ -58,6 +58,21 @@ def define_answers(flag_values: flags.FlagValues) -> None:
     flags.DEFINE_integer("ctx", None, text, flag_values=flag_values)
 
 
+DRAFTS = ("draft", "draft_tokens")
+"""The flags of `define_drafts`, which replace the keys of these names in a config."""
+
+
+def define_drafts(flag_values: flags.FlagValues) -> None:
+    """Define the flags in DRAFTS, for tools that generate tokens or plan to."""
+    text = (
+        "Whose drafts are verified, several tokens at once: a drafter's GGUF file, auto (the one beside the model, or "
+        "its MTP head) or off; by default the config's. The text does not depend on it."
+    )
+    flags.DEFINE_string("draft", None, text, flag_values=flag_values)
+    text = "Tokens drafted at once, at most; 0: what the drafter is made for. By default the config's."
+    flags.DEFINE_integer("draft_tokens", None, text, flag_values=flag_values)
+
+
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed")
 """The flags of `define_sampling`: parameters of `engine.types.Sampling`."""
 

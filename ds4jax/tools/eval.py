@@ -24,8 +24,7 @@ from absl import flags
 from tqdm import tqdm
 
 from ds4jax.errors import ConfigError, Ds4Error
-from ds4jax.io.checkpoint import open_checkpoint
-from ds4jax.io.download import resolve_model
+from ds4jax.io.drafter import open_with_drafter
 from ds4jax.settings import Settings
 from ds4jax.tools import cli
 
@@ -65,7 +64,7 @@ def main() -> None:
     from ds4jax.quality.journal import Journal, model_key
 
     questions = library.read_questions(Path(FLAGS.tasks))
-    checkpoint = open_checkpoint(resolve_model(settings))
+    checkpoint = open_with_drafter(settings)
     metadata = checkpoint.file.metadata
     tokenizer = Tokenizer.from_metadata(metadata)
     profile = choose(settings.profile, metadata, checkpoint.file.path.name).name

@@ -21,8 +21,8 @@ from absl import flags
 from ds4jax.chat import template as chat
 from ds4jax.errors import ConfigError, Ds4Error
 from ds4jax.files import LARGE, read_small
-from ds4jax.io.checkpoint import Checkpoint, open_checkpoint
-from ds4jax.io.download import resolve_model
+from ds4jax.io.checkpoint import Checkpoint
+from ds4jax.io.drafter import open_with_drafter
 from ds4jax.io.tokenizer import StreamDecoder, Tokenizer
 from ds4jax.profile import MAX_EFFORT_CTX, choose, effort_prefix
 from ds4jax.settings import Settings
@@ -52,6 +52,7 @@ flags.DEFINE_bool("raw", False, "Continue the prompt as it is, without the chat 
 cli.define_answers(FLAGS)
 cli.define_sampling(FLAGS)
 cli.define_compute(FLAGS)
+cli.define_drafts(FLAGS)
 flags.DEFINE_bool("dump_tokens", False, "Print the prompt's token ids and pieces, and stop.", flag_values=FLAGS)
 flags.DEFINE_string("dump_logprobs", None, "A JSON file for the logits behind every token.", flag_values=FLAGS)
 flags.DEFINE_integer("logprobs_top_k", 20, "Alternatives per step in --dump_logprobs.", flag_values=FLAGS)
@@ -60,10 +61,10 @@ flags.DEFINE_integer("logprobs_top_k", 20, "Alternatives per step in --dump_logp
 def main() -> int:
     """Run the tool as FLAGS say; → exit status. Raises Ds4Error."""
     source, several = _prompt_source()
-    overrides = {key: FLAGS[key].value for key in ("model", "ctx", "max_tokens", "profile", "numerics", "kernels")}
-    settings = Settings.load(FLAGS.config, **overrides)
+    keys = "model", "ctx", "max_tokens", "profile", "numerics", "kernels", *cli.DRAFTS
+    settings = Settings.load(FLAGS.config, **{key: FLAGS[key].value for key in keys})
     settings.set_environment()
-    checkpoint = open_checkpoint(resolve_model(settings))
+    checkpoint = open_with_drafter(settings)
     file = checkpoint.file
     try:
         tokenizer = Tokenizer.from_metadata(file.metadata)
@@ -331,8 +332,9 @@ def _engine(checkpoint: Checkpoint, settings: Settings, batch: int, requests: It
     compile_cache.keep_compilations()
     sizes = chunk_sizes((len(request.tokens) for request in requests), settings.prefill_chunk)
     runner = model_runner.ModelRunner(checkpoint, settings, batch, progress=True, sizes=sizes)
+    engine = Engine(runner, sizes=sizes)
     try:
-        yield Engine(runner, sizes=sizes)
+        yield engine
     finally:
         stats = runner.stats
         for what, n, seconds in (
@@ -341,6 +343,8 @@ def _engine(checkpoint: Checkpoint, settings: Settings, batch: int, requests: It
         ):
             if n:
                 print(f"{what}: {n} tokens in {seconds:.2f} s, {n / seconds:.1f} tokens/s", file=sys.stderr)
+        if engine.speculation:
+            print(f"drafts: {engine.speculation}", file=sys.stderr)
         peak = memory.describe_peak(runner.steps)
         print(f"compilation: {stats.compile_seconds:.1f} s; {peak}", file=sys.stderr)
 

@@ -309,7 +309,7 @@ def _read_text(path: Path) -> Imatrix:
         raise Ds4Error(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if FLAGS.chunks is not None and FLAGS.chunks < 1:
         raise ConfigError(f"chunks: found {FLAGS.chunks}, expected at least 1")
-    settings = Settings.load(FLAGS.config, model=FLAGS.model, ctx=FLAGS.ctx)
+    settings = Settings.load(FLAGS.config, model=FLAGS.model, ctx=FLAGS.ctx, draft="off")
     settings.set_environment()
     checkpoint = open_checkpoint(resolve_model(settings))
     tokenizer = Tokenizer.from_metadata(checkpoint.file.metadata)

@@ -18,6 +18,7 @@ FLAGS = flags.FlagValues()
 cli.define_model(FLAGS)
 cli.define_synthetic(FLAGS)
 cli.define_device(FLAGS)
+cli.define_drafts(FLAGS)
 flags.DEFINE_integer("ctx", None, "Tokens that one sequence can hold; by default the config's.", flag_values=FLAGS)
 flags.DEFINE_integer("batch", None, "Sequences at once; by default the config's.", flag_values=FLAGS)
 flags.DEFINE_integer("prefill_chunk", None, "Tokens per prefill call; by default the config's.", flag_values=FLAGS)
@@ -30,7 +31,7 @@ flags.DEFINE_bool(
 
 def main() -> int:
     """Run the tool as FLAGS say; → exit status: 1 if the plan does not fit. Raises Ds4Error."""
-    keys = ("model", "ctx", "batch", "prefill_chunk", "device")
+    keys = "model", "ctx", "batch", "prefill_chunk", "device", *cli.DRAFTS
     settings = Settings.load(FLAGS.config, **{key: FLAGS[key].value for key in keys})
     settings.set_environment()
     from ds4jax.engine import compile_cache, memory, planning

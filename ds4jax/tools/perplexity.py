@@ -78,7 +78,7 @@ def main() -> None:
     """Run the tool as FLAGS say. Raises Ds4Error."""
     _check_flags()
     overrides = {name: FLAGS[name].value for name in ("model", "numerics", "kernels")}
-    settings = Settings.load(FLAGS.config, **overrides)
+    settings = Settings.load(FLAGS.config, draft="off", **overrides)
     settings.set_environment()
     from ds4jax.quality import perplexity as library
 

@@ -475,7 +475,8 @@ def main() -> None:
         if path and not Path(path).parent.is_dir():
             raise ConfigError(f"{name}: found {path}, expected a file in an existing directory")
     context = FLAGS.ctx if FLAGS.ctx is not None else 0 if FLAGS.prefill else 2048
-    settings = Settings.load(FLAGS.config, model=FLAGS.model, batch=FLAGS.batch, prefill_chunk=FLAGS.prefill)
+    overrides = {"model": FLAGS.model, "batch": FLAGS.batch, "prefill_chunk": FLAGS.prefill, "draft": "off"}
+    settings = Settings.load(FLAGS.config, **overrides)
     settings.set_environment()
     import jax
 

@@ -39,6 +39,7 @@ _HOST = re.compile(r"\*|(\*\.)?[\w.-]+|\[?[0-9a-fA-F:]+\]?")
 FLAGS = flags.FlagValues()
 cli.define_model(FLAGS)
 cli.define_profile(FLAGS)
+cli.define_drafts(FLAGS)
 cli.define_synthetic(FLAGS)
 flags.DEFINE_string("host", "127.0.0.1", "Address to listen at; 0.0.0.0 for all of this machine's.", flag_values=FLAGS)
 flags.DEFINE_integer("port", 8000, "0 takes a free one.", lower_bound=0, upper_bound=65535, flag_values=FLAGS)
@@ -106,7 +107,8 @@ def main() -> int:
     for host in FLAGS.allowed_hosts or ():
         if not _HOST.fullmatch(host):
             raise ConfigError(f"allowed_hosts: found {host!r}, expected the name of a host without a port, or *.NAME")
-    settings = Settings.load(FLAGS.config, model=FLAGS.model, ctx=FLAGS.ctx, profile=FLAGS.profile)
+    overrides = {key: FLAGS[key].value for key in ("model", "ctx", "profile", *cli.DRAFTS)}
+    settings = Settings.load(FLAGS.config, **overrides)
     settings.set_environment()
     from ds4jax.engine.async_engine import AsyncEngine
     from ds4jax.server.app import Options

@@ -59,7 +59,7 @@ def main() -> int:
         if not 0 <= (found := getattr(FLAGS, name)) <= most:
             raise ConfigError(f"{name}: found {found}, expected a number from 0 to {most}")
     overrides = {name: FLAGS[name].value for name in ("model", "profile", "numerics", "kernels")}
-    settings = Settings.load(FLAGS.config, **overrides)
+    settings = Settings.load(FLAGS.config, draft="off", **overrides)
     settings.set_environment()
     checkpoint = open_checkpoint(resolve_model(settings))
     tokenizer = Tokenizer.from_metadata(checkpoint.file.metadata)

@@ -1,0 +1,192 @@
+"""Rounds of drafts say what plain decoding says, whatever is drafted, and leave the state that it leaves."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import random_weights
+from test_verify import CFG as BASE
+from test_verify import reachable
+
+from ds4jax.config import DrafterConfig
+from ds4jax.engine import sampling
+from ds4jax.engine.compiled_steps import BLOCK, ROUNDS, decode_step, prefill_step, speculate_step
+from ds4jax.engine.types import Sampling
+from ds4jax.model import cache as kv
+from ds4jax.model import weights
+from ds4jax.model.compute import Compute
+from ds4jax.model.drafting import DsparkDrafter, MtpDrafter, drafter_of
+
+CFG = dataclasses.replace(
+    BASE, n_mtp=1, drafter=DrafterConfig(stages=2, block_size=5, markov_rank=16, noise_token=63, target_layers=(1, 2))
+)
+COMPUTE = Compute("official", "float64")  # in float64 no rounding to 4 or 8 bits falls on the other side
+MODEL = {"cfg": CFG, "compute": COMPUTE}
+LENGTHS = (1, 3, 30, 100, 122, 127)  # of the prompts, around windows of 4, 32 and 128 tokens
+PARAMS = [
+    Sampling(temperature=0.0),
+    Sampling(seed=1),
+    Sampling(temperature=0.5, top_k=9, seed=2),
+    Sampling(temperature=2.0, top_p=0.8, seed=3),
+    Sampling(temperature=0.0),
+    Sampling(temperature=0.3, min_p=0.2, seed=4),
+]
+B, AHEAD = len(LENGTHS), 2 * BLOCK
+
+
+@pytest.fixture(autouse=True, scope="module")
+def double():
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture(scope="module")
+def model():
+    w, _ = random_weights.make(CFG, weights.abstract(CFG, random_weights.F32, random_weights.F32), 3)
+    return w
+
+
+@functools.cache
+def jitted(drafter):
+    return jax.jit(functools.partial(speculate_step, **MODEL, drafter=drafter))
+
+
+class Plain:
+    """Prompts, and what plain decoding makes of them while a drafter follows.
+
+    caches, anchors: after the prompts, and after AHEAD more tokens. text: these, (B, AHEAD). logits: after them.
+    """
+
+    def __init__(self, w, drafter):
+        self.w, self.drafter = w, drafter
+        prompts = np.random.default_rng(0).integers(0, CFG.vocab_size, (B, 128)).astype(np.int32)
+        cache = kv.empty(CFG, COMPUTE.numerics, COMPUTE.dtype, B, 256)
+        prefill = jax.jit(functools.partial(prefill_step, **MODEL, drafter=drafter))
+        first = []
+        for slot, (n, params) in enumerate(zip(LENGTHS, PARAMS, strict=True)):
+            targets = np.full(128, -1, np.int32)
+            args = np.int32(slot), np.array([True]), prompts[slot : slot + 1], np.array([n], np.int32)
+            token, *_, cache = prefill(w, cache, *args, sampling.batch([params]), targets)
+            first.append(int(token[0]))
+        self.params, self.anchors, self.caches = sampling.batch(PARAMS), [np.array(first, np.int32)], [cache]
+        decode = jax.jit(functools.partial(decode_step, **MODEL, drafter=drafter))
+        results, text = (np.zeros((BLOCK, B), np.int32), np.zeros((1, B), np.int32), np.zeros((B, CFG.vocab_size))), []
+        for tokens in (self.anchors[0], np.full(B, -1, np.int32)):
+            *results, cache = decode(
+                w,
+                cache,
+                tuple(results),
+                np.arange(B, dtype=np.int32),
+                tokens,
+                np.ones(B, bool),
+                np.int32(BLOCK),
+                self.params,
+            )
+            text.append(np.asarray(results[0]))
+        self.text, self.logits = np.concatenate(text).T, np.asarray(results[2])
+        self.caches.append(cache)
+
+    def speculate(self, n, drafter):
+        """Rounds of n drafts until every sequence is AHEAD tokens further → text, logits, cache, tokens of each round.
+
+        The room of a call is not a multiple of what a round may give.
+        """
+        step = jitted(drafter)
+        cache, tokens, text = self.caches[0], self.anchors[0], [[] for _ in range(B)]
+        logits, last, kept = np.zeros((B, CFG.vocab_size)), np.zeros((1, B), np.int32), []
+        while min(map(len, text)) < AHEAD:
+            room = np.array([min(AHEAD - len(t), 7 + b) for b, t in enumerate(text)], np.int32)
+            results = np.zeros((ROUNDS, 1 + n, B), np.int32), np.zeros((ROUNDS, B), np.int32), last, logits
+            args = np.arange(B, dtype=np.int32), tokens, room, np.int32(3), self.params
+            ids, counts, last, logits, cache = step(self.w, cache, results, *args)
+            for b, t in enumerate(text):
+                for r in range(ROUNDS):
+                    t += np.asarray(ids)[r, : counts[r, b], b].tolist()
+            tokens = np.full(B, -1, np.int32)
+            kept.append(np.asarray(counts))
+        return np.array(text), np.asarray(logits), cache, np.concatenate(kept)
+
+
+class Both:
+    """Both drafters follow, so that one text serves the tests of both; one of them drafts."""
+
+    def __init__(self, drafts):
+        self.drafters, self.draft = (DsparkDrafter(), MtpDrafter()), drafts.draft
+
+    def tap(self, cfg):
+        seen = [drafter.tap(cfg) for drafter in self.drafters]
+
+        def both(*args):
+            for one in seen:
+                one(*args)
+
+        both.seen = seen
+        return both
+
+    def follow(self, w, cache, both, *args):
+        for drafter, seen in zip(self.drafters, both.seen, strict=True):
+            cache = drafter.follow(w, cache, seen, *args)
+        return cache
+
+
+@pytest.fixture(scope="module")
+def plain(model):
+    return Plain(model, Both(DsparkDrafter()))
+
+
+class Said:
+    """A drafter that knows the text, and of every draft whether to say it: both come in place of the MTP head."""
+
+    def tap(self, cfg):
+        return lambda *_: None
+
+    def follow(self, w, cache, *_):
+        return cache
+
+    def draft(self, w, cache, anchor, active, count, choose, cfg, compute):
+        tokens, right = w.mtp
+        at = cache.length[:, None] - jnp.array(LENGTHS, jnp.int32)[:, None] + jnp.arange(1, 1 + count, dtype=jnp.int32)
+        true, right = (jnp.take_along_axis(x, at, axis=1) for x in (tokens, right))
+        return jnp.where(right, true, (true + 1) % cfg.vocab_size)
+
+
+SAID = Said()
+
+
+def test_the_drafter_of_a_model():
+    assert drafter_of(CFG) == DsparkDrafter()
+    assert drafter_of(dataclasses.replace(CFG, drafter=None)) == MtpDrafter()
+    assert drafter_of(dataclasses.replace(CFG, drafter=None, n_mtp=0)) is None
+
+
+FAST = [(5, DsparkDrafter)]
+SLOW = {(n, drafter) for n in range(1, 6) for drafter in (DsparkDrafter, MtpDrafter)} - {*FAST}
+
+
+@pytest.mark.parametrize(
+    "n, drafter", [*FAST, *(pytest.param(*case, marks=pytest.mark.slow) for case in sorted(SLOW, key=str))]
+)
+def test_text_logits_and_state_are_those_of_plain_decoding(plain, n, drafter):
+    text, logits, cache, kept = plain.speculate(n, Both(drafter()))
+    np.testing.assert_array_equal(text, plain.text)
+    np.testing.assert_allclose(logits, plain.logits, rtol=1e-9, atol=1e-9)
+    found, wanted = reachable(cache), reachable(plain.caches[1])
+    for name, x in wanted.items():
+        np.testing.assert_allclose(found[name], x, rtol=1e-9, atol=1e-9, err_msg=name)
+    np.testing.assert_allclose(cache.carry, plain.caches[1].carry, rtol=1e-9, atol=1e-9)
+    assert kept.max() > 1  # some drafts hold by chance
+
+
+@pytest.mark.parametrize("held", range(6))
+def test_drafts_that_hold_in_part(plain, monkeypatch, held):
+    """Every number of accepted drafts at every position from the prompts on, over the windows of 4, 32 and 128."""
+    true = np.concatenate([plain.anchors[0][:, None], plain.text, np.zeros((B, 9), np.int32)], axis=1)
+    right = np.random.default_rng(held).random(true.shape) < held / 5
+    monkeypatch.setattr(plain, "w", dataclasses.replace(plain.w, mtp=(true, right)))
+    text, logits, _, kept = plain.speculate(5, SAID)
+    np.testing.assert_array_equal(text, plain.text)
+    np.testing.assert_allclose(logits, plain.logits, rtol=1e-9, atol=1e-9)
+    assert {0: {0, 1}, 5: {0, 6}}.get(held, set()) <= set(np.unique(kept)) and (held or kept.max() == 1)
