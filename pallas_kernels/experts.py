@@ -123,8 +123,9 @@ class Shape:
 
 def _shapes() -> dict[str, Shape]:
     out = {}
-    for gate_up_fmt, down_fmt in (("IQ2_XXS", "Q2_K"), ("Q4_K", "Q4_K"), ("MXFP4", "MXFP4"), ("Q8_0", "Q8_0")):
-        for tokens in (1, 2, 4, 16, 32) if gate_up_fmt == "IQ2_XXS" else (1, 16):
+    pairs = ("IQ2_XXS", "Q2_K"), ("IQ2_3B", "Q2_K"), ("Q4_K", "Q4_K"), ("MXFP4", "MXFP4"), ("Q8_0", "Q8_0")
+    for gate_up_fmt, down_fmt in pairs:
+        for tokens in (1, 2, 3, 4, 6, 16, 32) if down_fmt == "Q2_K" else (1, 16):
             out[f"gate_up {gate_up_fmt} {tokens}"] = Shape("gate_up", gate_up_fmt, tokens, k=4096, n=2048)
             out[f"down {down_fmt} {tokens}"] = Shape("down", down_fmt, tokens, k=2048, n=4096)
     return out
