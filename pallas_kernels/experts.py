@@ -320,6 +320,7 @@ def _pack(packing: Packing, S: int, interpret: bool):
         out_shape=jax.ShapeDtypeStruct((S, *packing.shape), jnp.int32),
         num_warps=1,
         num_stages=1,
+        rows=S,
         interpret=interpret,
     )
 
@@ -372,6 +373,7 @@ def _gate_up(fmt: str, S: int, k: int, K: int, F: int, clamp: float, config: Con
         out_shape=jax.ShapeDtypeStruct((S * k, F), jnp.float32),
         num_warps=warps,
         num_stages=1,
+        rows=S,
         interpret=interpret,
     )
 
@@ -417,6 +419,7 @@ def _down(fmt: str, S: int, k: int, F: int, E: int, adds: bool, dtype: np.dtype,
         out_shape=jax.ShapeDtypeStruct((S, E), dtype),
         num_warps=warps,
         num_stages=1,
+        rows=S,
         interpret=interpret,
     )
 

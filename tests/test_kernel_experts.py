@@ -248,6 +248,14 @@ def test_lowers_for_every_gpu(name):
         assert text.count("stablehlo.custom_call @__gpu$xla.gpu.triton") == 2  # pack and the product
 
 
+def test_dependents_start_early_with_one_token():
+    """With more, they would take the places of programs that work."""
+    for tokens, early in ((1, True), (2, False)):
+        shape = dataclasses.replace(SHAPES["down Q2_K 1"], tokens=tokens)
+        text = common.lower_for_gpu(lambda *a, of=shape: experts.experts(*a, **of.static), *structs(shape))
+        assert ("griddepcontrol.launch_dependents" in text) == early
+
+
 def test_candidates_cover_the_default():
     for shape in SHAPES.values():
         assert experts.default_config(shape) in experts.configs(shape)
