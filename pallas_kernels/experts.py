@@ -51,13 +51,13 @@ class Config:
     """A program has `num_warps` warps; each takes `rows` rows of a matrix, one after the other.
 
     tokens: how many tokens of one expert a program of gate_up serves at most; experts with more are read again.
-    sign_tables: how many of the four sign sets of an IQ2_XXS word come from a table (loads) instead of arithmetic.
+    ahead: for how many of down's steps the weights are on their way; 0: for one, in a loop.
     """
 
     num_warps: int = 4
     rows: int = 2
     tokens: int = 1
-    sign_tables: int = 0
+    ahead: int = 0
 
 
 # ---- shapes ----------------------------------------------------------------------------------------------------------
@@ -431,8 +431,8 @@ def configs(shape: Shape) -> list[Config]:
     for num_warps in (2, 4, 8):
         for rows in (1, 2, 4):
             for tokens in (1,) if shape.stage == "down" or shape.tokens == 1 else (1, 2, 4):
-                for sign_tables in (0, 2, 4) if shape.fmt == "IQ2_XXS" else (0,):
-                    out.append(Config(num_warps, rows, tokens, sign_tables))
+                for ahead in (0, 2, 3, 5) if shape.stage == "down" else (0,):
+                    out.append(Config(num_warps, rows, tokens, ahead))
     return [c for c in out if shape.n % (c.num_warps * c.rows) == 0]
 
 

@@ -11,7 +11,7 @@ from candidates import each_value
 from unit_formats import UNITS, mostly_slow
 
 from ds4jax import formats
-from ds4jax.formats.iq2_xxs import NIBBLES, SIGNS, spread
+from ds4jax.formats.iq import NIBBLES, SIGNS, spread
 from ds4jax.ops import experts as experts_op
 from ds4jax.ops.check import formula
 from ds4jax.ops.check import packed as packed_in_xla
@@ -79,16 +79,16 @@ def test_a_format_takes_every_scale_and_code(fmt):
     assert error(found, expected) < TOLERANCE
 
 
-def test_sign_tables_hold_what_arithmetic_gives():
+def test_spread_signs():
     sets = jnp.arange(128, dtype=jnp.uint32)
-    np.testing.assert_array_equal(spread(sets), known.needs("IQ2_XXS", "experts").table()[256:384])
     bits = np.asarray(SIGNS)[:, None] >> NIBBLES & 1
     np.testing.assert_array_equal(spread(sets)[:, None] >> np.arange(2, 32, 4, dtype=np.uint32) & 1, bits)
 
 
-def test_sign_tables():
-    shape = small("gate_up", "IQ2_XXS")
-    np.testing.assert_array_equal(check(shape, SMALL), check(shape, dataclasses.replace(SMALL, sign_tables=4)))
+def test_weights_on_their_way_for_several_steps():
+    shape = dataclasses.replace(small("down", "Q2_K", tokens=2), used=3)
+    for ahead in (1, 2, 5):
+        check(shape, dataclasses.replace(SMALL, ahead=ahead))
 
 
 def test_a_wide_format_multiplies_bit_for_bit_as_the_stored_one():

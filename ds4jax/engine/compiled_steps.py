@@ -51,10 +51,12 @@ BLOCK = 16  # the most tokens of a sequence that one decoding call computes
 class CompiledSteps:
     """The steps of a model for one batch and context length, each compiled for the shapes that it is called with.
 
-    Attributes: source, settings, cfg (of the model), batch, compute, tree (`weights.abstract`); weights, cache and
-    results (of the decoding step beside the cache), all three trees of `jax.ShapeDtypeStruct`; card (as given);
-    can_compile (whether that is possible on this machine, for the card); compiled (programs by name and shapes);
-    seconds (spent compiling); compiling (whether it does so now).
+    An `expert_layout` of auto counts as file here; `memory.steps` decides it.
+
+    Attributes: source, settings, wide (whether experts are), cfg (of the model), batch, compute, tree
+    (`weights.abstract`); weights, cache and results (of the decoding step beside the cache), all three trees of
+    `jax.ShapeDtypeStruct`; card (as given); can_compile (whether that is possible on this machine, for the card);
+    compiled (programs by name and shapes); seconds (spent compiling); compiling (whether it does so now).
     """
 
     def __init__(
@@ -83,7 +85,8 @@ class CompiledSteps:
         if card and self.can_compile:
             self.everywhere = jax.sharding.SingleDeviceSharding(card.device())
         self.compute = Compute(settings.numerics, settings.dtype, mesh, kernels=settings.kernels)
-        self.tree = weights.abstract(self.cfg, source.types)
+        self.wide = settings.expert_layout == "wide"
+        self.tree = weights.abstract(self.cfg, source.types, self.wide)
         self.weights = weights.structs(self.tree)
         self.cache = kv.abstract(self.cfg, settings.numerics, settings.dtype, self.batch, settings.ctx)
         logits = (self.batch, self.cfg.vocab_size), jnp.dtype(wide(jnp.dtype(settings.dtype)))

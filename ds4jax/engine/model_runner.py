@@ -16,7 +16,7 @@ import numpy as np
 from ds4jax.config import ModelConfig
 from ds4jax.engine import memory, sampling, snapshot
 from ds4jax.engine.chunks import pad
-from ds4jax.engine.compiled_steps import BLOCK, SCORED, CompiledSteps, block_logits, compiler_options, decode_args
+from ds4jax.engine.compiled_steps import BLOCK, SCORED, block_logits, compiler_options, decode_args
 from ds4jax.engine.constraints import edits
 from ds4jax.engine.snapshot import Planes
 from ds4jax.engine.types import Sampling
@@ -109,7 +109,7 @@ class ModelRunner:
         """
         file = None if isinstance(checkpoint, Synthetic) else checkpoint.file
         self.profile = choose(settings.profile, file.metadata if file else {}, file.path.name if file else "")
-        self.steps = CompiledSteps(checkpoint, settings, batch, progress)
+        self.steps = memory.steps(checkpoint, settings, batch, progress, sizes=sizes)
         self.settings, self.checkpoint, self.cfg = settings, checkpoint, checkpoint.cfg
         self.batch, self._compute = self.steps.batch, self.steps.compute
         self.plan = memory.check(self.steps, sizes)
@@ -122,7 +122,7 @@ class ModelRunner:
         if isinstance(checkpoint, Synthetic):
             self.weights = weights.init_random(self.steps.tree, self.cfg, checkpoint.seed, self._compute.mesh)
         else:
-            self.weights, _ = load(checkpoint, self._compute.mesh, progress)
+            self.weights, _ = load(checkpoint, self._compute.mesh, progress, wide=self.steps.wide)
         self.reset()
 
     def reset(self) -> None:

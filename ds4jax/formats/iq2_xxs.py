@@ -17,10 +17,8 @@ from ds4jax.formats.base import Quantized, bytes_of, mean_square, pack_bits, ran
 from ds4jax.formats.iq import (
     NIBBLES,
     SIGNED,
-    SIGNS,
     grid_codes,
     grid_of,
-    nibbles,
     sign_bytes,
     signed_points,
     spread,
@@ -88,14 +86,13 @@ class NibbleDots(Dots):
 
 
 class _Dots(NibbleDots):
-    signed = 384
+    signed = 256
 
     @classmethod
     @functools.cache
     def table(cls):
-        """uint32 (512): the grid as nibbles 0-2, the sign sets as of `spread`, 64 times each word for `lookup`."""
-        negative = SIGNS[:, None] >> np.arange(8) & 1
-        return np.concatenate([GRID_CODES, nibbles(negative << 2), np.repeat(SIGNED, 64)]).astype(np.uint32)
+        """uint32 (384): the grid as nibbles 0-2, 64 times each word for `lookup`."""
+        return np.concatenate([GRID_CODES, np.repeat(SIGNED, 64)]).astype(np.uint32)
 
     @classmethod
     def load(cls, refs, tile):
@@ -106,8 +103,7 @@ class _Dots(NibbleDots):
     def codes(cls, row, i, program):
         grid, signs, _ = row
         codes = program.table[i32(grid >> jnp.uint32(8 * i) & jnp.uint32(255))]
-        sets = signs >> jnp.uint32(7 * i) & jnp.uint32(127)
-        return codes | (program.table[i32(sets) + 256] if i < program.config.sign_tables else spread(sets))
+        return codes | spread(signs >> jnp.uint32(7 * i) & jnp.uint32(127))
 
     @classmethod
     def scale(cls, row):
