@@ -47,6 +47,8 @@ class Settings:
     prefill_chunk: tokens per prefill call. More are faster and need more memory for activations.
     memory_fraction: the part of each GPU's memory that JAX may take (XLA_CLIENT_MEM_FRACTION).
     preallocate: whether to take it all at the start (XLA_PYTHON_CLIENT_PREALLOCATE).
+    expert_layout: of the routed experts in memory: ``file``, as the file has them; ``wide``, those in IQ2_XXS as 3-bit
+        codes, which take half as much again and are faster in kernels; ``auto``, wide with kernels if all fits.
     device: the GPU that the config is for, see `engine.cards`, or ``here``, whatever is there. Only plans depend on it.
     draft: whose drafts the model verifies, several tokens at once: a GGUF file with a DSpark drafter or an MTP head;
         ``auto``, the drafter beside the model (``NAME-dspark.gguf``), else the model's own MTP head, if there is one;
@@ -67,6 +69,7 @@ class Settings:
     prefill_chunk: int = 128
     memory_fraction: float = 0.75
     preallocate: bool = True
+    expert_layout: Literal["auto", "file", "wide"] = "auto"
     device: str = "here"
     draft: str = "off"
     draft_tokens: int = 0

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import jax
+import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
@@ -48,17 +51,20 @@ def call(
     in_specs: Sequence[pl.BlockSpec] | None = None,
     out_specs: Any = None,
     aliases: dict[int, int] | None = None,
+    rows: int = 0,
     interpret: bool = False,
 ) -> Callable[..., Any]:
     """`pl.pallas_call` for Triton. Without specs a kernel gets whole arrays as refs and indexes them itself.
 
     Keep the result (functools.cache on what builds it): a call object that is reused is lowered once.
-    aliases: number of an argument → number of the output that takes its place.
+    aliases: number of an argument → number of the output that takes its place. rows: the tokens of a decoding step; if
+    there is just one, kernels that depend on this one start early, see `let_dependents_start`.
     """
+    early = rows == 1 and not interpret
     specs: dict[str, Any] = {} if in_specs is None else {"in_specs": in_specs}
     specs |= {} if out_specs is None else {"out_specs": out_specs}
     return pl.pallas_call(
-        kernel,
+        functools.partial(_starting, kernel, 32 * num_warps) if early else kernel,
         name=name,
         grid=grid,
         out_shape=out_shape,
@@ -67,6 +73,30 @@ def call(
         compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=num_stages),
         **specs,
     )
+
+
+def _starting(kernel: Callable[..., None], threads: int, *refs: Any) -> None:
+    let_dependents_start(jax.tree.leaves(refs)[-1], threads)
+    kernel(*refs)
+
+
+def let_dependents_start(ref: Any, threads: int) -> None:
+    """The kernels that depend on this one may take their places on the GPU once all of its programs have come here.
+
+    They read nothing before all of it is done: XLA begins every kernel with a wait for that (``griddepcontrol.wait``).
+    With one token that takes a tenth off a step, since most kernels are short; with sixteen, waiting programs are in
+    the way of those that work. An instruction must have a result that is used: here it says that nothing is to be
+    stored in `ref`, an output.
+    """
+    (nothing,) = plgpu.elementwise_inline_asm(
+        "griddepcontrol.launch_dependents; mov.b32 $0, 0;",
+        args=[lax.iota(jnp.int32, threads)],
+        constraints="=r,r",
+        pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct((threads,), jnp.int32)],
+    )
+    at = ref.at[(*(0,) * (len(ref.shape) - 1), nothing)]
+    plgpu.store(at, jnp.zeros((threads,), ref.dtype), mask=nothing != 0)
 
 
 def choose[C, S](config: Choice[C, S], shape: S) -> C:

@@ -308,6 +308,7 @@ def _call(parts: tuple[Part, ...], shapes: Any, eps: float, c: Config, interpret
         num_warps=c.num_warps,
         num_stages=1,
         aliases={k: k for k in range(len(leaves))},
+        rows=B,
         interpret=interpret,
     )
 

@@ -51,13 +51,13 @@ class Config:
     """A program has `num_warps` warps; each takes `rows` rows of a matrix, one after the other.
 
     tokens: how many tokens of one expert a program of gate_up serves at most; experts with more are read again.
-    sign_tables: how many of the four sign sets of an IQ2_XXS word come from a table (loads) instead of arithmetic.
+    ahead: for how many of down's steps the weights are on their way; 0: for one, in a loop.
     """
 
     num_warps: int = 4
     rows: int = 2
     tokens: int = 1
-    sign_tables: int = 0
+    ahead: int = 0
 
 
 # ---- shapes ----------------------------------------------------------------------------------------------------------
@@ -123,8 +123,9 @@ class Shape:
 
 def _shapes() -> dict[str, Shape]:
     out = {}
-    for gate_up_fmt, down_fmt in (("IQ2_XXS", "Q2_K"), ("Q4_K", "Q4_K"), ("MXFP4", "MXFP4"), ("Q8_0", "Q8_0")):
-        for tokens in (1, 2, 4, 16, 32) if gate_up_fmt == "IQ2_XXS" else (1, 16):
+    pairs = ("IQ2_XXS", "Q2_K"), ("IQ2_3B", "Q2_K"), ("Q4_K", "Q4_K"), ("MXFP4", "MXFP4"), ("Q8_0", "Q8_0")
+    for gate_up_fmt, down_fmt in pairs:
+        for tokens in (1, 2, 3, 4, 6, 16, 32) if down_fmt == "Q2_K" else (1, 16):
             out[f"gate_up {gate_up_fmt} {tokens}"] = Shape("gate_up", gate_up_fmt, tokens, k=4096, n=2048)
             out[f"down {down_fmt} {tokens}"] = Shape("down", down_fmt, tokens, k=2048, n=4096)
     return out
@@ -319,6 +320,7 @@ def _pack(packing: Packing, S: int, interpret: bool):
         out_shape=jax.ShapeDtypeStruct((S, *packing.shape), jnp.int32),
         num_warps=1,
         num_stages=1,
+        rows=S,
         interpret=interpret,
     )
 
@@ -371,6 +373,7 @@ def _gate_up(fmt: str, S: int, k: int, K: int, F: int, clamp: float, config: Con
         out_shape=jax.ShapeDtypeStruct((S * k, F), jnp.float32),
         num_warps=warps,
         num_stages=1,
+        rows=S,
         interpret=interpret,
     )
 
@@ -416,6 +419,7 @@ def _down(fmt: str, S: int, k: int, F: int, E: int, adds: bool, dtype: np.dtype,
         out_shape=jax.ShapeDtypeStruct((S, E), dtype),
         num_warps=warps,
         num_stages=1,
+        rows=S,
         interpret=interpret,
     )
 
@@ -427,8 +431,8 @@ def configs(shape: Shape) -> list[Config]:
     for num_warps in (2, 4, 8):
         for rows in (1, 2, 4):
             for tokens in (1,) if shape.stage == "down" or shape.tokens == 1 else (1, 2, 4):
-                for sign_tables in (0, 2, 4) if shape.fmt == "IQ2_XXS" else (0,):
-                    out.append(Config(num_warps, rows, tokens, sign_tables))
+                for ahead in (0, 2, 3, 5) if shape.stage == "down" else (0,):
+                    out.append(Config(num_warps, rows, tokens, ahead))
     return [c for c in out if shape.n % (c.num_warps * c.rows) == 0]
 
 

@@ -247,6 +247,7 @@ def _products(S: int, N: int, E: int, dtype, mixes: bool, c: Config, interpret: 
         out_shape=[*new, parts],
         num_warps=c.warps,
         num_stages=3 if c.slices else 1,
+        rows=S,
         interpret=interpret,
     )
 
@@ -262,6 +263,7 @@ def _collapsed(S: int, N: int, E: int, dtype, head: bool, numbers: Numbers, c: C
         out_shape=[jax.ShapeDtypeStruct((S, E), dtype), *([] if head else mixture)],
         num_warps=c.collapse_warps,
         num_stages=1,
+        rows=S,
         interpret=interpret,
     )
 

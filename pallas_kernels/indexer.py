@@ -166,6 +166,7 @@ def _call(B: int, T: int, N: int, ratio: int, c: Config, interpret: bool):
         out_shape=jax.ShapeDtypeStruct((B, T, N), jnp.float32),
         num_warps=c.num_warps,
         num_stages=c.num_stages,
+        rows=B * T,
         interpret=interpret,
     )
 

@@ -150,6 +150,7 @@ def _call(B: int, H: int, D: int, planes: tuple, eps: float, c: Config, interpre
         num_warps=c.num_warps,
         num_stages=1,
         aliases={8: 1, 9: 2, 10: 3},
+        rows=B,
         interpret=interpret,
     )
 

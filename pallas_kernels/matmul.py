@@ -315,6 +315,7 @@ def _build(shape: Shape, config: Config, interpret: bool) -> Callable:
         out_shape=out_shape,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        rows=shape.m,
         interpret=interpret,
     )
 
@@ -353,6 +354,7 @@ def _combine(shape: Shape, splits: int, interpret: bool) -> Callable:
         out_shape=[jax.ShapeDtypeStruct((shape.m, out.n), out.dtype) for out in shape.outputs],
         num_warps=2,
         num_stages=1,
+        rows=shape.m,
         interpret=interpret,
     )
 

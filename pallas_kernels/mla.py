@@ -369,7 +369,7 @@ def _calls(st: _Static, interpret: bool) -> tuple:
 
     o = jax.ShapeDtypeStruct((st.B, st.T, st.H, st.D), st.dtype)
     part = jax.ShapeDtypeStruct((st.B * st.T, S, st.H), jnp.float32)
-    call = functools.partial(common.call, num_stages=1, interpret=interpret)
+    call = functools.partial(common.call, num_stages=1, rows=st.B * st.T, interpret=interpret)
     attend = call(
         first,
         name="mla_attend",

@@ -175,6 +175,7 @@ def _call(
         out_shape=out if packing is None else [*out, jax.ShapeDtypeStruct((S, *packing.shape), jnp.int32)],
         num_warps=c.num_warps,
         num_stages=1,
+        rows=S,
         interpret=interpret,
     )
 

@@ -175,6 +175,7 @@ def _call(rows: int, n: int, k: int, passes: int, c: Config, interpret: bool):
         out_shape=out[0] if blocks == 1 else out,
         num_warps=c.num_warps,
         num_stages=1,
+        rows=rows,
         interpret=interpret,
     )
 

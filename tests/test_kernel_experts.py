@@ -11,7 +11,7 @@ from candidates import each_value
 from unit_formats import UNITS, mostly_slow
 
 from ds4jax import formats
-from ds4jax.formats.iq2_xxs import NIBBLES, SIGNS, spread
+from ds4jax.formats.iq import NIBBLES, SIGNS, spread
 from ds4jax.ops import experts as experts_op
 from ds4jax.ops.check import formula
 from ds4jax.ops.check import packed as packed_in_xla
@@ -56,7 +56,7 @@ def test_gate_up(fmt):
 @pytest.mark.parametrize("fmt", mostly_slow(FORMATS, "Q5_K"))
 def test_down(fmt):
     """Units of 32 threads and more, so that a row takes several steps where the format has them."""
-    check(small("down", fmt, k=1024 if fmt != "IQ2_XXS" else 256), SMALL)
+    check(small("down", fmt, k=256 if fmt in ("IQ2_XXS", "IQ2_3B") else 1024), SMALL)
 
 
 @pytest.mark.parametrize("fmt", mostly_slow(FORMATS))
@@ -79,16 +79,22 @@ def test_a_format_takes_every_scale_and_code(fmt):
     assert error(found, expected) < TOLERANCE
 
 
-def test_sign_tables_hold_what_arithmetic_gives():
+def test_spread_signs():
     sets = jnp.arange(128, dtype=jnp.uint32)
-    np.testing.assert_array_equal(spread(sets), known.needs("IQ2_XXS", "experts").table()[256:384])
     bits = np.asarray(SIGNS)[:, None] >> NIBBLES & 1
     np.testing.assert_array_equal(spread(sets)[:, None] >> np.arange(2, 32, 4, dtype=np.uint32) & 1, bits)
 
 
-def test_sign_tables():
-    shape = small("gate_up", "IQ2_XXS")
-    np.testing.assert_array_equal(check(shape, SMALL), check(shape, dataclasses.replace(SMALL, sign_tables=4)))
+def test_weights_on_their_way_for_several_steps():
+    shape = dataclasses.replace(small("down", "Q2_K", tokens=2), used=3)
+    for ahead in (1, 2, 5):
+        check(shape, dataclasses.replace(SMALL, ahead=ahead))
+
+
+def test_a_wide_format_multiplies_bit_for_bit_as_the_stored_one():
+    """The random weights are the same, and so are the sums of integers."""
+    found, expected = (check(small("gate_up", fmt, k=1024), SMALL) for fmt in ("IQ2_3B", "IQ2_XXS"))
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_tokens_of_one_expert_are_served_together():
@@ -232,12 +238,22 @@ def structs(shape):
     return jax.eval_shape(shape.inputs, jax.eval_shape(lambda: jax.random.key(0)))
 
 
-@pytest.mark.parametrize("name", [name for name in SHAPES if name.endswith(" 1")] + ["gate_up IQ2_XXS 16"])
+@pytest.mark.parametrize(
+    "name", [name for name in SHAPES if name.endswith(" 1")] + ["gate_up IQ2_XXS 16", "gate_up IQ2_3B 16"]
+)
 def test_lowers_for_every_gpu(name):
     shape = SHAPES[name]
-    for device in DEVICES if name in ("gate_up IQ2_XXS 1", "down Q2_K 1") else DEVICES[:1]:
+    for device in DEVICES if name in ("gate_up IQ2_XXS 1", "gate_up IQ2_3B 1", "down Q2_K 1") else DEVICES[:1]:
         text = common.lower_for_gpu(lambda *a: experts.experts(*a, **shape.static), *structs(shape), device=device)
         assert text.count("stablehlo.custom_call @__gpu$xla.gpu.triton") == 2  # pack and the product
+
+
+def test_dependents_start_early_with_one_token():
+    """With more, they would take the places of programs that work."""
+    for tokens, early in ((1, True), (2, False)):
+        shape = dataclasses.replace(SHAPES["down Q2_K 1"], tokens=tokens)
+        text = common.lower_for_gpu(lambda *a, of=shape: experts.experts(*a, **of.static), *structs(shape))
+        assert ("griddepcontrol.launch_dependents" in text) == early
 
 
 def test_candidates_cover_the_default():
@@ -265,7 +281,9 @@ def test_on_the_gpu(name):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["gate_up IQ2_XXS 1", "gate_up IQ2_XXS 16", "down Q2_K 1", "down Q2_K 16"])
+@pytest.mark.parametrize(
+    "name", ["gate_up IQ2_XXS 1", "gate_up IQ2_XXS 16", "gate_up IQ2_3B 1", "down Q2_K 1", "down Q2_K 16"]
+)
 def test_each_value_of_a_candidate_on_the_gpu(name):
     shape = SHAPES[name]
     inputs = shape.inputs(jax.random.key(2))

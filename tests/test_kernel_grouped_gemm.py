@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from gguf import GGMLQuantizationType
 from unit_formats import UNITS, mostly_slow
 
 from ds4jax import formats
@@ -40,7 +39,7 @@ def random_bits(fmt: str, seed: int, shape: tuple[int, ...]) -> tuple[jax.Array,
 
 
 def ds4(fmt: str, planes) -> formats.Quantized:
-    cls = formats.FORMATS[GGMLQuantizationType[fmt]]
+    cls = getattr(formats, fmt)
     return cls(**dict(zip(cls.planes, planes, strict=True)))
 
 
@@ -57,7 +56,7 @@ def test_random_planes_have_the_asked_spread(fmt):
     assert 0.012 < w.std() < 0.032
 
 
-PUBLISHED = "IQ2_XXS", "Q2_K", "Q4_K", "Q8_0"  # types of the files that people load
+PUBLISHED = "IQ2_XXS", "IQ2_3B", "Q2_K", "Q4_K", "Q8_0"  # of the files that people load
 
 
 @pytest.mark.parametrize("fmt", [pytest.param(f, marks=[] if f in PUBLISHED else pytest.mark.slow) for f in FORMATS])
@@ -68,12 +67,12 @@ def test_kernel_decodes_every_weight(fmt):
     config = Config(bm=256, num_warps=2, splits=2)
     y = gg.linear(x, jnp.array([1], jnp.int32), planes, fmt=fmt, dtype=jnp.float32, config=config, interpret=True)
     expected = np.asarray(ds4(fmt, planes).dequantize()[1].T)
-    # Half a unit in the last place. IQ2_XXS rounds its scale to float16 first; Q2_K its scale and its minimum, of which
-    # the larger is up to 45 d, and Q5_K as well. Q4_K adds its minimum in float32, in another order. Of the others that
-    # have float16 weights the scale is rounded, too.
+    # Half a unit in the last place. IQ2_XXS and IQ2_3B round their scale to float16 first; Q2_K its scale and its
+    # minimum, of which the larger is up to 45 d, and Q5_K as well. Q4_K adds its minimum in float32, in another order.
+    # Of the others that have float16 weights the scale is rounded, too.
     others = (10, 0) if fmt in UNITS else (8, 0)
     minima = {"Q2_K": (11, 2.0**-10), "Q5_K": (11, 2.0**-10), "Q4_K": (8, 2.0**-20)}
-    digits, slack = (minima | {"IQ2_XXS": (10, 0)}).get(fmt, others)
+    digits, slack = (minima | {"IQ2_XXS": (10, 0), "IQ2_3B": (10, 0)}).get(fmt, others)
     assert np.all(np.abs(np.asarray(y) - expected) <= np.abs(expected) * 2.0**-digits + slack * np.abs(expected).max())
 
 

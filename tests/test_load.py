@@ -65,6 +65,24 @@ def test_every_tensor_arrives(mesh_shape, fixture, chunk, monkeypatch, request):
             np.testing.assert_array_equal(found[name], file.raw(name).reshape(-1), err_msg=name)
 
 
+@pytest.mark.parametrize("chunk", [2**28, 100_000], ids=["whole", "slabs"])
+def test_experts_arrive_in_a_wide_format(q2, chunk, monkeypatch):
+    monkeypatch.setattr(loader, "SLAB_BYTES", chunk)
+    values, checkpoint = loader.load(q2, wide=True)
+    tree = weights.abstract(CFG, checkpoint.types, wide=True)
+    assert jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype), values) == weights.structs(tree)
+    stored, _ = loader.load(q2)
+    for found, expected in ((values.ffn.experts.up, stored.ffn.experts.up), (values.ffn.shared, stored.ffn.shared)):
+        jax.tree.map(np.testing.assert_array_equal, *map(dequantized, (found, expected)))
+    assert weights.nbytes(tree) > weights.nbytes(weights.abstract(CFG, checkpoint.types))
+
+
+def dequantized(tree):
+    """A loaded tree's leaves as float32, layer by layer: formats and stacks may differ."""
+    matrices = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, Quantized))
+    return [np.asarray(layer.dequantize()) for m in matrices for layer in (m[i] for i in range(m.shape[0]))]
+
+
 def test_memory_per_weight_is_the_files(mixed):
     file = open_checkpoint(mixed).file
     tree = weights.abstract(CFG, {name: t.type for name, t in file.tensors.items()})

@@ -12,7 +12,7 @@ from small import CFG
 
 from ds4jax import sharding
 from ds4jax.__main__ import main
-from ds4jax.engine import compile_cache, memory, planning
+from ds4jax.engine import compile_cache, memory
 from ds4jax.engine.compiled_steps import CompiledSteps
 from ds4jax.engine.model_runner import ModelRunner
 from ds4jax.engine.types import Sampling
@@ -104,7 +104,7 @@ class Fake:
 
     def __init__(self, ctx, batch, fixed=0):
         self.ctx, self.batch, self.fixed, self.compiled, self.card, self.can_compile = ctx, batch, fixed, {}, None, True
-        self.settings = types.SimpleNamespace(ctx=ctx)
+        self.settings, self.wide = types.SimpleNamespace(ctx=ctx), False
         self.weights = jax.ShapeDtypeStruct((1000,), np.uint8)
         self.cache = jax.ShapeDtypeStruct((batch, ctx, 10), np.uint8)
 
@@ -224,9 +224,7 @@ def test_the_tool_fails_where_loading_would(run, limit):
 
 
 def test_the_steps_are_compiled_for_the_workspace(run, monkeypatch, compilations):
-    monkeypatch.setattr(
-        planning, "CompiledSteps", lambda model, settings, progress, card: Fake(settings.ctx, settings.batch)
-    )
+    monkeypatch.setattr(memory, "steps", lambda model, settings, **_: Fake(settings.ctx, settings.batch))
     status, out, _ = run("--synthetic=base", "--ctx=1048576", "--batch=16")
     assert (status, compilations) == (0, [(2**20, 16)])
     assert "workspace      0.062  decode 0.062, compiled here\n" in out

@@ -117,6 +117,19 @@ def test_a_card_that_is_too_small_is_told_so(run):
     assert [table[row][0] for row in ("fits", "context", "batch", "drafter")] == ["no", "none", "none", "no"]
 
 
+def test_experts_are_wide_where_they_fit(run):
+    """A third of the memory more for experts in IQ2_XXS, of which the steps compute the same."""
+    wide, stored = plan(device="H200"), plan(device="H200", expert_layout="file")
+    assert (wide.wide, stored.wide, plan(device="RTX PRO 6000").wide) == (True, False, False)
+    more = memory.plan(wide).weights - memory.plan(stored).weights
+    assert more == 43 * 2 * 256 * 2048 * 4096 * (102 - 66) // 256
+    assert not plan(device="H200", kernels="xla", numerics="plain").wide
+    assert not plan(device="H200", batch=80).wide
+    _, out, _ = run("--config=h200")
+    assert " ".join(rows(out)["weights"]).endswith("experts wide, see expert_layout")
+    assert " ".join(rows(out)["batch"]).endswith("experts wide")
+
+
 def test_only_0731_has_a_drafter():
     first = RTX.model.replace("-0731", "")
     assert "\ndrafter " in planning.describe(plan())
@@ -340,7 +353,7 @@ def test_what_an_h200_measured_is_predicted():
 
     Since then a step of prefill needs 0.8 GB less.
     """
-    found = memory.plan(plan(**dataclasses.asdict(Settings.load("h200"))))
+    found = memory.plan(plan(**dataclasses.asdict(Settings.load("h200", expert_layout="file"))))
     measured = {"weights": 86714775900, "cache": 5578873360, "total": 95152010816, "limit": 142606336000}
     for name, nbytes in measured.items():
         assert getattr(found, name) == pytest.approx(nbytes, rel=0.02)

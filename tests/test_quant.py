@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from ds4jax.errors import ConfigError, Ds4Error
-from ds4jax.formats import FORMATS, Q2_K, Q8_0, READ_ONLY, WRITABLE, GGMLType
+from ds4jax.formats import FORMATS, Q2_K, Q8_0, READ_ONLY, WIDE, WRITABLE, GGMLType
 from ds4jax.formats.quantize import quantize
 from ds4jax.io.gguf import TYPES
 from ds4jax.io.recipes import MATRIX_TYPES, parse_types
@@ -41,6 +41,17 @@ def test_dequantize_is_the_references_bit_for_bit(fmt, jit):
         expected = gguf.quants.dequantize(raw, fmt.ggml_type)
     run = jax.jit(lambda q: q.dequantize()) if jit else lambda q: q.dequantize()
     assert_same_bits(run(on_device(fmt, raw)), expected)
+
+
+@pytest.mark.parametrize(("stored", "wide"), WIDE.items(), ids=lambda f: f.__name__)
+def test_a_wide_format_holds_the_stored_weights_bit_for_bit(stored, wide):
+    raw = random_bytes(stored, (3, 40), 512)
+    q = wide.repack(on_device(stored, raw))
+    assert wide.stored is stored
+    assert jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), q) == wide.struct((3, 40, 512))
+    with np.errstate(all="ignore"):
+        assert_same_bits(q.dequantize(), gguf.quants.dequantize(raw, stored.ggml_type))
+    assert_same_bits(q[1].dequantize(), np.asarray(q.dequantize())[1])
 
 
 def test_every_mxfp4_scale_and_code():

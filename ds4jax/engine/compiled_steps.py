@@ -54,11 +54,13 @@ ROUNDS = 8  # the most rounds of drafts in one call
 class CompiledSteps:
     """The steps of a model for one batch and context length, each compiled for the shapes that it is called with.
 
-    Attributes: source, settings, cfg (of the model), batch, compute, tree (`weights.abstract`); weights, cache and
-    results (of the decoding step beside the cache), all three trees of `jax.ShapeDtypeStruct`; drafter (or None);
-    draft_counts (how many tokens it may draft at once, ascending; empty without one); card (as given); can_compile
-    (whether that is possible on this machine, for the card); compiled (programs by name and shapes); seconds (spent
-    compiling); compiling (whether it does so now).
+    An `expert_layout` of auto counts as file here; `memory.steps` decides it.
+
+    Attributes: source, settings, wide (whether experts are), cfg (of the model), batch, compute, tree
+    (`weights.abstract`); weights, cache and results (of the decoding step beside the cache), all three trees of
+    `jax.ShapeDtypeStruct`; drafter (or None); draft_counts (how many tokens it may draft at once, ascending; empty
+    without one); card (as given); can_compile (whether that is possible on this machine, for the card); compiled
+    (programs by name and shapes); seconds (spent compiling); compiling (whether it does so now).
     """
 
     def __init__(
@@ -88,7 +90,8 @@ class CompiledSteps:
         if card and self.can_compile:
             self.everywhere = jax.sharding.SingleDeviceSharding(card.device())
         self.compute = Compute(settings.numerics, settings.dtype, mesh, kernels=settings.kernels)
-        self.tree = weights.abstract(self.cfg, source.types, source.drafter_types)
+        self.wide = settings.expert_layout == "wide"
+        self.tree = weights.abstract(self.cfg, source.types, source.drafter_types, self.wide)
         self.drafter = drafter_of(self.cfg) if settings.draft != "off" else None
         self.draft_counts = _draft_counts(self.cfg, settings.draft_tokens) if self.drafter else []
         self._acceptance = tuple(acceptance)

@@ -9,17 +9,21 @@ from __future__ import annotations
 import dataclasses
 import math
 import resource
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
 
 from ds4jax.config import HCA_RATIO
 from ds4jax.engine import workspace
+from ds4jax.engine.compiled_steps import CompiledSteps
 from ds4jax.errors import ConfigError
 
 if TYPE_CHECKING:
-    from ds4jax.engine.compiled_steps import CompiledSteps
+    from ds4jax.engine.cards import Card
+    from ds4jax.io.checkpoint import Checkpoint
+    from ds4jax.io.synthetic import Synthetic
+    from ds4jax.settings import Settings
 
 _GIB = 2**30
 
@@ -29,8 +33,9 @@ class Plan:
     """Bytes on each device.
 
     device: its kind. limit: what JAX may take of it, or None where JAX does not say (a CPU). ctx, batch: of the cache.
-    workspace: what the calls of each step need beside weights and cache; empty if that is not known. origin: where
-    it is from. programs: the compiled code. The driver keeps it outside of what JAX may take.
+    workspace: what the calls of each step need beside weights and cache; empty if that is not known. wide: whether
+    experts are, see `Settings.expert_layout`. origin: where the workspace is from. programs: the compiled code. The
+    driver keeps it outside of what JAX may take.
     """
 
     device: str
@@ -42,6 +47,7 @@ class Plan:
     workspace: dict[str, int]
     programs: int
     origin: str = "compiled here"
+    wide: bool = False
 
     @property
     def total(self) -> int:
@@ -56,7 +62,11 @@ class Plan:
         """The plan as a table."""
         steps = ", ".join([*(f"{name} {n / _GIB:.3f}" for name, n in self.workspace.items()), self.origin])
         rows: list[tuple[str, int | None, str]] = [
-            ("weights", self.weights, ""),
+            (
+                "weights",
+                self.weights,
+                "experts wide, see expert_layout" if self.wide else "",
+            ),
             ("cache", self.cache, f"batch {self.batch}, ctx {self.ctx}"),
             ("workspace", max(self.workspace.values(), default=None), steps),
             ("together", self.total, ""),
@@ -66,6 +76,34 @@ class Plan:
         ]
         lines = [f"{name:<10} {'?' if n is None else f'{n / _GIB:.3f}':>9}  {note}" for name, n, note in rows]
         return "\n".join([f"GiB on each device ({self.device})", *(line.rstrip() for line in lines)])
+
+
+def steps(
+    source: Checkpoint | Synthetic,
+    settings: Settings,
+    batch: int | None = None,
+    progress: bool = False,
+    card: Card | None = None,
+    sizes: Iterable[int] = (),
+    compiled: bool = True,
+    acceptance: Sequence[float] = (),
+) -> CompiledSteps:
+    """The steps of a model, with an `expert_layout` of auto decided: wide if that changes anything and all fits.
+
+    It is for kernels on a GPU. compiled: if it seems to fit, compile the steps that need the most memory, those of
+    `sizes` among them, to know. The others: see `CompiledSteps`.
+    """
+    asked = CompiledSteps(source, settings, batch, progress, card, acceptance)
+    if settings.expert_layout != "auto" or asked.compute.implementations["experts"] != "pallas":
+        return asked
+    wide_settings = dataclasses.replace(settings, expert_layout="wide")
+    wide = CompiledSteps(source, wide_settings, batch, progress, card, acceptance)
+    found = plan(wide)
+    if wide.tree == asked.tree or found.limit is None or not found.fits:
+        return asked
+    if compiled and wide.can_compile:
+        wide.compile_largest(sizes)
+    return wide if plan(wide).fits else asked
 
 
 def plan(programs: CompiledSteps) -> Plan:
@@ -99,6 +137,7 @@ def plan(programs: CompiledSteps) -> Plan:
         workspace=needs,
         programs=code,
         origin=origin,
+        wide=programs.wide,
     )
 
 

@@ -21,7 +21,6 @@ from ds4jax.engine.compiled_steps import (
     BLOCK,
     ROUNDS,
     SCORED,
-    CompiledSteps,
     block_logits,
     compiler_options,
     decode_args,
@@ -128,7 +127,7 @@ class ModelRunner:
         """
         file = None if isinstance(checkpoint, Synthetic) else checkpoint.file
         self.profile = choose(settings.profile, file.metadata if file else {}, file.path.name if file else "")
-        self.steps = CompiledSteps(checkpoint, settings, batch, progress)
+        self.steps = memory.steps(checkpoint, settings, batch, progress, sizes=sizes)
         self.settings, self.checkpoint, self.cfg = settings, checkpoint, checkpoint.cfg
         self.batch, self._compute = self.steps.batch, self.steps.compute
         if progress and settings.draft != "off":
@@ -143,7 +142,7 @@ class ModelRunner:
         if isinstance(checkpoint, Synthetic):
             self.weights = weights.init_random(self.steps.tree, self.cfg, checkpoint.seed, self._compute.mesh)
         else:
-            self.weights, _ = load(checkpoint, self._compute.mesh, progress)
+            self.weights, _ = load(checkpoint, self._compute.mesh, progress, wide=self.steps.wide)
         self._rows = DecodeRows(self.batch, self._prepare_rows)
         self._round_rows = {
             n: DecodeRows(self.batch, functools.partial(self._prepare_round_rows, n)) for n in self.steps.draft_counts

@@ -60,10 +60,10 @@ def _shapes(settings: Settings, synthetic: str | None, from_server: bool | None)
     return open_checkpoint(path), f"shapes: {path}"
 
 
-def steps(source: Source, settings: Settings) -> CompiledSteps:
-    """The steps to plan for, on `settings.device`. Raises Ds4Error."""
+def steps(source: Source, settings: Settings, compiled: bool = False) -> CompiledSteps:
+    """The steps to plan for, on `settings.device`; compiled: see `memory.steps`. Raises Ds4Error."""
     card = None if settings.device == "here" else cards.find(settings.device)
-    return CompiledSteps(source, settings, progress=True, card=None if card and card.here() else card)
+    return memory.steps(source, settings, progress=True, card=None if card and card.here() else card, compiled=compiled)
 
 
 def describe(programs: CompiledSteps) -> str:
@@ -75,10 +75,11 @@ def describe(programs: CompiledSteps) -> str:
         most = max(_most_ctx(programs), found.ctx)
         ctx = _largest(lambda n: at(n * HCA_RATIO, 1) <= limit, most // HCA_RATIO) * HCA_RATIO
         batch = _largest(lambda n: at(found.ctx, n) <= limit, MOST_BATCH)
+        layout = ", experts wide" if found.wide else ""
         lines += [
             f"fits       {'yes' if found.fits else 'no':>9}{'' if found.workspace else '  without the workspace'}",
-            f"context    {ctx or 'none':>9}  the largest that fits with batch 1",
-            f"batch      {batch or 'none':>9}  the largest that fits with ctx {found.ctx}",
+            f"context    {ctx or 'none':>9}  the largest that fits with batch 1{layout}",
+            f"batch      {batch or 'none':>9}  the largest that fits with ctx {found.ctx}{layout}",
         ]
         if programs.drafter is None and _takes_drafter(programs.source, programs.settings):
             more = DRAFTER_BYTES + rings(programs)

@@ -7,6 +7,7 @@ from ds4jax.formats.base import GGMLType, Quantized
 from ds4jax.formats.dense import BF16, F16, F32
 from ds4jax.formats.iq1_m import IQ1_M
 from ds4jax.formats.iq1_s import IQ1_S
+from ds4jax.formats.iq2_3b import IQ2_3B
 from ds4jax.formats.iq2_s import IQ2_S
 from ds4jax.formats.iq2_xs import IQ2_XS
 from ds4jax.formats.iq2_xxs import IQ2_XXS
@@ -32,9 +33,9 @@ from ds4jax.formats.tq2_0 import TQ2_0
 from pallas_kernels import formats as kernels
 
 __all__ = [
-    "BF16", "F16", "F32", "FORMATS", "GGMLType", "IQ1_M", "IQ1_S", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ3_S", "IQ3_XXS",
-    "IQ4_NL", "IQ4_XS", "MXFP4", "NVFP4", "Q2_K", "Q3_K", "Q4_0", "Q4_1", "Q4_K", "Q5_0", "Q5_1", "Q5_K", "Q6_K",
-    "Q8_0", "READ_ONLY", "Quantized", "ReadOnly", "TQ1_0", "TQ2_0", "WRITABLE",
+    "BF16", "F16", "F32", "FORMATS", "GGMLType", "IQ1_M", "IQ1_S", "IQ2_3B", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ3_S",
+    "IQ3_XXS", "IQ4_NL", "IQ4_XS", "MXFP4", "NVFP4", "Q2_K", "Q3_K", "Q4_0", "Q4_1", "Q4_K", "Q5_0", "Q5_1", "Q5_K",
+    "Q6_K", "Q8_0", "READ_ONLY", "Quantized", "ReadOnly", "TQ1_0", "TQ2_0", "WIDE", "WRITABLE",
 ]  # fmt: skip
 
 # The formats that files are written in, and those that are read only.
@@ -46,5 +47,8 @@ READ_ONLY = (
 
 FORMATS: dict[GGMLType, type[Quantized]] = {fmt.ggml_type: fmt for fmt in (*WRITABLE, *READ_ONLY)}
 
-for _format in FORMATS.values():
+# Larger than what the file holds, and faster in the kernels of the experts: made at load, where memory allows.
+WIDE: dict[type[Quantized], type[Quantized]] = {IQ2_XXS: IQ2_3B}
+
+for _format in (*FORMATS.values(), *WIDE.values()):
     kernels.register(_format.kernel_format())

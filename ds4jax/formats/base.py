@@ -1,8 +1,9 @@
 """What every weight format is: `Quantized`, a pytree of planes, and the arithmetic on packed bits that formats share.
 
 A format splits each block of the file into planes, one array per kind of content, so that a kernel reads every plane
-with wide aligned loads. Bytes keep the file's order and count (nothing is repacked larger). Every plane has the rank of
-the logical array, and only the last axis is packed: a plane is sharded and indexed like the matrix itself.
+with wide aligned loads. Bytes keep the file's order and count, but in a format that is `stored` as another one. Every
+plane has the rank of the logical array, and only the last axis is packed: it is sharded and indexed like the matrix
+itself.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ class Quantized:
     ggml_type: the file's type. block: weights per block. block_bytes: bytes per block in the file.
     planes: name → (dtype, bytes per block); the order is the order of the pytree leaves.
     largest: the largest magnitude of a weight for which every scale fits the file.
+    stored: the format that files hold, of one that is made of it by `repack`, with the same weights; or None.
     for_matmul, for_experts, for_grouped_gemm: what these kernels need, None if the format is not for them.
     """
 
@@ -36,6 +38,7 @@ class Quantized:
     block_bytes: ClassVar[int]
     planes: ClassVar[dict[str, tuple[Any, int]]]
     largest: ClassVar[float]
+    stored: ClassVar[type[Quantized] | None] = None
     for_matmul: ClassVar[kernels.Runs | None] = None
     for_experts: ClassVar[type[kernels.Dots] | None] = None
     for_grouped_gemm: ClassVar[kernels.Tiles | None] = None
@@ -66,6 +69,11 @@ class Quantized:
 
         `ds4jax.formats.quantize` says what is minimised, and casts to the planes' dtypes.
         """
+        raise NotImplementedError
+
+    @classmethod
+    def repack(cls, w: Any) -> Self:
+        """The same weights, from `stored`."""
         raise NotImplementedError
 
     # ---- structure -------------------------------------------------------------------------------------------------

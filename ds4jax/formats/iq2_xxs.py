@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -15,16 +17,14 @@ from ds4jax.formats.base import Quantized, bytes_of, mean_square, pack_bits, ran
 from ds4jax.formats.iq import (
     NIBBLES,
     SIGNED,
-    SIGNS,
     grid_codes,
     grid_of,
-    nibbles,
     sign_bytes,
     signed_points,
     spread,
 )
 from ds4jax.formats.search import F16_MAX, error_weights, half, level, normalized, ratio, search, super_scale
-from pallas_kernels.formats.dots import Dots, i32
+from pallas_kernels.formats.dots import Dots, Program, i32
 from pallas_kernels.formats.tiles import Planes, Tile, Tiles, stack, u32
 
 Array = jax.Array
@@ -34,25 +34,65 @@ Array = jax.Array
 GRID = grid_of(GGMLType.IQ2_XXS)
 
 
-_GRID_CODES = grid_codes(GRID)
+GRID_CODES = grid_codes(GRID)
 
 
-class _Dots(Dots):
-    """w = d·(1 + 2 s)/8 · magnitude · sign: groups of 32 with a 4-bit s, in super-blocks of 256."""
+class NibbleDots(Dots):
+    """w = d·(1 + 2 s)/8 · magnitude · sign: groups of 32 with a 4-bit s, in super-blocks of 256.
+
+    signed: where the table has SIGNED, 64 times each word.
+    """
 
     unit = 32
     step = 128
+    signed: ClassVar[int]
 
     @classmethod
     def order(cls, k):
         return (np.arange(k // 8)[:, None] * 8 + NIBBLES).reshape(-1, cls.unit)
 
     @classmethod
+    def codes(cls, row: tuple, i: int, program: Program) -> Array:
+        """The i-th eight weights of units, in nibbles: the number of the magnitude, and the sign. Bit 3 is 0."""
+        raise NotImplementedError
+
+    @classmethod
+    def scale(cls, row: tuple) -> tuple[Array, Array]:
+        """s, int32, and d."""
+        raise NotImplementedError
+
+    @classmethod
+    def dot(cls, rows, xs, program):
+        shape = rows[0][0].shape
+        # Read per warp: what all threads share lies in a uniform register, and `prmt` would copy it for every use.
+        warp = lax.broadcasted_iota(jnp.int32, (shape[0], 1), 0)
+        low, high = (jnp.broadcast_to(i32(program.table[cls.signed + i + warp]), shape) for i in (0, 64))
+        totals = [[jnp.zeros(shape, jnp.int32) for _ in xs] for _ in rows]
+        for b in range(4):
+            words = [x.words(4 * b, 4) for x in xs]
+            for total, row in zip(totals, rows, strict=True):
+                codes = cls.codes(row, b, program)
+                for upper in range(2):
+                    w = program.op.lookup(codes >> jnp.uint32(16 * upper), low, high)
+                    for t, x in enumerate(words):
+                        total[t] = program.op.dot4(w, x[2 * upper], x[2 * upper + 1], total[t])
+        scales = [x.scale for x in xs]
+        out = []
+        for total, row in zip(totals, rows, strict=True):
+            s, d = cls.scale(row)
+            group, d = s * 2 + 1, d.astype(jnp.float32) * 0.125
+            out.append([(n * group).astype(jnp.float32) * (d * x) for n, x in zip(total, scales, strict=True)])
+        return out
+
+
+class _Dots(NibbleDots):
+    signed = 256
+
+    @classmethod
     @functools.cache
     def table(cls):
-        """uint32 (512): the grid as nibbles 0-2, the sign sets as of `spread`, 64 times each word for `lookup`."""
-        negative = SIGNS[:, None] >> np.arange(8) & 1
-        return np.concatenate([_GRID_CODES, nibbles(negative << 2), np.repeat(SIGNED, 64)]).astype(np.uint32)
+        """uint32 (384): the grid as nibbles 0-2, 64 times each word for `lookup`."""
+        return np.concatenate([GRID_CODES, np.repeat(SIGNED, 64)]).astype(np.uint32)
 
     @classmethod
     def load(cls, refs, tile):
@@ -60,28 +100,15 @@ class _Dots(Dots):
         return tile.at(grid, tile.units), tile.at(signs, tile.units), tile.at(d, tile.units >> 3)
 
     @classmethod
-    def dot(cls, rows, xs, program):
-        shape = rows[0][0].shape
-        # Read per warp: what all threads share lies in a uniform register, and `prmt` would copy it for every use.
-        warp = lax.broadcasted_iota(jnp.int32, (shape[0], 1), 0)
-        low, high = (jnp.broadcast_to(i32(program.table[start + warp]), shape) for start in (384, 448))
-        totals = [[jnp.zeros(shape, jnp.int32) for _ in xs] for _ in rows]
-        for b in range(4):
-            words = [x.words(4 * b, 4) for x in xs]
-            for total, (grid, signs, _) in zip(totals, rows, strict=True):
-                codes = program.table[i32(grid >> jnp.uint32(8 * b) & jnp.uint32(255))]
-                sets = signs >> jnp.uint32(7 * b) & jnp.uint32(127)
-                codes = codes | (program.table[i32(sets) + 256] if b < program.config.sign_tables else spread(sets))
-                for upper in range(2):
-                    w = program.op.lookup(codes >> jnp.uint32(16 * upper), low, high)
-                    for t, x in enumerate(words):
-                        total[t] = program.op.dot4(w, x[2 * upper], x[2 * upper + 1], total[t])
-        scales = [x.scale for x in xs]
-        out = []
-        for total, (_, signs, d) in zip(totals, rows, strict=True):
-            group, d = i32(signs >> jnp.uint32(28)) * 2 + 1, d.astype(jnp.float32) * 0.125
-            out.append([(n * group).astype(jnp.float32) * (d * x) for n, x in zip(total, scales, strict=True)])
-        return out
+    def codes(cls, row, i, program):
+        grid, signs, _ = row
+        codes = program.table[i32(grid >> jnp.uint32(8 * i) & jnp.uint32(255))]
+        return codes | spread(signs >> jnp.uint32(7 * i) & jnp.uint32(127))
+
+    @classmethod
+    def scale(cls, row):
+        _, signs, d = row
+        return i32(signs >> jnp.uint32(28)), d
 
 
 def _load_tile(t: Tile) -> Planes:
@@ -89,23 +116,37 @@ def _load_tile(t: Tile) -> Planes:
     return t.load(0, column >> 3), t.load(1, column), t.load(2, column)
 
 
-def _look_up(t: Tile, d: Array, grid: Array, signs: Array) -> Planes:
-    # 1024 + s - 1023.5, where s is four bits.
-    scale, _ = t.op.affine(signs >> 28 | u32(0x6400), 1023.5, d * jnp.float16(16))
-    return scale, signs & u32(0xFFFFFFF), *(t.table[(grid >> 8 * i & 255).astype(jnp.int32)] for i in range(4))
+def scale_of_tile(t: Tile, s: Array, d: Array) -> Array:
+    """Four bits s and d, float16 → d·(½ + s)/4 · 64, as `values_of_tile` takes it."""
+    scale, _ = t.op.affine(s | u32(0x6400), 1023.5, d * jnp.float16(16))  # 1024 + s - 1023.5
+    return scale
 
 
-def _decode_tile(t: Tile, scale: Array, signs: Array, *magnitudes: Array) -> Array:
-    positive, negative, upper = (jnp.broadcast_to(c, signs.shape) for c in t.constants)
+def values_of_tile(t: Tile, scale: Array, codes: Sequence[Array]) -> Array:
+    """Words of eight nibbles, as of `NibbleDots`, → float16 weights (rows, 4, 32), with the constants NIBBLE_BYTES."""
+    positive, negative, upper = (jnp.broadcast_to(c, codes[0].shape) for c in t.constants)
     values = []
-    for i, codes in enumerate(magnitudes):
-        codes = codes | spread(signs >> 7 * i & 127)
-        for four in (codes, codes >> 16):
+    for eight in codes:
+        for four in (eight, eight >> 16):
             four = t.op.bytes(positive, negative, four)
             # Such a byte under the upper byte of 16 makes 16 + byte / 64.
             for two in (0x4140, 0x4342):
                 values += t.op.affine(t.op.bytes(four, upper, two), 18, scale)
     return stack(values)
+
+
+# The bytes 128 + magnitude, the bytes 128 − magnitude, and the upper bytes of float16 in [16, 32). Code 3 would be 0.
+NIBBLE_BYTES = (0x80AB9988, 0x80556778, 0x4C4C4C4C)
+TILE_ORDER = ((4, 4, 2, 2, 2), (1, 3, 4, 0, 2))  # thread, set, and three bits of eight neighbours
+
+
+def _look_up(t: Tile, d: Array, grid: Array, signs: Array) -> Planes:
+    codes = (t.table[(grid >> 8 * i & 255).astype(jnp.int32)] for i in range(4))
+    return scale_of_tile(t, signs >> 28, d), signs & u32(0xFFFFFFF), *codes
+
+
+def _decode_tile(t: Tile, scale: Array, signs: Array, *magnitudes: Array) -> Array:
+    return values_of_tile(t, scale, [codes | spread(signs >> 7 * i & 127) for i, codes in enumerate(magnitudes)])
 
 
 @struct.dataclass
@@ -123,12 +164,11 @@ class IQ2_XXS(Quantized):
     for_grouped_gemm = Tiles(
         _load_tile,
         _decode_tile,
-        ((4, 4, 2, 2, 2), (1, 3, 4, 0, 2)),  # thread, set, and three bits of eight neighbours
+        TILE_ORDER,
         dtype=jnp.float16,
         look_up=_look_up,
-        table=tuple(_GRID_CODES.tolist()),
-        # The bytes 128 + magnitude, the bytes 128 − magnitude, and the upper bytes of float16 in [16, 32).
-        constants=(0x00AB9988, 0x00556778, 0x4C4C4C4C),
+        table=tuple(GRID_CODES.tolist()),
+        constants=NIBBLE_BYTES,
     )
     d: Array
     grid: Array

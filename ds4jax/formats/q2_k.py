@@ -27,6 +27,7 @@ class _Dots(KQuant):
 
     unit = 64
     groups = sums = 4
+    bits = 2
 
     @classmethod
     def order(cls, k):
@@ -40,10 +41,6 @@ class _Dots(KQuant):
         shift = (8 * (tile.units & 1)).astype(jnp.uint32)
         scales = [word >> shift for word in tile.pair(scales, tile.units >> 1)]
         return tile.quads(q), *scales, *tile.pair(dm, tile.units >> 2)
-
-    @classmethod
-    def codes(cls, words, group, program):
-        return words >> jnp.uint32(2 * group) & jnp.uint32(0x03030303)
 
     @classmethod
     def group_scales(cls, row, group):

@@ -53,6 +53,7 @@ class _Dots(KQuant):
 
     unit = 32
     groups = sums = 2
+    bits = 4
     rows = 1
 
     @classmethod
@@ -66,10 +67,6 @@ class _Dots(KQuant):
         block, run = tile.units >> 3, tile.units >> 1 & 3
         sc, m = k_quant.scales_of_two([tile.at(scales, block * 3 + i) for i in range(3)], run)
         return tile.quads(q), sc, m, *tile.pair(dm, block)
-
-    @classmethod
-    def codes(cls, words, group, program):
-        return words >> jnp.uint32(4 * group) & jnp.uint32(0x0F0F0F0F)
 
     @classmethod
     def group_scales(cls, row, group):

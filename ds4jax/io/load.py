@@ -52,20 +52,22 @@ def load(
     mesh: jax.sharding.Mesh | None = None,
     progress: bool = False,
     mtp_path: str | Path | None = None,
+    wide: bool = False,
 ) -> tuple[Weights, Checkpoint]:
     """Load a model file; with a mesh, every leaf is sharded as its logical axes say.
 
     Returns the weights, all of them in place, and the open checkpoint (config, metadata). Beside the weights this needs
     at most SLAB_BYTES * IN_FLIGHT bytes on the devices, and two to three times as many on the host. Raises GGUFError or
     ConfigError. progress: a bar, and what is left out, on stderr. mtp_path: a file with the MTP head, where `source`
-    has none.
+    has none. wide: see `weights.abstract`.
     """
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     if mtp_path is not None:
         checkpoint = checkpoint.with_mtp(mtp_path)
     if progress and checkpoint.left_out:
         print(without_images_note(checkpoint.left_out), file=sys.stderr)
-    w = _load(weights.abstract(checkpoint.cfg, checkpoint.types), checkpoint.holder, mesh, progress)
+    tree = weights.abstract(checkpoint.cfg, checkpoint.types, wide=wide)
+    w = _load(tree, checkpoint.holder, mesh, progress)
     if checkpoint.drafter:
         w = dataclasses.replace(w, dspark=_load_drafter(checkpoint.drafter, checkpoint.cfg, mesh, progress))
     return w, checkpoint
@@ -236,7 +238,7 @@ def _slabs(shape: tuple[int, ...], row_bytes: int) -> Iterator[Bounds]:
 
 def _read(holder: Holder, shard: _Shard, slab: Bounds) -> list[list[jax.Array]]:
     """A slab of a shard: for each of its devices the planes, on their way there; file pages given back."""
-    spec = shard.spec
+    spec = dataclasses.replace(shard.spec, format=shard.spec.stored)
     rows = tuple((start + first, stop + first) for (start, stop), (first, _) in zip(slab, shard.rows, strict=True))
     structs, treedef = jax.tree.flatten(spec.struct())
     # Fresh memory for every slab: on a CPU, JAX may go on using it as it is.
@@ -246,8 +248,18 @@ def _read(holder: Holder, shard: _Shard, slab: Bounds) -> list[list[jax.Array]]:
             _read_tensor(holder, spec, nth, rows[1:], jax.tree.unflatten(treedef, [plane[i] for plane in planes]))
     else:
         _read_tensor(holder, spec, 0, rows, jax.tree.unflatten(treedef, planes))
+    if spec != shard.spec:
+        whole = [jax.device_put(jax.tree.unflatten(treedef, planes), device) for device in shard.devices]
+        made = (jax.tree.leaves(_repack(shard.spec.format)(w)) for w in whole)
+        return [[p[..., columns] for p, columns in zip(planes, shard.columns, strict=True)] for planes in made]
     planes = [plane[..., columns] for plane, columns in zip(planes, shard.columns, strict=True)]
     return [[jax.device_put(plane, device) for plane in planes] for device in shard.devices]
+
+
+@functools.cache
+def _repack(fmt: Any) -> Callable:
+    """The `repack` of a wide format, compiled: it runs on the device, where the fewer bytes of the file go."""
+    return jax.jit(fmt.repack)
 
 
 def _read_tensor(holder: Holder, spec: WeightSpec, nth: int, rows: Bounds, out) -> None:

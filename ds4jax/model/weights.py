@@ -23,7 +23,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from ds4jax import sharding
 from ds4jax.config import ModelConfig
 from ds4jax.errors import ConfigError, GGUFError
-from ds4jax.formats import FORMATS, Quantized
+from ds4jax.formats import FORMATS, WIDE, Quantized
 from ds4jax.model.tensors import TensorSpec, drafter_table, mtp_layout, mtp_table, tensor_table
 from ds4jax.ops.weight import Weight, single
 
@@ -263,6 +263,11 @@ class WeightSpec:
             return jax.ShapeDtypeStruct(self.shape, self.format)
         return self.format.struct(self.shape)
 
+    @property
+    def stored(self) -> type[Quantized] | np.dtype:
+        """`format` as the file has it."""
+        return self.format if isinstance(self.format, np.dtype) else self.format.stored or self.format
+
     def shardings(self, mesh: Mesh | AbstractMesh) -> Any:
         """The same structure with a NamedSharding per plane (planes have the logical rank, so one spec serves all)."""
         name = self.tensors[0].name
@@ -300,12 +305,13 @@ def _format_name(fmt: type[Quantized] | np.dtype) -> str:
 Types = Mapping[str, GGMLType] | Callable[[TensorSpec], GGMLType]
 
 
-def abstract(cfg: ModelConfig, types: Types, drafter: Types | None = None) -> Weights:
+def abstract(cfg: ModelConfig, types: Types, drafter: Types | None = None, wide: bool = False) -> Weights:
     """The weight tree with a `WeightSpec` in place of every array.
 
     types: the type of every matrix, by tensor name (a file's) or as a function (a recipe). Vectors are float32 and
     routing ids int32 whatever the file holds. A file's names also tell the layout of the MTP head.
-    drafter: the types of the DSpark drafter, which is then part of the tree.
+    drafter: the types of the DSpark drafter, which is then part of the tree. wide: routed experts of the model are in
+    the formats `WIDE`, where there is one.
     """
     families: dict[str, list[TensorSpec]] = {}
     for spec in tensor_table(cfg):
@@ -318,7 +324,7 @@ def abstract(cfg: ModelConfig, types: Types, drafter: Types | None = None) -> We
         else:
             lacks = spec.optional and not callable(types) and spec.name not in types
             families[spec.family] = families[in_main] if lacks else [spec]
-    tree = _build(Weights, "", families, types)
+    tree = _build(Weights, "", families, types, wide)
     return tree if drafter is None else dataclasses.replace(tree, dspark=abstract_drafter(cfg, drafter))
 
 
@@ -333,13 +339,14 @@ def abstract_drafter(cfg: ModelConfig, types: Types) -> Dspark:
     return _build(Dspark, "dspark.", families, types)
 
 
-def _build(cls: type, prefix: str, families: dict[str, list[TensorSpec]], types: Types) -> Any:
-    """The tree `cls` of `WeightSpec`s. prefix: of its families."""
+def _build(cls: type, prefix: str, families: dict[str, list[TensorSpec]], types: Types, wide: bool = False) -> Any:
+    """The tree `cls` of `WeightSpec`s. prefix: of its families. wide: see `abstract`."""
 
     def fmt(spec: TensorSpec) -> type[Quantized] | np.dtype:
         if spec.kind != "matrix":
             return np.dtype(np.float32 if spec.kind == "vector" else np.int32)
-        return FORMATS[types(spec) if callable(types) else types[spec.name]]
+        found = FORMATS[types(spec) if callable(types) else types[spec.name]]
+        return WIDE.get(found, found) if wide and spec.family.startswith("ffn.experts.") else found
 
     def group(specs: list[TensorSpec]) -> WeightSpec:
         first = specs[0]

@@ -38,9 +38,9 @@ def main() -> int:
 
     source, origin = planning.shapes(settings, FLAGS.synthetic, FLAGS.remote)
     print(origin, flush=True)
-    steps = planning.steps(source, settings)
-    if steps.card is None:
+    if settings.device == "here":
         compile_cache.keep_compilations()
+    steps = planning.steps(source, settings, compiled=FLAGS.compile)
     if FLAGS.compile and steps.can_compile and memory.plan(steps).fits:
         steps.compile_largest()
     print(planning.describe(steps))

@@ -480,7 +480,7 @@ def main() -> None:
     settings.set_environment()
     import jax
 
-    from ds4jax.engine import compile_cache, compiled_steps, model_runner
+    from ds4jax.engine import compile_cache, memory, model_runner
     from ds4jax.engine.compiled_steps import BLOCK
     from ds4jax.tools import limits
 
@@ -496,7 +496,7 @@ def main() -> None:
         )
         if FLAGS.plot:
             raise ConfigError("plot: found nothing to show, expected a GPU to measure on")
-        found = rows(count(compiled_steps.CompiledSteps(source, settings), context, tokens, FLAGS.batch))
+        found = rows(count(memory.steps(source, settings), context, tokens, FLAGS.batch))
         _report(found)
         return
     device = limits.measure()

@@ -39,9 +39,10 @@ class Gpu:
     """Instructions that Pallas has no name for. All arrays of one call have one shape; words are int32 or uint32."""
 
     @staticmethod
-    def dot4(w: Array, x0: Array, x1: Array, total: Array) -> Array:
-        """total + the four signed bytes of w times the two signed halves of x0 and the two of x1."""
-        ptx = "dp2a.lo.s32.s32 $0, $2, $1, $4; dp2a.hi.s32.s32 $0, $3, $1, $0;"
+    def dot4(w: Array, x0: Array, x1: Array, total: Array, signed: bool = True) -> Array:
+        """total + the four bytes of w, signed or not, times the two signed halves of x0 and the two of x1."""
+        of = "s32" if signed else "u32"
+        ptx = f"dp2a.lo.s32.{of} $0, $2, $1, $4; dp2a.hi.s32.{of} $0, $3, $1, $0;"
         return _ptx(ptx, "=&r,r,r,r,r", w, x0, x1, total)
 
     @staticmethod
@@ -73,9 +74,9 @@ class Emulation:
         return i32(words)[..., None] << (32 - bits - low) >> (32 - bits)
 
     @classmethod
-    def dot4(cls, w, x0, x1, total):
+    def dot4(cls, w, x0, x1, total, signed=True):
         x = jnp.concatenate([cls._fields(x0, 16), cls._fields(x1, 16)], axis=-1)
-        return total + (cls._fields(w, 8) * x).sum(-1)
+        return total + ((cls._fields(w, 8) & (-1 if signed else 255)) * x).sum(-1)
 
     @classmethod
     def lookup(cls, codes, low, high):
@@ -117,6 +118,7 @@ class Program:
 
         expert(i), tokens(i): the number of the i-th expert, and which `packed` activations it meets. rows: planes and
         the first of num_warps rows. The next weights are on their way while these are used; the last are read twice.
+        With `config.ahead` they are those of so many steps, and there is no loop.
         """
         units = self.k // self.fmt.unit
         step = min(units, self.fmt.step)
@@ -139,10 +141,20 @@ class Program:
             ahead = load(jnp.minimum(i + 1, last), following), expert(jnp.minimum(i + 2, last) >> which)
             return *ahead, jax.tree.map(jnp.add, totals, dot(i, loaded))
 
-        loaded = load(0, expert(0))
+        def number(i):
+            return expert(i >> which)
+
         if last == 0:
-            return dot(0, loaded)
+            return dot(0, load(0, number(0)))
         zeros = [[jnp.zeros((self.config.num_warps, step), jnp.float32) for _ in tokens(0)] for _ in rows]
+        if ahead := min(self.config.ahead, last):
+            numbers, totals = [number(i) for i in range(last + 1)], zeros
+            coming = [load(i, numbers[i]) for i in range(ahead)]
+            for i in range(last + 1):
+                coming += [load(i + ahead, numbers[i + ahead])] if i + ahead <= last else []
+                totals = jax.tree.map(jnp.add, totals, dot(i, coming.pop(0)))
+            return totals
+        loaded = load(0, number(0))
         return lax.fori_loop(0, last + 1, body, (loaded, expert(1 >> which), zeros))[-1]
 
 
@@ -245,10 +257,11 @@ class Grouped(Dots):
     """What formats share whose unit is four words of codes, in `groups` groups that each have a scale in the row."""
 
     groups: ClassVar[int]
+    signed: ClassVar[bool] = True
 
     @classmethod
     def codes(cls, words: Array, group: int, program: Program) -> Array:
-        """One of a unit's words → the four signed bytes in it that belong to a group."""
+        """One of a unit's words → the four bytes in it, signed or not, that belong to a group."""
         raise NotImplementedError
 
     @classmethod
@@ -257,12 +270,27 @@ class Grouped(Dots):
         totals = [jnp.zeros_like(x[0]) for x in xs]
         for i, words in enumerate(row[0]):
             w = cls.codes(words, group, program)
-            totals = [program.op.dot4(w, *x[2 * i :][:2], total) for x, total in zip(xs, totals, strict=True)]
+            pairs = zip(xs, totals, strict=True)
+            totals = [program.op.dot4(w, *x[2 * i :][:2], total, cls.signed) for x, total in pairs]
         return totals
 
 
 class KQuant(Grouped):
-    """w = (d·sc)·q − (dmin·m), with small integers sc and m per group."""
+    """w = (d·sc)·q − (dmin·m), with small integers sc and m per group, and codes of so many bits.
+
+    The g-th codes of a byte are multiplied where they are, times 2^(bits·g): a sum is shifted, not every word.
+    """
+
+    bits: ClassVar[int]
+    signed = False
+
+    @classmethod
+    def codes(cls, words, group, program):
+        return words & jnp.uint32((2**cls.bits - 1) * 0x01010101 << cls.bits * group)
+
+    @classmethod
+    def products(cls, row, group, xs, program):
+        return [n >> cls.bits * group for n in super().products(row, group, xs, program)]
 
     @classmethod
     def group_scales(cls, row: tuple, group: int) -> tuple[Array, Array]:
