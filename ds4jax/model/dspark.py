@@ -32,7 +32,7 @@ from ds4jax.model.transformer import block, streams
 from ds4jax.model.weights import Dspark, Weights
 from ds4jax.numerics import rows as num
 from ds4jax.numerics.precision import wide
-from ds4jax.ops import latent, mhc, rope
+from ds4jax.ops import latent, mhc, ring, rope
 from ds4jax.ops.linear import linear, product, products
 from ds4jax.ops.norm import Norm, rms_norm
 from ds4jax.ops.weight import single
@@ -94,13 +94,13 @@ def write(
 
     features: of T positions, of which the first n are the sequence's: after verification, those accepted.
     """
-    W = cfg.window
-    if features.shape[1] > W:  # no more than the last W stay
-        skipped = jnp.maximum(n - W, 0)
-        last = skipped[:, None] + jnp.arange(W, dtype=jnp.int32)
+    stay = cfg.window + ring.SPARE
+    if features.shape[1] > stay:
+        skipped = jnp.maximum(n - stay, 0)
+        last = skipped[:, None] + jnp.arange(stay, dtype=jnp.int32)
         features, start, n = jnp.take_along_axis(features, last[..., None], axis=1), start + skipped, n - skipped
     new, stages = context(d, features, start, cfg, compute), slice(cfg.stages.start, cfg.stages.stop)
-    return dataclasses.replace(cache, window=latent.store(new, cache.window, stages, start, n))
+    return dataclasses.replace(cache, window=ring.store(new, cache.window, stages, start, n))
 
 
 def hidden(
