@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ds4jax import formats
+from ds4jax.formats import F16, Q8_0
 from pallas_kernels import compressor, hyper, indexer, latent, matmul, mla, queries, router, topk
 from pallas_kernels.compressor import Part
 from pallas_kernels.matmul import Output
@@ -82,8 +82,8 @@ def products(*outputs, **shape):
 
 CASES = {
     "hyper": lambda: rows(hyper.op, hyper.Shape(T, dim=64).inputs(KEY), [0, 1]),
-    "matmul": lambda: products(Output(32, "Q8_0"), Output(48, "F16", "float32")),
-    "matmul, SwiGLU": lambda: products(Output(64, "Q8_0", clamp=10.0)),
+    "matmul": lambda: products(Output(32, Q8_0.__name__), Output(48, F16.__name__, "float32")),
+    "matmul, SwiGLU": lambda: products(Output(64, Q8_0.__name__, clamp=10.0)),
     "latent": in_window,
     "queries": lambda: rows(
         queries.op, queries.Shape("index", T, 4, 64).inputs(KEY), [0, 1, 2], kind="index", dim=64

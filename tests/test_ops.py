@@ -31,8 +31,8 @@ FREQ = np.linspace(1, 0.01, ROPE // 2, dtype=np.float32)
 
 
 class Random:
-    """Parts of a pool of normal deviates; every call gives another one. Weights are stacks of two layers, of which the
-    second is used."""
+    """Parts of a pool of normal deviates; every call gives another one. Weights are stacks of two layers; of matrices
+    the first is used, of others the second, as where a layer's types differ from another's."""
 
     def __init__(self, pool):
         self.pool, self.used = pool, 0
@@ -50,9 +50,9 @@ class Random:
         """Of products of about unit scale."""
         shape = (2, *shape)
         if fmt is F16:
-            return Weight(F16((self.normal(*shape) * shape[-1] ** -0.5).astype(jnp.float16)), 1)
+            return Weight(F16((self.normal(*shape) * shape[-1] ** -0.5).astype(jnp.float16)), 0)
         self.used += 1
-        return Weight(fmt.random(jax.random.key(self.used), shape, shape[-1] ** -0.5), 1)
+        return Weight(fmt.random(jax.random.key(self.used), shape, shape[-1] ** -0.5), 0)
 
     def norm(self, n):
         return Norm(self.stack(n), 1e-6)
@@ -89,6 +89,12 @@ def products(r, implementation, rows):
     normed = linear.products(x, asked[:1], norm=r.norm(E), implementation=implementation)
     plain = linear.products(x, asked, implementation=implementation)
     return {"after a norm": normed[0], "product": plain[0], "SwiGLU": plain[1]}
+
+
+def of_two_types(r, implementation, rows):
+    """SwiGLU of a gate and an up of different types."""
+    asked = [linear.gated(r.matrix(Q8_0, E, E), r.matrix(F16, E, E), 1.0), linear.product(r.matrix(Q8_0, 64, E))]
+    return linear.products(2 * r.normal(rows, E), asked, implementation=implementation)
 
 
 def grouped(r, implementation, rows, n):
@@ -238,6 +244,7 @@ CASES = {
     "linear, many rows": Case(
         "linear", functools.partial(products, rows=40), {"SwiGLU": GATED, None: BFLOAT16}
     ),
+    "linear, two types": Case("linear", functools.partial(of_two_types, rows=3), ORDER),
     "linear, groups": Case("linear", functools.partial(grouped, rows=3, n=64), ORDER),
     # No multiple of a tile: such a product of many rows is XLA's.
     "linear, left to XLA": Case("linear", functools.partial(grouped, rows=40, n=96), ORDER),
