@@ -444,7 +444,7 @@ class DrafterConfig:
             raise keys.error("target_layers", f"rising numbers of the model's layers, from 0 to {cfg.n_layers - 1}")
         return cls(
             keys.integer("stages", 1, 16),
-            keys.integer("block_size", 1, 64),
+            keys.integer("block_size", 2, 64),
             keys.integer("markov_rank", 1, 2**16),
             keys.integer("noise_token", 0, cfg.vocab_size - 1),
             tuple(layers),

@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.scipy.special import logsumexp
 from jax.typing import ArrayLike
@@ -28,6 +27,7 @@ from ds4jax.model.compute import Compute, inputs
 from ds4jax.model.weights import Dspark, Route, Stack, SwiGLU, Weights, WeightSpec
 from ds4jax.numerics.precision import lookup, matmul, wide
 from ds4jax.ops import index, mhc
+from ds4jax.ops.ring import SPARE, positions
 
 Array = jax.Array
 
@@ -255,7 +255,7 @@ def drafter_loss(
     same first choice; ``loads`` (stages, n_experts).
     """
     assert cfg.drafter is not None
-    (B, A), slots, W = anchors.shape, cfg.drafter.block_size, cfg.window
+    (B, A), slots = anchors.shape, cfg.drafter.block_size
     given = tokens[:, :-1]
     features, said = taught(w, given, cfg, compute)
     row = jnp.arange(B, dtype=jnp.int32)[:, None, None]
@@ -263,14 +263,13 @@ def drafter_loss(
     taught_logits, true, counts = said[row, ahead], tokens[row, ahead + 1], mask[row, ahead + 1]
     counts = jnp.cumprod(counts.astype(jnp.float32), axis=-1).reshape(B * A, slots)
 
-    # The window of each anchor: the slot of a ring holds the newest position of its number before the anchor.
-    context = dspark.context(d, features, jnp.zeros((B,), jnp.int32), cfg, compute)
-    back = lax.rem(anchors[..., None] - 1 + W - jnp.arange(W, dtype=jnp.int32), np.int32(W))
-    at = jnp.maximum(anchors[..., None] - 1 - back, 0)
+    # The window of each anchor.
+    context, n = dspark.context(d, features, jnp.zeros((B,), jnp.int32), cfg, compute), cfg.window + SPARE
+    at = jnp.maximum(positions(anchors.reshape(-1) - 1, n), 0).reshape(B, A, n)
     cache = kv.zeros(cfg, compute.numerics, compute.dtype, B * A, 1)
 
     def ring(empty: Array, rows: Array) -> Array:
-        rows = rows[:, row, at].reshape(len(cfg.stages), B * A, W, -1)
+        rows = rows[:, row, at].reshape(len(cfg.stages), B * A, n, -1)
         return jnp.concatenate([empty[: cfg.stages.start], rows.astype(empty.dtype)])
 
     cache = dataclasses.replace(

@@ -192,17 +192,17 @@ def _project(X, fn, layer, parts, *, c: Config):
 
 def _collapse(X, parts, base, scale, norm, layer, h, *mixture, numbers: Numbers, c: Config):
     """Refs: X' (S, N, E), parts; → h (S, E), and post (S, N), C (S, N, N) unless the head follows."""
-    nth, (S, N, E), M = layer[0], X.shape, base.shape[1]
+    (of_base, of_scale, of_norm), (S, N, E), M = (common.entry(layer, i) for i in (1, 2, 3)), X.shape, base.shape[1]
 
     def mixed(dots: Array, squares: Array, which: int, index) -> Array:
         r = inverse_rms(jnp.sum(squares, axis=0), N * E, numbers.norm_eps)
         m = jnp.sum(dots, axis=0)
-        return m * r.reshape(*r.shape, *(1,) * (m.ndim - r.ndim)) * scale[nth, which] + base[nth, index]
+        return m * r.reshape(*r.shape, *(1,) * (m.ndim - r.ndim)) * scale[of_scale, which] + base[of_base, index]
 
     # What a program needs is loaded at its start, so that it waits once.
     def collapse(s: Array) -> None:
         dots, squares = [parts[:, s, k] for k in range(N)], parts[:, s, M]
-        x, weight = [X[s, k].astype(jnp.float32) for k in range(N)], norm[nth]
+        x, weight = [X[s, k].astype(jnp.float32) for k in range(N)], norm[of_norm]
         pre = [jax.nn.sigmoid(mixed(m, squares, 0, k)) + numbers.hc_eps for k, m in enumerate(dots)]
         u = functools.reduce(operator.add, map(operator.mul, pre, x)).astype(X.dtype).astype(jnp.float32)
         h[s] = (rms_norm(u, numbers.norm_eps) * weight).astype(h.dtype)
@@ -309,7 +309,8 @@ def op(
     output in one pass.
     fn: (L, 2N + N², N·E), base: (L, 2N + N²), scale: (L, 3), norm: (L, E), of which the layer's are used; fn has any
     float dtype, the others are float32. The head has fn (L, N, N·E), base (L, N), scale (L, 1), and no post', C'.
-    layer: int32 (1,). Sums are float32, in a fixed order. Raises Unsupported.
+    layer: int32 (1,), or (4,) where the stacks of fn, base, scale and norm count differently. Sums are float32, in a
+    fixed order. Raises Unsupported.
     """
     S, N, E = X.shape
     L, M, K = fn.shape

@@ -32,7 +32,7 @@ from jax.experimental.pallas import triton as plgpu
 from pallas_kernels import common, formats
 from pallas_kernels.common import Unsupported
 from pallas_kernels.formats.runs import RUN, Runs, columns_of
-from pallas_kernels.formats.tiles import split, stack
+from pallas_kernels.formats.tiles import Emulation, Gpu, split, stack
 from pallas_kernels.numerics.norm import inverse_rms
 from pallas_kernels.numerics.swiglu import swiglu
 
@@ -168,16 +168,19 @@ def _inputs(xs: Sequence[Array], weight: Sequence[Array | None]) -> list[Array]:
 
 def _vector(shape: Shape, config: Config, fmt: str, tile: _Tile, token: Array, interpret: bool):
     """Sums along K, of config.tokens tokens from `token` on: products (R,) per matrix and token, Σ x² per token."""
-    n, tokens = config.k_block, range(config.tokens)
+    n, tokens, fma = config.k_block, range(config.tokens), (Emulation if interpret else Gpu).fma
     runs, run = _runs(fmt), _run_of(fmt)
     rows = [(planes, tile.row + r) for planes in tile.matrices for r in range(tile.rows)]
 
     def add(pieces, xs, total):
         for piece, x in zip(pieces, xs, strict=True):
             codes = [code for c in piece.codes for code in split(c)]
-            y = functools.reduce(operator.add, map(operator.mul, codes, x))  # one chain of multiply-adds
-            y = y if piece.scale is None else y * piece.scale
-            total += y if piece.minimum is None else y - piece.minimum * functools.reduce(operator.add, x)
+            y = codes[0] * x[0]
+            for code, column in zip(codes[1:], x[1:], strict=True):
+                y = fma(code, column, y)
+            total = total + y if piece.scale is None else fma(y, piece.scale, total)
+            if piece.minimum is not None:
+                total -= piece.minimum * functools.reduce(operator.add, x)
         return total
 
     def step(offset, sums):
@@ -505,7 +508,7 @@ def _power_of_two(n: int) -> int:
 def default_config(shape: Shape) -> Config:
     """What is used without a tuned config: some blocks for each of 132 multiprocessors, 16 KiB or so for each block."""
     columns = _power_of_two(shape.k)
-    if _takes_dot(shape) and shape.m > 2:
+    if _takes_dot(shape) and shape.m > 4:
         splits = 1
         while shape.norm_eps is None and _programs(shape, 64) * splits < 264 and columns // splits > 512:
             splits *= 2

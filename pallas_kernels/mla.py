@@ -26,6 +26,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
@@ -55,7 +56,8 @@ class Shape:
     """batch sequences, of which each has `queries` new tokens; the first sequence has `context` before them.
 
     ratio: tokens per compressed row, 0 for none. chosen: entries of a query's list of rows, None to see all of them.
-    queries == 1 is decode from the ring of the window, more is prefill.
+    window: rows of it that a query sees. Up to 8 queries are of decode or verification, and read a ring of 8 rows more;
+    more are of prefill.
     """
 
     batch: int
@@ -67,6 +69,7 @@ class Shape:
     dim: int = 512
     window: int = 128
     layers: int = 2
+    causal: bool = True
 
     @property
     def key(self) -> Shape:
@@ -82,7 +85,8 @@ class Shape:
 
     @property
     def static(self) -> dict[str, Any]:
-        return {"ratio": self.ratio, "ring": self.queries == 1, "dtype": jnp.bfloat16}
+        window = {"width": self.window, "ring": self.queries <= 8, "causal": self.causal}
+        return {"ratio": self.ratio, **window, "dtype": jnp.bfloat16}
 
     @property
     def positions(self) -> list[int]:
@@ -108,7 +112,7 @@ class Shape:
         angle = jax.random.uniform(next(keys), (B, T, BLOCK // 2), jnp.float32, 0, 2 * math.pi)
         q = jax.random.normal(next(keys), (B, T, H, D), jnp.float16)
         sinks = jax.random.normal(next(keys), (L, H), jnp.float32)
-        window = planes(L, B, W) if T == 1 else planes(B, W + T)
+        window = planes(L, B, W + 8) if T <= 8 else planes(B, W + T)
         rows = indices = None
         if self.ratio:
             rows = planes(L, B, max((self.context + T) // self.ratio, 1))
@@ -127,7 +131,8 @@ class Shape:
         for p in self.positions:
             for at in range(p, p + self.queries):
                 n = (at + 1) // self.ratio if self.ratio else 0
-                total += min(at + 1, self.window) + min(n, self.chosen or n)
+                near = min(at + 1, self.window) if self.causal else min(p, self.window) + self.queries
+                total += near + min(n, self.chosen or n)
         return total
 
     @property
@@ -156,6 +161,10 @@ SHAPES = {
     "decode csa 2k, batch 16": Shape(16, 1, 2047, 4, 512),
     "decode hca 2k, batch 16": Shape(16, 1, 2047, 128),
     "decode csa 2k, batch 32": Shape(32, 1, 2047, 4, 512),
+    "verify 6, csa 2k": Shape(1, 6, 2047, 4, 512),
+    "verify 6, hca 28k": Shape(1, 6, 28671, 128),
+    "verify 3, csa 2k, batch 16": Shape(16, 3, 2047, 4, 512),
+    "draft 5": Shape(1, 5, 2047, 0, causal=False),
     "prefill window": Shape(1, 8192, 20480, 0),
     "prefill csa 2k": Shape(1, 2048, 0, 4, 512),
     "prefill csa 28k": Shape(1, 8192, 20480, 4, 512),
@@ -250,14 +259,16 @@ class _Static:
     W: int
     N: int
     ratio: int
-    ring: bool
+    slots: int  # of the ring; 0 if the window's rows come in order
+    causal: bool
     gathered: bool
     dtype: Any
     c: Config
 
-    def shares(self, at: Array) -> tuple[Array, Array, Array, Array]:
-        """Of a query at position `at`: window rows, compressed rows, tiles of both, tiles per program."""
-        n_w = jnp.minimum(at + 1, self.W)
+    def shares(self, position: Array, t: Array) -> tuple[Array, Array, Array, Array]:
+        """Of the query at position + t: window rows, compressed rows, tiles of both, tiles per program."""
+        at = position + t
+        n_w = jnp.minimum(at + 1, self.W) if self.causal else jnp.minimum(position + self.T, self.W + self.T)
         n = jnp.minimum((at + 1) // self.ratio, self.N) if self.ratio else jnp.int32(0)
         tiles = pl.cdiv(n_w, self.c.rows) + pl.cdiv(n, self.c.rows)
         return n_w, n, tiles, pl.cdiv(tiles, self.c.splits)
@@ -269,8 +280,7 @@ def _attend(st: _Static, q, position, layers, sinks, cos, sin, window, rows, ind
     i, split = pl.program_id(0), pl.program_id(2)
     b, t = i // st.T, i % st.T
     heads = pl.ds(pl.program_id(1) * c.heads, c.heads)
-    at = position[b] + t
-    n_w, n, tiles, each = st.shares(at)
+    n_w, n, tiles, each = st.shares(position[b], t)
     lo, hi = split * each, jnp.minimum(split * each + each, tiles)
     query = q[b, t, heads, :].astype(jnp.float16)
     number = lax.iota(jnp.int32, c.rows)
@@ -312,9 +322,20 @@ def _attend(st: _Static, q, position, layers, sinks, cos, sin, window, rows, ind
         jnp.zeros((c.heads, st.D), jnp.float32),
     )
     tiles_w = pl.cdiv(n_w, c.rows)
-    # The order does not matter, so take the window from the newest row back, or the ring from its start.
-    near = (lambda k, _: k) if st.ring else (lambda k, _: st.W + t - k)
-    carry = attend(carry, window, common.entry(layers, 0) if st.ring else 0, n_w, near, lo, jnp.minimum(hi, tiles_w))
+    # The window from the newest row back.
+    newest = t if st.causal else st.T - 1
+    if st.slots:
+        last = lax.rem(position[b] + newest, np.int32(st.slots))
+
+        def near(k: Array, _: Array) -> Array:
+            return jnp.where(k > last, last - k + st.slots, last - k)
+    else:
+
+        def near(k: Array, _: Array) -> Array:
+            return st.W + newest - k
+
+    layer = common.entry(layers, 0) if st.slots else 0
+    carry = attend(carry, window, layer, n_w, near, lo, jnp.minimum(hi, tiles_w))
     if st.ratio:
 
         def far(k: Array, look: Array) -> Array:
@@ -340,7 +361,7 @@ def _combine(st: _Static, position, layers, sinks, cos, sin, highs, totals, accs
     """Grid (B·T, H, D / 64). Parts, of which some are not used: highs, totals (B·T, S, H), accs (B·T, S, H, D)."""
     i, h, block = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     b, t = i // st.T, i % st.T
-    _, _, tiles, each = st.shares(position[b] + t)
+    _, _, tiles, each = st.shares(position[b], t)
     split = lax.iota(jnp.int32, pl.next_power_of_2(st.c.splits))
     used = split * each < tiles
     high = plgpu.load(highs.at[i, split, h], mask=used, other=-jnp.inf)
@@ -404,15 +425,19 @@ def op(
     sin: Array,
     *,
     ratio: int,
+    width: int,
     ring: bool,
+    causal: bool = True,
     dtype: Any = None,
     config: common.Choice[Config, Shape] | None = None,
     interpret: bool = False,
 ) -> Array:
     """Attention of queries q (B, T, H, D) at positions `position` + 0 … T - 1 → (B, T, H, D), turned back by RoPE.
 
-    window: with `ring`, for T = 1, the stack of rings (L, B, W, ·), position p at p mod W, this token's row included;
-        otherwise (B, W + T, ·) with the row of position `position` - W + j at j.
+    window: with `ring` the stack of rings (L, B, slots, ·), position p at p mod slots, with the T rows of these tokens
+        and `width` before them; otherwise (B, width + T, ·) with the row of position `position` - width + j at j.
+    width: rows of the window that a query sees, its own included. causal: if not, all queries see the T rows and
+        `width` before them.
     rows: compressed rows (L', B, N, ·), None if ratio 0. A query at position p sees the first (p + 1) // ratio of them,
     indices: or, if not None, of the rows that it chose, int32 (B, T, K), and K at most. Each lies within 0 … N - 1.
     position: int32 (B,). layers: int32 (3,), the index into the stacks window (unused without ring), rows and sinks; or
@@ -435,10 +460,11 @@ def op(
             f"found planes {found}, expected {expected} and {BLOCK} values of rope",
         )
     _check(D % BLOCK == 0 and blocks & (blocks - 1) == 0, f"head dim {D}, expected {BLOCK} times a power of two")
-    _check(not ring or T == 1, f"{T} queries with a ring, expected 1")
     _check((rows is None) == (ratio == 0), f"ratio {ratio} {'without' if rows is None else 'with'} compressed rows")
     _check(indices is None or ratio > 0, "indices without compressed rows")
-    W = window["codes"].shape[2] - (0 if ring else T)
+    W, stored = width, window["codes"].shape[2]
+    least = W + T if not causal else W + T - 1
+    _check(stored >= least if ring else stored == W + T, f"{stored} rows of a window, of which {T} queries see {width}")
     N = 0 if rows is None else rows["codes"].shape[2] if indices is None else indices.shape[-1]
     context = max(ratio * N - T, 0) if ratio else B * W  # with which all rows are seen
     shape = Shape(B, T, context, ratio, None if indices is None else N, H, D, W)
@@ -449,7 +475,8 @@ def op(
     _check(H % config.heads == 0, f"{H} heads, expected a multiple of {config.heads}")
     _check(config.splits >= 1, f"{config.splits} splits, expected at least 1")
 
-    st = _Static(B, T, H, D, W, N, ratio, ring, indices is not None, dtype, config)
+    slots = stored if ring else 0
+    st = _Static(B, T, H, D, W, N, ratio, slots, causal, indices is not None, dtype, config)
     attend, combine = _calls(st, interpret)
     common_args = position, layers, sinks, cos, sin
     flat = [planes[k] for planes in stacks for k in ("codes", "exponents", "rope")]

@@ -16,6 +16,7 @@ SMALL = {
     "some heads": (Shape(4, heads=4, dim=128, window=8), Config(2, 4)),
     "one layer": (Shape(2, heads=4, dim=256, window=5, layers=1), Config(1, 1)),
     "float32": (Shape(3, heads=2, dim=128, window=8, dtype="float32"), Config(2, 2)),
+    "5 tokens": (Shape(3, 5, heads=2, dim=128, window=8), Config(2, 2)),
 }
 
 
@@ -32,7 +33,7 @@ def check(found, expected, shape):
     for name, plane in expected[1].items():
         bits, right = (x.view(np.int16 if name == "rope" else np.uint8).astype(int) for x in (found[1][name], plane))
         assert np.abs(bits - right).max() <= 1, name
-        assert (bits != right).sum() <= 2e-3 * shape.batch * plane.shape[-1], name
+        assert (bits != right).sum() <= 2e-3 * shape.batch * shape.tokens * plane.shape[-1], name
 
 
 def run(shape, config, inputs, **options):
@@ -45,12 +46,14 @@ def test_interpreted(name):
     inputs = shape.inputs(jax.random.key(0))
     found = run(shape, config, inputs, interpret=True)
     check(found, formula("latent")(*inputs, **shape.static), shape)
-    # Another layer's rows, other slots, and the rows of an inactive sequence stay; the others are new.
+    # Another layer's rows, other slots, and the rows of tokens that are not real stay; the others are new.
     before, after = (np.asarray(w["codes"].astype(jnp.float32)) for w in (inputs[-1], found[1]))
     changed = {tuple(map(int, x)) for x in np.argwhere((before != after).any(-1))}
-    *_, position, active, layers, _ = inputs
-    at = [(int(layers[1]), b, int(position[b]) % shape.window) for b in range(shape.batch) if active[b]]
-    assert changed == set(at) and 0 < len(at) == shape.batch - shape.batch // 3
+    *_, position, n, layers, _ = inputs
+    at = {
+        (int(layers[1]), b, (int(position[b]) + t) % shape.window) for b in range(shape.batch) for t in range(n[b])
+    }  # fmt: skip
+    assert changed == at and 0 < len(at) == n.sum() < shape.batch * shape.tokens + (shape.batch < 3)
 
 
 @pytest.mark.parametrize("device", [pytest.param(d, marks=[] if "GB10" in d else pytest.mark.slow) for d in GPUS])
@@ -65,12 +68,13 @@ def test_lowers_for_gpus(device):
         (Shape(1, dim=192), {}, "heads of 192"),
         (Shape(1, heads=6), {"config": Config(4)}, "6 heads, expected a multiple of 4"),
         (Shape(1), {"q": jnp.zeros((1, 700))}, "700"),
-        (Shape(1), {"cos": jnp.zeros((1, 16))}, "cos"),
+        (Shape(1), {"cos": jnp.zeros((1, 1, 16))}, "cos"),
+        (Shape(2), {"cos": jnp.zeros((2, 3, 32))}, r"B·T = 2"),
         (Shape(1), {"window": {"x": jnp.zeros((1, 1, 8, 512))}}, "planes"),
     ],
 )
 def test_unsupported(shape, change, message):
-    names = "q", "kv", "norm", "cos", "sin", "position", "active", "layers", "window"
+    names = "q", "kv", "norm", "cos", "sin", "position", "n", "layers", "window"
     args = dict(zip(names, shape.inputs(jax.random.key(0)), strict=True))
     with pytest.raises(common.Unsupported, match=message):
         op(**args | change, **shape.static)

@@ -18,8 +18,11 @@ TOLERANCE = 2 * 2.0**-12
 SMALL = {
     "decode gathered": (Shape(2, 1, 150, 4, 32, heads=32, dim=128, window=32), Config(16, 16, 3, 1)),
     "decode dense": (Shape(2, 1, 180, 4, heads=16, dim=128, window=32), Config(16, 32, 2, 1)),
-    "prefill gathered": (Shape(1, 5, 140, 4, 32, heads=16, dim=256, window=24), Config(16, 16, 1, 1)),
-    "prefill from nothing": (Shape(2, 6, 0, 4, heads=16, dim=128, window=16), Config(16, 16, 2, 1)),
+    "verify gathered": (Shape(1, 5, 140, 4, 32, heads=16, dim=256, window=24), Config(16, 16, 1, 1)),
+    "verify from nothing": (Shape(2, 6, 0, 4, heads=16, dim=128, window=16), Config(16, 16, 2, 1)),
+    "not causal": (Shape(2, 5, 45, 0, heads=16, dim=128, window=32, causal=False), Config(16, 16, 2, 1)),
+    "prefill gathered": (Shape(1, 9, 140, 4, 32, heads=16, dim=256, window=24), Config(16, 16, 1, 1)),
+    "prefill from nothing": (Shape(2, 10, 0, 4, heads=16, dim=128, window=16), Config(16, 16, 2, 1)),
 }
 
 
@@ -76,10 +79,10 @@ def test_refuses_what_it_does_not_take():
     shape, config = SMALL["decode gathered"]
     inputs = list(shape.inputs(jax.random.key(0)))
 
-    def refused(match, changes=None, *, config=config, ratio=4):
+    def refused(match, changes=None, *, config=config, ratio=4, width=shape.window):
         args = [(changes or {}).get(i, x) for i, x in enumerate(inputs)]
         with pytest.raises(common.Unsupported, match=match):
-            mla.op(*args, ratio=ratio, ring=True, config=config)
+            mla.op(*args, ratio=ratio, width=width, ring=True, config=config)
 
     refused("heads 24, expected a power of two", config=dataclasses.replace(config, heads=24))
     refused("32 heads, expected a multiple of 64", config=dataclasses.replace(config, heads=64))
@@ -87,7 +90,7 @@ def test_refuses_what_it_does_not_take():
     refused("ratio 0 with compressed rows", ratio=0)
     refused("ratio 4 without compressed rows", {2: None, 3: None})
     refused("codes.*bfloat16.*expected", {2: inputs[2] | {"codes": inputs[2]["codes"].astype(jnp.bfloat16)}})
-    refused("2 queries with a ring", {0: jnp.concatenate([inputs[0]] * 2, axis=1)})
+    refused("40 rows of a window, of which 1 queries see 41", width=41)
 
 
 @pytest.mark.gpu

@@ -15,7 +15,7 @@ import pytest
 from ds4jax.formats import F16, Q8_0
 from ds4jax.implementation import OPS
 from ds4jax.numerics.rows import Fp4Row, Fp8Row
-from ds4jax.ops import attend, compress, experts, index, latent, linear, mhc, rope, route, topk
+from ds4jax.ops import attend, compress, experts, index, latent, linear, mhc, ring, rope, route, topk
 from ds4jax.ops.norm import Norm
 from ds4jax.ops.weight import Weight
 from pallas_kernels import compressor, grouped_gemm, hyper, indexer, matmul, mla, queries, router
@@ -31,8 +31,8 @@ FREQ = np.linspace(1, 0.01, ROPE // 2, dtype=np.float32)
 
 
 class Random:
-    """Parts of a pool of normal deviates; every call gives another one. Weights are stacks of two layers, of which the
-    second is used."""
+    """Parts of a pool of normal deviates; every call gives another one. Weights are stacks of two layers; of matrices
+    the first is used, of others the second, as where a layer's types differ from another's."""
 
     def __init__(self, pool):
         self.pool, self.used = pool, 0
@@ -50,9 +50,9 @@ class Random:
         """Of products of about unit scale."""
         shape = (2, *shape)
         if fmt is F16:
-            return Weight(F16((self.normal(*shape) * shape[-1] ** -0.5).astype(jnp.float16)), 1)
+            return Weight(F16((self.normal(*shape) * shape[-1] ** -0.5).astype(jnp.float16)), 0)
         self.used += 1
-        return Weight(fmt.random(jax.random.key(self.used), shape, shape[-1] ** -0.5), 1)
+        return Weight(fmt.random(jax.random.key(self.used), shape, shape[-1] ** -0.5), 0)
 
     def norm(self, n):
         return Norm(self.stack(n), 1e-6)
@@ -67,7 +67,8 @@ def ints(*values):
 
 def angles(position, T, ratio=4):
     at = position[:, None] + jnp.arange(T, dtype=jnp.int32)
-    return rope.Angles(*rope.cos_sin(at, FREQ), *rope.cos_sin(position // ratio * ratio, FREQ))
+    row = position[:, None] // ratio + jnp.arange(-(-T // ratio), dtype=jnp.int32)
+    return rope.Angles(*rope.cos_sin(at, FREQ), *rope.cos_sin(row * ratio, FREQ))
 
 
 # ---- the calls: (random, implementation) -> a tree of results --------------------------------------------------------
@@ -90,6 +91,12 @@ def products(r, implementation, rows):
     return {"after a norm": normed[0], "product": plain[0], "SwiGLU": plain[1]}
 
 
+def of_two_types(r, implementation, rows):
+    """SwiGLU of a gate and an up of different types."""
+    asked = [linear.gated(r.matrix(Q8_0, E, E), r.matrix(F16, E, E), 1.0), linear.product(r.matrix(Q8_0, 64, E))]
+    return linear.products(2 * r.normal(rows, E), asked, implementation=implementation)
+
+
 def grouped(r, implementation, rows, n):
     asked = [linear.product(r.matrix(Q8_0, n, E))]
     return linear.products(r.normal(rows, 2, E), asked, groups=2, implementation=implementation)[0]
@@ -97,10 +104,10 @@ def grouped(r, implementation, rows, n):
 
 def finish_latent(r, implementation, T=1):
     """Three sequences, of which one rests; another's ring begins anew."""
-    position, active = ints(5, WINDOW, 2 * WINDOW - 1), ints(1, 1, 0)
-    window = r.rows(ROW, 2, 3, WINDOW)
+    position, n = ints(5, WINDOW + ring.SPARE - 1, 2 * WINDOW - 1), ints(T, max(T - 1, 1), 0)
+    window = r.rows(ROW, 2, 3, WINDOW + ring.SPARE)
     made = latent.latent(
-        2 * r.normal(3 * T, HEADS * D), 3 * r.normal(3 * T, D), r.norm(D), angles(position, T), position, active,
+        2 * r.normal(3 * T, HEADS * D), 3 * r.normal(3 * T, D), r.norm(D), angles(position, T), position, n,
         window, 1, row=ROW, dtype=attend.query_dtype("pallas", jnp.float32), implementation=implementation,
     )  # fmt: skip
     for plane, before in window.items():
@@ -116,34 +123,30 @@ def index_queries(r, implementation, T):
     ).astype(jnp.float32)  # fmt: skip
 
 
-def take_in(r, implementation, ratio):
+def take_in(r, implementation, ratio, T=1):
     """Sequences whose window closes, stays open, is about to close but rests, and has just begun."""
     overlap, B = ratio == 4, 4
-    length, active = ints(2 * ratio - 1, ratio + 1, ratio - 1, 0), ints(1, 1, 0, 1)
+    length, n = ints(2 * ratio - 1, ratio + 1, ratio - 1, 0), ints(T, max(T - 1, 1), 0, T)
     fed, states = [], []
     for row, is_index in ((ROW, False), (KEY, True))[: 1 + overlap]:
         width = row.dim * (1 + overlap)
         fed.append(
-            compress.Compressor(r.normal(B, width), r.normal(B, width), r.matrix(F16, ratio, width), r.norm(row.dim),
-                                row, is_index)
+            compress.Compressor(r.normal(B * T, width), r.normal(B * T, width), r.matrix(F16, ratio, width),
+                                r.norm(row.dim), row, is_index)
         )  # fmt: skip
-        open_window = [r.normal(2, B, ratio, width) for _ in range(2)]
-        before = [r.normal(2, B, ratio if overlap else 0, row.dim) for _ in range(2)]
-        states.append(compress.Compressed(r.rows(row, 2, B, 3), *open_window, *before))
+        rings = [r.normal(2, B, compress.slots(ratio), width) for _ in range(2)]
+        states.append(compress.Compressed(r.rows(row, 2, B, 3), *rings))
     moved = compress.compress(
-        fed, states, length, active, angles(length, 1, ratio), 1, ratio=ratio, freq=FREQ, numerics="official",
+        fed, states, length, n, angles(length, T, ratio), 1, ratio=ratio, numerics="official",
         implementation=implementation,
     )  # fmt: skip
-    # Of the open window its tokens so far mean something.
-    live = (jnp.arange(ratio) < ((length + active) % ratio)[:, None])[None, :, :, None]
     out = {}
     for name, s, old in zip(("rows", "keys"), moved, states, strict=False):
         kept = [(x[:, 2] == y[:, 2]).all() for x, y in zip(*map(jax.tree.leaves, (s.rows, old.rows)), strict=True)]
         out[name] = {
             **s.rows,
-            "kept": jnp.stack([*kept, (s.prev_z[:, 2] == old.prev_z[:, 2]).all()]),
-            "open": [jnp.where(live, x, 0)[1] for x in (s.z, s.g)],
-            "before": [jnp.where(jnp.isfinite(x), x, 0) for x in (s.prev_z, s.prev_g)],
+            "kept": jnp.stack([*kept, (s.z[:, 2] == old.z[:, 2]).all()]),
+            "rings": [s.z, s.g],
         }
     return out
 
@@ -165,15 +168,15 @@ def choice(r, implementation):
     return jnp.sort(topk.highest(score, jnp.array([[30, 31, 40], [9, 8, 7]], jnp.int32), 8, implementation), axis=-1)
 
 
-def attention(r, implementation, T=1, ratio=4, chosen=True):
+def attention(r, implementation, T=1, ratio=4, chosen=True, causal=True):
     position = ints(60, 3)
-    near = r.rows(ROW, 2, 2, WINDOW) if T == 1 else r.rows(ROW, 2, WINDOW + T)
+    near = r.rows(ROW, 2, 2, WINDOW + ring.SPARE) if T <= ring.SPARE else r.rows(ROW, 2, WINDOW + T)
     rows = r.rows(ROW, 2, 2, 20) if ratio else None
     picked = jnp.argsort(r.normal(2, T, 20), axis=-1)[..., :8].astype(jnp.int32) if chosen else None
     q = r.normal(2, T, HEADS, D).astype(jnp.float16).astype(attend.query_dtype(implementation, jnp.float32))
     return attend.attend(
         q, near, rows, picked, position, r.stack(HEADS), angles(position, T), layer=1, nth=1, ratio=ratio, row=ROW,
-        dtype=jnp.float32, implementation=implementation,
+        dtype=jnp.float32, causal=causal, implementation=implementation,
     )  # fmt: skip
 
 
@@ -241,13 +244,17 @@ CASES = {
     "linear, many rows": Case(
         "linear", functools.partial(products, rows=40), {"SwiGLU": GATED, None: BFLOAT16}
     ),
+    "linear, two types": Case("linear", functools.partial(of_two_types, rows=3), ORDER),
     "linear, groups": Case("linear", functools.partial(grouped, rows=3, n=64), ORDER),
     # No multiple of a tile: such a product of many rows is XLA's.
     "linear, left to XLA": Case("linear", functools.partial(grouped, rows=40, n=96), ORDER),
     "latent": Case("latent", finish_latent, {"queries": HALF, "rope": HALF, None: 0}),
-    "latent, 4 tokens": Case("latent", functools.partial(finish_latent, T=4), {"queries": HALF, None: 0}),
+    "latent, 4 tokens": Case("latent", functools.partial(finish_latent, T=4), {"queries": HALF, "rope": HALF, None: 0}),
+    "latent, 9 tokens": Case("latent", functools.partial(finish_latent, T=9), {"queries": HALF, None: 0}),
     "compress, csa": Case("compress", functools.partial(take_in, ratio=4), {"rope": HALF, None: 0}),
     "compress, hca": Case("compress", functools.partial(take_in, ratio=128), {"rope": HALF, None: 0}),
+    "compress, csa, 6 tokens": Case("compress", functools.partial(take_in, ratio=4, T=6), {"rope": HALF, None: 0}),
+    "compress, hca, 3 tokens": Case("compress", functools.partial(take_in, ratio=128, T=3), {"rope": HALF, None: 0}),
     "index, the queries": Case("index", functools.partial(index_queries, T=3), 0),
     "index": Case("index", functools.partial(scores, T=1), ORDER),
     "index, 4 queries": Case("index", functools.partial(scores, T=4), ORDER),
@@ -256,6 +263,10 @@ CASES = {
     "attend, all rows": Case("attend", functools.partial(attention, ratio=8, chosen=False), ATTENTION),
     "attend, window": Case("attend", functools.partial(attention, ratio=0, chosen=False), ATTENTION),
     "attend, 4 queries": Case("attend", functools.partial(attention, T=4), ATTENTION),
+    "attend, 9 queries": Case("attend", functools.partial(attention, T=9), ATTENTION),
+    "attend, not causal": Case(
+        "attend", functools.partial(attention, T=5, ratio=0, chosen=False, causal=False), ATTENTION
+    ),
     "route": Case("route", functools.partial(routing, by_token=False), ORDER),
     "route, by token": Case("route", functools.partial(routing, by_token=True), ORDER),
     "experts": Case("experts", functools.partial(through_experts, S=3), FIXED),
@@ -402,7 +413,7 @@ WRONG = {
     "latent without the norm of queries": (
         "latent", latent_kernel, "attention_heads", lambda right: lambda x, turn, eps: right(x, turn, 1.0),
     ),
-    "latent of 4 tokens without the norm": ("latent, 4 tokens", queries, "rms_norm", lambda right: lambda x, eps: x),
+    "latent of 9 tokens without the norm": ("latent, 9 tokens", queries, "rms_norm", lambda right: lambda x, eps: x),
     "index without the Hadamard matrix": (
         "index, the queries", queries, "hadamard_in_kernel", lambda right: lambda x: x,
     ),

@@ -163,9 +163,9 @@ def test_the_formula_is_not_used_where_it_does_not_hold(change):
     assert workspace.predict(CompiledSteps(small, RTX, card=cards.find("H200"))) == {}
 
 
-def test_rings_are_a_windows_rows_per_stage():
+def test_rings_are_those_of_a_layer_per_stage():
     steps = plan(batch=2)
-    assert planning.rings(steps) == 3 * 2 * 128 * (448 + 7 + 2 * 64)
+    assert planning.rings(steps) == 3 * 2 * (128 + 8) * (448 + 7 + 2 * 64)
 
 
 @pytest.mark.parametrize("part, size", [("IQ2XXS-w2Q2K", 86_720_111_488), ("MXFP4Experts", 155_976_458_848)])

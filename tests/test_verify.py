@@ -13,6 +13,7 @@ from ds4jax.io import synthetic
 from ds4jax.model import cache as kv
 from ds4jax.model import transformer, verify, weights
 from ds4jax.model.compute import Compute
+from ds4jax.ops import ring
 
 CFG = dataclasses.replace(
     synthetic.ODD, n_layers=3, compress_ratios=(0, 4, 128), swiglu_clamp=(1.0, 1.5, 2.0), embed_dim=32, vocab_size=64,
@@ -84,21 +85,26 @@ def reachable(cache):
     length = np.asarray(cache.length)
     out = {"length": length}
 
-    def add(name, x, n):
-        x = np.asarray(x).astype(np.float64)
-        seen = np.arange(x.shape[2]) < np.asarray(n)[:, None]
-        out[name] = np.where(seen[..., None], x, 0)
+    def add(name, x, seen):
+        out[name] = np.where(seen[..., None], np.asarray(x).astype(np.float64), 0)
 
     for plane, x in cache.window.items():
-        add(f"window {plane}", x, length)
-    for kind, ratio in verify.RATIOS.items():
+        held = newest(length, x.shape[2])
+        add(f"window {plane}", x, (held >= 0) & (held > length[:, None] - CFG.window))
+    for kind, ratio in (("csa", 4), ("index", 4), ("hca", 128)):
         state = getattr(cache, kind)
         for plane, x in state.rows.items():
-            add(f"{kind} {plane}", x, length // ratio)
+            add(f"{kind} {plane}", x, np.arange(x.shape[2]) < length[:, None] // ratio)
         for name in ("z", "g"):
-            add(f"{kind} {name}", getattr(state, name), length % ratio)
-            add(f"{kind} prev_{name}", getattr(state, f"prev_{name}"), np.where(length >= ratio, ratio, 0))
+            first = np.maximum(length // ratio * ratio - (ratio if ratio == 4 else 0), 0)
+            add(f"{kind} {name}", getattr(state, name), newest(length, getattr(state, name).shape[2]) >= first[:, None])
     return out
+
+
+def newest(length, slots):
+    """The position that each slot of a ring holds; negative if none."""
+    found = np.asarray(ring.positions(jnp.asarray(length) - 1, slots))
+    return np.where(length[:, None] > 0, found, -1)
 
 
 def test_after_a_rejection_all_is_as_after_plain_decoding(plain, verified):

@@ -89,7 +89,7 @@ def describe(programs: CompiledSteps) -> str:
 
 
 def rings(programs: CompiledSteps) -> int:
-    """Bytes that a DSpark drafter keeps of the last tokens: per stage and slot as many rows as a layer's window has."""
+    """Bytes that a DSpark drafter keeps of the last tokens: per stage and slot what a layer has."""
     window = memory.per_device(programs.cache.window)
     return window // programs.cfg.n_layers * DRAFTER_STAGES
 

@@ -1,7 +1,8 @@
 """One sequence's state in host memory: taken from a cache's slot, exact, and put back into any slot.
 
 A snapshot is a dict of arrays, those of `cache.Cache` by name, with axes (layers, 1, ...): compressed rows only as many
-as the sequence has, and no open windows where none is open.
+as the sequence has, and of the compressors' rings no more than its next tokens read, where its length is a multiple
+of 128.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from jax import lax
 
 from ds4jax.config import CSA_RATIO, HCA_RATIO
 from ds4jax.model.cache import Cache
+from ds4jax.ops.compress import slots
 
 Planes = dict[str, np.ndarray]
 
-LAYOUT = 1  # of planes; changes with whatever makes an older snapshot another state
+LAYOUT = 2  # of planes; changes with whatever makes an older snapshot another state
 SMALLEST_ROOM = 1024  # tokens; copies are made of one of few sizes, because each size is compiled
 ZERO = np.int32(0)  # indices are of one type, with 64-bit numbers enabled, too
 PIECE = 32768  # tokens whose rows are copied at once, at most: others wait for that
@@ -38,7 +40,7 @@ def take(
     Yields None after each piece, and the planes after the last. After the first piece the sequence may grow. cache:
     gives the cache as it is then. state: if the sequence is longer than `length`, what `state` gave at that length.
     """
-    planes = dict(state) if state else jax.device_get(_state(cache(), np.int32(slot), length % HCA_RATIO > 0))
+    planes = dict(state) if state else jax.device_get(_state(cache(), np.int32(slot), _aligned(length)))
     for name, x in _leaves(cache()):
         if ratio := _ratio(name):
             planes[name] = np.empty((x.shape[0], 1, length // ratio, x.shape[3]), x.dtype)
@@ -57,7 +59,7 @@ def state(cache: Cache, slot: int) -> Planes:
 
     These are all but the compressed rows.
     """
-    return jax.device_get(_state(cache, np.int32(slot), False))
+    return jax.device_get(_state(cache, np.int32(slot), True))
 
 
 def earlier(planes: Planes, length: int, state: Planes) -> Planes:
@@ -72,9 +74,14 @@ def earlier(planes: Planes, length: int, state: Planes) -> Planes:
 def put(cache: Cache, slot: int, planes: Planes) -> Cache:
     """`cache` (donated) with the sequence in `slot` set to a snapshot, for which it must have room."""
     leaves = dict(_leaves(cache))
-    state = {name: planes.get(name, np.zeros(_one(x), x.dtype)) for name, x in leaves.items() if not _ratio(name)}
+    state, length = {}, int(planes["length"][0])
+    for name, x in leaves.items():
+        if not _ratio(name):
+            state[name] = np.zeros(_one(x), x.dtype)
+            if (part := _needed(name, x.shape, _aligned(length))) is not None:
+                state[name][part] = planes[name]
     cache = _put(cache, np.int32(slot), {}, state)
-    for start, tokens in _pieces(int(planes["length"][0])):
+    for start, tokens in _pieces(length):
         first, rows = _first(cache, start, tokens), {}
         for name, at in first.items():
             layers, _, capacity, dim = leaves[name].shape
@@ -88,11 +95,12 @@ def put(cache: Cache, slot: int, planes: Planes) -> Cache:
 
 def fits(cache: Cache, length: int, planes: Planes) -> bool:
     """Whether planes have the names, shapes, dtypes and the length of a snapshot of `length` tokens for `cache`."""
-    expected = {
-        name: ((x.shape[0], 1, length // _ratio(name), x.shape[3]) if _ratio(name) else _one(x), x.dtype)
-        for name, x in _leaves(cache)
-        if not _open_window(name) or length % HCA_RATIO
-    }
+    expected = {}
+    for name, x in _leaves(cache):
+        if ratio := _ratio(name):
+            expected[name] = (x.shape[0], 1, length // ratio, x.shape[3]), x.dtype
+        elif (part := _needed(name, x.shape, _aligned(length))) is not None:
+            expected[name] = np.broadcast_to(np.zeros((), bool), _one(x))[part].shape, x.dtype
     return {name: (x.shape, x.dtype) for name, x in planes.items()} == expected and planes["length"][0] == length
 
 
@@ -105,7 +113,7 @@ def compile(cache: Cache, tokens: int) -> Cache:
     """Compile `take`, `state` and `put` for pieces of that room; → `cache` (donated) as it was."""
     slot, first = np.int32(0), _first(cache, 0, tokens)
     state(cache, 0)
-    rest, rows = jax.device_get((_state(cache, slot, True), _rows(cache, slot, first, tokens)))
+    rest, rows = jax.device_get((_state(cache, slot, False), _rows(cache, slot, first, tokens)))
     for _ in range(2):  # where a step left the cache, and where another `put` did: JAX tells them apart
         cache = _put(_put(cache, slot, {}, rest), slot, first, rows)
     return cache
@@ -139,11 +147,13 @@ def _rows(cache: Cache, slot: jax.Array, first: dict[str, jax.Array], tokens: in
     return out
 
 
-@functools.partial(jax.jit, static_argnames="open_windows")
-def _state(cache: Cache, slot: jax.Array, open_windows: bool) -> dict[str, jax.Array]:
-    """The planes of one sequence that are not compressed rows, with or without the open windows."""
-    rest = [(name, x) for name, x in _leaves(cache) if not _ratio(name) and (open_windows or not _open_window(name))]
-    return {name: lax.dynamic_slice_in_dim(x, slot, 1, _axis(x)) for name, x in rest}
+@functools.partial(jax.jit, static_argnames="aligned")
+def _state(cache: Cache, slot: jax.Array, aligned: bool) -> dict[str, jax.Array]:
+    """The planes of one sequence that are not compressed rows. aligned: see `_needed`."""
+    rest = [(name, x, _needed(name, x.shape, aligned)) for name, x in _leaves(cache) if not _ratio(name)]
+    return {
+        name: lax.dynamic_slice_in_dim(x, slot, 1, _axis(x))[part] for name, x, part in rest if part is not None
+    }  # fmt: skip
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -188,5 +198,20 @@ def _ratio(name: str) -> int:
     return (HCA_RATIO if kind == "hca" else CSA_RATIO) if rest.startswith("rows.") else 0
 
 
-def _open_window(name: str) -> bool:
-    return name.endswith((".z", ".g"))
+def _aligned(length: int) -> bool:
+    """Whether no window is open."""
+    return length % HCA_RATIO == 0
+
+
+def _needed(name: str, shape: tuple[int, ...], aligned: bool) -> tuple[Any, ...] | None:
+    """What later tokens need of a plane that has no compressed rows, as an index; None for nothing.
+
+    aligned: whether the sequence's length is a multiple of 128. Then it is, of the compressors' rings, the first halves
+    of the last 4 tokens where windows overlap. They are in the last slots, as there are 16.
+    """
+    if not (aligned and name.endswith((".z", ".g"))):
+        return (...,)
+    return None if name.startswith("hca.") else (..., slice(-CSA_RATIO, None), slice(shape[-1] // 2))
+
+
+assert HCA_RATIO % slots(CSA_RATIO) == 0

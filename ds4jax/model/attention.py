@@ -15,7 +15,6 @@ A query at position t sees
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import NamedTuple
 
 import jax
@@ -28,7 +27,7 @@ from ds4jax.model.compute import Compute, Inputs, Tap, no_tap
 from ds4jax.model.weights import Compressor, Weights
 from ds4jax.numerics import rows as num
 from ds4jax.numerics.precision import wide
-from ds4jax.ops import attend, compress, index, latent, rope, topk
+from ds4jax.ops import attend, compress, index, latent, topk
 from ds4jax.ops.linear import Product, product, products
 from ds4jax.ops.norm import Norm
 
@@ -99,23 +98,16 @@ def prepare(
             q, kv, Norm(a.kv_norm, cfg.norm_eps), inputs.angles[ratio], cache.length, inputs.n, cache.window, layer,
             row=row, dtype=attend.query_dtype(kernels["attend"], h.dtype), implementation=kernels["latent"],
         )  # fmt: skip
-    tap(layer, "rows", lambda: jax.tree.map(lambda x: x[:, cfg.window :], made.near))
     cache = dataclasses.replace(cache, window=made.window)
     if ratio:
         fed = []
         for (kind, c), z, g in zip(families.items(), rest[::2], rest[1::2], strict=False):
             is_index = kind == "index"
             fed.append(compress.Compressor(z, g, c.ape, Norm(c.norm, cfg.norm_eps), key if is_index else row, is_index))
-            tap(
-                layer,
-                kind,
-                functools.partial(compress.values, fed[-1], cache.length, ratio, getattr(cache, kind).z.dtype),
-            )
         with jax.named_scope("compressors"):
             moved = compress.compress(
                 fed, [getattr(cache, kind) for kind in families], cache.length, inputs.n, inputs.angles[ratio],
-                nth_of_ratio(cfg, layer), ratio=ratio, freq=rope.frequencies(cfg, ratio), numerics=compute.numerics,
-                implementation=kernels["compress"],
+                nth_of_ratio(cfg, layer), ratio=ratio, numerics=compute.numerics, implementation=kernels["compress"],
             )  # fmt: skip
         cache = dataclasses.replace(cache, **dict(zip(families, moved, strict=True)))
     return Prepared(made, index_queries, rest[-1].reshape(B, T, -1) if choose else None), cache

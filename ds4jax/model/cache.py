@@ -1,8 +1,9 @@
 """The KV cache: one pytree for a batch of sequences, each at its own position.
 
-Per layer: a ring of the last `window` rows; layers of ratio R also hold one compressed row per R tokens, and the
-projections of the tokens of the window that is still open. Layers of one kind are stacked along axis 0; axis 1 is the
-sequence.
+Per layer: a ring of the last rows; layers of ratio R also hold one compressed row per R tokens, and a ring of the
+projections that the next ones are made of. Layers of one kind are stacked along axis 0; axis 1 is the sequence.
+
+The last tokens, up to SPARE of `ds4jax.ops.ring`, are taken back by setting `length`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from ds4jax.config import CSA_RATIO, HCA_RATIO, ModelConfig
 from ds4jax.errors import ConfigError
 from ds4jax.numerics import rows as num
 from ds4jax.numerics.precision import wide
-from ds4jax.ops.compress import Compressed
+from ds4jax.ops.compress import Compressed, slots
+from ds4jax.ops.ring import SPARE
 
 # Snapshots hold a multiple of this many rows, so that few shapes are ever compiled.
 SNAPSHOT_ROWS = 64
@@ -31,7 +33,7 @@ SNAPSHOT_ROWS = 64
 
 @struct.dataclass
 class Cache:
-    """length: tokens seen by each sequence. window: planes (L, B, W, ·), position p at p mod W.
+    """length: tokens seen by each sequence. window: planes (L, B, W + SPARE, ·), rings.
 
     `window` has more layers after the model's: the window of the MTP head's block, and one for each stage of the
     drafter, if these are there.
@@ -60,23 +62,22 @@ def abstract(cfg: ModelConfig, numerics: num.Numerics, dtype, batch: int, ctx: i
     if batch < 1 or ctx < 1:
         raise ConfigError(f"cache: batch {batch} and ctx {ctx} must both be at least 1")
     kv, key = num.kv_row(cfg, numerics, dtype), num.index_row(cfg, numerics, dtype)
-    # Open windows are float32 whatever the compute dtype, unless that is wider.
+    # What is still to be compressed is float32 whatever the compute dtype, unless that is wider.
     state_dtype = wide(jnp.dtype(dtype))
 
     def rows(fmt: num.RowFormat, layers: int, n: int) -> Any:
         return {k: jax.ShapeDtypeStruct((layers, batch, n, w), dt) for k, (w, dt) in fmt.planes().items()}
 
     def compressed(fmt: num.RowFormat, ratio: int) -> Compressed:
-        layers, overlap = len(cfg.layers_of_ratio(ratio)), ratio == CSA_RATIO
-        state: Any = jax.ShapeDtypeStruct((layers, batch, ratio, (1 + overlap) * fmt.dim), state_dtype)
-        prev: Any = jax.ShapeDtypeStruct((layers, batch, ratio if overlap else 0, fmt.dim), state_dtype)
-        return Compressed(rows(fmt, layers, max(1, ctx // ratio)), z=state, g=state, prev_z=prev, prev_g=prev)
+        layers, width = len(cfg.layers_of_ratio(ratio)), fmt.dim * (2 if ratio == CSA_RATIO else 1)
+        state: Any = jax.ShapeDtypeStruct((layers, batch, slots(ratio), width), state_dtype)
+        return Compressed(rows(fmt, layers, max(1, ctx // ratio)), z=state, g=state)
 
     length: Any = jax.ShapeDtypeStruct((batch,), jnp.int32)
     carry: Any = jax.ShapeDtypeStruct((1, batch, cfg.n_streams * cfg.embed_dim), jnp.dtype(dtype))
     return Cache(
         length=length,
-        window=rows(kv, cfg.stages.stop, cfg.window),
+        window=rows(kv, cfg.stages.stop, cfg.window + SPARE),
         csa=compressed(kv, CSA_RATIO),
         index=compressed(key, CSA_RATIO),
         hca=compressed(kv, HCA_RATIO),
@@ -99,23 +100,12 @@ def empty(cfg: ModelConfig, numerics: num.Numerics, dtype, batch: int, ctx: int,
 
 def zeros(cfg: ModelConfig, numerics: num.Numerics, dtype, batch: int, ctx: int) -> Cache:
     """`empty` within a larger program."""
-    cache = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), abstract(cfg, numerics, dtype, batch, ctx))
-    return reset(cache, jnp.ones((batch,), bool))
+    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), abstract(cfg, numerics, dtype, batch, ctx))
 
 
 def reset(cache: Cache, which: Bool[Array, "B"]) -> Cache:
     """Set the sequences marked in `which` to length 0; their old rows become unreachable."""
-
-    def no_window_before(c: Compressed) -> Compressed:
-        # A gate of -inf gives the window before the first one no weight.
-        return dataclasses.replace(c, prev_g=jnp.where(which[:, None, None], -jnp.inf, c.prev_g))
-
-    return dataclasses.replace(
-        cache,
-        length=jnp.where(which, 0, cache.length),
-        csa=no_window_before(cache.csa),
-        index=no_window_before(cache.index),
-    )
+    return dataclasses.replace(cache, length=jnp.where(which, 0, cache.length))
 
 
 def take(cache: Cache, slots: Int32[Array, "R"]) -> Cache:
@@ -158,8 +148,7 @@ def _map_sequence(fn, fn_rows, *caches: Cache) -> Cache:
 
     def compressed(ratio, *cs: Compressed) -> Compressed:
         rows = jax.tree.map(lambda *r: fn_rows(*r, ratio), *(c.rows for c in cs))
-        rest = {k: fn(*(getattr(c, k) for c in cs)) for k in ("z", "g", "prev_z", "prev_g")}
-        return Compressed(rows=rows, **rest)
+        return Compressed(rows, z=fn(*(c.z for c in cs)), g=fn(*(c.g for c in cs)))
 
     return Cache(
         length=fn(*(c.length[None] for c in caches))[0],

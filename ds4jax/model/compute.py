@@ -75,9 +75,8 @@ def inputs(
 Tap = Callable[[int, str, Any], None]
 """Called in the pass with a layer, the name of a value, and the value, or a function that computes it:
 ``attention`` (S, E) and ``ffn`` (S, E), the normed inputs of the sub-layers; ``query`` (S, Rq), the normed latent of
-the queries; ``shared`` (S, F), the shared expert's activations; ``routing``, a `Routing`; ``rows``, with T > 1, the
-new rows of the window, planes (B, T, ·); ``csa``, ``index`` and ``hca``, the values and gates (B, T, ·) of the new
-tokens in the compressors of that name in the cache; ``streams`` (S, N, E), the streams after the layer."""
+the queries; ``shared`` (S, F), the shared expert's activations; ``routing``, a `Routing`; ``streams`` (S, N, E), the
+streams after the layer."""
 
 
 def no_tap(layer: int, name: str, value: Any) -> None:

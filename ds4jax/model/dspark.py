@@ -32,7 +32,7 @@ from ds4jax.model.transformer import block, streams
 from ds4jax.model.weights import Dspark, Weights
 from ds4jax.numerics import rows as num
 from ds4jax.numerics.precision import wide
-from ds4jax.ops import latent, mhc, rope
+from ds4jax.ops import latent, mhc, ring, rope
 from ds4jax.ops.linear import linear, product, products
 from ds4jax.ops.norm import Norm, rms_norm
 from ds4jax.ops.weight import single
@@ -102,11 +102,11 @@ def write(
 
     features: of T positions, of which the first n are the sequence's: after verification, those accepted.
     """
-    if features.shape[1] > cfg.window:  # no more stay
-        (features,), skipped = newest(cfg.window, n, features)
+    if features.shape[1] > (stay := cfg.window + ring.SPARE):
+        (features,), skipped = newest(stay, n, features)
         start, n = start + skipped, n - skipped
     new, stages = context(d, features, start, cfg, compute), slice(cfg.stages.start, cfg.stages.stop)
-    return dataclasses.replace(cache, window=latent.store(new, cache.window, stages, start, n))
+    return dataclasses.replace(cache, window=ring.store(new, cache.window, stages, start, n))
 
 
 def newest(W: int, n: Int32[Array, "B"], *arrays: Array) -> tuple[list[Array], Int32[Array, "B"]]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -57,20 +56,16 @@ def streams(x: Float[Array, "S E"], cfg: ModelConfig) -> mhc.Streams:
 
 def run(
     w: Weights, cache: Cache, tokens: Int32[Array, "B T"], n: Int32[Array, "B"], cfg: ModelConfig, compute: Compute,
-    tap: Tap = no_tap, keep: Callable[[Cache, Cache], Cache] = lambda _, moved: moved,
+    tap: Tap = no_tap,
 ) -> tuple[mhc.Streams, Cache]:  # fmt: skip
-    """`forward`, with the streams as the head takes them.
-
-    keep: what comes after a layer, of the cache before it and as the layer leaves it.
-    """
+    """`forward`, with the streams as the head takes them."""
     if compute.mesh is not None and compute.implementations.any_pallas:
         raise Unsupported(f"kernels {compute.kernels} on a mesh of {compute.mesh.size} devices, expected one device")
     given = inputs(tokens, n, cache.length, cfg, compute.dtype)
     with jax.named_scope("embedding"):
         s = streams(w.embed[given.ids].dequantize(jnp.dtype(compute.dtype)), cfg)
     for layer in range(cfg.n_layers):
-        s, moved = block(s, given, w, cache, layer, cfg, compute, tap)
-        cache = keep(cache, moved)
+        s, cache = block(s, given, w, cache, layer, cfg, compute, tap)
     return s, dataclasses.replace(cache, length=cache.length + n)
 
 

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int32
 from ds4jax.implementation import Implementation
 from ds4jax.numerics import rows as num
 from ds4jax.numerics.precision import matmul, wide
-from ds4jax.ops import rope, tuned
+from ds4jax.ops import ring, rope, tuned
 from ds4jax.ops.blocks import QUERY_BLOCK, in_blocks
 from ds4jax.ops.index import visible
 from ds4jax.ops.linear import layers
@@ -50,40 +50,39 @@ def attend(
 ) -> Float[Array, "B T H D"]:
     """Attention of queries q at positions `position` + 0 … T - 1, in `dtype`.
 
-    near: the window's rows as `latent` returns them: of T = 1 the rings (L, B, W, ·), of which `layer` is read; of more
-    tokens (B, W + T, ·). rows: compressed rows (L', B, rows, ·), of which `nth` is read; None with ratio 0. A query at
-    p sees the first (p + 1) // ratio of them, or of the rows in its list `chosen`, visible ones first. sinks: (H). row:
-    how rows are stored. causal: whether a query sees the W rows up to its own; otherwise all of them see all W + T,
-    where 1 < T <= QUERY_BLOCK, and the formula is computed in XLA. The softmax is in float32 at least. query_blocks:
-    see `in_blocks`. The kernel takes `official` rows of 64 times a power of two with 64 dims of RoPE, and 16 heads or a
+    near: the window's rows as `latent` returns them: of up to SPARE tokens the rings (L, B, W + SPARE, ·), of which
+    `layer` is read; of more (B, W + T, ·). rows: compressed rows (L', B, rows, ·), of which `nth` is read; None with
+    ratio 0. A query at p sees the first (p + 1) // ratio of them, or of the rows in its list `chosen`, visible ones
+    first. sinks: (H). row: how rows are stored. causal: whether a query sees the W rows up to its own; otherwise all of
+    them see all T and the W rows before, where T <= QUERY_BLOCK. The softmax is in float32 at least. query_blocks: see
+    `in_blocks`. The kernel takes `official` rows of 64 times a power of two with 64 dims of RoPE, and 16 heads or a
     multiple. Raises Unsupported.
     """
-    if implementation != "xla" and causal:
+    B, T, _, D = q.shape
+    is_ring = T <= ring.SPARE
+    W = next(iter(near.values())).shape[2 if is_ring else 1] - (ring.SPARE if is_ring else T)
+    if implementation != "xla":
         return kernel.op(
             q, near, rows, chosen, position, layers(layer, nth, sinks.nth), sinks.stack, angles.cos, angles.sin,
-            ratio=ratio, ring=q.shape[1] == 1, dtype=dtype, config=tuned.tiles(kernel),
+            ratio=ratio, width=W, ring=is_ring, causal=causal, dtype=dtype, config=tuned.tiles(kernel),
             interpret=implementation == "pallas_interpret",
         )  # fmt: skip
-    B, T, _, D = q.shape
-    ring = T == 1
-    assert causal or 1 < T <= QUERY_BLOCK
-    window = row.decode(jax.tree.map(lambda x: x[layer], near) if ring else near, q.dtype)
-    W = window.shape[1] if ring else window.shape[1] - T
+    assert causal or T <= QUERY_BLOCK
+    window = row.decode(jax.tree.map(lambda x: x[layer], near) if is_ring else near, q.dtype)
     far = None if rows is None else jax.tree.map(lambda x: x[nth], rows)
 
     def window_of(start: int) -> Array:
-        return window if ring else window[:, start : start + W + min(T, QUERY_BLOCK)]
+        return window if is_ring else window[:, start : start + W + min(T, QUERY_BLOCK)]
 
     def block(queries: tuple, local: Array) -> Array:
         q, at, chosen = queries
-        if ring:  # slot j holds a position in the window, if it holds one at all
-            seen = jnp.arange(W, dtype=jnp.int32) <= at[..., None]
+        if is_ring:
+            local_position = ring.positions(at[:, -1], local.shape[1])
         else:
             local_position = at[:, :1] - W + jnp.arange(local.shape[1], dtype=jnp.int32)
-            seen = jnp.broadcast_to((local_position >= 0)[:, None], (*at.shape, local.shape[1]))
-            if causal:
-                age = at[:, :, None] - local_position[:, None]
-                seen &= (age >= 0) & (age < W)
+        age = (at if causal else at[:, -1:])[:, :, None] - local_position[:, None]
+        seen = (local_position >= 0)[:, None] & (age >= 0) & (age < (W if causal else W + T))
+        seen = jnp.broadcast_to(seen, (*at.shape, local.shape[1]))
         sources = [(local, seen)]
         if chosen is not None:
             batch = jnp.arange(B, dtype=jnp.int32)[:, None, None]

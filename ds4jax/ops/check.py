@@ -19,6 +19,7 @@ from ds4jax.numerics.rows import Fp4Row, Fp8Row
 from ds4jax.ops import attend, compress, index, latent, mhc, rope, route, topk
 from ds4jax.ops.linear import Product, decoded_whole, products, swiglu
 from ds4jax.ops.norm import Norm, rms_norm
+from ds4jax.ops.ring import SPARE
 from ds4jax.ops.weight import Weight
 from pallas_kernels import compressor as compressor_kernel
 from pallas_kernels import experts as experts_kernel
@@ -52,10 +53,10 @@ def _hyper(
     X: Array, mixed: tuple[Array, Array, Array] | None, fn: Array, base: Array, scale: Array, norm: Array, layer: Array,
     *, numbers: hyper_kernel.Numbers = hyper_kernel.Numbers(),  # noqa: B008 (frozen)
 ) -> mhc.Boundary:  # fmt: skip
-    nth = layer[0]
-    connection = mhc.Connection(Weight(_dense(fn), nth), Weight(base, nth), Weight(scale, nth))
+    stacks = _dense(fn), base, scale
+    connection = mhc.Connection(*(Weight(stack, entry(layer, i)) for i, stack in enumerate(stacks)))
     streams = mhc.Streams(X, None if mixed is None else mhc.Output(*mixed))
-    normed = Norm(Weight(norm, nth), numbers.norm_eps)
+    normed = Norm(Weight(norm, entry(layer, 3)), numbers.norm_eps)
     return mhc.boundary(streams, connection, normed, eps=numbers.hc_eps, iterations=numbers.iterations)
 
 
@@ -74,13 +75,13 @@ def _matmul(
 
 
 def _latent(
-    q: Array, kv: Array, norm: Array, cos: Array, sin: Array, position: Array, active: Array, layers: Array,
-    window: Any, *, eps: float,
+    q: Array, kv: Array, norm: Array, cos: Array, sin: Array, position: Array, n: Array, layers: Array, window: Any, *,
+    eps: float,
 ) -> tuple[Array, Any]:  # fmt: skip
     made = latent.latent(
         _wide(q), _wide(kv), Norm(Weight(norm, entry(layers, 0)), eps),
-        rope.Angles(cos[:, None], sin[:, None], cos, sin), position, active, window, entry(layers, 1),
-        row=Fp8Row(kv.shape[1], 2 * cos.shape[1]), dtype=jnp.float16,
+        rope.Angles(cos, sin, cos, sin), position, n, window, entry(layers, 1),
+        row=Fp8Row(kv.shape[1], 2 * cos.shape[-1]), dtype=jnp.float16,
     )  # fmt: skip
     return made.queries, made.window
 
@@ -95,21 +96,19 @@ def _queries(x: Array, cos: Array, sin: Array, *, kind: str, dim: int, eps: floa
 
 def _compressor(
     new: Sequence[tuple[Array, Array]], weights: Sequence[tuple[Array, Array]], states: Sequence[Any], position: Array,
-    active: Array, cos: Array, sin: Array, layer: Array, nth: Array, *, eps: float,
+    n: Array, cos: Array, sin: Array, layer: Array, nth: Array, *, eps: float,
 ) -> tuple[compressor_kernel.State, ...]:  # fmt: skip
     fed, kept = [], []
-    for (z, g), (ape, norm), state in zip(new, weights, states, strict=True):
+    for i, ((z, g), (ape, norm), state) in enumerate(zip(new, weights, states, strict=True)):
         D, is_index = norm.shape[-1], "rope" not in state.rows
-        row = Fp4Row(D) if is_index else Fp8Row(D, 2 * cos.shape[1])
-        norm = Norm(Weight(norm, layer[0]), eps)
-        fed.append(compress.Compressor(z, g, Weight(_dense(ape), layer[0]), norm, row, is_index))
+        row = Fp4Row(D) if is_index else Fp8Row(D, 2 * cos.shape[-1])
+        norm = Norm(Weight(norm, entry(layer, 2 * i + 1)), eps)
+        fed.append(compress.Compressor(z, g, Weight(_dense(ape), entry(layer, 2 * i)), norm, row, is_index))
         kept.append(compress.Compressed(*state))
-    angles = rope.Angles(cos[:, None], sin[:, None], cos, sin)
-    moved = compress.compress(
-        fed, kept, position, active.astype(jnp.int32), angles, nth[0], ratio=states[0].z.shape[2], freq=None,
-        numerics="official",
-    )  # fmt: skip
-    return tuple(compressor_kernel.State(s.rows, s.z, s.g, s.prev_z, s.prev_g) for s in moved)
+    angles = rope.Angles(cos, sin, cos, sin)
+    ratio = weights[0][0].shape[1]
+    moved = compress.compress(fed, kept, position, n, angles, nth[0], ratio=ratio, numerics="official")
+    return tuple(compressor_kernel.State(s.rows, s.z, s.g) for s in moved)
 
 
 def _indexer(
@@ -127,13 +126,13 @@ def _topk(score: Array, visible: Array, *, k: int) -> Array:
 
 def _mla(
     q: Array, window: Any, rows: Any, indices: Array | None, position: Array, layers: Array, sinks: Array, cos: Array,
-    sin: Array, *, ratio: int, ring: bool, dtype: Any = jnp.float32,
+    sin: Array, *, ratio: int, width: int, ring: bool, causal: bool = True, dtype: Any = jnp.float32,
 ) -> Array:  # fmt: skip
-    assert ring == (q.shape[1] == 1)
+    assert ring == (q.shape[1] <= SPARE)
     layer, nth, sink = (entry(layers, i) for i in range(3))
     return attend.attend(
         _wide(q), window, rows, indices, position, Weight(sinks, sink), rope.Angles(cos, sin, cos, sin), layer=layer,
-        nth=nth, ratio=ratio, row=Fp8Row(q.shape[-1], 2 * cos.shape[-1]), dtype=dtype,
+        nth=nth, ratio=ratio, row=Fp8Row(q.shape[-1], 2 * cos.shape[-1]), dtype=dtype, causal=causal,
     )  # fmt: skip
 
 

@@ -10,9 +10,8 @@ DeepSeek-V4 report: section 2.3.1, eqs. 9 to 12 (CSA); section 2.3.2, eqs. 20 to
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,9 +24,10 @@ from ds4jax.config import CSA_RATIO
 from ds4jax.implementation import Implementation
 from ds4jax.numerics import rows as num
 from ds4jax.numerics.precision import lookup
-from ds4jax.ops import rope, tuned
+from ds4jax.ops import ring, rope, tuned
+from ds4jax.ops.linear import layers
 from ds4jax.ops.norm import Norm
-from ds4jax.ops.weight import Weight, same_layer
+from ds4jax.ops.weight import Weight
 from pallas_kernels import compressor as kernel
 
 
@@ -36,15 +36,18 @@ class Compressed:
     """What one kind of compressor keeps, for all layers that have one.
 
     rows: planes (L, B, rows, ·), row i made from tokens i·R … i·R + R − 1 (and, overlapping, the R before them).
-    z, g: values and gates of the open window's tokens; token t lies at t mod R. float32 at least.
-    prev_z, prev_g: the a-halves of the last closed window (R = 0 unless overlapping).
+    z, g: rings of the values and gates of the last tokens: of a window and, overlapping, of the one before. float32 at
+    least.
     """
 
     rows: num.Rows
-    z: Float[Array, "L B R c*D"]
-    g: Float[Array, "L B R c*D"]
-    prev_z: Float[Array, "L B R D"]
-    prev_g: Float[Array, "L B R D"]
+    z: Float[Array, "L B slots c*D"]
+    g: Float[Array, "L B slots c*D"]
+
+
+def slots(ratio: int) -> int:
+    """The length of the rings of a compressor."""
+    return ratio * (2 if ratio == CSA_RATIO else 1) + ring.SPARE
 
 
 class Compressor(NamedTuple):
@@ -71,30 +74,29 @@ def compress(
     nth: int | Array,
     *,
     ratio: int,
-    freq: np.ndarray | None,
     numerics: num.Numerics,
     implementation: Implementation = "xla",
 ) -> list[Compressed]:
-    """Take T new tokens into the compressors of a layer: store the rows of windows that close, keep the open window.
+    """Take T new tokens into the compressors of a layer: store the rows of windows that close, and z and g.
 
-    length, n: tokens before these, and how many of the T are real. nth: the layer among those of its ratio,
-    in every state. freq: see `rope.frequencies`. The kernel takes one token of each sequence, `official` rows and a
-    bias in F32, F16 or BF16; for T > 1 the formula is computed in XLA. Raises Unsupported.
+    length, n: tokens before these, and how many of the T are real. nth: the layer among those of its ratio, in every
+    state. The kernel takes up to SPARE tokens of each sequence, `official` rows and a bias in F32, F16 or BF16; for
+    more the formula is computed in XLA. Raises Unsupported.
     """
-    B, T, _ = angles.cos.shape
-    if implementation == "xla" or T > 1:
+    T = angles.cos.shape[1]
+    if implementation == "xla" or T > ring.SPARE:
         return [
-            _formula(c, kept, length, n, angles, nth, ratio, freq, numerics)
+            _formula(c, kept, length, n, angles, nth, ratio, numerics)
             for c, kept in zip(compressors, states, strict=True)
         ]
-    layer = same_layer(*(w for c in compressors for w in (c.ape, c.norm.weight)))
+    numbers = layers(*(w.nth for c in compressors for w in (c.ape, c.norm.weight)))
     moved = kernel.op(
         [(c.z, c.g) for c in compressors], [(c.ape.values, c.norm.weight.stack) for c in compressors],
-        [kernel.State(s.rows, s.z, s.g, s.prev_z, s.prev_g) for s in states], length, n, angles.row_cos,
-        angles.row_sin, jnp.array([layer], jnp.int32), jnp.array([nth], jnp.int32), eps=compressors[0].norm.eps,
+        [kernel.State(s.rows, s.z, s.g) for s in states], length, n, angles.row_cos, angles.row_sin,
+        numbers, jnp.array([nth], jnp.int32), eps=compressors[0].norm.eps,
         config=tuned.tiles(kernel), interpret=implementation == "pallas_interpret",
     )  # fmt: skip
-    return [dataclasses.replace(s, **m._asdict()) for s, m in zip(states, moved, strict=True)]
+    return [Compressed(**m._asdict()) for m in moved]
 
 
 def pool(z: Float[Array, "*s slots D"], g: Float[Array, "*s slots D"]) -> Float[Array, "*s D"]:
@@ -104,88 +106,45 @@ def pool(z: Float[Array, "*s slots D"], g: Float[Array, "*s slots D"]) -> Float[
 
 def _formula(
     c: Compressor, kept: Compressed, length: Array, n: Array, angles: rope.Angles, nth: int | Array, ratio: int,
-    freq: np.ndarray | None, numerics: num.Numerics,
+    numerics: num.Numerics,
 ) -> Compressed:  # fmt: skip
     B, R, dtype, D = length.shape[0], ratio, kept.z.dtype, c.row.dim
-    z, g = new = values(c, length, ratio, dtype)
+    z, g = (x.reshape(B, -1, x.shape[-1]).astype(dtype) for x in (c.z, c.g))
     T = z.shape[1]
+    position = length[:, None] + jnp.arange(T, dtype=jnp.int32)
+    g = g + lookup(c.ape.value.dequantize(dtype), lax.rem(position, np.int32(R)))
+    new = {"z": z, "g": g}
 
-    # Lay the open window and the new tokens out from the window's start: slot j is the token at position first·R + j.
+    # Lay the windows that are read out, from the start of the first one: what there is of them, and the new tokens.
     first, filled = lax.div(length, np.int32(R)), lax.rem(length, np.int32(R))
-    windows = -(-T // R)  # at most this many can close
+    windows = angles.row_cos.shape[1]  # at most this many can close
+    before = R if R == CSA_RATIO else 0  # tokens of the window before the first that can close
 
-    def lay_out(state: Array, new: Array) -> Array:
-        slots = jnp.pad(state[nth], ((0, 0), (0, windows * R), (0, 0)))
-        return jax.vmap(lambda s, x, at: lax.dynamic_update_slice_in_dim(s, x, at, axis=0))(slots, new, filled)
+    def lay_out(old: Array, new: Array) -> Array:
+        room = jnp.pad(old, ((0, 0), (0, windows * R), (0, 0)))
+        return jax.vmap(lambda s, x, at: lax.dynamic_update_slice_in_dim(s, x, at, axis=0))(room, new, before + filled)
 
-    z, g = lay_out(kept.z, z), lay_out(kept.g, g)
-    closed = lax.div(filled + n, np.int32(R))  # windows that these tokens close, per sequence
+    old = ring.rows({"z": kept.z, "g": kept.g}, nth, first * R - before, before + R)
+    z, g = (lay_out(old[name], new[name]) for name in ("z", "g"))
+    index = first[:, None] + jnp.arange(windows, dtype=jnp.int32)
+    closed = jnp.arange(windows, dtype=jnp.int32) < lax.div(filled + n, np.int32(R))[:, None]
 
     def split(x: Array) -> Array:
         return x[:, : windows * R].reshape(B, windows, R, -1)
 
-    if R == CSA_RATIO:
-        prev_z = jnp.concatenate([kept.prev_z[nth], z[..., :D]], axis=1)
-        prev_g = jnp.concatenate([kept.prev_g[nth], g[..., :D]], axis=1)
-        slots_z = jnp.concatenate([split(prev_z), split(z[..., D:])], axis=2)
-        slots_g = jnp.concatenate([split(prev_g), split(g[..., D:])], axis=2)
-    else:
-        slots_z, slots_g = split(z), split(g)
+    slots_z, slots_g = (split(x[:, before:, -D:]) for x in (z, g))
+    if before:
+        # A gate of -inf gives what there is before the first window no weight.
+        earlier = jnp.where(index[..., None, None] > 0, split(g[..., :D]), -jnp.inf)
+        slots_z = jnp.concatenate([split(z[..., :D]), slots_z], axis=2)
+        slots_g = jnp.concatenate([earlier, slots_g], axis=2)
 
-    row = c.norm(pool(slots_z, slots_g))
-    window = jnp.arange(windows, dtype=jnp.int32)
-    index = first[:, None] + window
-    if windows > 1:
-        assert freq is not None
-        cos, sin = rope.cos_sin(index * R, freq, row.dtype)
-    else:
-        cos, sin = angles.row_cos[:, None], angles.row_sin[:, None]
-    row = rope.turn(row, cos, sin)
+    row = rope.turn(c.norm(pool(slots_z, slots_g)), angles.row_cos, angles.row_sin)
     row = num.index_rotation(row, numerics) if c.is_index else row
-
     capacity = next(iter(kept.rows.values())).shape[2]
-    target = jnp.where(window < closed[:, None], index, capacity + window)  # out of range: dropped
+    target = jnp.where(closed, index, capacity + jnp.arange(windows, dtype=jnp.int32))  # out of range: dropped
     at = nth, jnp.arange(B, dtype=jnp.int32)[:, None], target
     rows = jax.tree.map(
         lambda kept, new: kept.at[at].set(new, mode="drop", unique_indices=True), kept.rows, c.row.encode(row)
     )
-    return keep(dataclasses.replace(kept, rows=rows), nth, *new, length, n, ratio)
-
-
-def values(
-    c: Compressor, length: Int32[Array, "B"], ratio: int, dtype
-) -> tuple[Float[Array, "B T c*D"], Float[Array, "B T c*D"]]:
-    """z and g of new tokens that come after `length` others, as an open window holds them."""
-    z, g = (x.reshape(len(length), -1, x.shape[-1]).astype(dtype) for x in (c.z, c.g))
-    position = length[:, None] + jnp.arange(z.shape[1], dtype=jnp.int32)
-    return z, g + lookup(c.ape.value.dequantize(dtype), lax.rem(position, np.int32(ratio)))
-
-
-def keep(
-    kept: Compressed, layers: int | Array | slice, z: Float[Array, "*L B T c*D"], g: Float[Array, "*L B T c*D"],
-    length: Int32[Array, "B"], n: Int32[Array, "B"], ratio: int,
-) -> Compressed:  # fmt: skip
-    """The state with the first n of T new tokens in the open window and, overlapping, in the one before.
-
-    layers: one layer, or a slice of them. z, g: of `values`, with an axis of layers if these are several.
-    """
-    B, T, D = *z.shape[-3:-1], kept.prev_z.shape[-1]
-    t = jnp.arange(T, dtype=jnp.int32)
-    window, slot = (f(length[:, None] + t, np.int32(ratio)) for f in (lax.div, lax.rem))
-    before, last = lax.div(length, np.int32(ratio)), lax.div(length + n, np.int32(ratio))
-    batch = jnp.arange(B, dtype=jnp.int32)[:, None]
-
-    def put(state: Array, layers: Any, new: Array, into: Array) -> Array:
-        """state with the tokens of window `into`."""
-        stays = (t < n[:, None]) & (window == into[:, None])
-        at = layers, batch, jnp.where(stays, slot, ratio + t)  # out of range: dropped
-        return state.at[at].set(new, mode="drop", unique_indices=True)
-
-    state = {"z": put(kept.z, layers, z, last), "g": put(kept.g, layers, g, last)}
-    if ratio == CSA_RATIO:
-        for name, old, new in (("z", kept.z, z), ("g", kept.g, g)):
-            prev = getattr(kept, f"prev_{name}")
-            opened = jnp.where((last > before)[:, None, None], old[layers][..., :D], prev[layers])
-            prev = prev.at[layers].set(opened)
-            state[f"prev_{name}"] = put(prev, layers, new[..., :D], jnp.where(last > before, last - 1, -1))
-    return dataclasses.replace(kept, **state)
+    return Compressed(rows, **ring.store(new, {"z": kept.z, "g": kept.g}, nth, length, n))

@@ -67,7 +67,8 @@ def experts(
         raise Unsupported(f"experts: found a mesh of {mesh.size} devices, expected one device")
     gate, up, down = w
     if (gate.format, gate.nth) != (up.format, up.nth):
-        raise Unsupported(f"gate and up: found formats {gate.format}, {up.format}, expected the same for both")
+        found = " and ".join(f"{m.format}, number {m.nth} of its layers" for m in (gate, up))
+        raise Unsupported(f"experts' gate and up: found {found}, expected the same type for both in every layer")
     interpret, n = implementation == "pallas_interpret", gate.planes[0].shape[1]
     # A stack of layers of experts is a longer list of experts.
     flat = [tuple(p.reshape(-1, *p.shape[2:]) for p in m.planes) for m in w]

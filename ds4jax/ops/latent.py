@@ -12,14 +12,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax import lax
 from jaxtyping import Array, Float, Int32
 
 from ds4jax.implementation import Implementation
 from ds4jax.numerics import rows as num
 from ds4jax.numerics.precision import wide
-from ds4jax.ops import rope, tuned
+from ds4jax.ops import ring, rope, tuned
 from ds4jax.ops.linear import layers
 from ds4jax.ops.norm import Norm, rms_norm
 from pallas_kernels import latent as kernel
@@ -27,9 +25,8 @@ from pallas_kernels import queries as many
 
 
 class Latent(NamedTuple):
-    """near: rows that attention reads for the window; of one token (T = 1) the whole stack of rings (L, B, W, ·), of
-    more (B, W + T, ·) with position length - W + j at j. window: the stack of rings (L, B, W, ·), position p at p mod
-    W, with the new rows."""
+    """window: the stack of rings (L, B, W + SPARE, ·) with the new rows. near: rows that attention reads for the
+    window: of up to SPARE tokens the stack of rings, of more (B, W + T, ·) with position length - W + j at j."""
 
     queries: Float[Array, "B T H D"]
     near: num.Rows
@@ -53,16 +50,16 @@ def latent(
     """Finish the projections of T new tokens of B sequences, and store the rows of those that are real.
 
     norm: of kv. length, n: tokens before these, and how many of the T are real. window: the stack of rings; `layer` is
-    the one to write. row: how window rows are stored. dtype: of the queries that are returned. The kernel takes one
-    token of each sequence and rows of `official`; for T > 1 a kernel makes the queries, and XLA the rows. Raises
+    the one to write. row: how window rows are stored. dtype: of the queries that are returned. The kernel takes up to
+    SPARE tokens of each sequence and rows of `official`; for more a kernel makes the queries, and XLA the rows. Raises
     Unsupported.
     """
     B, T, _ = angles.cos.shape
-    if implementation != "xla" and T == 1:
+    few = T <= ring.SPARE
+    if implementation != "xla" and few:
         queries, window = kernel.op(
-            q, kv, norm.weight.stack, angles.cos[:, 0], angles.sin[:, 0], length, n,
-            layers(norm.weight.nth, layer), window, eps=norm.eps, config=tuned.tiles(kernel),
-            interpret=implementation == "pallas_interpret",
+            q, kv, norm.weight.stack, angles.cos, angles.sin, length, n, layers(norm.weight.nth, layer), window,
+            eps=norm.eps, config=tuned.tiles(kernel), interpret=implementation == "pallas_interpret",
         )  # fmt: skip
         return Latent(queries, window, window)
     if implementation != "xla":
@@ -74,8 +71,8 @@ def latent(
         q = q.reshape(B, T, -1, row.dim).astype(wide(q.dtype))
         queries = rope.turn(rms_norm(q, norm.eps), angles.cos[:, :, None], angles.sin[:, :, None])
     new = rows(kv, norm, angles, row)
-    moved = store(new, window, layer, length, n)
-    return Latent(queries.astype(dtype), moved if T == 1 else _slide(new, window, layer, length), moved)
+    moved = ring.store(new, window, layer, length, n)
+    return Latent(queries.astype(dtype), moved if few else _slide(new, window, layer, length), moved)
 
 
 def rows(kv: Float[Array, "S D"], norm: Norm, angles: rope.Angles, row: num.RowFormat) -> num.Rows:
@@ -84,25 +81,8 @@ def rows(kv: Float[Array, "S D"], norm: Norm, angles: rope.Angles, row: num.RowF
     return row.encode(rope.turn(norm(kv).reshape(B, T, -1), angles.cos, angles.sin))
 
 
-def store(
-    new: num.Rows, window: num.Rows, layer: int | slice, length: Int32[Array, "B"], n: Int32[Array, "B"]
-) -> num.Rows:
-    """The rings (L, B, W, ·) with the last W of the n real new rows in them.
-
-    new: of one layer (B, T, ·), of several (L', B, T, ·). length: the position of the first.
-    """
-    (B, T), W = next(iter(new.values())).shape[-3:-1], next(iter(window.values())).shape[2]
-    t = jnp.arange(T, dtype=jnp.int32)
-    kept = (t < n[:, None]) & (t >= n[:, None] - W)
-    slot = jnp.where(kept, lax.rem(length[:, None] + t, np.int32(W)), W)  # out of range: dropped
-    at = layer, jnp.arange(B, dtype=jnp.int32)[:, None], slot
-    return jax.tree.map(lambda ring, x: ring.at[at].set(x, mode="drop"), window, new)
-
-
 def _slide(new: num.Rows, window: num.Rows, layer: int, length: Array) -> num.Rows:
     """The W rows before the new ones and the new ones, in order: (B, W + T, ·)."""
-    B, W = length.shape[0], next(iter(window.values())).shape[2]
-    # The slots of positions length - W … length - 1; before position 0 they hold nothing, and attention's mask says so.
-    slot = lax.rem(length[:, None] + jnp.arange(W, dtype=jnp.int32), np.int32(W))
-    batch = jnp.arange(B, dtype=jnp.int32)[:, None]
-    return jax.tree.map(lambda ring, x: jnp.concatenate([ring[layer][batch, slot], x], axis=1), window, new)
+    W = next(iter(window.values())).shape[2] - ring.SPARE
+    before = ring.rows(window, layer, length - W, W)  # before position 0: nothing, as attention's mask says
+    return jax.tree.map(lambda x, y: jnp.concatenate([x, y], axis=1), before, new)

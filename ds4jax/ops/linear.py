@@ -8,6 +8,7 @@ that XLA decodes whole, where that is faster.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,7 +24,6 @@ from ds4jax.ops.norm import Norm
 from ds4jax.ops.weight import Weight
 from pallas_kernels import grouped_gemm
 from pallas_kernels import matmul as few
-from pallas_kernels.common import Unsupported
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,17 @@ def products(
     if implementation == "xla":
         x = x if norm is None else norm(x)
         return [_formula(x, p, groups) for p in asked]
-    for p in asked:
-        if len({(m.format, m.nth) for m in p.matrices}) > 1:
-            raise Unsupported(f"gate and up: found formats {[m.format for m in p.matrices]}, expected one format")
+    apart = [len({(m.format, m.nth) for m in p.matrices}) > 1 for p in asked]  # gate and up of different types
+    if any(apart):
+        parts = [
+            [Product((m,), "float32") for m in p.matrices] if a else [p] for p, a in zip(asked, apart, strict=True)
+        ]
+        every = itertools.chain.from_iterable(parts)
+        made = iter(products(x, list(every), norm=norm, groups=groups, implementation=implementation))
+        return [
+            swiglu(next(made), next(made), p.clamp).astype(p.dtype) if a and p.clamp is not None else next(made)
+            for p, a in zip(asked, apart, strict=True)
+        ]
     interpret = implementation == "pallas_interpret"
     if len(x) > few.MAX_ROWS:
         x = x if norm is None else norm(x)

@@ -23,9 +23,9 @@ from jaxtyping import Array, Float
 from ds4jax.implementation import Implementation
 from ds4jax.numerics.precision import wide
 from ds4jax.ops import tuned
-from ds4jax.ops.linear import linear
+from ds4jax.ops.linear import layers, linear
 from ds4jax.ops.norm import Norm, rms_norm
-from ds4jax.ops.weight import Weight, same_layer
+from ds4jax.ops.weight import Weight
 from pallas_kernels import hyper as kernel
 
 
@@ -93,10 +93,10 @@ def boundary(
     fn, base, scale = connection
     # X' is stored as it is kept, in its own dtype alone, and not once more in that of the sums it takes part in.
     s = streams if len(streams.X) < kernel.MANY else Streams(lax.optimization_barrier(streams.added()))
-    layer = jnp.array([same_layer(*connection, norm.weight)], jnp.int32)
+    numbers = layers(*(weight.nth for weight in (fn, base, scale, norm.weight)))
     return Boundary(
         *kernel.op(
-            s.X, s.output, fn.values, base.stack, scale.stack, norm.weight.stack, layer,
+            s.X, s.output, fn.values, base.stack, scale.stack, norm.weight.stack, numbers,
             numbers=kernel.Numbers(norm.eps, eps, iterations), config=tuned.tiles(kernel),
             interpret=implementation == "pallas_interpret",
         )

@@ -48,14 +48,14 @@ def cos_sin(
 class Angles(NamedTuple):
     """RoPE of one step, in layers of one compression ratio. P = rope_dim / 2.
 
-    cos, sin: of the new tokens' positions. row_cos, row_sin: of the compressed row that the first new token goes into,
-    which has the position of its first token.
+    cos, sin: of the new tokens' positions. row_cos, row_sin: of the compressed rows that T new tokens may close, from
+    the one that the first goes into: ⌈T / ratio⌉. A row has the position of its first token.
     """
 
     cos: Float[Array, "B T P"]
     sin: Float[Array, "B T P"]
-    row_cos: Float[Array, "B P"]
-    row_sin: Float[Array, "B P"]
+    row_cos: Float[Array, "B rows P"]
+    row_sin: Float[Array, "B rows P"]
 
 
 def angles(cfg: ModelConfig, length: Int32[Array, "B"], T: int, dtype=jnp.float32) -> dict[int, Angles]:
@@ -65,9 +65,10 @@ def angles(cfg: ModelConfig, length: Int32[Array, "B"], T: int, dtype=jnp.float3
     compressing = cos_sin(position, frequencies(cfg, CSA_RATIO), dtype)
     out = {}
     for ratio in (0, CSA_RATIO, HCA_RATIO):
-        freq = frequencies(cfg, ratio)
-        row = cos_sin(length // max(1, ratio) * ratio, freq, dtype)
-        out[ratio] = Angles(*(compressing if ratio else cos_sin(position, freq, dtype)), *row)
+        freq, every = frequencies(cfg, ratio), max(1, ratio)
+        row = length[:, None] // every + jnp.arange(-(-T // every) if ratio else 1, dtype=jnp.int32)
+        new = compressing if ratio else cos_sin(position, freq, dtype)
+        out[ratio] = Angles(*new, *cos_sin(row * ratio, freq, dtype))
     return out
 
 

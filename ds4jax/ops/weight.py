@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 
 from ds4jax.formats import Quantized
-from pallas_kernels.common import Unsupported, UnsupportedFormat
+from pallas_kernels.common import UnsupportedFormat
 
 Array = jax.Array
 
@@ -52,11 +52,3 @@ class Weight(NamedTuple):
 def single(value: Quantized | Array) -> Weight:
     """A weight that belongs to no layer."""
     return Weight(jax.tree.map(lambda p: p[None], value), 0)
-
-
-def same_layer(*weights: Weight) -> int:
-    """The number that several weights have in their stacks. Raises Unsupported if the numbers differ."""
-    numbers = {w.nth for w in weights}
-    if len(numbers) > 1:
-        raise Unsupported(f"found weights of one layer at {sorted(numbers)} of their stacks, expected one number")
-    return numbers.pop()

@@ -215,7 +215,7 @@ def random_sequence(runner: ModelRunner, length: int, seed: int) -> Cache:
     from ds4jax.numerics import rows as numerics
 
     cfg, compute = runner.cfg, runner.steps.compute
-    dtype, fields = jnp.dtype(compute.dtype), ("z", "g", "prev_z", "prev_g")
+    dtype, fields = jnp.dtype(compute.dtype), ("z", "g")
     kv_row, index_row = (row(cfg, compute.numerics, dtype) for row in (numerics.kv_row, numerics.index_row))
     form = cache.abstract(cfg, compute.numerics, dtype, 1, length)
 
