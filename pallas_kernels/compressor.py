@@ -227,7 +227,7 @@ def _finish(row: Array, norm: Array, cos: Array, sin: Array, eps: float, fp4: bo
 
 
 # ---- the kernel ------------------------------------------------------------------------------------------------------
-def _store(part: Part, T: int, b: Array, token: tuple, new: tuple, ape, out: State) -> None:
+def _store(part: Part, T: int, b: Array, token: tuple, new: tuple, ape, out: Any) -> None:
     """Put the T tokens of sequence b into the rings of one compressor."""
     position, n, _, _, (j, _), nth = token
     i, p, real = nth[0], position[b], n[b]
@@ -244,7 +244,7 @@ def _store(part: Part, T: int, b: Array, token: tuple, new: tuple, ape, out: Sta
 
 def _close(
     part: Part, T: int, eps: float, slots: int, b: Array, w: Array | int, token: tuple, new: tuple, weights: tuple,
-    old: State, rows: dict[str, Any],
+    old: Any, rows: dict[str, Any],
 ) -> None:  # fmt: skip
     """Make the row of window w, counted from the one that the first token goes into, if the tokens close it."""
     position, n, cos, sin, (j, of_norm), nth = token
@@ -356,7 +356,7 @@ def _call(parts: tuple[Part, ...], T: int, shapes: Any, eps: float, c: Config, i
         num_warps=c.num_warps,
         num_stages=1,
         aliases={k: k for k in range(len(leaves))},
-        rows=B,
+        rows=B * T,
         interpret=interpret,
     )
 

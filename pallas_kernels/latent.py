@@ -157,7 +157,7 @@ def _call(S: int, H: int, D: int, planes: tuple, eps: float, c: Config, interpre
         num_warps=c.num_warps,
         num_stages=1,
         aliases={8: 1, 9: 2, 10: 3},
-        rows=B,
+        rows=S,
         interpret=interpret,
     )
 

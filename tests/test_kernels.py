@@ -239,10 +239,9 @@ def test_no_weight_is_copied_and_the_cache_stays_in_place():
     decode = functools.partial(
         compiled_steps.decode_step, cfg=SHORT, compute=Compute("official", "bfloat16", kernels="pallas")
     )
-    params = sampling.batch([sampling.Sampling()])
     shapes = (compiled_steps.BLOCK, 1), (1, 1)
     results = [*(np.zeros(shape, np.int32) for shape in shapes), np.zeros((1, SHORT.vocab_size), np.float32)]
-    args = results, *compiled_steps.decode_args({0: 0}, 1, params)
+    args = results, *compiled_steps.decode_args({0: 0}, 1, [sampling.Sampling()], 1)
     stats = jax.jit(decode, donate_argnums=(1, 2)).lower(w, cache, *args).compile().memory_analysis()
     smallest = min(x.size * x.dtype.itemsize for x in jax.tree.leaves(w.ffn.experts))
     assert stats is not None and stats.temp_size_in_bytes < smallest

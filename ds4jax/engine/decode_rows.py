@@ -7,9 +7,9 @@ with a single slot. Which program computes a sequence may change the last bits o
 
 from __future__ import annotations
 
+import collections
 import sys
 import threading
-from collections import Counter
 from collections.abc import Callable
 
 WORTH_SECONDS = 5.0
@@ -26,7 +26,9 @@ class DecodeRows:
     def __init__(self, batch: int, prepare: Callable[[int], bool]):
         self._batch, self._prepare = batch, prepare
         self._ready = {batch}
-        self._seconds = Counter[int]()  # of calls that the program for so many would have served
+        self._seconds: dict[int, float] = collections.defaultdict(
+            float
+        )  # of calls that the program for so many would have served
         self._tried: set[int] = set()
         self._busy = False
 
