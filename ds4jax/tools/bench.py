@@ -257,10 +257,10 @@ def drafted(runner: ModelRunner, tokens: dict[int, int]) -> list[str]:
             given = dict.fromkeys(tokens)
         for slot, state in enumerate(saved):
             runner.restore(slot, state, Sampling(temperature=0.0))
-    plain, *others = rule.table()
-    lines = [f"drafts after {length} tokens, {size} sequences: a plain step takes {plain[2] * 1e3:.3f} ms"]
-    for _, n, seconds, _ in others:
-        steps, tokens_each = seconds / plain[2], sum(gained[n]) / len(gained[n])
+    (_, plain), *others = rule.table().items()
+    lines = [f"drafts after {length} tokens, {size} sequences: a plain step takes {plain * 1e3:.3f} ms"]
+    for (n, _), seconds in others:
+        steps, tokens_each = seconds / plain, sum(gained[n]) / len(gained[n])
         lines.append(
             f"  {n} drafts: a round {seconds * 1e3:.3f} ms, {steps:.2f} steps; {tokens_each:.2f} tokens, "
             f"{tokens_each / steps:.2f} times as fast; worth it from {break_even(steps, n)}"
