@@ -65,6 +65,42 @@ def run(runners, monkeypatch, capsys):
     return call
 
 
+def test_what_drafts_must_hold():
+    assert bench.break_even(2.0, 1) == "an acceptance of 1.00 on"
+    assert bench.break_even(1 + 0.5 + 0.25, 2) == "an acceptance of 0.50 on"
+    assert bench.break_even(6.5, 5) == "no acceptance on"
+
+
+@pytest.mark.parametrize(
+    "argv, problem",
+    [
+        (["--draft=auto", "--acceptance=0.9,x"], "acceptance: found '0.9,x', expected probabilities, 0.83,0.73,…"),
+        (["--draft=auto", "--acceptance=1.2"], "acceptance: found '1.2', expected probabilities"),
+        (["--acceptance=0.5"], "acceptance: found it without drafts, expected --draft auto or a drafter's file"),
+    ],
+)
+def test_wrong_acceptances_are_one_line(run, argv, problem):
+    status, _, err = run(*argv)
+    assert status == 1 and err.startswith(f"error: {problem}")
+
+
+@pytest.mark.slow
+def test_rounds_of_drafts_are_timed_with_the_acceptance_that_is_asked_for():
+    """The first two drafts always count as accepted, the third never; nothing of it is left in the slots."""
+    cfg = dataclasses.replace(CFG, n_mtp=1)
+    settings = Settings("none", ctx=1280, draft="auto", draft_tokens=3)
+    runner = RUNNER(synthetic.Synthetic(cfg, synthetic.RECIPES["q8"]), settings, 2, acceptance=(1.0, 1.0, 0.0))
+    last = {slot: runner.prefill(slot, [1, 2, 3], GREEDY).token for slot in range(2)}
+    before = runner.snapshot(1)
+    title, two, three, said, _ = bench.drafted(runner, last)
+    assert re.fullmatch(r"drafts after 3 tokens, 2 sequences: a plain step takes [\d.]+ ms", title)
+    assert re.search(r"2 drafts: .* steps; 3\.00 tokens", two) and re.search(r"3 drafts: .*; 3\.00 tokens", three)
+    assert re.search(r"by place 1\.00, 1\.00, 0\.00; the engine would draft (2|3|none)", said)
+    for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(runner.snapshot(1)), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert runner.lengths == [3, 3]
+
+
 @pytest.fixture
 def small(runners, run):
     """The runner that the tool has used."""

@@ -11,7 +11,7 @@ from gguf import GGUFReader, GGUFValueType, GGUFWriter
 from ds4jax.config import DrafterConfig
 from ds4jax.errors import Ds4Error
 from ds4jax.io.checkpoint import Checkpoint, open_checkpoint, open_mtp
-from ds4jax.io.drafter import open_drafter
+from ds4jax.io.drafter import open_drafter, with_drafter
 from ds4jax.io.synthetic import RECIPES, random_data, storage_type, synthetic_config, write_synthetic
 from ds4jax.model.tensors import drafter_table, mtp_table
 
@@ -260,3 +260,39 @@ def test_a_drafter_is_no_model_and_no_mtp_head(main, tmp_path, dialect):
         open_checkpoint(path)
     with fails(f"{path}: key 'general.architecture': found ", "a DSpark drafter" if dialect != "c" else "a drafter"):
         open_mtp(path, CFG)
+
+
+# ---- which drafter a model gets --------------------------------------------------------------------------------------
+def test_the_drafter_beside_a_model_is_found_or_one_is_named(main, tmp_path):
+    path = tmp_path / "m.gguf"
+    for draft in ("off", "auto"):
+        assert with_drafter(main, draft, path) is main
+    beside = write(tmp_path / "m-dspark.gguf", METADATA["a"], DATA)
+    assert with_drafter(main, "off", path) is main
+    for draft, where in (("auto", path), (str(beside), tmp_path / "other.gguf")):
+        found = with_drafter(main, draft, where)
+        assert found.drafter and found.drafter.file.path == beside
+        assert found.cfg == dataclasses.replace(main.cfg, drafter=DRAFTER)
+        assert found.drafter_types == found.drafter.types and found.types == main.types
+    with pytest.raises(Ds4Error, match="draft: found 'no.gguf', expected a GGUF file, auto or off"):
+        with_drafter(main, "no.gguf", path)
+
+
+def test_an_mtp_head_in_its_own_file_drafts_too_and_one_beside_another_is_refused(main, tmp_path):
+    table = mtp_table(dataclasses.replace(CFG, n_mtp=1), "mtp")
+    held = {
+        s.name: (random_data(CFG, 1, s, storage_type(s, RECIPES["q8"])), storage_type(s, RECIPES["q8"]), s)
+        for s in table
+    }
+    path = write(tmp_path / "mtp.gguf", {"general.architecture": "deepseek4_mtp_support"}, held)
+    found = with_drafter(main, str(path))
+    assert found.mtp_file and found.cfg == dataclasses.replace(main.cfg, n_mtp=1)
+    with fails("mtp.gguf", "found a second MTP head"):
+        with_drafter(found, str(path))
+
+
+@pytest.mark.parametrize("draft", ["auto", "FILE"])
+def test_a_drafter_that_does_not_fit_is_refused_and_not_passed_over(main, tmp_path, draft):
+    path = write(tmp_path / "m-dspark.gguf", METADATA["a"] | {"dspark.target_layer_ids": [1, 2, 9]}, DATA)
+    with fails("m-dspark.gguf", "dspark.target_layer_ids", "from 0 to 3"):
+        with_drafter(main, str(path) if draft == "FILE" else draft, tmp_path / "m.gguf")

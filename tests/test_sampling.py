@@ -258,3 +258,18 @@ def test_impossible_edits_are_refused(values):
     ((key, value),) = values.items()
     with pytest.raises(ConfigError, match=f"{key}: found {re.escape(str(value))}, expected"):
         Sampling(**values)
+
+
+@pytest.mark.parametrize("apart", [0.0, 0.3, 1.0, 3.0])
+def test_two_draws_with_the_same_noise_agree_as_often_as_the_bound_says(apart):
+    """Why drafts hold: with TV the distance of two distributions, between (1 - TV) / (1 + TV) and 1 - TV."""
+    rng, n, vocab = np.random.default_rng(7), 4000, 40
+    p = rng.normal(0, 2, vocab).astype(np.float32)
+    q = p + apart * rng.normal(0, 1, vocab).astype(np.float32)
+    params = sampling.batch([Sampling(seed=seed, min_p=0.0) for seed in range(n)])
+    drawn = [sampling.sample(jnp.tile(x, (n, 1)), params, jnp.arange(n, dtype=jnp.int32)) for x in (p, q)]
+    agree = np.mean(np.asarray(drawn[0]) == np.asarray(drawn[1]))
+    tv = np.abs(np.asarray(jax.nn.softmax(p)) - np.asarray(jax.nn.softmax(q))).sum() / 2
+    error = 4 * (0.25 / n) ** 0.5
+    assert (1 - tv) / (1 + tv) - error <= agree <= 1 - tv + error
+    assert (agree == 1) == (apart == 0)

@@ -190,3 +190,29 @@ def test_drafts_that_hold_in_part(plain, monkeypatch, held):
     np.testing.assert_array_equal(text, plain.text)
     np.testing.assert_allclose(logits, plain.logits, rtol=1e-9, atol=1e-9)
     assert {0: {0, 1}, 5: {0, 6}}.get(held, set()) <= set(np.unique(kept)) and (held or kept.max() == 1)
+
+
+@pytest.mark.slow
+def test_a_call_for_some_slots_leaves_the_others_as_they_are(plain):
+    slots = np.array([1, 4], np.int32)
+
+    step = jax.jit(functools.partial(speculate_step, **MODEL, drafter=Both(DsparkDrafter())))
+    before = plain.caches[0]
+    nothing = np.full((ROUNDS, 6, B), 77, np.int32), np.zeros((ROUNDS, B), np.int32), np.full((1, B), 77, np.int32)
+    args = (
+        slots,
+        plain.anchors[0][slots],
+        np.array([9, 9], np.int32),
+        np.int32(3),
+        sampling.batch([PARAMS[1], PARAMS[4]]),
+    )
+    ids, counts, last, logits, cache = step(plain.w, before, (*nothing, np.full((B, CFG.vocab_size), 7.0)), *args)
+    assert not np.delete(counts, slots, axis=1).any() and (np.delete(last, slots, axis=1) == 77).all()
+    assert (np.delete(logits, slots, axis=0) == 7).all()
+    for slot in slots:
+        said = [t for r in range(ROUNDS) for t in np.asarray(ids)[r, : counts[r, slot], slot]]
+        assert said == plain.text[slot, : len(said)].tolist() and len(said) >= 3 and last[0, slot] == said[-1]
+        assert cache.length[slot] == LENGTHS[slot] + len(said)
+    for x, y in zip(jax.tree.leaves(before), jax.tree.leaves(cache), strict=True):
+        axis = min(1, x.ndim - 1)
+        np.testing.assert_array_equal(np.delete(x, slots, axis), np.delete(y, slots, axis))

@@ -51,7 +51,7 @@ class InTurn(Speculation):
     """Drafts as many tokens as a cycle says."""
 
     def __init__(self, *cycle):
-        super().__init__([2, 3])
+        super().__init__(sorted({*cycle} - {0}))
         self.cycle = itertools.cycle(cycle)
 
     def choose(self, sequences, free=None):

@@ -118,16 +118,18 @@ class ModelRunner:
         batch: int | None = None,
         progress: bool = False,
         sizes: Collection[int] = (),
+        acceptance: Sequence[float] = (),
     ):
         """Load the weights onto the devices, or make them there, and allocate the cache.
 
         batch: number of slots, by default the settings'. progress: report loading and compilation on stderr. sizes:
         what chunks of prompts will be padded to; prefill for these and decoding are then compiled here, in parallel.
+        acceptance: of drafts, by slot, instead of what the model says of them: for measurements alone.
         Raises Ds4Error for weights, mesh and memory that do not go together, and for the chat template of V4.1.
         """
         file = None if isinstance(checkpoint, Synthetic) else checkpoint.file
         self.profile = choose(settings.profile, file.metadata if file else {}, file.path.name if file else "")
-        self.steps = memory.steps(checkpoint, settings, batch, progress, sizes=sizes)
+        self.steps = memory.steps(checkpoint, settings, batch, progress, sizes=sizes, acceptance=acceptance)
         self.settings, self.checkpoint, self.cfg = settings, checkpoint, checkpoint.cfg
         self.batch, self._compute = self.steps.batch, self.steps.compute
         if progress and settings.draft != "off":

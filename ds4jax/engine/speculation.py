@@ -180,9 +180,9 @@ class Speculation:
             "drafts_by_place": list(zip(self.tried, self.accepted, strict=True)),
         }
 
-    def table(self) -> list[tuple[int, int, float, float]]:
-        """What was measured: sequences up to, n, seconds of a round or step, expected tokens of a sequence in it."""
-        return [(size, n, seconds, self.tokens(n)) for (n, size), seconds in sorted(self._seconds.items())]
+    def table(self) -> dict[tuple[int, int], float]:
+        """Seconds of a round of n drafts, or of a plain step, by n and how many sequences there were at most."""
+        return dict(sorted(self._seconds.items()))
 
 
 def _size(sequences: int) -> int:

@@ -8,6 +8,11 @@ each, with ds4's columns; ctx_tokens are those of one sequence, everything else 
   gen_tokens, gen_tps           tokens generated from there; and per second
   kvcache_bytes                 of the snapshot
 
+With a drafter, --draft, a table for each frontier goes to stderr: what a round of drafts takes, in plain steps; how
+many tokens a sequence gets of it; how often a draft must be accepted, if all those before it are, so that a round is
+worth the steps it takes; and what the rule of the engine makes of it. Random tokens are no text to draft, nor do random
+weights: --acceptance decides instead which drafts count as accepted.
+
 The bench drives the model runner, not the engine, so that it times calls of the model and nothing else. Seconds are
 the caller's, everything included but compilation and three calls of every shape before. Prompts are random tokens.
 Progress, start-up time and memory go to stderr.
@@ -17,12 +22,13 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import math
 import os
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
@@ -35,11 +41,18 @@ if TYPE_CHECKING:  # JAX must not run before `Settings.set_environment`
     from ds4jax.engine.model_runner import ModelRunner
     from ds4jax.model.cache import Cache
 
+TIMED = 5  # calls with drafts that are timed
+MOST_DRAFTED = 8 * 8 * 17  # tokens that a sequence may get meanwhile: rounds of WARM + TIMED calls
 WARM = 3  # calls before anything is timed: XLA runs a program op by op first, and records it as a graph then
 
 FLAGS = flags.FlagValues()
 cli.define_model(FLAGS)
 cli.define_synthetic(FLAGS)
+cli.define_drafts(FLAGS)
+flags.DEFINE_list(
+    "acceptance", None, "How likely a draft counts as accepted if those before it do: one probability, or one for each "
+    "place, 0.83,0.73,…; by default as the model says.", flag_values=FLAGS,
+)  # fmt: skip
 flags.DEFINE_integer("ctx_start", 2048, "The first frontier.", flag_values=FLAGS)
 flags.DEFINE_integer("ctx_max", 28672, "The last frontier.", flag_values=FLAGS)
 flags.DEFINE_float("step_mul", 2, "From one frontier to the next.", flag_values=FLAGS)
@@ -93,15 +106,20 @@ def main() -> None:
         value = FLAGS[name].value
         if value is not None and value < least:
             raise ConfigError(f"{name}: found {value}, expected at least {least}")
-    need = points[-1] + FLAGS.gen_tokens
+    acceptance = _probabilities(FLAGS.acceptance or [])
+    overrides = {key: FLAGS[key].value for key in ("model", "batch", "prefill_chunk", *cli.DRAFTS)}
+    settings = Settings.load(FLAGS.config, **overrides)
+    drafts = settings.draft != "off"
+    if acceptance and not drafts:
+        raise ConfigError("acceptance: found it without drafts, expected --draft auto or a drafter's file")
+    need = points[-1] + max(FLAGS.gen_tokens, MOST_DRAFTED if drafts else 0)
     ctx = -(-need // HCA_RATIO) * HCA_RATIO if FLAGS.ctx is None else FLAGS.ctx
     if ctx < need:
         raise ConfigError(f"ctx: found {ctx}, expected at least {need} for this table")
     path = Path(FLAGS.csv) if FLAGS.csv else None
     if path and not path.parent.is_dir():
         raise ConfigError(f"csv: found {path}, expected a file in an existing directory")
-    overrides = {key: FLAGS[key].value for key in ("model", "batch", "prefill_chunk")}
-    settings = Settings.load(FLAGS.config, ctx=ctx, **overrides)
+    settings = dataclasses.replace(settings, ctx=ctx)
     settings.set_environment()
     from ds4jax.engine import compile_cache, memory, model_runner
     from ds4jax.engine.chunks import chunk_sizes
@@ -111,7 +129,8 @@ def main() -> None:
     prefills = () if FLAGS.fill else chunks(points, settings.prefill_chunk)
     sizes = chunk_sizes(prefills, settings.prefill_chunk)
     source = model_runner.open_model(settings, FLAGS.synthetic)
-    loaded = model_runner.ModelRunner(source, settings, progress=True, sizes=sizes)
+    forced: dict[str, Any] = {"acceptance": acceptance} if acceptance else {}
+    loaded = model_runner.ModelRunner(source, settings, progress=True, sizes=sizes, **forced)
     if FLAGS.fill is None:
         rows = sweep(loaded, points, FLAGS.gen_tokens, FLAGS.seed)
     else:
@@ -153,6 +172,7 @@ def sweep(runner: ModelRunner, points: list[int], gen_tokens: int, seed: int) ->
         seconds = time.perf_counter() - start
         n = runner.batch * (point - before)
         yield Row(point, n, n / seconds, *_generate(runner, last, gen_tokens))
+        print(*drafted(runner, last), sep="\n", end="", file=sys.stderr)
         before = point
 
 
@@ -174,7 +194,9 @@ def filled(runner: ModelRunner, length: int, gen_tokens: int, seed: int) -> Iter
     fill()
     _warm_decode(runner)
     fill()
-    yield Row(length, 0, 0.0, *_generate(runner, dict.fromkeys(range(runner.batch), 0), gen_tokens))
+    last = dict.fromkeys(range(runner.batch), 0)
+    yield Row(length, 0, 0.0, *_generate(runner, last, gen_tokens))
+    print(*drafted(runner, last), sep="\n", end="", file=sys.stderr)
 
 
 def _warm_decode(runner: ModelRunner) -> None:
@@ -206,6 +228,68 @@ def _generate(runner: ModelRunner, tokens: dict[int, int], n: int) -> tuple[int,
     return total, total / seconds, sum(cache.nbytes(state) for state in saved)
 
 
+def drafted(runner: ModelRunner, tokens: dict[int, int]) -> list[str]:
+    """Plain steps and rounds of drafts from the given tokens on, timed, then taken back: → a table as lines."""
+    import jax
+
+    from ds4jax.engine.compiled_steps import ROUNDS
+    from ds4jax.engine.speculation import Speculation
+    from ds4jax.engine.types import Sampling
+
+    if not runner.steps.draft_counts:
+        return []
+    rule, size, length = Speculation(runner.steps.draft_counts), len(tokens), runner.lengths[0]
+    gained: dict[int, list[float]] = {n: [] for n in rule.counts}
+    saved = jax.block_until_ready([runner.snapshot(slot) for slot in range(runner.batch)])
+    for n in (0, *rule.counts):
+        given: dict[int, int | None] = dict(tokens)
+        for _ in range(WARM + TIMED):
+            if n:
+                room = {slot: runner.settings.ctx - runner.lengths[slot] for slot in tokens}
+                call = runner.speculate(given, room, n, ROUNDS)
+                call.tokens()
+                rule.ran(size, n, call.kept().tolist(), list(room.values()), call.seconds)
+                gained[n].append(call.kept().mean())
+            else:
+                block = runner.decode_block(given, ROUNDS)
+                block.tokens()
+                rule.plain(size, ROUNDS, block.seconds)
+            given = dict.fromkeys(tokens)
+        for slot, state in enumerate(saved):
+            runner.restore(slot, state, Sampling(temperature=0.0))
+    (_, plain), *others = rule.table().items()
+    lines = [f"drafts after {length} tokens, {size} sequences: a plain step takes {plain * 1e3:.3f} ms"]
+    for (n, _), seconds in others:
+        steps, tokens_each = seconds / plain, sum(gained[n]) / len(gained[n])
+        lines.append(
+            f"  {n} drafts: a round {seconds * 1e3:.3f} ms, {steps:.2f} steps; {tokens_each:.2f} tokens, "
+            f"{tokens_each / steps:.2f} times as fast; worth it from {break_even(steps, n)}"
+        )
+    return [*lines, f"  {rule}; the engine would draft {rule.choose(size) or 'none'}", ""]
+
+
+def break_even(steps: float, n: int) -> str:
+    """The probability, the same for n drafts, with which a round gives as many tokens as it takes plain steps."""
+    if steps > 1 + n:
+        return "no acceptance on"
+    low, high = 0.0, 1.0
+    while high - low > 1e-4:
+        middle = (low + high) / 2
+        low, high = (middle, high) if sum(middle**j for j in range(n + 1)) < steps else (low, middle)
+    return f"an acceptance of {high:.2f} on"
+
+
+def _probabilities(given: list[str]) -> tuple[float, ...]:
+    """Of --acceptance, for as many places as there can be. Raises ConfigError."""
+    try:
+        found = [float(x) for x in given]
+    except ValueError:
+        found = [math.nan]
+    if not all(0 <= x <= 1 for x in found):
+        raise ConfigError(f"acceptance: found {','.join(given)!r}, expected probabilities, 0.83,0.73,… or one for all")
+    return (*found, *found[-1:] * 16)
+
+
 def random_sequence(runner: ModelRunner, length: int, seed: int) -> Cache:
     """A cache as if one sequence of `length` tokens had been through the model: Gaussian rows, stored as rows are."""
     import jax
@@ -221,7 +305,7 @@ def random_sequence(runner: ModelRunner, length: int, seed: int) -> Cache:
 
     @jax.jit
     def make(key: jax.Array) -> Cache:
-        keys = iter(jax.random.split(key, 4 * (1 + len(fields))))
+        keys = iter(jax.random.split(key, 4 * (1 + len(fields)) + 1))
 
         def normal(x: jax.ShapeDtypeStruct) -> jax.Array:
             return jax.random.normal(next(keys), x.shape, x.dtype)
@@ -240,6 +324,7 @@ def random_sequence(runner: ModelRunner, length: int, seed: int) -> Cache:
         return cache.Cache(
             length=jnp.full((1,), length, jnp.int32),
             window=rows(kv_row, form.window),
+            carry=jax.tree.map(normal, form.carry),
             csa=compressed(kv_row, form.csa),
             index=compressed(index_row, form.index),
             hca=compressed(kv_row, form.hca),
