@@ -24,7 +24,7 @@ _RANGES = {
     "ep": (1, 1024),
     "prefill_chunk": (1, 2**20),
     "max_tokens": (1, 2**24),
-    "draft_tokens": (0, 16),
+    "draft_tokens": (0, 7),
 }
 
 
@@ -53,7 +53,8 @@ class Settings:
     draft: whose drafts the model verifies, several tokens at once: a GGUF file with a DSpark drafter or an MTP head;
         ``auto``, the drafter beside the model (``NAME-dspark.gguf``), else the model's own MTP head, if there is one;
         or ``off``. What is said stays the same. One device only.
-    draft_tokens: how many tokens are drafted at once, at most; 0: what the drafter is made for, 1 for an MTP head.
+    draft_tokens: how many tokens are drafted at once, 7 at most; 0: what the drafter is made for, 1 for
+        an MTP head.
     """
 
     model: str

@@ -227,8 +227,8 @@ def _finish(row: Array, norm: Array, cos: Array, sin: Array, eps: float, fp4: bo
 
 
 # ---- the kernel ------------------------------------------------------------------------------------------------------
-def _store(part: Part, T: int, b: Array, token: tuple, new: tuple, ape, out: Any) -> None:
-    """Put the T tokens of sequence b into the rings of one compressor."""
+def _store(part: Part, T: int, b: Array, token: tuple, new: tuple, ape: Any, out: Any) -> None:
+    """Put the T tokens of sequence b into the rings of one compressor. out: refs, a State of them."""
     position, n, _, _, (j, _), nth = token
     i, p, real = nth[0], position[b], n[b]
     channels = lax.iota(jnp.int32, part.width)
@@ -246,7 +246,10 @@ def _close(
     part: Part, T: int, eps: float, slots: int, b: Array, w: Array | int, token: tuple, new: tuple, weights: tuple,
     old: Any, rows: dict[str, Any],
 ) -> None:  # fmt: skip
-    """Make the row of window w, counted from the one that the first token goes into, if the tokens close it."""
+    """Make the row of window w, counted from the one that the first token goes into, if the tokens close it.
+
+    old: refs, a State of them. rows: refs of the planes of rows.
+    """
     position, n, cos, sin, (j, of_norm), nth = token
     R, D, length, (ape, norm) = part.ratio, part.dim, old.z.shape[2], weights
     i, p = nth[0], position[b]

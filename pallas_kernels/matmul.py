@@ -4,8 +4,9 @@ Decoding reads every weight once, so its bytes are the bound: Q8_0 has 1.06 byte
 multiprocessors 17 weights a cycle, with some 7 instructions to spend on each. Two methods:
 
 * `vector` (1 to 4 rows): a program multiplies a few matrix rows with x and adds up along K, in float32. A scale is
-  applied to the sum over a run of codes that share it, not to every code. A thread reads a matrix in runs of `RUN`
-  bytes, and x in the same runs, so that no value changes threads before the last sum.
+  applied to the sum over a run of codes that share it, not to every code, and codes meet x in fused multiply-adds,
+  which Triton must be told to make. A thread reads a matrix in runs of `RUN` bytes, and x in the same runs, so that no
+  value changes threads before the last sum.
 * `dot` (more rows): tiles of the matrix pass through shared memory, become float16 in registers and meet x in the
   tensor cores. With few matrix rows K is split as well; a second kernel adds the parts up, always in the same order.
 
@@ -40,22 +41,19 @@ Array = jax.Array
 Ref = Any
 
 DOT_RUN = 32  # columns that share a scale
+TOGETHER = 4  # rows of x that a program of `vector` takes at most
 MAX_ROWS = 32
 
 
 @dataclass(frozen=True)
 class Config:
-    """rows of a matrix per program; k_block: columns per step; splits: parts of K, added up by a second kernel.
-
-    tokens: rows of x per program (vector only: dot takes all).
-    """
+    """rows of a matrix per program; k_block: columns per step; splits: parts of K, added up by a second kernel."""
 
     method: Literal["vector", "dot"]
     rows: int
     k_block: int
     num_warps: int
     num_stages: int = 1
-    tokens: int = 1
     splits: int = 1
 
 
@@ -107,8 +105,11 @@ class Shape:
 
     @property
     def key(self) -> Shape:
-        """Of calls that share a tuned config, see `common.Choice`: any stacks."""
-        return replace(self, layers=0)
+        """Of calls that share a tuned config, see `common.Choice`: any stacks, and 1 to 4 rows.
+
+        So the product of a row is the same bits whether it comes alone or with others.
+        """
+        return replace(self, m=1 if self.m <= TOGETHER else self.m, layers=0)
 
     @property
     def static(self) -> dict:
@@ -167,8 +168,8 @@ def _inputs(xs: Sequence[Array], weight: Sequence[Array | None]) -> list[Array]:
 
 
 def _vector(shape: Shape, config: Config, fmt: str, tile: _Tile, token: Array, interpret: bool):
-    """Sums along K, of config.tokens tokens from `token` on: products (R,) per matrix and token, Σ x² per token."""
-    n, tokens, fma = config.k_block, range(config.tokens), (Emulation if interpret else Gpu).fma
+    """Sums along K, of `_together` tokens from `token` on: products (R,) per matrix and token, Σ x² per token."""
+    n, tokens, fma = config.k_block, range(_together(shape)), (Emulation if interpret else Gpu).fma
     runs, run = _runs(fmt), _run_of(fmt)
     rows = [(planes, tile.row + r) for planes in tile.matrices for r in range(tile.rows)]
 
@@ -261,7 +262,7 @@ def _build(shape: Shape, config: Config, interpret: bool) -> Callable:
     group_rows = [out.n // shape.groups for out in shape.outputs]
     tile_rows = [math.gcd(config.rows, n) for n in group_rows]
     programs = [out.n // rows for out, rows in zip(shape.outputs, tile_rows, strict=True)]
-    padded = max(16, pl.next_power_of_2(shape.m))
+    padded, together = max(16, pl.next_power_of_2(shape.m)), _together(shape)
 
     def kernel(layer, x, weights, norm, *ys):
         program, split, block = (pl.program_id(i) for i in range(3))
@@ -281,9 +282,9 @@ def _build(shape: Shape, config: Config, interpret: bool) -> Callable:
                 weight=lambda columns: None if norm is None else norm[common.entry(layer, len(weights)), columns],
             )
             if config.method == "vector":
-                token = block * config.tokens
+                token = block * together
                 products, squares = _vector(shape, config, fmt, tile, token, interpret)
-                for t in range(config.tokens):
+                for t in range(together):
                     inverse = None if shape.norm_eps is None else inverse_rms(squares[t], shape.k, shape.norm_eps)
                     store(nth, [p[t] for p in products], inverse, token + t, rows, None)
             else:
@@ -310,7 +311,7 @@ def _build(shape: Shape, config: Config, interpret: bool) -> Callable:
         out_shape = [
             jax.ShapeDtypeStruct((config.splits, out.matrices, shape.m, out.n), jnp.float32) for out in shape.outputs
         ]
-    blocks = shape.m // config.tokens if config.method == "vector" else 1
+    blocks = shape.m // together if config.method == "vector" else 1
     return common.call(
         kernel,
         name=f"matmul_{shape.k}_{sum(out.n for out in shape.outputs)}",  # what a profile shows
@@ -450,7 +451,6 @@ def check(shape: Shape, config: Config) -> None:
     )
     _require(config.splits == 1 or shape.norm_eps is None, "splits", config.splits, "1 with a norm")
     if config.method == "vector":
-        _require(shape.m % config.tokens == 0, "tokens", config.tokens, f"a divisor of {shape.m}")
         return
     _require(shape.x_dtype != "float32", "dtype of x", shape.x_dtype, "bfloat16 or float16 for dot")
     for out in shape.outputs:
@@ -496,6 +496,11 @@ def _tables(fmt: str) -> list[Array]:
     return [jnp.array(table, jnp.uint32)] if (table := _runs(fmt).table) else []
 
 
+def _together(shape: Shape) -> int:
+    """Rows of x that a program of `vector` takes."""
+    return max(t for t in range(1, TOGETHER + 1) if shape.m % t == 0)
+
+
 def _programs(shape: Shape, rows: int) -> int:
     return sum(out.n // math.gcd(rows, out.n // shape.groups) for out in shape.outputs)
 
@@ -508,7 +513,7 @@ def _power_of_two(n: int) -> int:
 def default_config(shape: Shape) -> Config:
     """What is used without a tuned config: some blocks for each of 132 multiprocessors, 16 KiB or so for each block."""
     columns = _power_of_two(shape.k)
-    if _takes_dot(shape) and shape.m > 4:
+    if _takes_dot(shape) and shape.m > TOGETHER:
         splits = 1
         while shape.norm_eps is None and _programs(shape, 64) * splits < 264 and columns // splits > 512:
             splits *= 2
@@ -521,8 +526,7 @@ def default_config(shape: Shape) -> Config:
         rows //= 2
     few = _programs(shape, 1) < 264
     num_warps = max(1, min(16 if few else 4, columns // (32 * _run(shape) * (1 if few else 2))))
-    tokens = max(t for t in (1, 2, 3, 4) if shape.m % t == 0)
-    return Config("vector", rows, min(columns, 16384 if few else 4096), num_warps, tokens=tokens)
+    return Config("vector", rows, min(columns, 16384 if few else 4096), num_warps)
 
 
 def _takes_dot(shape: Shape) -> bool:
@@ -534,14 +538,13 @@ def _takes_dot(shape: Shape) -> bool:
 def configs(shape: Shape) -> list[Config]:
     """Candidates for a sweep, the default first."""
     columns, run, out = _power_of_two(shape.k), _run(shape), [default_config(shape)]
-    if shape.m <= 4 or not _takes_dot(shape):
-        tokens = max(t for t in (1, 2, 3, 4) if shape.m % t == 0)
-        few = _programs(shape, 1) < 264
+    if shape.m <= TOGETHER or not _takes_dot(shape):
+        tokens, few = _together(shape), _programs(shape, 1) < 264
         for rows, num_warps, chunks in itertools.product((1, 2, 4, 8), (1, 2, 4, 8, 16), (1, 2, 4, 8)):
             k_block, loads = 32 * run * num_warps * chunks, rows * chunks
             sensible = 4 <= loads <= 8 if num_warps < 16 else few and rows == 1
             if sensible and k_block <= columns and loads * tokens <= 16 and (few or _programs(shape, rows) >= 264):
-                out.append(Config("vector", rows, k_block, num_warps, tokens=tokens))
+                out.append(Config("vector", rows, k_block, num_warps))
     if shape.m >= 2 and _takes_dot(shape):
         every_split = (1, 2, 4, 8, 16) if shape.norm_eps is None else (1,)
         k_blocks = [n for n in (128, 256) if n % _k_step(shape) == 0]

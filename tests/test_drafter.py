@@ -213,6 +213,7 @@ BAD = [
     ("b", {"deepseek4.dspark.target_layers": None}, ["key 'dspark.target_layer_ids': found nothing, expected an arr"]),
     ("a", {"dspark.stage_count": 2}, ["key 'dspark.stage_count': found 2, expected 3, as there are tensors"]),
     ("a", {"deepseek4.dspark.block_size": 7}, ["'deepseek4.dspark.block_size': found 7, expected 5, as 'dspark.blo"]),
+    ("a", {"dspark.block_size": 1}, ["key 'dspark.block_size': found 1, expected an integer from 2 to 64"]),
     ("a", {"dspark.markov_rank": 16}, ["markov_w1.weight': found shape (384, 32), expected (384, 16)"]),
     ("a", {"dspark.noise_token_id": 384}, ["key 'dspark.noise_token_id': found 384, expected an integer from 0 to"]),
     ("c", {"tokenizer.ggml.mask_token_id": None}, ["key 'tokenizer.ggml.mask_token_id': found nothing"]),

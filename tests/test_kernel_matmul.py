@@ -64,13 +64,13 @@ VECTOR = {
     "one row": (Shape(1, 512, (Output(4, "Q8_0"),)), Config("vector", 4, 512, 1)),
     "norm, and steps along K": (
         Shape(2, 512, (Output(6, "Q8_0"),), norm_eps=1e-6, norm_weight=True),
-        Config("vector", 4, 256, 1, tokens=2),
+        Config("vector", 4, 256, 1),
     ),
     "norm without a weight, float32": (
         Shape(2, 256, (Output(2, "F16"),), "float32", norm_eps=1e-6),
         Config("vector", 1, 128, 1),
     ),
-    "groups": (Shape(2, 256, (Output(8, "Q8_0"),), groups=2), Config("vector", 4, 256, 1, tokens=2)),
+    "groups": (Shape(2, 256, (Output(8, "Q8_0"),), groups=2), Config("vector", 4, 256, 1)),
     "several formats, SwiGLU": (
         Shape(1, 256, (Output(4, "Q8_0", clamp=0.5), Output(2, "F16"))),
         Config("vector", 2, 256, 1),
@@ -162,7 +162,6 @@ def test_extreme_codes():
         ({"norm": jnp.ones((2, 256), jnp.float32)}, "norm_eps: found None"),
         ({"config": Config("vector", 3, 256, 1)}, "rows: found 3, expected a power of two"),
         ({"config": Config("vector", 4, 512, 1)}, r"splits · k_block: found \(1, 512\), expected a divisor of 256"),
-        ({"config": Config("vector", 4, 256, 1, tokens=2)}, "tokens: found 2, expected a divisor of 1"),
         (
             {"config": Config("vector", 4, 128, 1, splits=2), "norm_eps": 1e-6},
             "splits: found 2, expected 1 with a norm",

@@ -13,10 +13,12 @@ import pytest
 from unit_formats import UNITS
 
 from ds4jax import implementation
+from ds4jax.config import DrafterConfig
 from ds4jax.engine import compiled_steps, sampling
 from ds4jax.errors import ConfigError
 from ds4jax.formats import GGMLType
 from ds4jax.implementation import OPS
+from ds4jax.io.recipes import Type
 from ds4jax.io.synthetic import FULL, KERNEL, RECIPES, Synthetic
 from ds4jax.model import cache as kv
 from ds4jax.model import moe, support, weights
@@ -284,3 +286,18 @@ def test_no_weight_is_copied_and_the_cache_stays_in_place():
     smallest = min(x.size * x.dtype.itemsize for x in jax.tree.leaves(w.ffn.experts))
     assert stats is not None and stats.temp_size_in_bytes < smallest
     assert stats.alias_size_in_bytes == kv.nbytes(cache) + sum(x.nbytes for x in results)
+
+
+def test_a_drafter_is_part_of_what_must_run():
+    """Its own projections, too, that are in no other call."""
+    drafter = DrafterConfig(stages=1, block_size=2, markov_rank=256, noise_token=1, target_layers=(0,))
+    cfg = dataclasses.replace(KERNEL, drafter=drafter)
+
+    def types(spec):
+        return Type.TQ1_0 if "main_proj" in spec.name else RECIPES["q8"](spec)
+
+    w = weights.structs(weights.abstract(cfg, RECIPES["q8"], types))
+    cache = kv.abstract(cfg, "official", "bfloat16", 1, 512)
+    found = support.unsupported(cfg, w, cache, Compute("official", "bfloat16", kernels="xla,linear=pallas"), 2)
+    assert list(found) == ["linear"] and found["linear"].startswith("format: found TQ1_0")
+    assert found["linear"].endswith("--types dspark.main_proj=Q4_K")

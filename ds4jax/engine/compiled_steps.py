@@ -41,6 +41,7 @@ from ds4jax.model.drafting import Drafter, drafter_of
 from ds4jax.numerics import rows as numerics
 from ds4jax.numerics.precision import wide
 from ds4jax.ops.mhc import Streams
+from ds4jax.ops.ring import SPARE
 from ds4jax.settings import Settings
 from pallas_kernels.common import Unsupported, assumed_gpu
 
@@ -249,7 +250,7 @@ def _draft_counts(cfg: ModelConfig, asked: int) -> list[int]:
         raise ConfigError(
             f"draft_tokens: found {asked}, expected at most {cfg.drafter.block_size}, the drafter's block"
         )
-    most = asked or (cfg.drafter.block_size if cfg.drafter else 1)
+    most = asked or min(cfg.drafter.block_size if cfg.drafter else 1, SPARE - 1)  # verified with the token before
     return sorted({(most + 1) // 2, most})
 
 

@@ -51,7 +51,9 @@ def unsupported(cfg: ModelConfig, weights: Weights, cache: Cache, compute: Compu
 def _step(w: Weights, cache: Cache, tokens: jax.Array, n: jax.Array, *, cfg: ModelConfig, compute: Compute):
     X, moved = transformer.forward(w, cache, tokens, n, cfg, compute)
     drafted = [mtp.draft(w, moved, X, tokens, cache.length, n, cfg, compute)[0]] if cfg.n_mtp else []
-    if w.dspark is not None:
+    if w.dspark is not None and cfg.drafter is not None:
+        features = jnp.zeros((*tokens.shape, len(cfg.drafter.target_layers) * cfg.embed_dim), X.dtype)
+        moved = dspark.write(w.dspark, moved, features, cache.length, n, cfg, compute)
         drafted.append(dspark.draft(w, w.dspark, moved, tokens[:, 0], n > 0, cfg, compute).logits)
     return transformer.logits(w, X, cfg, compute), drafted
 
@@ -80,6 +82,7 @@ def _reader(family: str) -> Op | None:
     """The op that multiplies with the matrices of a family."""
     if family == "embed":
         return None
+    family = family.removeprefix("dspark.")
     if family.startswith("ffn.experts."):
         return "experts"
     others: dict[str, Op] = {"fn": "mhc", "ape": "compress"}
