@@ -206,7 +206,8 @@ def down(
 def pack(x: Array, *, fmt: str, interpret: bool = False) -> Array:
     """Activations (S, K) as 16-bit fixed point in the order of a format's weights, int32 (S, words, units).
 
-    Of each unit: unit / 2 words of two values, the sums of its groups, the scale (the bits of a float32).
+    Of each unit: unit / 4 words of the first two values of each four, as many of the other two, the sums of its groups,
+    the scale (the bits of a float32).
     """
     packing = Packing(fmt, x.shape[1])
     return _pack(packing, len(x), interpret)(x, packing.order)
@@ -253,9 +254,9 @@ def _dots(fmt: str) -> type[Dots]:
 
 @functools.cache
 def _order(fmt: str, K: int) -> np.ndarray:
-    """int32 (2, words, units): the column of the low and of the high half of every word."""
+    """int32 (4, fours, units): the columns of four activations that meet four weights of a word."""
     order = _dots(fmt).order(K).astype(np.int32)
-    return np.ascontiguousarray(order.reshape(len(order), -1, 2).T)
+    return np.ascontiguousarray(order.reshape(len(order), -1, 4).T)
 
 
 @dataclass(frozen=True)
@@ -278,7 +279,7 @@ class Packing:
 
     @property
     def order(self) -> Array:
-        """int32 (2, words, units): the column of the low and of the high half of every word."""
+        """int32 (4, fours, units): the columns of four activations that meet four weights of a word."""
         return jnp.asarray(_order(self.fmt, self.K))
 
     @property
@@ -293,19 +294,20 @@ class Packing:
     def run(self, x: Ref, order: Ref, out: Ref, s: Array, program: Array) -> None:
         """Refs: x (S, K), order, out (S, words, units)."""
         here, row = pl.ds(program * self.block, self.block), 0
-        for part in self.parts(*(x[s, order[i, :, here]] for i in range(2))):
+        for part in self.parts(*(x[s, order[i, :, here]] for i in range(4))):
             out[s, pl.ds(row, len(part)), here] = part
             row += len(part)
 
-    def parts(self, low: Array, high: Array) -> list[Array]:
-        """Activations of words (words, units), low and high halves → words, sums, if there are any, and scales."""
-        low, high = low.astype(jnp.float32), high.astype(jnp.float32)
-        largest = jnp.maximum(jnp.abs(low), jnp.abs(high)).max(0, keepdims=True)
+    def parts(self, *fours: Array) -> list[Array]:
+        """Of fours of activations the first, the second, … (fours, units) → words, sums if there are any, scales."""
+        fours = tuple(x.astype(jnp.float32) for x in fours)
+        largest = functools.reduce(jnp.maximum, map(jnp.abs, fours)).max(0, keepdims=True)
         factor = jnp.where(largest > 0, FIXED / largest, 0.0)
-        low, high = _round(low * factor), _round(high * factor)
+        fixed = [_round(x * factor) for x in fours]
         groups = _dots(self.fmt).sums
-        sums = [(low + high).reshape(groups, -1, low.shape[1]).sum(1)] if groups else []
-        return [low & 0xFFFF | high << 16, *sums, lax.bitcast_convert_type(largest * (1 / FIXED), jnp.int32)]
+        sums = [functools.reduce(jnp.add, fixed).reshape(groups, -1, largest.shape[1]).sum(1)] if groups else []
+        words = [a & 0xFFFF | b << 16 for a, b in (fixed[:2], fixed[2:])]
+        return [*words, *sums, lax.bitcast_convert_type(largest * (1 / FIXED), jnp.int32)]
 
 
 @functools.cache

@@ -191,7 +191,9 @@ def test_pack(fmt):
     packed = np.asarray(experts.pack(jnp.asarray(x), fmt=fmt, interpret=True))
     np.testing.assert_array_equal(packed, packed_in_xla(jnp.asarray(x), fmt))
     words, sums, scale = np.split(packed, [form.unit // 2, form.unit // 2 + form.sums], axis=1)
-    values = np.ascontiguousarray(words.transpose(0, 2, 1)).view(np.int16)  # token, unit, position
+    pairs = [np.ascontiguousarray(w.transpose(0, 2, 1)).view(np.int16) for w in np.split(words, 2, axis=1)]
+    pairs = [p.reshape(*p.shape[:2], -1, 2) for p in pairs]
+    values = np.concatenate(pairs, axis=-1).reshape(len(x), -1, form.unit)  # token, unit, position
     scale = scale[:, 0].view(np.float32)
     order = form.order(k)
     assert sorted(order.ravel()) == list(range(k))

@@ -69,13 +69,13 @@ class NibbleDots(Dots):
         low, high = (jnp.broadcast_to(i32(program.table[cls.signed + i + warp]), shape) for i in (0, 64))
         totals = [[jnp.zeros(shape, jnp.int32) for _ in xs] for _ in rows]
         for b in range(4):
-            words = [x.words(4 * b, 4) for x in xs]
+            fours = [x.fours(2 * b, 2) for x in xs]
             for total, row in zip(totals, rows, strict=True):
                 codes = cls.codes(row, b, program)
                 for upper in range(2):
                     w = program.op.lookup(codes >> jnp.uint32(16 * upper), low, high)
-                    for t, x in enumerate(words):
-                        total[t] = program.op.dot4(w, x[2 * upper], x[2 * upper + 1], total[t])
+                    for t, x in enumerate(fours):
+                        total[t] = program.op.dot4(w, x[upper], total[t])
         scales = [x.scale for x in xs]
         out = []
         for total, row in zip(totals, rows, strict=True):

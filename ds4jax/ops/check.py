@@ -150,8 +150,7 @@ def _router(
 def packed(x: Array, fmt: str) -> Array:
     """What `experts.pack` makes of activations x (S, K), in XLA."""
     packing = experts_kernel.Packing(fmt, x.shape[1])
-    low, high = packing.order
-    return jax.vmap(lambda x: jnp.concatenate(packing.parts(x[low], x[high])))(x)
+    return jax.vmap(lambda x: jnp.concatenate(packing.parts(*(x[columns] for columns in packing.order))))(x)
 
 
 def _experts(*arrays: Any, stage: str, **static: Any) -> Array:

@@ -39,11 +39,11 @@ class Gpu:
     """Instructions that Pallas has no name for. All arrays of one call have one shape; words are int32 or uint32."""
 
     @staticmethod
-    def dot4(w: Array, x0: Array, x1: Array, total: Array, signed: bool = True) -> Array:
-        """total + the four bytes of w, signed or not, times the two signed halves of x0 and the two of x1."""
+    def dot4(w: Array, x: tuple[Array, Array], total: Array, signed: bool = True) -> Array:
+        """total + the four bytes of w, signed or not, times the two signed halves of each word of x."""
         of = "s32" if signed else "u32"
         ptx = f"dp2a.lo.s32.{of} $0, $2, $1, $4; dp2a.hi.s32.{of} $0, $3, $1, $0;"
-        return _ptx(ptx, "=&r,r,r,r,r", w, x0, x1, total)
+        return _ptx(ptx, "=&r,r,r,r,r", w, *x, total)
 
     @staticmethod
     def lookup(codes: Array, low: Array, high: Array) -> Array:
@@ -74,9 +74,9 @@ class Emulation:
         return i32(words)[..., None] << (32 - bits - low) >> (32 - bits)
 
     @classmethod
-    def dot4(cls, w, x0, x1, total, signed=True):
-        x = jnp.concatenate([cls._fields(x0, 16), cls._fields(x1, 16)], axis=-1)
-        return total + ((cls._fields(w, 8) & (-1 if signed else 255)) * x).sum(-1)
+    def dot4(cls, w, x, total, signed=True):
+        halves = jnp.concatenate([cls._fields(word, 16) for word in x], axis=-1)
+        return total + ((cls._fields(w, 8) & (-1 if signed else 255)) * halves).sum(-1)
 
     @classmethod
     def lookup(cls, codes, low, high):
@@ -200,13 +200,17 @@ class Activations:
     def __init__(self, ref: Ref, token: Array | int, fmt: type[Dots], units: Array):
         self._ref, self._token, self._fmt, self._units = ref, token, fmt, units
 
-    def words(self, start: int, n: int) -> list[Array]:
-        """Words 2 i and 2 i + 1 hold the four activations that meet the unit's i-th four weights."""
-        return [self._ref[self._token, start + i, self._units] for i in range(n)]
+    def _word(self, i: int) -> Array:
+        return self._ref[self._token, i, self._units]
+
+    def fours(self, start: int, n: int) -> list[tuple[Array, Array]]:
+        """Of the activations that meet the unit's i-th four weights, from `start` on, the first two and the others."""
+        half = self._fmt.unit // 4
+        return [(self._word(i), self._word(half + i)) for i in range(start, start + n)]
 
     def sum(self, group: int) -> Array:
         """The sum of a group's activations."""
-        return self.words(self._fmt.unit // 2 + group, 1)[0]
+        return self._word(self._fmt.unit // 2 + group)
 
     @property
     def scale(self) -> Array:
@@ -265,13 +269,12 @@ class Grouped(Dots):
         raise NotImplementedError
 
     @classmethod
-    def products(cls, row: tuple, group: int, xs: list[list[Array]], program: Program) -> list[Array]:
-        """The group's dot product of one row with each token's words."""
-        totals = [jnp.zeros_like(x[0]) for x in xs]
+    def products(cls, row: tuple, group: int, xs: list[list], program: Program) -> list[Array]:
+        """The group's dot product of one row with each token's activations, as of `Activations.fours`."""
+        totals = [jnp.zeros_like(x[0][0]) for x in xs]
         for i, words in enumerate(row[0]):
             w = cls.codes(words, group, program)
-            pairs = zip(xs, totals, strict=True)
-            totals = [program.op.dot4(w, *x[2 * i :][:2], total, cls.signed) for x, total in pairs]
+            totals = [program.op.dot4(w, x[i], total, cls.signed) for x, total in zip(xs, totals, strict=True)]
         return totals
 
 
@@ -301,13 +304,13 @@ class KQuant(Grouped):
     def dot(cls, rows, xs, program):
         products: list[list[Any]] = [[0 for _ in xs] for _ in rows]
         minima: list[list[Any]] = [[0 for _ in xs] for _ in rows]
-        per_group = cls.unit // 2 // cls.groups
+        per_group = cls.unit // 4 // cls.groups
         for g in range(cls.groups):
-            words = [x.words(per_group * g, per_group) for x in xs]
+            fours = [x.fours(per_group * g, per_group) for x in xs]
             sums = [x.sum(g) for x in xs]
             for i, row in enumerate(rows):
                 sc, m = cls.group_scales(row, g)
-                for t, n in enumerate(cls.products(row, g, words, program)):
+                for t, n in enumerate(cls.products(row, g, fours, program)):
                     products[i][t] += sc * n
                     minima[i][t] += m * sums[t]
         scales = [x.scale for x in xs]
@@ -325,12 +328,12 @@ class OneScale(Grouped):
 
     @classmethod
     def dot(cls, rows, xs, program):
-        per_group = cls.unit // 2 // cls.groups
+        per_group = cls.unit // 4 // cls.groups
         totals: list[list[Any]] = [[0 for _ in xs] for _ in rows]
         for g in range(cls.groups):
-            words = [x.words(per_group * g, per_group) for x in xs]
+            fours = [x.fours(per_group * g, per_group) for x in xs]
             for i, row in enumerate(rows):
-                for t, n in enumerate(cls.products(row, g, words, program)):
+                for t, n in enumerate(cls.products(row, g, fours, program)):
                     totals[i][t] += n
         scales = [x.scale for x in xs]
         return [

@@ -137,15 +137,15 @@ class _UnitDots(Dots):
         words = Words(tiles.Emulation if program.op is dots.Emulation else tiles.Gpu, constants)
         found = rows if units.look_up is None else [units.look_up(row, program.table) for row in rows]
         totals = [[jnp.zeros(shape, jnp.float32) for _ in xs] for _ in rows]
-        n = UNIT // 2 // units.groups
+        n = UNIT // 4 // units.groups
         for group in range(units.groups):
-            activations = [x.words(n * group, n) for x in xs]
+            activations = [x.fours(n * group, n) for x in xs]
             for total, row, ready in zip(totals, rows, found, strict=True):
                 weights, scale = units.words(ready, group, words), units.scale(row, group)
                 for t, (x, meet) in enumerate(zip(xs, activations, strict=True)):
                     product = jnp.zeros(shape, jnp.int32)
-                    for i, w in enumerate(weights):
-                        product = program.op.dot4(w, *meet[2 * i :][:2], product)
+                    for w, four in zip(weights, meet, strict=True):
+                        product = program.op.dot4(w, four, product)
                     total[t] += product.astype(jnp.float32) * scale
                     if units.minimum is not None:
                         total[t] -= x.sum(group).astype(jnp.float32) * units.minimum(row, group)
