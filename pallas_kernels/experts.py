@@ -51,13 +51,11 @@ class Config:
     """A program has `num_warps` warps; each takes `rows` rows of a matrix, one after the other.
 
     tokens: how many tokens of one expert a program of gate_up serves at most; experts with more are read again.
-    ahead: for how many of down's steps the weights are on their way; 0: for one, in a loop.
     """
 
     num_warps: int = 4
     rows: int = 2
     tokens: int = 1
-    ahead: int = 0
 
 
 # ---- shapes ----------------------------------------------------------------------------------------------------------
@@ -433,8 +431,7 @@ def configs(shape: Shape) -> list[Config]:
     for num_warps in (2, 4, 8):
         for rows in (1, 2, 4):
             for tokens in (1,) if shape.stage == "down" or shape.tokens == 1 else (1, 2, 4):
-                for ahead in (0, 2, 3, 5) if shape.stage == "down" else (0,):
-                    out.append(Config(num_warps, rows, tokens, ahead))
+                out.append(Config(num_warps, rows, tokens))
     return [c for c in out if shape.n % (c.num_warps * c.rows) == 0]
 
 

@@ -85,12 +85,6 @@ def test_spread_signs():
     np.testing.assert_array_equal(spread(sets)[:, None] >> np.arange(2, 32, 4, dtype=np.uint32) & 1, bits)
 
 
-def test_weights_on_their_way_for_several_steps():
-    shape = dataclasses.replace(small("down", "Q2_K", tokens=2), used=3)
-    for ahead in (1, 2, 5):
-        check(shape, dataclasses.replace(SMALL, ahead=ahead))
-
-
 def test_a_wide_format_multiplies_bit_for_bit_as_the_stored_one():
     """The random weights are the same, and so are the sums of integers."""
     found, expected = (check(small("gate_up", fmt, k=1024), SMALL) for fmt in ("IQ2_3B", "IQ2_XXS"))

@@ -118,7 +118,6 @@ class Program:
 
         expert(i), tokens(i): the number of the i-th expert, and which `packed` activations it meets. rows: planes and
         the first of num_warps rows. The next weights are on their way while these are used; the last are read twice.
-        With `config.ahead` they are those of so many steps, and there is no loop.
         """
         units = self.k // self.fmt.unit
         step = min(units, self.fmt.step)
@@ -141,20 +140,10 @@ class Program:
             ahead = load(jnp.minimum(i + 1, last), following), expert(jnp.minimum(i + 2, last) >> which)
             return *ahead, jax.tree.map(jnp.add, totals, dot(i, loaded))
 
-        def number(i):
-            return expert(i >> which)
-
+        loaded = load(0, expert(0))
         if last == 0:
-            return dot(0, load(0, number(0)))
+            return dot(0, loaded)
         zeros = [[jnp.zeros((self.config.num_warps, step), jnp.float32) for _ in tokens(0)] for _ in rows]
-        if ahead := min(self.config.ahead, last):
-            numbers, totals = [number(i) for i in range(last + 1)], zeros
-            coming = [load(i, numbers[i]) for i in range(ahead)]
-            for i in range(last + 1):
-                coming += [load(i + ahead, numbers[i + ahead])] if i + ahead <= last else []
-                totals = jax.tree.map(jnp.add, totals, dot(i, coming.pop(0)))
-            return totals
-        loaded = load(0, number(0))
         return lax.fori_loop(0, last + 1, body, (loaded, expert(1 >> which), zeros))[-1]
 
 
