@@ -48,7 +48,8 @@ class Settings:
     memory_fraction: the part of each GPU's memory that JAX may take (XLA_CLIENT_MEM_FRACTION).
     preallocate: whether to take it all at the start (XLA_PYTHON_CLIENT_PREALLOCATE).
     expert_layout: of the routed experts in memory: ``file``, as the file has them; ``wide``, those in IQ2_XXS as 3-bit
-        codes, which take half as much again and are faster in kernels; ``auto``, wide with kernels if all fits.
+        codes, which take half as much again and are faster in kernels; ``auto``, wide with kernels for several
+        sequences if all fits.
     device: the GPU that the config is for, see `engine.cards`, or ``here``, whatever is there. Only plans depend on it.
     draft: whose drafts the model verifies, several tokens at once: a GGUF file with a DSpark drafter or an MTP head;
         ``auto``, the drafter beside the model (``NAME-dspark.gguf``), else the model's own MTP head, if there is one;

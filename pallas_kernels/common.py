@@ -84,8 +84,8 @@ def let_dependents_start(ref: Any, threads: int) -> None:
     """The kernels that depend on this one may take their places on the GPU once all of its programs have come here.
 
     They read nothing before all of it is done: XLA begins every kernel with a wait for that (``griddepcontrol.wait``).
-    With one token that takes a tenth off a step, since most kernels are short; with sixteen, waiting programs are in
-    the way of those that work. An instruction must have a result that is used: here it says that nothing is to be
+    That pays with one token, where most kernels are short; with sixteen, waiting programs are in the way of those that
+    work (benchmarks/LOG.md). An instruction must have a result that is used: here it says that nothing is to be
     stored in `ref`, an output.
     """
     (nothing,) = plgpu.elementwise_inline_asm(

@@ -125,6 +125,7 @@ def test_experts_are_wide_where_they_fit(run):
     assert more == 43 * 2 * 256 * 2048 * 4096 * (102 - 66) // 256
     assert not plan(device="H200", kernels="xla", numerics="plain").wide
     assert not plan(device="H200", batch=80).wide
+    assert not plan(device="H200", batch=1).wide
     _, out, _ = run("--config=h200")
     assert " ".join(rows(out)["weights"]).endswith("experts wide, see expert_layout")
     assert " ".join(rows(out)["batch"]).endswith("experts wide")

@@ -90,11 +90,12 @@ def steps(
 ) -> CompiledSteps:
     """The steps of a model, with an `expert_layout` of auto decided: wide if that changes anything and all fits.
 
-    It is for kernels on a GPU. compiled: if it seems to fit, compile the steps that need the most memory, those of
-    `sizes` among them, to know. The others: see `CompiledSteps`.
+    It is for kernels on a GPU and several sequences: one alone is not faster (benchmarks/LOG.md). compiled: if it seems
+    to fit, compile the steps that need the most memory, those of `sizes` among them, to know. The others: see
+    `CompiledSteps`.
     """
     asked = CompiledSteps(source, settings, batch, progress, card, acceptance)
-    if settings.expert_layout != "auto" or asked.compute.implementations["experts"] != "pallas":
+    if settings.expert_layout != "auto" or asked.batch == 1 or asked.compute.implementations["experts"] != "pallas":
         return asked
     wide_settings = dataclasses.replace(settings, expert_layout="wide")
     wide = CompiledSteps(source, wide_settings, batch, progress, card, acceptance)

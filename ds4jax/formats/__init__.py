@@ -47,7 +47,7 @@ READ_ONLY = (
 
 FORMATS: dict[GGMLType, type[Quantized]] = {fmt.ggml_type: fmt for fmt in (*WRITABLE, *READ_ONLY)}
 
-# Larger than what the file holds, and faster in the kernels of the experts: made at load, where memory allows.
+# Larger than what the file holds, and faster in the kernels of the experts: made at load, see `Settings.expert_layout`.
 WIDE: dict[type[Quantized], type[Quantized]] = {IQ2_XXS: IQ2_3B}
 
 for _format in (*FORMATS.values(), *WIDE.values()):
