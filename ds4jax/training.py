@@ -269,7 +269,8 @@ def drafter_loss(
     cache = kv.zeros(cfg, compute.numerics, compute.dtype, B * A, 1)
 
     def ring(empty: Array, rows: Array) -> Array:
-        rows = rows[:, row, at].reshape(len(cfg.stages), B * A, n, -1)
+        rows = rows.astype(wide(rows.dtype))[:, row, at]  # of many anchors: their gradients add up
+        rows = rows.reshape(len(cfg.stages), B * A, n, -1)
         return jnp.concatenate([empty[: cfg.stages.start], rows.astype(empty.dtype)])
 
     cache = dataclasses.replace(
