@@ -124,7 +124,7 @@ def close(found, wanted):
             np.testing.assert_allclose(a.logits, b.logits, atol=1e-5)
 
 
-@pytest.mark.parametrize("cycle", [(3,), (3, 0, 2)])
+@pytest.mark.parametrize("cycle", [(3, 0, 2), pytest.param((3,), marks=pytest.mark.slow)])
 def test_together_and_with_drafts_each_says_what_it_says_alone_without(runner, expected, cycle):
     """First with an empty prefix cache, then with what that has kept."""
     cache = PrefixCache(1 << 30)
