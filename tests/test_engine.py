@@ -9,6 +9,7 @@ from small import CFG, write
 
 from ds4jax.engine.engine import Engine
 from ds4jax.engine.model_runner import ModelRunner
+from ds4jax.engine.pace import Pace
 from ds4jax.engine.prefix_cache import PrefixCache
 from ds4jax.engine.types import Budget, Finished, Request, Sampling, Scored, Token
 from ds4jax.errors import Ds4Error
@@ -199,6 +200,7 @@ def test_the_next_block_begins_before_the_last_one_is_read(runner, monkeypatch):
 def test_chunks_are_short_while_answers_wait_for_them(settings, monkeypatch):
     runner = ModelRunner.load(dataclasses.replace(settings, prefill_chunk=256), batch=2)
     engine, chunks, prefill = Engine(runner, sizes=[128, 256], gap=1e-6), [], runner.prefill
+    monkeypatch.setattr(Pace, "longest", lambda self, decode_seconds: 128)
 
     def log(slot, tokens, *args):
         chunks.append(len(tokens))

@@ -23,7 +23,7 @@ def serving_sizes(settings: Settings) -> list[int]:
     """
     chunk = settings.prefill_chunk
     chunk = chunk // ALIGN * ALIGN or 1 << chunk.bit_length() - 1
-    smaller = (32,) if chunk <= ALIGN else (ALIGN, 4 * ALIGN, 8 * ALIGN, 16 * ALIGN, 64 * ALIGN)
+    smaller = (32,) if chunk <= ALIGN else (ALIGN, 4 * ALIGN, 16 * ALIGN, 64 * ALIGN)
     return [*(size for size in smaller if size < chunk), chunk]
 
 

@@ -12,8 +12,9 @@ import sys
 import threading
 from collections.abc import Callable
 
-WORTH_SECONDS = 5.0
-"""Decoding time after which a program that computes fewer sequences is compiled. Doing so takes about a minute."""
+WORTH_SECONDS = 60.0
+"""Decoding time after which a program that computes fewer sequences is compiled. That takes a minute or two, in which
+the others are slower."""
 
 
 class DecodeRows:

@@ -315,7 +315,7 @@ class ModelRunner:
         One until the first have shown how long they take.
         """
         seconds = self.stats.token_seconds
-        return max(1, min(room, BLOCK, int(BLOCK_SECONDS / seconds) if seconds else 1))
+        return max(1, min(room, BLOCK, round(BLOCK_SECONDS / seconds) if seconds else 1))
 
     def logit_blocks(self, tokens: Sequence[int]) -> Iterator[tuple[Array, int]]:
         """The logits at every position of a text, a block at a time, so that those of a long one need no memory.

@@ -3,13 +3,16 @@
 What a chunk takes is known from the last one of its length, unless a shorter or longer one shows that this call was
 slow by accident: the time neither falls nor rises faster than the length. A length that has not been measured is
 guessed to take in proportion to the nearest that has. A chunk that is too short reads all weights for a few tokens, so
-none is chosen with which a prompt would advance less than half as fast as with the best: a target that asks for more is
-missed.
+none is chosen with which a prompt would advance less than three quarters as fast as with the best: a target that asks
+for more is missed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+
+LEAST_RATE = 0.75
+"""Of the tokens per second of the best length."""
 
 
 class Pace:
@@ -32,7 +35,7 @@ class Pace:
         """Tokens of a chunk that, with a token of each answer after it, takes no longer than the target."""
         guess = {size: self._guess(size) for size in self._sizes}
         best = max(size / seconds if seconds else 0.0 for size, seconds in guess.items())
-        fast = [size for size in self._sizes if 2 * size >= best * guess[size]]
+        fast = [size for size in self._sizes if size >= LEAST_RATE * best * guess[size]]
         return max((size for size in fast if guess[size] + decode_seconds <= self._target), default=fast[0])
 
     def _guess(self, size: int) -> float:

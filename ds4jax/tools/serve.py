@@ -76,7 +76,7 @@ flags.DEFINE_integer("max_waiting", 1024, "Requests that may wait for their turn
 flags.DEFINE_float("queue_timeout", 600.0, "Seconds that a request may wait for its turn.", 0.0, flag_values=FLAGS)
 flags.DEFINE_float(
     "itl_target_ms", 150.0, "Between two tokens of an answer: chunks of prompts are cut to keep it, if they get no "
-    "slower than by half. 0: never.", 0.0, 1e9, flag_values=FLAGS,
+    "much slower. 0: never.", 0.0, 1e9, flag_values=FLAGS,
 )  # fmt: skip
 flags.DEFINE_integer("max_seqs_per_key", None, "Answers at once for one API key.", 1, flag_values=FLAGS)
 flags.DEFINE_integer("max_waiting_per_key", None, "Requests of one API key that may wait.", 1, flag_values=FLAGS)
