@@ -197,6 +197,16 @@ def test_the_next_block_begins_before_the_last_one_is_read(runner, monkeypatch):
     assert [found[0], found[1][:13], found[2]] == [waiting[0], waiting[1][:13], waiting[2]]
 
 
+def test_a_target_for_gaps_leaves_chunks_alone_that_are_short_anyway(settings):
+    runner = ModelRunner.load(dataclasses.replace(settings, prefill_chunk=32), batch=2)
+    engine, seen = Engine(runner, gap=1e-6), []
+    for _ in range(2):
+        engine.add(Request(TOKENS[:40], 3, GREEDY), seen.append)
+    while len(engine):
+        engine.step()
+    assert seen.count(Finished("length")) == 2
+
+
 def test_chunks_are_short_while_answers_wait_for_them(settings, monkeypatch):
     runner = ModelRunner.load(dataclasses.replace(settings, prefill_chunk=256), batch=2)
     engine, chunks, prefill = Engine(runner, sizes=[128, 256], gap=1e-6), [], runner.prefill

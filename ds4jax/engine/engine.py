@@ -81,7 +81,8 @@ class Engine:
         self.speculation = Speculation(counts) if counts else None
         self._reuse = PrefixReuse(runner, self.scheduler, prefix_cache)
         self._wake, self._patience = wake, patience
-        self._pace = Pace([size for size in self._sizes if size % ALIGN == 0], gap) if gap < math.inf else None
+        aligned = [size for size in self._sizes if size % ALIGN == 0]  # shorter chunks are not cut
+        self._pace = Pace(aligned, gap) if aligned and gap < math.inf else None
         self._on_device: set[Sequence] = set()  # sequences whose last token is the last one of the last block read
         self._ahead: _Decoding | None = None  # a block that was begun before the tokens of the one before it were read
 
