@@ -2,7 +2,7 @@
 
 The head is one more block, number `cfg.n_layers`, with a window of its own in the cache. Its row of position t is made
 from the streams of t and the token of t + 1, so it runs one token behind the main model: over the prompt too, since it
-attends to its own rows only. DeepSeek-V3, arXiv:2412.19437, section 2.2, eqs. 21 to 23, with one join for each stream.
+attends to its own rows only. DeepSeek-V3, arXiv:2412.19437, section 2.2, with one join for each stream.
 """
 
 import dataclasses

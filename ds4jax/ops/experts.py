@@ -1,4 +1,4 @@
-"""Routed experts: every token through its k experts, weighted and added up (DeepSeekMoE, arXiv:2401.06066, eq. 9).
+"""Routed experts: every token through its k experts, weighted and added up (DeepSeekMoE, arXiv:2401.06066).
 
     y = Σ_e weight_e · W_down,e SwiGLU(W_gate,e h, W_up,e h) + what else there is to add
 

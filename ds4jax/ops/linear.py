@@ -51,7 +51,7 @@ def gated(gate: Weight, up: Weight, clamp: float) -> Product:
 
 
 def swiglu(gate: Float[Array, "*s"], up: Float[Array, "*s"], clamp: float) -> Float[Array, "*s"]:
-    """silu(min(gate, clamp)) · clip(up, -clamp, clamp) (arXiv:2002.05202, eq. 5, clamped)."""
+    """silu(min(gate, clamp)) · clip(up, -clamp, clamp) (arXiv:2002.05202, clamped)."""
     return jax.nn.silu(jnp.minimum(gate, clamp)) * jnp.clip(up, -clamp, clamp)
 
 
