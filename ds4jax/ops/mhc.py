@@ -7,7 +7,8 @@
     h = rms(Σ_i pre_i X_i) · norm                           the sub-layer's input
     X'_k = post_k y + Σ_j comb[j, k] X_j                    after its output y
 
-DeepSeek-V4 report, section 2.2. The end of one sub-layer and the beginning of the next are one op, `boundary`: both pass over the streams.
+DeepSeek-V4 report, section 2.2. The end of one sub-layer and the beginning of the next are one op, `boundary`: both
+pass over the streams.
 """
 
 from __future__ import annotations
