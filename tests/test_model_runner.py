@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from small import CFG, write
 
+from ds4jax.engine.call_sizes import WORTH_SECONDS, CallSizes
 from ds4jax.engine.chunks import chunk_sizes
 from ds4jax.engine.compiled_steps import BLOCK
-from ds4jax.engine.decode_rows import WORTH_SECONDS, DecodeRows
 from ds4jax.engine.model_runner import ModelRunner
 from ds4jax.engine.types import Sampling
 from ds4jax.errors import Ds4Error, GGUFError
@@ -189,9 +189,9 @@ def test_a_call_for_some_slots_computes_them_alone_and_leaves_the_others_as_they
     for runner in (whole, narrow):
         for slot in range(4):
             runner.prefill(slot, TOKENS[slot : slot + 5 + slot], GREEDY)
-    assert narrow._prepare_rows(1) and narrow._prepare_rows(2)
+    assert narrow._prepare(0, 1) and narrow._prepare(0, 2)
     for slots, rows in (([2], 1), ([2], 2), ([0, 3], 2), ([1, 2, 3], 4)):
-        monkeypatch.setattr(narrow._rows, "of", lambda n, rows=rows: rows)
+        monkeypatch.setattr(narrow._call_sizes[0], "of", lambda n, rows=rows: rows)
         blocks = [runner.decode_block(dict.fromkeys(slots, 7), 3) for runner in (whole, narrow)]
         ids, same = (block.tokens() for block in blocks)
         assert ids == same
@@ -213,12 +213,12 @@ def test_programs_for_fewer_sequences_are_made_when_they_are_worth_it():
         asked.append(rows)
         return fits[rows]
 
-    rows = DecodeRows(6, prepare)
+    rows = CallSizes(6, prepare)
 
     def took(sequences, seconds):
         rows.took(sequences, seconds)
         for thread in threading.enumerate():
-            if thread.name == "decode-rows":
+            if thread.name == "call-sizes":
                 thread.join()
 
     assert [rows.of(n) for n in (0, 1, 4, 6)] == [6, 6, 6, 6]
@@ -238,11 +238,11 @@ def test_a_program_that_cannot_be_made_is_reported_and_not_missed(capfd):
     def fail(rows):
         raise ValueError("too large")
 
-    rows = DecodeRows(4, fail)
+    rows = CallSizes(4, fail)
     rows.took(3, 0.1)
     rows.took(1, WORTH_SECONDS)
     for thread in threading.enumerate():
-        if thread.name == "decode-rows":
+        if thread.name == "call-sizes":
             thread.join()
     assert rows.of(1) == 4
     assert "no program for 1 sequences: too large" in capfd.readouterr().err

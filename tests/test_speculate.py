@@ -23,6 +23,7 @@ from ds4jax.model.drafting import DsparkDrafter, MtpDrafter, drafter_of
 CFG = dataclasses.replace(
     BASE, n_mtp=1, drafter=DrafterConfig(stages=2, block_size=5, markov_rank=16, noise_token=63, target_layers=(1, 2))
 )
+pytestmark = pytest.mark.usefixtures("float64")
 COMPUTE = Compute("official", "float64")  # in float64 no rounding to 4 or 8 bits falls on the other side
 MODEL = {"cfg": CFG, "compute": COMPUTE}
 LENGTHS = (1, 3, 30, 100, 122, 127)  # of the prompts, around windows of 4, 32 and 128 tokens
@@ -35,12 +36,6 @@ PARAMS = [
     Sampling(temperature=0.3, min_p=0.2, seed=4),
 ]
 B, AHEAD = len(LENGTHS), 2 * BLOCK
-
-
-@pytest.fixture(autouse=True, scope="module")
-def double():
-    with jax.enable_x64(True):
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ import dataclasses
 import itertools
 import logging
 
-import jax
 import numpy as np
 import pytest
 from test_speculate import CFG
@@ -19,14 +18,8 @@ from ds4jax.io.recipes import RECIPES
 from ds4jax.io.synthetic import Synthetic
 from ds4jax.settings import Settings
 
+pytestmark = pytest.mark.usefixtures("float64_in_threads")
 TEXT = np.random.default_rng(5).integers(0, CFG.vocab_size, 300).tolist()
-
-
-@pytest.fixture(autouse=True, scope="module")
-def double():
-    jax.config.update("jax_enable_x64", True)  # in the threads that compile, too
-    yield
-    jax.config.update("jax_enable_x64", False)
 
 
 def load(cfg, batch, **changes):

@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from test_grammar import SCHEMA
@@ -18,16 +17,9 @@ from ds4jax.io.checkpoint import open_checkpoint
 from ds4jax.paths import embedded_drafter, embedded_model
 from ds4jax.settings import Settings
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("float64_in_threads")]
 QUESTIONS = json.loads((Path(__file__).parent / "tiny" / "questions.json").read_text())
 SAMPLINGS = [Sampling(temperature=0.0), Sampling(seed=1), Sampling(temperature=0.6, top_p=0.9, seed=2)]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def double():
-    jax.config.update("jax_enable_x64", True)  # in the threads that compile, too
-    yield
-    jax.config.update("jax_enable_x64", False)
 
 
 def load(batch, draft, **changes):

@@ -20,6 +20,7 @@ CFG = dataclasses.replace(
     n_heads=3, head_dim=48, q_lora_rank=32, index_heads=2, index_top_k=16, n_experts=4, n_experts_used=2,
     expert_dim=32, rope_dim=16, index_head_dim=16, sinkhorn_iters=3,
 )  # fmt: skip
+pytestmark = pytest.mark.usefixtures("float64")
 COMPUTE = Compute("official", "float64")  # in float64 no rounding to 4 or 8 bits falls on the other side
 T = 6
 # Every alignment modulo 4, the first window of both ratios, and all that may cross token 128 or just not; then the ring
@@ -27,12 +28,6 @@ T = 6
 LENGTHS = (0, 1, 2, 3, 30, 31, 121, 122, 123, 124, 125, 126, 127, 128, 129, 130)
 CASES = [(length, accepted) for length in LENGTHS for accepted in range(T + 1)]
 ACCEPTED = np.array([accepted for _, accepted in CASES], np.int32)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def double():
-    with jax.enable_x64(True):
-        yield
 
 
 @pytest.fixture(scope="module")

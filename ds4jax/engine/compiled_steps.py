@@ -1,8 +1,8 @@
 """The compiled steps of a model: prefill of one slot, and decoding in every slot, plainly or by rounds of drafts.
 
-A step is compiled for the shapes that it is called with: prefill for each padded chunk length, plain decoding once,
-rounds for each number of drafts. Nothing here allocates memory on a device, so a memory plan can be made from the steps
-before the weights are loaded.
+A step is compiled for the shapes that it is called with: prefill for each padded chunk length, decoding for
+some numbers of sequences and of drafts. Nothing here allocates memory on a device, so a memory plan can be made from
+the steps before the weights are loaded.
 """
 
 from __future__ import annotations
@@ -347,14 +347,14 @@ def decode_step(
     return sampled, last, logits, kv.put(cache, slots, part)
 
 
-def decode_args(tokens: Mapping[int, int | None], n: int, params: Sequence[Sampling], rows: int) -> tuple[Any, ...]:
+def decode_args(tokens: Mapping[int, int | None], n: int, params: Sequence[Sampling], size: int) -> tuple[Any, ...]:
     """The arguments of `decode_step` after `results`, to decode n tokens in some slots.
 
-    tokens: by slot; None for the last sampled token of the slot. params: of all slots. rows: how many sequences the
+    tokens: by slot; None for the last sampled token of the slot. params: of all slots. size: how many sequences the
     call computes, those of `tokens` at least; others rest.
     """
     resting = [slot for slot in range(len(params)) if slot not in tokens]
-    slots = sorted([*tokens, *resting[: rows - len(tokens)]])
+    slots = sorted([*tokens, *resting[: size - len(tokens)]])
     ids = [tokens.get(slot, 0) for slot in slots]
     return (
         np.array(slots, np.int32),
@@ -453,10 +453,10 @@ def _forced(params: sampling.Batch, position: Array, acceptance: Sequence[float]
 
 
 def speculate_args(
-    tokens: Mapping[int, int | None], room: Mapping[int, int], rounds: int, params: Sequence[Sampling], rows: int
+    tokens: Mapping[int, int | None], room: Mapping[int, int], rounds: int, params: Sequence[Sampling], size: int
 ) -> tuple[Any, ...]:
     """The arguments of `speculate_step` after `results`: those of `decode_args`, with the room by slot."""
-    slots, ids, _, n, batch = decode_args(tokens, rounds, params, rows)
+    slots, ids, _, n, batch = decode_args(tokens, rounds, params, size)
     return slots, ids, np.array([room.get(slot, 0) for slot in slots.tolist()], np.int32), n, batch
 
 

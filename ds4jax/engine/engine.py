@@ -221,11 +221,11 @@ class Engine:
         return bool(finished or admitted or copied or chunk or decoding)
 
     def _next_chunk(self) -> tuple[Sequence, int] | None:
-        answers = self._pace and self.scheduler.decoding
-        stats = self.runner.stats
-        one = max(stats.token_seconds, stats.round_seconds if self.speculation and self.speculation.chosen else 0.0)
-        most = self._pace.longest(one) if answers and self._pace else None
-        return self.scheduler.next_chunk(most)
+        if not self._pace or not self.scheduler.decoding:
+            return self.scheduler.next_chunk()
+        stats, drafting = self.runner.stats, self.speculation and self.speculation.chosen
+        step = max(stats.token_seconds, stats.round_seconds if drafting else 0.0)
+        return self.scheduler.next_chunk(self._pace.longest(step))
 
     def _check_patience(self) -> None:
         now = time.perf_counter()

@@ -62,11 +62,7 @@ class Plan:
         """The plan as a table."""
         steps = ", ".join([*(f"{name} {n / _GIB:.3f}" for name, n in self.workspace.items()), self.origin])
         rows: list[tuple[str, int | None, str]] = [
-            (
-                "weights",
-                self.weights,
-                "experts wide, see expert_layout" if self.wide else "",
-            ),
+            ("weights", self.weights, "experts wide, see expert_layout" if self.wide else ""),
             ("cache", self.cache, f"batch {self.batch}, ctx {self.ctx}"),
             ("workspace", max(self.workspace.values(), default=None), steps),
             ("together", self.total, ""),

@@ -16,6 +16,7 @@ import numpy as np
 
 from ds4jax.config import ModelConfig
 from ds4jax.engine import memory, sampling, snapshot
+from ds4jax.engine.call_sizes import CallSizes
 from ds4jax.engine.chunks import pad
 from ds4jax.engine.compiled_steps import (
     BLOCK,
@@ -27,7 +28,6 @@ from ds4jax.engine.compiled_steps import (
     speculate_args,
 )
 from ds4jax.engine.constraints import edits
-from ds4jax.engine.decode_rows import DecodeRows
 from ds4jax.engine.snapshot import Planes
 from ds4jax.engine.types import Sampling
 from ds4jax.errors import ConfigError, Ds4Error
@@ -80,6 +80,17 @@ class Stats:
     decoded_at: float = 0.0  # `time.perf_counter` when the last block was read
     token_seconds: float = 0.0  # of the last block, per token of each sequence
     round_seconds: float = 0.0  # of the last rounds of drafts, each
+
+    def read(self, start: float) -> float:
+        """Note that the tokens of a decoding call that began at `start` are read now; → the seconds that it took.
+
+        The next call may begin before this one is read, so the time since the last reading is what counts.
+        """
+        now = time.perf_counter()
+        seconds = now - max(start, self.decoded_at)
+        self.decode_seconds += seconds
+        self.decoded_at = now
+        return seconds
 
 
 def open_model(settings: Settings, synthetic: str | None = None) -> Checkpoint | Synthetic:
@@ -145,10 +156,8 @@ class ModelRunner:
             self.weights = weights.init_random(self.steps.tree, self.cfg, checkpoint.seed, self._compute.mesh)
         else:
             self.weights, _ = load(checkpoint, self._compute.mesh, progress, wide=self.steps.wide)
-        self._rows = DecodeRows(self.batch, self._prepare_rows)
-        self._round_rows = {
-            n: DecodeRows(self.batch, functools.partial(self._prepare_round_rows, n)) for n in self.steps.draft_counts
-        }
+        counts = (0, *self.steps.draft_counts)
+        self._call_sizes = {n: CallSizes(self.batch, functools.partial(self._prepare, n)) for n in counts}
         self.reset()
 
     def reset(self) -> None:
@@ -247,19 +256,26 @@ class ModelRunner:
             if self.lengths[slot] + n > self.settings.ctx:
                 raise Ds4Error(f"slot {slot}: the context of {self.settings.ctx} tokens is full")
         start = time.perf_counter() - self.stats.compile_seconds
-        args = self._resident("decode", decode_args(tokens, n, self._sampling, self._rows.of(len(tokens))))
+        args = self._resident("decode", decode_args(tokens, n, self._sampling, self._call_sizes[0].of(len(tokens))))
         self._results = tuple(self._run("decode", self._results, *args))
         sampled, _, logits = _copy(self._results)  # the next block's will take the place of these
         for slot in tokens:
             self.lengths[slot] += n
         self.stats.decode_tokens += n * len(tokens)
-        return Block(self.stats, sampled, logits, tuple(tokens), n, start + self.stats.compile_seconds, self._rows)
+        return Block(
+            self.stats, sampled, logits, tuple(tokens), n, start + self.stats.compile_seconds, self._call_sizes[0]
+        )
 
-    def _prepare_rows(self, rows: int) -> bool:
-        """Compile the decoding call of `rows` sequences, if it fits into memory; → whether it does."""
-        args = decode_args({}, 1, self._sampling, rows)
-        need = memory.needed(self.steps, self.steps.prepare("decode", self.steps.results, *args))
-        return dataclasses.replace(self.plan, workspace={"decode": need}).fits
+    def _prepare(self, drafts: int, size: int) -> bool:
+        """Compile the decoding call of `size` sequences, with drafts unless 0; → whether it fits into memory."""
+        steps = self.steps
+        if drafts:
+            args = speculate_args({}, {}, 1, self._sampling, size)
+            name, args = "speculate", ((*steps.drafted(drafts), *steps.results[1:]), *args)
+        else:
+            name, args = "decode", (steps.results, *decode_args({}, 1, self._sampling, size))
+        need = memory.needed(steps, steps.prepare(name, *args))
+        return dataclasses.replace(self.plan, workspace={name: need}).fits
 
     def speculate(self, tokens: Mapping[int, int | None], room: Mapping[int, int], n: int, rounds: int) -> Rounds:
         """Append to the sequence of each given slot in rounds of n drafts, ROUNDS at most: see `speculate_step`.
@@ -273,7 +289,7 @@ class ModelRunner:
             if not 1 <= room[slot] <= left:
                 raise Ds4Error(f"slot {slot}: found room {room[slot]}, expected 1 to {left}")
         start = time.perf_counter() - self.stats.compile_seconds
-        args = speculate_args(tokens, room, rounds, self._sampling, self._round_rows[n].of(len(tokens)))
+        args = speculate_args(tokens, room, rounds, self._sampling, self._call_sizes[n].of(len(tokens)))
         args = self._resident("speculate", args)
         buffers = self._drafted.pop(n, None) or tuple(
             jnp.zeros(x.shape, x.dtype, device=x.sharding) for x in self.steps.drafted(n)
@@ -283,13 +299,7 @@ class ModelRunner:
         self._drafted[n], self._results = (ids, counts), (sampled, last, logits)
         ids, counts, logits = _copy((ids, counts, logits))
         start += self.stats.compile_seconds
-        return Rounds(self.stats, ids, counts, logits, tuple(tokens), self.lengths, start, self._round_rows[n])
-
-    def _prepare_round_rows(self, n: int, rows: int) -> bool:
-        """`_prepare_rows` of rounds of n drafts."""
-        args = (*self.steps.drafted(n), *self.steps.results[1:]), *speculate_args({}, {}, 1, self._sampling, rows)
-        need = memory.needed(self.steps, self.steps.prepare("speculate", *args))
-        return dataclasses.replace(self.plan, workspace={"speculate": need}).fits
+        return Rounds(self.stats, ids, counts, logits, tuple(tokens), self.lengths, start, self._call_sizes[n])
 
     def rounds(self) -> int:
         """How many rounds to run at once, so that they take some BLOCK_SECONDS: see `block`."""
@@ -429,18 +439,15 @@ class Block:
     slots: tuple[int, ...]
     n: int
     start: float
-    rows: DecodeRows
+    sizes: CallSizes
     seconds: float = 0.0
 
     def tokens(self) -> dict[int, list[int]]:
         """The tokens by slot. Waits for them, and counts their time."""
         sampled = np.asarray(self.sampled)
-        now = time.perf_counter()
-        # The next block may start before this one is read, so the time since the last reading is what counts.
-        self.seconds = seconds = now - max(self.start, self.stats.decoded_at)
-        self.stats.decode_seconds += seconds
-        self.rows.took(len(self.slots), seconds)
-        self.stats.decoded_at, self.stats.token_seconds = now, seconds / self.n
+        self.seconds = self.stats.read(self.start)
+        self.sizes.took(len(self.slots), self.seconds)
+        self.stats.token_seconds = self.seconds / self.n
         return {slot: sampled[: self.n, slot].tolist() for slot in self.slots}
 
 
@@ -459,17 +466,15 @@ class Rounds:
     slots: tuple[int, ...]
     lengths: list[int]
     start: float
-    rows: DecodeRows
+    sizes: CallSizes
     seconds: float = 0.0
 
     def tokens(self) -> dict[int, list[int]]:
         """The tokens by slot. Waits for them, and counts their time. To be called once."""
         ids, counts = np.asarray(self.ids), self.kept()
-        now = time.perf_counter()
-        self.seconds = seconds = now - max(self.start, self.stats.decoded_at)
-        self.stats.decode_seconds += seconds
-        self.rows.took(len(self.slots), seconds)
-        self.stats.decoded_at, self.stats.round_seconds = now, seconds / max(1, len(counts))
+        self.seconds = self.stats.read(self.start)
+        self.sizes.took(len(self.slots), self.seconds)
+        self.stats.round_seconds = self.seconds / max(1, len(counts))
         out = {}
         for i, slot in enumerate(self.slots):
             out[slot] = [int(token) for r, n in enumerate(counts[:, i]) for token in ids[r, :n, slot]]

@@ -17,7 +17,7 @@ WORTH_SECONDS = 60.0
 the others are slower."""
 
 
-class DecodeRows:
+class CallSizes:
     """Chooses, for each call, the smallest program.
 
     There are programs for 1, 2, 4, … sequences, and for all `batch`. prepare: compiles the one for so many, in another
@@ -27,15 +27,14 @@ class DecodeRows:
     def __init__(self, batch: int, prepare: Callable[[int], bool]):
         self._batch, self._prepare = batch, prepare
         self._ready = {batch}
-        self._seconds: dict[int, float] = collections.defaultdict(
-            float
-        )  # of calls that the program for so many would have served
+        # By how many sequences a program would be for: seconds of calls that it would have served.
+        self._seconds: dict[int, float] = collections.defaultdict(float)
         self._tried: set[int] = set()
         self._busy = False
 
     def of(self, sequences: int) -> int:
         """How many sequences the call for so many computes."""
-        return min(rows for rows in self._ready if rows >= sequences)
+        return min(size for size in self._ready if size >= sequences)
 
     def took(self, sequences: int, seconds: float) -> None:
         """Note that a call for so many sequences took so long; starts to compile a program if that is worth it."""
@@ -46,13 +45,13 @@ class DecodeRows:
         if self._seconds[fewest] >= WORTH_SECONDS and not self._busy:
             self._tried.add(fewest)
             self._busy = True
-            threading.Thread(target=self._make, args=(fewest,), name="decode-rows", daemon=True).start()
+            threading.Thread(target=self._make, args=(fewest,), name="call-sizes", daemon=True).start()
 
-    def _make(self, rows: int) -> None:
+    def _make(self, size: int) -> None:
         try:
-            if self._prepare(rows):
-                self._ready.add(rows)
+            if self._prepare(size):
+                self._ready.add(size)
         except Exception as error:  # the others still serve
-            sys.stderr.write(f"decoding: no program for {rows} sequences: {error}\n")
+            sys.stderr.write(f"decoding: no program for {size} sequences: {error}\n")
         finally:
             self._busy = False
