@@ -1,4 +1,4 @@
-"""Products of a few rows with quantized matrices: y = x Wᵀ for 1 to 32 rows of x, several W of one input in one call.
+"""Products of a few rows with quantized matrices: y = x Wᵀ for 1 to 128 rows of x, several W of one input in one call.
 
 Decoding reads every weight once, so its bytes are the bound: Q8_0 has 1.06 bytes a weight, and 4 TB/s feed each of 132
 multiprocessors 17 weights a cycle, with some 7 instructions to spend on each. Two methods:
@@ -8,7 +8,8 @@ multiprocessors 17 weights a cycle, with some 7 instructions to spend on each. T
   which Triton must be told to make. A thread reads a matrix in runs of `RUN` bytes, and x in the same runs, so that no
   value changes threads before the last sum.
 * `dot` (more rows): tiles of the matrix pass through shared memory, become float16 in registers and meet x in the
-  tensor cores. With few matrix rows K is split as well; a second kernel adds the parts up, always in the same order.
+  tensor cores. XLA makes x what they take from there as it is (`operand`): normed, in float16, in the columns' order of
+  the codes. With few matrix rows K is split as well; a second kernel adds the parts up, always in the same order.
 
 What the kernel needs of a weight format is in `pallas_kernels.formats.runs`.
 """
@@ -34,7 +35,7 @@ from pallas_kernels import common, formats
 from pallas_kernels.common import Unsupported
 from pallas_kernels.formats.runs import RUN, Runs, columns_of
 from pallas_kernels.formats.tiles import Emulation, Gpu, split, stack
-from pallas_kernels.numerics.norm import inverse_rms
+from pallas_kernels.numerics.norm import inverse_rms, rms_norm
 from pallas_kernels.numerics.swiglu import swiglu
 
 Array = jax.Array
@@ -42,7 +43,7 @@ Ref = Any
 
 DOT_RUN = 32  # columns that share a scale
 TOGETHER = 4  # rows of x that a program of `vector` takes at most
-MAX_ROWS = 32
+MAX_ROWS = 128
 
 
 @dataclass(frozen=True)
@@ -105,11 +106,11 @@ class Shape:
 
     @property
     def key(self) -> Shape:
-        """Of calls that share a tuned config, see `common.Choice`: any stacks, and 1 to 4 rows.
+        """Of calls that share a tuned config, see `common.Choice`: any stacks, 1 to 4 rows, or rows padded alike.
 
-        So the product of a row is the same bits whether it comes alone or with others.
+        So the product of up to four rows is the same bits whether each comes alone or with others.
         """
-        return replace(self, m=1 if self.m <= TOGETHER else self.m, layers=0)
+        return replace(self, m=1 if self.m <= TOGETHER else _padded(self), layers=0)
 
     @property
     def static(self) -> dict:
@@ -208,49 +209,59 @@ def _vector(shape: Shape, config: Config, fmt: str, tile: _Tile, token: Array, i
     return products, [s.sum() for s in squares]
 
 
-def _dot(shape: Shape, config: Config, fmt: str, tile: _Tile, tokens: Array, interpret: bool):
-    """Tensor cores, all tokens at once (their numbers (T,)): products (R, T) per matrix, Σ x² (T,)."""
+class Operand(NamedTuple):
+    """How the tensor cores take x: dtype, and whether columns are in the order of `operand`."""
+
+    dtype: str
+    narrow: bool
+
+
+def _operand_of(fmt: str) -> Operand:
     runs = _runs(fmt)
-    dtype = runs.dot
-    assert dtype is not None  # `check` refuses it
-    n, rows = config.k_block, tile.row + lax.iota(jnp.int32, tile.rows)
+    assert runs.dot is not None  # `check` refuses it
+    return Operand(runs.dot, runs.narrow)
 
-    def order(a):
-        """Columns in an order in which 8 neighbours belong to one thread, which reads them at once."""
-        if not runs.narrow:
-            return a
-        return a.reshape(a.shape[0], -1, 4, 4, 2).transpose(0, 1, 3, 2, 4).reshape(a.shape)
 
-    def load(columns):
-        x, weight = tile.x(tokens[:, None], columns.reshape(1, -1)), tile.weight(columns.reshape(1, -1))
-        return x.astype(dtype) if weight is None else (x.astype(jnp.float32) * weight).astype(dtype)
+def _operands(shape: Shape) -> list[Operand]:
+    return list(dict.fromkeys(_operand_of(out.fmt) for out in shape.outputs))
 
-    def add(piece, columns, total):
-        for codes, of_codes in zip(piece.codes, columns, strict=True):
+
+def operand(x: Array, kind: Operand, weight: Array | None, eps: float | None) -> Array:
+    """x (…, k) as `dot` reads it: normed if there is an eps, times the norm's weight (k,) if there is one."""
+    if eps is not None:
+        x = rms_norm(x.astype(jnp.float32), eps)
+        x = x if weight is None else x * weight
+    return _narrow_order(x.astype(kind.dtype)) if kind.narrow else x.astype(kind.dtype)
+
+
+def _narrow_order(a: Array) -> Array:
+    """Columns (…, k) in an order in which a thread has 8 neighbours, one-byte codes that it reads at once."""
+    return a.reshape(*a.shape[:-1], -1, 4, 4, 2).swapaxes(-3, -2).reshape(a.shape)
+
+
+def _dot(shape: Shape, config: Config, fmt: str, tile: _Tile, tokens: Array, interpret: bool):
+    """Tensor cores, all tokens at once (their numbers (T,)): products (R, T) per matrix."""
+    kind, n, rows = _operand_of(fmt), config.k_block, tile.row + lax.iota(jnp.int32, tile.rows)
+
+    def weights(piece):
+        for codes in piece.codes:
             w = codes if piece.scale is None else codes * piece.scale[..., None]
             w = w if piece.minimum is None else w - piece.minimum[..., None]
-            w = order(w.reshape(tile.rows, -1).astype(dtype))
-            total += lax.dot_general(
-                w, order(load(of_codes)), (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
-            )
-        return total
+            w = w.reshape(tile.rows, -1).astype(kind.dtype)
+            yield _narrow_order(w) if kind.narrow else w
 
-    def step(offset, sums):
-        products, squares = sums
-        start, totals = tile.first + offset, []
-        for planes, total in zip(tile.matrices, products, strict=True):
-            loaded = runs.load(planes, tile.layer, rows, start, n, DOT_RUN, interpret)
-            for piece, columns in zip(loaded.decode(dtype), loaded.columns, strict=True):
-                total = add(piece, columns, total)
-            totals.append(total)
-        if squares is not None:
-            x = tile.x(tokens[:, None], columns_of(start, n, n)).astype(jnp.float32)
-            squares += (x * x).sum(-1)
-        return totals, squares
+    def step(offset, totals):
+        start, out = tile.first + offset, []
+        for planes, total in zip(tile.matrices, totals, strict=True):
+            loaded = _runs(fmt).load(planes, tile.layer, rows, start, n, DOT_RUN, interpret)
+            for piece, columns in zip(loaded.decode(kind.dtype), loaded.columns, strict=True):
+                for w, of_codes in zip(weights(piece), columns, strict=True):
+                    x = tile.x(tokens[:, None], of_codes.reshape(1, -1))
+                    total += lax.dot_general(w, x, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+            out.append(total)
+        return out
 
-    products = [jnp.zeros((tile.rows, tokens.size), jnp.float32) for _ in tile.matrices]
-    squares = None if shape.norm_eps is None else jnp.zeros((tokens.size,), jnp.float32)
-    return _steps(shape, config, step, (products, squares))
+    return _steps(shape, config, step, [jnp.zeros((tile.rows, tokens.size), jnp.float32) for _ in tile.matrices])
 
 
 @functools.cache
@@ -262,9 +273,9 @@ def _build(shape: Shape, config: Config, interpret: bool) -> Callable:
     group_rows = [out.n // shape.groups for out in shape.outputs]
     tile_rows = [math.gcd(config.rows, n) for n in group_rows]
     programs = [out.n // rows for out, rows in zip(shape.outputs, tile_rows, strict=True)]
-    padded, together = max(16, pl.next_power_of_2(shape.m)), _together(shape)
+    padded, together, operands = _padded(shape), _together(shape), _operands(shape) if config.method == "dot" else []
 
-    def kernel(layer, x, weights, norm, *ys):
+    def kernel(layer, xs, weights, norm, *ys):
         program, split, block = (pl.program_id(i) for i in range(3))
 
         def work(nth: int, start: int):
@@ -272,6 +283,7 @@ def _build(shape: Shape, config: Config, interpret: bool) -> Callable:
             first_row = (program - start) * n_rows
             group = () if shape.groups == 1 else (lax.div(first_row, np.int32(group_rows[nth])),)
             rows = first_row + lax.iota(jnp.int32, n_rows)
+            x = xs[operands.index(_operand_of(fmt)) if operands else 0]
             tile = _Tile(
                 matrices=weights[nth],
                 layer=common.entry(layer, nth),
@@ -290,10 +302,9 @@ def _build(shape: Shape, config: Config, interpret: bool) -> Callable:
             else:
                 tokens = lax.iota(jnp.int32, padded)
                 # Rows beyond the last repeat it; their products are not stored.
-                products, squares = _dot(shape, config, fmt, tile, jnp.minimum(tokens, shape.m - 1), interpret)
-                inverse = None if shape.norm_eps is None else inverse_rms(squares, shape.k, shape.norm_eps)[None]
+                products = _dot(shape, config, fmt, tile, jnp.minimum(tokens, shape.m - 1), interpret)
                 real = None if shape.m == padded else jnp.broadcast_to(tokens < shape.m, (n_rows, padded))
-                store(nth, products, inverse, tokens[None], rows[:, None], real)
+                store(nth, products, None, tokens[None], rows[:, None], real)
 
         def store(nth, values, inverse, token, rows, mask):
             out = shape.outputs[nth]
@@ -377,12 +388,12 @@ def matmul(
 ) -> tuple[Array, ...]:
     """Products of x with matrices of one layer: an array (m, n) for each of `outputs`, summed in float32.
 
-    x: (m, k), or (m, groups, k) where row block g of each matrix meets x[:, g]; bfloat16, float16 or float32; m ≤ 32.
+    x: (m, k), or (m, groups, k) where row block g of each matrix meets x[:, g]; bfloat16, float16 or float32; m ≤ 128.
     layer: int32 (1,), or one number per output and then the norm's, if there is one, where stacks count differently.
     weights: per output its one or two matrices, each the planes of a stack, (layers, n, ·).
     norm, norm_eps: with norm_eps x is RMS-normed first and multiplied by its layer of norm, float32 (layers, k).
 
-    `dot` has x and weights in float16 (BF16: bfloat16): x, times the norm's weight, must lie within its ±65504.
+    `dot` has x and weights in float16 (BF16: bfloat16): x, or what the norm makes of it, must lie within its ±65504.
     Raises Unsupported for anything else, and for a config that does not fit.
     """
     shape = _shape(x, layer, weights, norm, outputs, norm_eps)
@@ -391,7 +402,13 @@ def matmul(
     weights = tuple(
         tuple((*planes, *_tables(out.fmt)) for planes in w) for out, w in zip(outputs, weights, strict=True)
     )
-    ys = _build(shape, config, interpret)(layer, x, weights, norm)
+    if config.method == "dot":
+        weight = None if norm is None else norm[common.entry(layer, len(weights))]
+        xs = [operand(x, kind, weight, norm_eps) for kind in _operands(shape)]
+        shape, norm = replace(shape, norm_eps=None, norm_weight=False), None
+    else:
+        xs = [x]
+    ys = _build(shape, config, interpret)(layer, xs, weights, norm)
     return tuple(ys if config.splits == 1 else _combine(shape, config.splits, interpret)(ys))
 
 
@@ -441,7 +458,7 @@ def check(shape: Shape, config: Config) -> None:
     for what in ("rows", "k_block"):
         n = getattr(config, what)
         _require(n > 0 and n & (n - 1) == 0, what, n, "a power of two")
-    step = _k_step(shape)
+    step = _k_step(shape, config.method)
     _require(config.k_block % step == 0, "k_block", config.k_block, f"a multiple of {step}")
     _require(
         shape.k % (config.splits * config.k_block) == 0,
@@ -449,8 +466,8 @@ def check(shape: Shape, config: Config) -> None:
         (config.splits, config.k_block),
         f"a divisor of {shape.k}",
     )
-    _require(config.splits == 1 or shape.norm_eps is None, "splits", config.splits, "1 with a norm")
     if config.method == "vector":
+        _require(config.splits == 1 or shape.norm_eps is None, "splits", config.splits, "1 with a norm")
         return
     _require(shape.x_dtype != "float32", "dtype of x", shape.x_dtype, "bfloat16 or float16 for dot")
     for out in shape.outputs:
@@ -462,19 +479,23 @@ def check(shape: Shape, config: Config) -> None:
 
 
 def shared_memory(shape: Shape, config: Config) -> int:
-    """Bytes that a block of `dot` needs: num_stages − 1 tiles of everything it reads, and x once more in 16 bits."""
-    x = max(16, pl.next_power_of_2(shape.m)) * config.k_block
-    norm = 4 * config.k_block if shape.norm_weight else 0
+    """Bytes that a block of `dot` needs: num_stages − 1 tiles of everything it reads."""
+    x = _padded(shape) * config.k_block
     tiles = []
     for out in shape.outputs:
         rows = math.gcd(config.rows, out.n // shape.groups)
         tiles.append(formats.find(out.fmt).nbytes(out.matrices * rows * config.k_block))
-    return (config.num_stages - 1) * (max(tiles) + 2 * x + norm) + 2 * x
+    return (config.num_stages - 1) * (max(tiles) + 2 * x)
 
 
-def _k_step(shape: Shape) -> int:
+def _padded(shape: Shape) -> int:
+    """Rows of x in a tile of `dot`."""
+    return max(16, pl.next_power_of_2(shape.m))
+
+
+def _k_step(shape: Shape, method: str) -> int:
     """Columns of which a step takes a multiple."""
-    return max(128, *(formats.find(out.fmt).block for out in shape.outputs))
+    return max(128 if method == "vector" else 64, *(formats.find(out.fmt).block for out in shape.outputs))
 
 
 def _run(shape: Shape) -> int:
@@ -515,9 +536,11 @@ def default_config(shape: Shape) -> Config:
     columns = _power_of_two(shape.k)
     if _takes_dot(shape) and shape.m > TOGETHER:
         splits = 1
-        while shape.norm_eps is None and _programs(shape, 64) * splits < 264 and columns // splits > 512:
+        while _programs(shape, 64) * splits < 264 and columns // splits > 512:
             splits *= 2
-        config = Config("dot", 64, min(columns, _k_step(shape)), num_warps=4, num_stages=4, splits=splits)
+        config = Config(
+            "dot", 64, min(columns, max(128, _k_step(shape, "dot"))), num_warps=4, num_stages=4, splits=splits
+        )
         while shared_memory(shape, config) > common.SHARED_MEMORY:
             config = replace(config, num_stages=config.num_stages - 1)
         return config
@@ -546,10 +569,10 @@ def configs(shape: Shape) -> list[Config]:
             if sensible and k_block <= columns and loads * tokens <= 16 and (few or _programs(shape, rows) >= 264):
                 out.append(Config("vector", rows, k_block, num_warps))
     if shape.m >= 2 and _takes_dot(shape):
-        every_split = (1, 2, 4, 8, 16) if shape.norm_eps is None else (1,)
-        k_blocks = [n for n in (128, 256) if n % _k_step(shape) == 0]
-        for rows, k_block, splits, num_stages in itertools.product((64, 128), k_blocks, every_split, (3, 5)):
-            config = Config("dot", rows, k_block, 4, num_stages, splits=splits)
+        k_blocks = [n for n in (64, 128, 256) if n % _k_step(shape, "dot") == 0]
+        tiles = itertools.product(((64, 4), (128, 4), (128, 8)), k_blocks, (1, 2, 4, 8, 16), (3, 4, 5))
+        for (rows, num_warps), k_block, splits, num_stages in tiles:
+            config = Config("dot", rows, k_block, num_warps, num_stages, splits=splits)
             programs = _programs(shape, rows) * splits
             fits = k_block * splits <= columns and shared_memory(shape, config) <= common.SHARED_MEMORY
             if fits and 32 <= programs and (splits == 1 or programs <= 1056):
@@ -558,7 +581,7 @@ def configs(shape: Shape) -> list[Config]:
 
 
 def _shapes() -> dict[str, Shape]:
-    """The products of DeepSeek-V4-Flash with 1, 4 and 16 tokens, in the calls of ds4jax/model."""
+    """The products of DeepSeek-V4-Flash with 1 to 96 tokens, in the calls of ds4jax/model."""
     latent = Output(1024, "Q8_0"), Output(512, "Q8_0", "float32")  # q_a, kv
     csa = tuple(Output(n, "F16", "float32") for n in (1024, 1024, 256, 256, 64))  # compressor, indexer's, head weights
     hca = tuple(Output(512, "F16", "float32") for _ in range(2))
@@ -566,7 +589,7 @@ def _shapes() -> dict[str, Shape]:
     shared, router = Output(2048, "Q8_0", clamp=10.0), Output(256, "F16", "float32")
     norm = {"norm_eps": 1e-6, "norm_weight": True}
     out = {}
-    for m in (1, 4, 16):
+    for m in (1, 4, 16, 32, 64, 96):
         out |= {
             f"q_a+kv/{m}": Shape(m, 4096, latent),
             f"csa/{m}": Shape(m, 4096, csa),

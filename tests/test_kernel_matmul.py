@@ -153,7 +153,7 @@ def test_extreme_codes():
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"x": jnp.zeros((33, 256), jnp.bfloat16)}, r"shape of x: found \(33, 256\), expected 1 to 32 rows"),
+        ({"x": jnp.zeros((129, 256), jnp.bfloat16)}, r"shape of x: found \(129, 256\), expected 1 to 128 rows"),
         ({"x": jnp.zeros((1, 256), jnp.int8)}, "dtype of x: found int8"),
         ({"layer": jnp.zeros((3,), jnp.int32)}, r"layer: found \(3,\)"),
         ({"outputs": (Output(4, "Q2_K"),)}, "format: found Q2_K, expected one of F32"),
@@ -192,13 +192,15 @@ def test_lowers_for_every_device(name, device):
     assert lowered(*case, device=device, cores=DEVICES[device]).count("__gpu$xla.gpu.triton") == kernels
 
 
-@pytest.mark.parametrize("name", ["csa/1", "q_b+index/1", "index q_b/16", "o_a/4", "mhc/16"])
+@pytest.mark.parametrize("name", ["csa/1", "q_b+index/1", "index q_b/16", "o_a/4", "o_b/96", "mhc/16"])
 def test_defaults_lower(name):
-    """The kernel and perhaps its second stage, whatever shares the input, and nothing else that reads weights."""
+    """The kernel and perhaps its second stage, whatever shares the input; with few rows nothing else."""
     shape = matmul.SHAPES[name]
-    kernels = 1 if matmul.default_config(shape).splits == 1 else 2
+    config = matmul.default_config(shape)
     text = lowered(shape, None)
-    assert text.count("stablehlo.") == text.count("stablehlo.custom_call @__gpu$xla.gpu.triton") == kernels
+    assert text.count("stablehlo.custom_call @__gpu$xla.gpu.triton") == (1 if config.splits == 1 else 2)
+    if config.method == "vector":
+        assert text.count("stablehlo.") == text.count("stablehlo.custom_call @__gpu$xla.gpu.triton")
 
 
 @pytest.mark.parametrize("name", matmul.SHAPES)
@@ -212,7 +214,7 @@ def test_candidates_fit(name):
 
 def test_too_much_shared_memory():
     shape = Shape(16, 4096, (Output(64, "F16"),))
-    with pytest.raises(common.Unsupported, match="shared memory: found 212992, expected at most 101376 bytes"):
+    with pytest.raises(common.Unsupported, match="shared memory: found 204800, expected at most 101376 bytes"):
         matmul.check(shape, Config("dot", 64, 256, 4, num_stages=6))
 
 
