@@ -1,4 +1,4 @@
-"""Products of a few rows with quantized matrices: y = x Wᵀ for 1 to 128 rows of x, several W of one input in one call.
+"""Products of a few rows with quantized matrices: y = x Wᵀ for 1 to 96 rows of x, several W of one input in one call.
 
 Decoding reads every weight once, so its bytes are the bound: Q8_0 has 1.06 bytes a weight, and 4 TB/s feed each of 132
 multiprocessors 17 weights a cycle, with some 7 instructions to spend on each. Two methods:
@@ -7,9 +7,9 @@ multiprocessors 17 weights a cycle, with some 7 instructions to spend on each. T
   applied to the sum over a run of codes that share it, not to every code, and codes meet x in fused multiply-adds,
   which Triton must be told to make. A thread reads a matrix in runs of `RUN` bytes, and x in the same runs, so that no
   value changes threads before the last sum.
-* `dot` (more rows): tiles of the matrix pass through shared memory, become float16 in registers and meet x in the
-  tensor cores. XLA makes x what they take from there as it is (`operand`): normed, in float16, in the columns' order of
-  the codes. With few matrix rows K is split as well; a second kernel adds the parts up, always in the same order.
+* `dot` (more rows): tiles of the matrix become float16 in registers and meet x in the tensor cores, float16, too. With
+  few matrix rows K is split as well; a second kernel adds the parts up, always in the same order. From 33 rows on,
+  where every program would spend more on x than on its weights, XLA makes x what the tensor cores take (`operand`).
 
 What the kernel needs of a weight format is in `pallas_kernels.formats.runs`.
 """
@@ -43,7 +43,8 @@ Ref = Any
 
 DOT_RUN = 32  # columns that share a scale
 TOGETHER = 4  # rows of x that a program of `vector` takes at most
-MAX_ROWS = 128
+MAX_ROWS = 96
+IN_KERNEL = 32  # rows of x that `dot` norms and converts itself
 
 
 @dataclass(frozen=True)
@@ -210,7 +211,7 @@ def _vector(shape: Shape, config: Config, fmt: str, tile: _Tile, token: Array, i
 
 
 class Operand(NamedTuple):
-    """How the tensor cores take x: dtype, and whether columns are in the order of `operand`."""
+    """How the tensor cores take x: dtype, and whether its columns are in `_narrow_order`."""
 
     dtype: str
     narrow: bool
@@ -222,16 +223,13 @@ def _operand_of(fmt: str) -> Operand:
     return Operand(runs.dot, runs.narrow)
 
 
-def _operands(shape: Shape) -> list[Operand]:
-    return list(dict.fromkeys(_operand_of(out.fmt) for out in shape.outputs))
-
-
 def operand(x: Array, kind: Operand, weight: Array | None, eps: float | None) -> Array:
     """x (…, k) as `dot` reads it: normed if there is an eps, times the norm's weight (k,) if there is one."""
     if eps is not None:
         x = rms_norm(x.astype(jnp.float32), eps)
         x = x if weight is None else x * weight
-    return _narrow_order(x.astype(kind.dtype)) if kind.narrow else x.astype(kind.dtype)
+    x = x.astype(kind.dtype)
+    return _narrow_order(x) if kind.narrow else x
 
 
 def _narrow_order(a: Array) -> Array:
@@ -240,28 +238,42 @@ def _narrow_order(a: Array) -> Array:
 
 
 def _dot(shape: Shape, config: Config, fmt: str, tile: _Tile, tokens: Array, interpret: bool):
-    """Tensor cores, all tokens at once (their numbers (T,)): products (R, T) per matrix."""
+    """Tensor cores, all tokens at once (their numbers (T,)): products (R, T) per matrix, Σ x² (T,) for a norm."""
     kind, n, rows = _operand_of(fmt), config.k_block, tile.row + lax.iota(jnp.int32, tile.rows)
 
-    def weights(piece):
-        for codes in piece.codes:
+    def order(a):
+        return _narrow_order(a) if kind.narrow else a
+
+    def load(columns):
+        x, weight = tile.x(tokens[:, None], columns.reshape(1, -1)), tile.weight(columns.reshape(1, -1))
+        if _is_ready(shape):
+            return x
+        return order((x if weight is None else x.astype(jnp.float32) * weight).astype(kind.dtype))
+
+    def add(piece, columns, total):
+        for codes, of_codes in zip(piece.codes, columns, strict=True):
             w = codes if piece.scale is None else codes * piece.scale[..., None]
             w = w if piece.minimum is None else w - piece.minimum[..., None]
-            w = w.reshape(tile.rows, -1).astype(kind.dtype)
-            yield _narrow_order(w) if kind.narrow else w
+            w = order(w.reshape(tile.rows, -1).astype(kind.dtype))
+            total += lax.dot_general(w, load(of_codes), (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+        return total
 
-    def step(offset, totals):
-        start, out = tile.first + offset, []
-        for planes, total in zip(tile.matrices, totals, strict=True):
+    def step(offset, sums):
+        products, squares = sums
+        start, totals = tile.first + offset, []
+        for planes, total in zip(tile.matrices, products, strict=True):
             loaded = _runs(fmt).load(planes, tile.layer, rows, start, n, DOT_RUN, interpret)
             for piece, columns in zip(loaded.decode(kind.dtype), loaded.columns, strict=True):
-                for w, of_codes in zip(weights(piece), columns, strict=True):
-                    x = tile.x(tokens[:, None], of_codes.reshape(1, -1))
-                    total += lax.dot_general(w, x, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-            out.append(total)
-        return out
+                total = add(piece, columns, total)
+            totals.append(total)
+        if squares is not None:
+            x = tile.x(tokens[:, None], columns_of(start, n, n)).astype(jnp.float32)
+            squares += (x * x).sum(-1)
+        return totals, squares
 
-    return _steps(shape, config, step, [jnp.zeros((tile.rows, tokens.size), jnp.float32) for _ in tile.matrices])
+    products = [jnp.zeros((tile.rows, tokens.size), jnp.float32) for _ in tile.matrices]
+    squares = None if shape.norm_eps is None else jnp.zeros((tokens.size,), jnp.float32)
+    return _steps(shape, config, step, (products, squares))
 
 
 @functools.cache
@@ -273,7 +285,8 @@ def _build(shape: Shape, config: Config, interpret: bool) -> Callable:
     group_rows = [out.n // shape.groups for out in shape.outputs]
     tile_rows = [math.gcd(config.rows, n) for n in group_rows]
     programs = [out.n // rows for out, rows in zip(shape.outputs, tile_rows, strict=True)]
-    padded, together, operands = _padded(shape), _together(shape), _operands(shape) if config.method == "dot" else []
+    padded, together = _padded(shape), _together(shape)
+    kinds = _operands(shape) if config.method == "dot" and _is_ready(shape) else []
 
     def kernel(layer, xs, weights, norm, *ys):
         program, split, block = (pl.program_id(i) for i in range(3))
@@ -283,7 +296,7 @@ def _build(shape: Shape, config: Config, interpret: bool) -> Callable:
             first_row = (program - start) * n_rows
             group = () if shape.groups == 1 else (lax.div(first_row, np.int32(group_rows[nth])),)
             rows = first_row + lax.iota(jnp.int32, n_rows)
-            x = xs[operands.index(_operand_of(fmt)) if operands else 0]
+            x = xs[kinds.index(_operand_of(fmt)) if kinds else 0]
             tile = _Tile(
                 matrices=weights[nth],
                 layer=common.entry(layer, nth),
@@ -302,9 +315,10 @@ def _build(shape: Shape, config: Config, interpret: bool) -> Callable:
             else:
                 tokens = lax.iota(jnp.int32, padded)
                 # Rows beyond the last repeat it; their products are not stored.
-                products = _dot(shape, config, fmt, tile, jnp.minimum(tokens, shape.m - 1), interpret)
+                products, squares = _dot(shape, config, fmt, tile, jnp.minimum(tokens, shape.m - 1), interpret)
+                inverse = None if shape.norm_eps is None else inverse_rms(squares, shape.k, shape.norm_eps)[None]
                 real = None if shape.m == padded else jnp.broadcast_to(tokens < shape.m, (n_rows, padded))
-                store(nth, products, None, tokens[None], rows[:, None], real)
+                store(nth, products, inverse, tokens[None], rows[:, None], real)
 
         def store(nth, values, inverse, token, rows, mask):
             out = shape.outputs[nth]
@@ -388,12 +402,12 @@ def matmul(
 ) -> tuple[Array, ...]:
     """Products of x with matrices of one layer: an array (m, n) for each of `outputs`, summed in float32.
 
-    x: (m, k), or (m, groups, k) where row block g of each matrix meets x[:, g]; bfloat16, float16 or float32; m ≤ 128.
+    x: (m, k), or (m, groups, k) where row block g of each matrix meets x[:, g]; bfloat16, float16 or float32; m ≤ 96.
     layer: int32 (1,), or one number per output and then the norm's, if there is one, where stacks count differently.
     weights: per output its one or two matrices, each the planes of a stack, (layers, n, ·).
     norm, norm_eps: with norm_eps x is RMS-normed first and multiplied by its layer of norm, float32 (layers, k).
 
-    `dot` has x and weights in float16 (BF16: bfloat16): x, or what the norm makes of it, must lie within its ±65504.
+    `dot` has x and weights in float16 (BF16: bfloat16): x, and x times the norm's weight, must lie within its ±65504.
     Raises Unsupported for anything else, and for a config that does not fit.
     """
     shape = _shape(x, layer, weights, norm, outputs, norm_eps)
@@ -402,12 +416,11 @@ def matmul(
     weights = tuple(
         tuple((*planes, *_tables(out.fmt)) for planes in w) for out, w in zip(outputs, weights, strict=True)
     )
-    if config.method == "dot":
+    xs = [x]
+    if config.method == "dot" and _is_ready(shape):
         weight = None if norm is None else norm[common.entry(layer, len(weights))]
         xs = [operand(x, kind, weight, norm_eps) for kind in _operands(shape)]
         shape, norm = replace(shape, norm_eps=None, norm_weight=False), None
-    else:
-        xs = [x]
     ys = _build(shape, config, interpret)(layer, xs, weights, norm)
     return tuple(ys if config.splits == 1 else _combine(shape, config.splits, interpret)(ys))
 
@@ -466,8 +479,9 @@ def check(shape: Shape, config: Config) -> None:
         (config.splits, config.k_block),
         f"a divisor of {shape.k}",
     )
+    together = shape.norm_eps is not None and not (config.method == "dot" and _is_ready(shape))
+    _require(config.splits == 1 or not together, "splits", config.splits, "1 with a norm")
     if config.method == "vector":
-        _require(config.splits == 1 or shape.norm_eps is None, "splits", config.splits, "1 with a norm")
         return
     _require(shape.x_dtype != "float32", "dtype of x", shape.x_dtype, "bfloat16 or float16 for dot")
     for out in shape.outputs:
@@ -479,13 +493,24 @@ def check(shape: Shape, config: Config) -> None:
 
 
 def shared_memory(shape: Shape, config: Config) -> int:
-    """Bytes that a block of `dot` needs: num_stages − 1 tiles of everything it reads."""
-    x = _padded(shape) * config.k_block
+    """Bytes that a block of `dot` needs: num_stages − 1 tiles of everything it reads, and x once more in 16 bits."""
+    x, ready = _padded(shape) * config.k_block, _is_ready(shape)
+    norm = 4 * config.k_block if shape.norm_weight and not ready else 0
     tiles = []
     for out in shape.outputs:
         rows = math.gcd(config.rows, out.n // shape.groups)
         tiles.append(formats.find(out.fmt).nbytes(out.matrices * rows * config.k_block))
-    return (config.num_stages - 1) * (max(tiles) + 2 * x)
+    again = 0 if ready and config.num_stages > 1 else 2 * x
+    return (config.num_stages - 1) * (max(tiles) + 2 * x + norm) + again
+
+
+def _is_ready(shape: Shape) -> bool:
+    """Whether `dot` gets x as `operand` makes it."""
+    return shape.m > IN_KERNEL
+
+
+def _operands(shape: Shape) -> list[Operand]:
+    return list(dict.fromkeys(_operand_of(out.fmt) for out in shape.outputs))
 
 
 def _padded(shape: Shape) -> int:
@@ -532,24 +557,33 @@ def _power_of_two(n: int) -> int:
 
 
 def default_config(shape: Shape) -> Config:
-    """What is used without a tuned config: some blocks for each of 132 multiprocessors, 16 KiB or so for each block."""
+    """What is used without a tuned config: some blocks for each of 132 multiprocessors, 16 KiB or so for each block.
+
+    Of `dot` with few rows of x, one step is loaded at a time, by many blocks at once; with many, loads run ahead of
+    products (measured on an H200 for 16, 64 and 96 rows: benchmarks/LOG.md).
+    """
     columns = _power_of_two(shape.k)
     if _takes_dot(shape) and shape.m > TOGETHER:
-        splits = 1
-        while _programs(shape, 64) * splits < 264 and columns // splits > 512:
-            splits *= 2
-        config = Config(
-            "dot", 64, min(columns, max(128, _k_step(shape, "dot"))), num_warps=4, num_stages=4, splits=splits
-        )
-        while shared_memory(shape, config) > common.SHARED_MEMORY:
-            config = replace(config, num_stages=config.num_stages - 1)
-        return config
+        return _default_dot(shape, columns)
     rows = 4
     while rows > 1 and _programs(shape, rows) < 528:
         rows //= 2
     few = _programs(shape, 1) < 264
     num_warps = max(1, min(16 if few else 4, columns // (32 * _run(shape) * (1 if few else 2))))
     return Config("vector", rows, min(columns, 16384 if few else 4096), num_warps)
+
+
+def _default_dot(shape: Shape, columns: int) -> Config:
+    few, many = not _is_ready(shape), _padded(shape) > 64
+    rows, k_block, programs = (64, 256, 264) if few else (64, 128, 256) if not many else (128, 128, 128)
+    k_block, splits = min(columns, max(k_block, _k_step(shape, "dot"))), 1
+    may_split = not few or shape.norm_eps is None
+    while may_split and _programs(shape, rows) * splits < programs and columns // splits > max(512, k_block):
+        splits *= 2
+    config = Config("dot", rows, k_block, 8 if many else 4, num_stages=1 if few else 3, splits=splits)
+    while config.num_stages > 1 and shared_memory(shape, config) > common.SHARED_MEMORY:
+        config = replace(config, num_stages=config.num_stages - 1)
+    return config
 
 
 def _takes_dot(shape: Shape) -> bool:
@@ -570,7 +604,8 @@ def configs(shape: Shape) -> list[Config]:
                 out.append(Config("vector", rows, k_block, num_warps))
     if shape.m >= 2 and _takes_dot(shape):
         k_blocks = [n for n in (64, 128, 256) if n % _k_step(shape, "dot") == 0]
-        tiles = itertools.product(((64, 4), (128, 4), (128, 8)), k_blocks, (1, 2, 4, 8, 16), (3, 4, 5))
+        every_split = (1, 2, 4, 8, 16) if shape.norm_eps is None or _is_ready(shape) else (1,)
+        tiles = itertools.product(((64, 4), (128, 4), (128, 8)), k_blocks, every_split, (1, 2, 3, 4))
         for (rows, num_warps), k_block, splits, num_stages in tiles:
             config = Config("dot", rows, k_block, num_warps, num_stages, splits=splits)
             programs = _programs(shape, rows) * splits

@@ -1,7 +1,7 @@
 """Products with quantized matrices: y = x Wᵀ, several W that share an input at once, norm before and SwiGLU after.
 
 Decoding reads every weight once, so what shares an input is one call: q_a and kv, all compressors' projections, gate
-and up. The kernels are chosen by the number of rows: up to 32 read the quantized weights as they are
+and up. The kernels are chosen by the number of rows: up to 96 read the quantized weights as they are
 (`pallas_kernels.matmul`); more multiply decoded tiles on the tensor cores (`pallas_kernels.grouped_gemm`), or matrices
 that XLA decodes whole, where that is faster.
 """
