@@ -212,9 +212,9 @@ def test_chunks_are_short_while_answers_wait_for_them(settings, monkeypatch):
     engine, chunks, prefill = Engine(runner, sizes=[128, 256], gap=1e-6), [], runner.prefill
     monkeypatch.setattr(Pace, "longest", lambda self, decode_seconds: 128)
 
-    def log(slot, tokens, *args):
+    def log(slot, tokens, *args, **kwargs):
         chunks.append(len(tokens))
-        return prefill(slot, tokens, *args)
+        return prefill(slot, tokens, *args, **kwargs)
 
     monkeypatch.setattr(runner, "prefill", log)
     long = [*TOKENS, *TOKENS][:250]

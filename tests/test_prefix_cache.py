@@ -127,9 +127,37 @@ def test_a_reused_beginning_gives_a_cold_run_wherever_the_prompts_part(engines):
     assert [events[0].cached_tokens for events in again] == [128, 384, 384, 512]
 
 
+@pytest.fixture(scope="module")
+def larger(path):
+    return ModelRunner.load(Settings(str(path), ctx=768, prefill_chunk=512), batch=2)
+
+
+def test_the_last_chunk_passes_a_mark(larger, monkeypatch):
+    """It need not end there for the state to be kept, which is that of a prompt that ends there."""
+    chunks, prefill = [], larger.prefill
+    monkeypatch.setattr(larger, "prefill", lambda slot, t, *a, **k: chunks.append(len(t)) or prefill(slot, t, *a, **k))
+    prefixes = PrefixCache(1 << 30)
+    engine = AsyncEngine(larger, prefixes)
+    asyncio.run(collect(engine, [request(TOKENS[:700])]))
+    asyncio.run(engine.close())
+    assert chunks == [512, 188]
+    found = prefixes.find(key_of(TOKENS[:699]))
+    assert found is not None and found.length == 640
+    chunks.clear()
+    engine = AsyncEngine(larger, prefixes)
+    asyncio.run(collect(engine, [request(OTHERS[:460])]))
+    asyncio.run(engine.close())
+    found = prefixes.find(key_of(OTHERS[:459]))
+    assert chunks == [460] and found is not None and found.length == 384
+    larger.put(0, found.planes, GREEDY)
+    prefill(1, OTHERS[:384], GREEDY, sizes=[512])
+    for token in OTHERS[384:400]:
+        steps = larger.decode({0: token, 1: token})
+    np.testing.assert_allclose(steps[0].logits, steps[1].logits, atol=1e-4)
+
+
 @pytest.mark.slow
-def test_larger_chunks_reuse_as_much_to_the_last_bits(path):
-    larger = ModelRunner.load(Settings(str(path), ctx=768, prefill_chunk=512), batch=2)
+def test_larger_chunks_reuse_as_much_to_the_last_bits(larger):
     prompts = [TOKENS[:k] + OTHERS[: 720 - k] for k in (300, 600)]
 
     async def main(budget):

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import random_weights
 from test_verify import CFG as BASE
-from test_verify import reachable
+from test_verify import newest, reachable
 
 from ds4jax.config import DrafterConfig
-from ds4jax.engine import sampling
+from ds4jax.engine import sampling, snapshot
 from ds4jax.engine.compiled_steps import BLOCK, ROUNDS, decode_step, prefill_step, speculate_step
 from ds4jax.engine.types import Sampling
 from ds4jax.model import cache as kv
@@ -64,7 +64,7 @@ class Plain:
         for slot, (n, params) in enumerate(zip(LENGTHS, PARAMS, strict=True)):
             targets = np.full(128, -1, np.int32)
             args = np.int32(slot), np.array([True]), prompts[slot : slot + 1], np.array([n], np.int32)
-            token, *_, cache = prefill(w, cache, *args, sampling.batch([params]), targets)
+            token, *_, cache = prefill(w, cache, *args, sampling.batch([params]), targets, np.zeros(1, np.int32))
             first.append(int(token[0]))
         self.params, self.anchors, self.caches = sampling.batch(PARAMS), [np.array(first, np.int32)], [cache]
         decode = jax.jit(functools.partial(decode_step, **MODEL, drafter=drafter))
@@ -155,6 +155,33 @@ def test_the_drafter_of_a_model():
     assert drafter_of(CFG) == DsparkDrafter()
     assert drafter_of(dataclasses.replace(CFG, drafter=None)) == MtpDrafter()
     assert drafter_of(dataclasses.replace(CFG, drafter=None, n_mtp=0)) is None
+
+
+@pytest.mark.parametrize("before, size, n", [(0, 256, 200), (100, 128, 128)])
+def test_the_state_at_a_mark_is_that_of_a_prompt_which_ends_there(plain, before, size, n):
+    """Both drafters' part, too, and wherever the chunk begins."""
+    prefill = jax.jit(functools.partial(prefill_step, **MODEL, drafter=plain.drafter))
+    prompt = np.random.default_rng(1).integers(0, CFG.vocab_size, before + size).astype(np.int32)
+
+    def run(cache, fresh, tokens, n, mark=0):
+        args = np.int32(1), np.array([fresh]), tokens[None], np.array([n], np.int32)
+        targets, mark = np.full(len(tokens), -1, np.int32), np.array([mark], np.int32)
+        *_, state, cache = prefill(plain.w, cache, *args, sampling.batch(PARAMS[:1]), targets, mark)
+        return state, cache
+
+    cache = kv.empty(CFG, COMPUTE.numerics, COMPUTE.dtype, 2, 384)
+    if before:
+        _, cache = run(cache, True, np.resize(prompt[:before], 128), before)
+    found, _ = run(cache, not before, prompt[before:], n, 128 - before)
+    _, then = run(cache, not before, prompt[before:], 128 - before)
+    wanted = snapshot.state(then, 1)
+    assert found.keys() == wanted.keys() == {*snapshot.state_names(cache)} and found["length"] == 128
+    for name, x in wanted.items():
+        seen = np.ones(())
+        if name.startswith("window."):
+            held = newest(np.array([128], np.int32), x.shape[2])
+            seen = (held > 128 - CFG.window)[..., None]
+        np.testing.assert_allclose(np.asarray(found[name]) * seen, x * seen, rtol=1e-12, atol=1e-12, err_msg=name)
 
 
 FAST = [(5, DsparkDrafter)]

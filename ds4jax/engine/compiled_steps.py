@@ -25,10 +25,10 @@ from jax import lax
 
 from ds4jax import sharding
 from ds4jax.config import ModelConfig
-from ds4jax.engine import cards, compile_cache, sampling
+from ds4jax.engine import cards, compile_cache, sampling, snapshot
 from ds4jax.engine.cards import Card
 from ds4jax.engine.chunks import pad
-from ds4jax.engine.types import MAX_LOGPROBS, Sampling
+from ds4jax.engine.types import ALIGN, MAX_LOGPROBS, Sampling
 from ds4jax.errors import ConfigError
 from ds4jax.implementation import Kernels
 from ds4jax.io.checkpoint import Checkpoint
@@ -36,8 +36,9 @@ from ds4jax.io.synthetic import Synthetic
 from ds4jax.model import cache as kv
 from ds4jax.model import support, transformer, verify, weights
 from ds4jax.model.cache import Cache
-from ds4jax.model.compute import Compute
+from ds4jax.model.compute import Compute, no_tap
 from ds4jax.model.drafting import Drafter, drafter_of
+from ds4jax.model.passed import Passed
 from ds4jax.numerics import rows as numerics
 from ds4jax.numerics.precision import wide
 from ds4jax.ops.mhc import Streams
@@ -146,9 +147,9 @@ class CompiledSteps:
 
     def calls(self, sizes: Iterable[int]) -> list[tuple[str, tuple]]:
         """The arguments of `get_all` for decoding, with drafts too, and for prefill of chunks padded to `sizes`."""
-        one = sampling.batch([Sampling()])
+        one, mark = sampling.batch([Sampling()]), np.zeros(1, np.int32)
         prefills = [
-            ("prefill", (np.int32(0), np.array([True]), *pad([0], [size]), one, np.zeros(size, np.int32)))
+            ("prefill", (np.int32(0), np.array([True]), *pad([0], [size]), one, np.zeros(size, np.int32), mark))
             for size in sizes
         ]
         every, batch = [Sampling()] * self.batch, self.batch
@@ -188,8 +189,7 @@ class CompiledSteps:
         shapes = jax.tree.map(lambda x: (x.shape, np.dtype(x.dtype).name), args)
         drafting = self.drafter, self._acceptance
         what = name, self.cfg, self.compute, drafting, options, jax.tree.structure(args), jax.tree.leaves(shapes)
-        others = {"prefill": 5, "decode": 3, "speculate": 4}[name]  # results beside the cache
-        program = None if self.card else compile_cache.load(what, args, (*range(others), self.cache))
+        program = None if self.card else compile_cache.load(what, args, (*self._results(name, args), self.cache))
         if program is not None:
             return program
         tokens = {"prefill": lambda: args[4].shape[1], "decode": lambda: 1, "speculate": lambda: args[2][0].shape[1]}
@@ -204,6 +204,12 @@ class CompiledSteps:
         if self.card is None:
             compile_cache.save(what, program)
         return program
+
+    def _results(self, name: str, args: tuple) -> Iterable[Any]:
+        """Something of the structure of what a step returns beside the cache."""
+        if name != "prefill":
+            return range({"decode": 3, "speculate": 4}[name])
+        return *range(5), dict.fromkeys(snapshot.state_names(self.cache) if _has_mark(args[4].shape[1]) else ())
 
     def _lower(self, name: str, args: tuple) -> jax.stages.Lowered:
         if self.card is None:
@@ -256,32 +262,52 @@ def _draft_counts(cfg: ModelConfig, asked: int) -> list[int]:
 
 # ---- the steps -------------------------------------------------------------------------------------------------------
 def prefill_step(
-    w, cache: Cache, slot, fresh, tokens, n, params, targets, *, cfg: ModelConfig, compute: Compute,
+    w, cache: Cache, slot, fresh, tokens, n, params, targets, mark, *, cfg: ModelConfig, compute: Compute,
     drafter: Drafter | None = None,
 ):  # fmt: skip
     """Append a chunk of a prompt to the sequence in one slot, and sample the token that follows.
 
     slot: () int32. fresh: (1,) bool, whether to empty the slot first. tokens: (1, T) int32, of which the first n (1,)
     are real. params: `sampling.Batch` of one. targets: (T,) int32, the tokens that really follow each one, or -1 where
-    nobody asks how likely they are.
+    nobody asks how likely they are. mark: (1,) int32, a number of the tokens after which the state is wanted, too; then
+    the length is a multiple of 128, and T as well.
 
     → sampled (1,) int32; logits (1, vocab) of the last real token; `sampling.logprobs` of the targets (T, …), nothing
-    where there is none; cache.
+    where there is none; `snapshot.state` at the mark, if T is a multiple of 128; cache.
     """
     one = kv.reset(kv.take(cache, slot[None]), fresh)
-    s, one = _run(w, one, tokens, n, cfg, compute, drafter)
+    passed = Passed(one, mark, cfg) if _has_mark(tokens.shape[1]) else None
+    s, one, at_mark = _run(w, one, tokens, n, cfg, compute, drafter, passed)
     logits = transformer.head(transformer.last(s, n), w.head, cfg, compute)
     sampled, scores = sampling.sample(logits, params, one.length), _scores(w, s, targets, cfg, compute)
-    return sampled, logits, *scores, kv.put(cache, slot[None], one)
+    state = {} if at_mark is None else snapshot.state_within(at_mark)
+    return sampled, logits, *scores, state, kv.put(cache, slot[None], one)
 
 
-def _run(w, cache: Cache, tokens, n, cfg: ModelConfig, compute: Compute, drafter: Drafter | None):
-    """`transformer.run`, and after it the drafter."""
-    if drafter is None:
-        return transformer.run(w, cache, tokens, n, cfg, compute)
-    seen = drafter.tap(cfg)
-    s, moved = transformer.run(w, cache, tokens, n, cfg, compute, seen)
-    return s, drafter.follow(w, moved, seen, tokens, cache.length, n, cfg, compute)
+def _has_mark(tokens: int) -> bool:
+    """Whether a chunk padded to so many tokens tells of its state at a mark."""
+    return tokens % ALIGN == 0
+
+
+def _run(
+    w, cache: Cache, tokens, n, cfg: ModelConfig, compute: Compute, drafter: Drafter | None,
+    passed: Passed | None = None,
+):  # fmt: skip
+    """`transformer.run`, and after it the drafter → streams, cache, and the cache of `passed`."""
+    seen: Any = drafter.tap(cfg) if drafter else no_tap
+
+    def tap(layer: int, name: str, value: Any) -> None:
+        seen(layer, name, value)
+        if passed:
+            passed(layer, name, value)
+
+    s, moved = transformer.run(w, cache, tokens, n, cfg, compute, tap)
+    at_mark = passed and passed.cache
+    if drafter:
+        moved = drafter.follow(w, moved, seen, tokens, cache.length, n, cfg, compute)
+    if drafter and passed:
+        at_mark = drafter.follow(w, passed.cache, seen, tokens, cache.length, passed.n, cfg, compute)
+    return s, moved, at_mark
 
 
 def _scores(w, s: Streams, targets: Array, cfg: ModelConfig, compute: Compute) -> tuple[Array, Array, Array]:
@@ -330,7 +356,7 @@ def decode_step(
 
     def one(i: Array, carry: tuple) -> tuple:
         part, ids, sampled, _ = carry
-        s, part = _run(w, part, ids[:, None], active.astype(jnp.int32), cfg, compute, drafter)
+        s, part, _ = _run(w, part, ids[:, None], active.astype(jnp.int32), cfg, compute, drafter)
         logits = transformer.head(s, w.head, cfg, compute)
         ids = sampling.sample(logits, params, part.length)
         return part, ids, sampled.at[i].set(ids), logits

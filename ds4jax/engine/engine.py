@@ -76,7 +76,10 @@ class Engine:
         self.runner, self.ctx, self.prefix_cache = runner, runner.settings.ctx, prefix_cache
         self.counters = Counters() if counters is None else counters
         self._sizes = serving_sizes(runner.settings) if sizes is None else sizes
-        self.scheduler = Scheduler(runner.batch, min(self._sizes[-1], runner.settings.prefill_chunk), per_client)
+        self.scheduler = Scheduler(
+            runner.batch, min(self._sizes[-1], runner.settings.prefill_chunk), per_client,
+            passes_marks=all(size % ALIGN == 0 for size in self._sizes),
+        )  # fmt: skip
         counts = runner.steps.draft_counts
         self.speculation = Speculation(counts) if counts else None
         self._reuse = PrefixReuse(runner, self.scheduler, prefix_cache)
@@ -252,11 +255,12 @@ class Engine:
         tokens = seq.tokens[seq.computed : end]
         top = seq.request.prompt_logprobs
         targets = () if top is None else seq.tokens[seq.computed + 1 : end + 1]
-        stats = self.runner.stats
+        stats, passed = self.runner.stats, self.scheduler.passed_mark(seq, end)
         before = stats.prefill_seconds
         sampled = self.runner.prefill(
-            seq.held_slot, tokens, seq.request.sampling, seq.computed > 0, self._sizes, targets
-        )
+            seq.held_slot, tokens, seq.request.sampling, seq.computed > 0, self._sizes, targets,
+            mark=0 if passed is None else passed - seq.computed,
+        )  # fmt: skip
         if self._pace:
             self._pace.took(len(tokens), stats.prefill_seconds - before)
         self.scheduler.advance(seq, end)
@@ -265,7 +269,7 @@ class Engine:
         seq.emit(Prefilled(end, seq.prompt_len))
         if top is not None and targets:
             seq.emit(Scored(tuple(_scored(targets, sampled.scores, top))))
-        self._reuse.prefilled(seq, sampled)
+        self._reuse.prefilled(seq, sampled, passed)
         if end == seq.prompt_len:
             self._first_token(seq, self._tokens({0: seq}, {0: sampled.token}, sampled.batch_logits))
 

@@ -54,13 +54,15 @@ class Sampled:
     """One sampled token, and the logits it was sampled from (still on the device until asked for).
 
     batch_logits: (B, vocab), of which `row` is this token's; None for tokens inside a block. scores: after a prefill
-    with targets, what `sampling.logprobs` says of them.
+    with targets, what `sampling.logprobs` says of them. state: after one with a mark, what `ModelRunner.state` would
+    have said there.
     """
 
     token: int
     batch_logits: Array | None
     row: int
     scores: tuple[np.ndarray, ...] = ()
+    state: Planes | None = None
 
     @property
     def logits(self) -> np.ndarray:
@@ -210,17 +212,19 @@ class ModelRunner:
         append: bool = False,
         sizes: Sequence[int] = (),
         targets: Sequence[int] = (),
+        mark: int = 0,
     ) -> Sampled:
         """Start a sequence in `slot`, in place of what was there; → its first token, drawn as `params` say.
 
         append: continue the sequence that is there instead. sizes: what chunks are padded to, ascending, or buckets.
         targets: the token after each of the first len(targets) tokens; `Sampled.scores` says how likely each is.
+        mark: for `Sampled.state` after so many of the tokens, of which there are no more then than one chunk takes.
         Raises Ds4Error unless there are 1 to ctx - 1 tokens (with those that are there), all in the vocabulary.
         """
         before = self.lengths[slot] if append else 0
         check_prompt(tokens, self.cfg, self.settings.ctx, before)
         self._sampling[slot], self.lengths[slot] = params, before
-        scores = []
+        scores, state = [], None
         for start in range(0, len(tokens), self.settings.prefill_chunk):
             padded, n = pad(tokens[start : start + self.settings.prefill_chunk], sizes)
             follows = np.full(padded.shape[1], -1, np.int32)
@@ -228,15 +232,17 @@ class ModelRunner:
             follows[: len(here)] = here
             fresh = np.array([self.lengths[slot] == 0])
             begun = time.perf_counter() - self.stats.compile_seconds
-            args = np.int32(slot), fresh, padded, n, sampling.batch([params]), follows
-            sampled, logits, *about = self._run("prefill", *args)
+            args = np.int32(slot), fresh, padded, n, sampling.batch([params]), follows, np.array([mark], np.int32)
+            sampled, logits, *about, at_mark = self._run("prefill", *args)
             sampled.block_until_ready()
             self.lengths[slot] += int(n[0])
             self.stats.prefill_tokens += int(n[0])
             self.stats.prefill_seconds += time.perf_counter() - self.stats.compile_seconds - begun
+            if mark:
+                state = jax.device_get(at_mark)
             if here:
                 scores.append([np.asarray(x)[: len(here)] for x in about])
-        return Sampled(int(sampled[0]), logits, 0, tuple(map(np.concatenate, zip(*scores, strict=True))))
+        return Sampled(int(sampled[0]), logits, 0, tuple(map(np.concatenate, zip(*scores, strict=True))), state)
 
     def decode(self, tokens: Mapping[int, int]) -> dict[int, Sampled]:
         """Append to the sequence of each given slot its token; → what follows, by slot. Other slots rest.

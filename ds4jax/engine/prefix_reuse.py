@@ -97,12 +97,14 @@ class PrefixReuse:
         return None if self._scheduler.should_wait(seq, have) else have
 
     # ---- which snapshots are taken -----------------------------------------------------------------------------------
-    def prefilled(self, seq: Sequence, sampled: Sampled) -> None:
-        """The chunk of a prompt that ends at `seq.computed` has run. sampled: what follows it."""
+    def prefilled(self, seq: Sequence, sampled: Sampled, passed: int | None = None) -> None:
+        """The chunk of a prompt that ends at `seq.computed` has run. sampled: what follows it. passed: a mark in it."""
         if self.cache is None:
             return
         end = seq.computed
         complete = end == seq.prompt_len
+        if passed is not None:
+            seq.deferred_mark, seq.mark_state = passed, sampled.state
         if not complete and end in seq.marks and self._scheduler.ends_next(seq):
             # The snapshot of the whole prompt will have the same compressed rows, and a few more.
             seq.deferred_mark, seq.mark_state = end, self._runner.state(seq.held_slot)

@@ -37,14 +37,14 @@ class Scheduler:
     """The order in which sequences compute.
 
     slots: number of sequences that hold a slot at once. chunk: the most tokens of a prompt in one step. per_client:
-    the most slots that a client has, or None.
+    the most slots that a client has, or None. passes_marks: whether the last chunk of a prompt may pass a mark.
 
     Attributes: waiting (without a slot, in order of arrival), prefilling (prompt not computed yet, in turn), decoding
     (the others).
     """
 
-    def __init__(self, slots: int, chunk: int, per_client: int | None = None):
-        self.chunk, self._per_client = chunk, per_client
+    def __init__(self, slots: int, chunk: int, per_client: int | None = None, passes_marks: bool = False):
+        self.chunk, self._per_client, self._passes_marks = chunk, per_client, passes_marks
         self.waiting: list[Sequence] = []
         self.prefilling: collections.deque[Sequence] = collections.deque()
         self.decoding: list[Sequence] = []
@@ -169,6 +169,8 @@ class Scheduler:
     def next_chunk(self, most: int | None = None) -> tuple[Sequence, int] | None:
         """Whose prompt is next, and up to which position: a mark, a multiple of `chunk` or its end.
 
+        The last chunk passes one mark (`passed_mark`), unless another sequence waits for it.
+
         most: a multiple of ALIGN, of which a multiple will do, too.
         """
         if not self.prefilling:
@@ -180,14 +182,22 @@ class Scheduler:
 
     def _chunk_end(self, seq: Sequence, most: int | None = None) -> int:
         whole = seq.computed // self.chunk * self.chunk + self.chunk
-        ends = {seq.prompt_len, whole, *seq.marks}
-        if most is not None:
-            ends.add(seq.computed // most * most + most)
-        return min(end for end in ends if end > seq.computed)
+        longest = {whole} if most is None else {whole, seq.computed // most * most + most}
+        first, *rest = sorted(end for end in {seq.prompt_len, *longest, *seq.marks} if end > seq.computed)
+        passes = self._passes_marks and first not in longest and not self._is_awaited(seq)
+        return seq.prompt_len if passes and rest[:1] == [seq.prompt_len] else first
+
+    def passed_mark(self, seq: Sequence, end: int) -> int | None:
+        """The mark inside the next chunk, if it ends at `end`."""
+        return next((mark for mark in sorted(seq.marks) if seq.computed < mark < end), None)
+
+    def _is_awaited(self, seq: Sequence) -> bool:
+        """Whether a sequence waits for an earlier part of this one's prompt."""
+        return any(other.leader is seq for other in self.waiting)
 
     def ends_next(self, seq: Sequence) -> bool:
         """Whether the next chunk is the last of its prompt, and no sequence waits for an earlier part of it."""
-        return not any(other.leader is seq for other in self.waiting) and self._chunk_end(seq) == seq.prompt_len
+        return not self._is_awaited(seq) and self._chunk_end(seq) == seq.prompt_len
 
     def advance(self, seq: Sequence, computed: int) -> None:
         """Note how many tokens the slot of `seq` holds now. After a chunk, the next prompt has its turn."""

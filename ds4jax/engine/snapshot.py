@@ -62,6 +62,16 @@ def state(cache: Cache, slot: int) -> Planes:
     return jax.device_get(_state(cache, np.int32(slot), True))
 
 
+def state_within(cache: Cache) -> dict[str, jax.Array]:
+    """`state` of a cache of one sequence, on the device. Within a larger program."""
+    return _state(cache, ZERO, True)
+
+
+def state_names(cache: Cache) -> list[str]:
+    """The planes of `state`. cache: or its abstract form."""
+    return [name for name, x in _leaves(cache) if not _ratio(name) and _needed(name, x.shape, True) is not None]
+
+
 def earlier(planes: Planes, length: int, state: Planes) -> Planes:
     """A snapshot of the first `length` tokens, from a longer one and from what `state` gave at that length.
 

@@ -98,17 +98,21 @@ def prepare(
             q, kv, Norm(a.kv_norm, cfg.norm_eps), inputs.angles[ratio], cache.length, inputs.n, cache.window, layer,
             row=row, dtype=attend.query_dtype(kernels["attend"], h.dtype), implementation=kernels["latent"],
         )  # fmt: skip
+    tap(layer, "window", lambda: jax.tree.map(lambda near: near[:, -T:], made.near))
     cache = dataclasses.replace(cache, window=made.window)
     if ratio:
         fed = []
         for (kind, c), z, g in zip(families.items(), rest[::2], rest[1::2], strict=False):
             is_index = kind == "index"
             fed.append(compress.Compressor(z, g, c.ape, Norm(c.norm, cfg.norm_eps), key if is_index else row, is_index))
+        states = [getattr(cache, kind) for kind in families]
         with jax.named_scope("compressors"):
             moved = compress.compress(
-                fed, [getattr(cache, kind) for kind in families], cache.length, inputs.n, inputs.angles[ratio],
+                fed, states, cache.length, inputs.n, inputs.angles[ratio],
                 nth_of_ratio(cfg, layer), ratio=ratio, numerics=compute.numerics, implementation=kernels["compress"],
             )  # fmt: skip
+        of_kind, length = list(zip(families, fed, states, strict=True)), cache.length
+        tap(layer, "compressors", lambda: {k: compress.fed(c, length, ratio, s.z.dtype) for k, c, s in of_kind})
         cache = dataclasses.replace(cache, **dict(zip(families, moved, strict=True)))
     return Prepared(made, index_queries, rest[-1].reshape(B, T, -1) if choose else None), cache
 

@@ -76,7 +76,8 @@ Tap = Callable[[int, str, Any], None]
 """Called in the pass with a layer, the name of a value, and the value, or a function that computes it:
 ``attention`` (S, E) and ``ffn`` (S, E), the normed inputs of the sub-layers; ``query`` (S, Rq), the normed latent of
 the queries; ``shared`` (S, F), the shared expert's activations; ``routing``, a `Routing`; ``streams`` (S, N, E), the
-streams after the layer."""
+streams after the layer; ``window``, of more than SPARE tokens, their rows in the window, planes (B, T, ·);
+``compressors``, by kind, what the rings of z and g are fed."""
 
 
 def no_tap(layer: int, name: str, value: Any) -> None:

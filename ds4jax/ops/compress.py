@@ -104,16 +104,19 @@ def pool(z: Float[Array, "*s slots D"], g: Float[Array, "*s slots D"]) -> Float[
     return jnp.sum(z * jax.nn.softmax(g, axis=-2), axis=-2)
 
 
+def fed(c: Compressor, length: Int32[Array, "B"], ratio: int, dtype) -> ring.Planes:
+    """z and g of the new tokens, (B, T, c·D), as their rings keep them: in `dtype`, the gates with their bias."""
+    z, g = (x.reshape(len(length), -1, x.shape[-1]).astype(dtype) for x in (c.z, c.g))
+    position = length[:, None] + jnp.arange(z.shape[1], dtype=jnp.int32)
+    return {"z": z, "g": g + lookup(c.ape.value.dequantize(dtype), lax.rem(position, np.int32(ratio)))}
+
+
 def _formula(
     c: Compressor, kept: Compressed, length: Array, n: Array, angles: rope.Angles, nth: int | Array, ratio: int,
     numerics: num.Numerics,
 ) -> Compressed:  # fmt: skip
-    B, R, dtype, D = length.shape[0], ratio, kept.z.dtype, c.row.dim
-    z, g = (x.reshape(B, -1, x.shape[-1]).astype(dtype) for x in (c.z, c.g))
-    T = z.shape[1]
-    position = length[:, None] + jnp.arange(T, dtype=jnp.int32)
-    g = g + lookup(c.ape.value.dequantize(dtype), lax.rem(position, np.int32(R)))
-    new = {"z": z, "g": g}
+    B, R, D = length.shape[0], ratio, c.row.dim
+    new = fed(c, length, ratio, kept.z.dtype)
 
     # Lay the windows that are read out, from the start of the first one: what there is of them, and the new tokens.
     first, filled = lax.div(length, np.int32(R)), lax.rem(length, np.int32(R))

@@ -26,7 +26,8 @@ from pallas_kernels import queries as many
 
 class Latent(NamedTuple):
     """window: the stack of rings (L, B, W + SPARE, ·) with the new rows. near: rows that attention reads for the
-    window: of up to SPARE tokens the stack of rings, of more (B, W + T, ·) with position length - W + j at j."""
+    window: of up to SPARE tokens the stack of rings, of more (B, W + T, ·) with position length - W + j at j, the new
+    ones at the end."""
 
     queries: Float[Array, "B T H D"]
     near: num.Rows

@@ -25,10 +25,13 @@ def store(
     new: of one layer (B, T, ·), of several (L', B, T, ·). length: the position of the first.
     """
     (B, T), slots = next(iter(new.values())).shape[-3:-1], next(iter(ring.values())).shape[2]
-    t = jnp.arange(T, dtype=jnp.int32)
+    t, batch = jnp.arange(T, dtype=jnp.int32)[None], jnp.arange(B, dtype=jnp.int32)[:, None]
+    if T > slots:
+        t = jnp.clip(n[:, None] - slots, 0, T - slots) + t[:, :slots]
+        new = jax.tree.map(lambda x: x[..., batch, t, :], new)
     kept = (t < n[:, None]) & (t >= n[:, None] - slots)
     slot = jnp.where(kept, lax.rem(length[:, None] + t, np.int32(slots)), slots)  # out of range: dropped
-    at = layer, jnp.arange(B, dtype=jnp.int32)[:, None], slot
+    at = layer, batch, slot
     return jax.tree.map(lambda ring, x: ring.at[at].set(x, mode="drop"), ring, new)
 
 
