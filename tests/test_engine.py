@@ -212,9 +212,9 @@ def test_chunks_are_short_while_answers_wait_for_them(settings, monkeypatch):
     engine, chunks, prefill = Engine(runner, sizes=[128, 256], gap=1e-6), [], runner.prefill
     monkeypatch.setattr(Pace, "longest", lambda self, decode_seconds: 128)
 
-    def log(slot, tokens, *args, **kwargs):
+    def log(slot, tokens, *args):
         chunks.append(len(tokens))
-        return prefill(slot, tokens, *args, **kwargs)
+        return prefill(slot, tokens, *args)
 
     monkeypatch.setattr(runner, "prefill", log)
     long = [*TOKENS, *TOKENS][:250]

@@ -68,7 +68,7 @@ def test_workspace_is_what_steps_need_beside_weights_and_cache(runner):
 def test_the_largest_calls_are_compiled_ahead_where_memory_is_limited(runner):
     assert sorted(runner.steps.compiled) == [
         ("decode", (16, 2), (1, 2), (2, CFG.vocab_size), (2,), (2,), (2,), (), *[(2,)] * 5),
-        ("prefill", (), (1,), (1, 16), (1,), *[(1,)] * 5, (16,)),
+        ("prefill", (), (1,), (1, 16), (1,), *[(1,)] * 5, (16,), (1,)),
     ]
     before = set(runner.steps.compiled)
     assert runner.stats.compile_seconds == runner.steps.seconds > 0

@@ -8,6 +8,7 @@ import dataclasses
 import statistics
 import sys
 import time
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 
 from ds4jax.settings import Settings
@@ -147,48 +148,53 @@ def speculate(run, saved, n, calls=24):
     return sorted(found[1:])[1]
 
 
-run = runner("one")
-say("weights made")
-for n in (2048, 8192):
-    t = prefill(run, n)
-    say(f"prefill to {n}: {n / sum(t):.0f} tokens/s; ms: {[round(1e3 * x, 1) for x in t]}")
-t = prefill(run, 131072, 2)
-say(f"prefill to 28672: {28672 / sum(t[:7]):.0f} tokens/s; ms: {[round(1e3 * x, 1) for x in t[:7]]}")
-say(f"prefill to 131072: {131072 / sum(t):.0f} tokens/s, the last chunk {1e3 * t[-1]:.1f} ms (ctx 393216)")
-plain = {}
-for at in (2048, 28672, 262144):
-    plain[at], text = decode(run, [bench.random_sequence(run, at, 0)])
-    say(f"one sequence at {at}: {1e3 * plain[at]:.3f} ms a token, {1 / plain[at]:.1f} tokens/s (ctx 393216)")
-    if at == 2048:
-        greedy = text
-del run
-run = runner("one, drafts")
-saved = [bench.random_sequence(run, 2048, 0)]
-t, text = decode(run, saved)
-base = t
-say(f"one sequence, drafter following, at 2048: {1e3 * t:.3f} ms a token, {t / plain[2048]:.3f} plain steps")
-for n in run.steps.draft_counts:
-    t, each, rate = speculate(run, saved, n)
-    say(
-        f"one sequence, {n} drafts: {1e3 * t:.3f} ms a round, {t / plain[2048]:.2f} plain steps, {each:.2f} tokens a "
-        f"round, {rate:.1f} tokens/s, {rate * plain[2048]:.2f} times"
-    )
-del run
-shared.clear()
-for name in ("16", "16, drafts", "64"):
-    if name == "16":  # the drafter's weights come with the model's
-        run = runner("16, drafts")
-        del run
-    run = runner(name)
-    saved = [bench.random_sequence(run, 2048, seed) for seed in range(run.batch)]
-    t, _ = decode(run, saved, 12)
-    if name == "16":
-        plain[16] = t
-    say(f"{name} sequences at 2048: {1e3 * t:.3f} ms a step, {run.batch / t:.1f} tokens/s")
-    for n in run.steps.draft_counts if "drafts" in name else ():
-        t, each, rate = speculate(run, saved, n, 12)
+def prefills(run):
+    for n in (2048, 8192):
+        t = prefill(run, n)
+        say(f"prefill to {n}: {n / sum(t):.0f} tokens/s; ms: {[round(1e3 * x, 1) for x in t]}")
+    t = prefill(run, 131072, 2)
+    say(f"prefill to 28672: {28672 / sum(t[:7]):.0f} tokens/s; ms: {[round(1e3 * x, 1) for x in t[:7]]}")
+    say(f"prefill to 131072: {131072 / sum(t):.0f} tokens/s, the last chunk {1e3 * t[-1]:.1f} ms (ctx 393216)")
+
+
+PLAIN = {}  # seconds of a step, by sequences
+
+
+def steps_of(run, name, lengths=(2048,), blocks=20):
+    for at in lengths:
+        t, _ = decode(run, [bench.random_sequence(run, at, seed) for seed in range(run.batch)], blocks)
+        PLAIN.setdefault(run.batch, t)
+        say(f"decoding, {name}, at {at}: {1e3 * t:.3f} ms a step, {run.batch / t:.1f} tokens/s")
+
+
+def rounds_of(run, name, calls=24):
+    saved, plain = [bench.random_sequence(run, 2048, seed) for seed in range(run.batch)], PLAIN[run.batch]
+    for n in run.steps.draft_counts:
+        t, each, rate = speculate(run, saved, n, calls)
         say(
-            f"16 sequences, {n} drafts: {1e3 * t:.3f} ms a round, {t / plain[16]:.2f} plain steps, {each:.2f} tokens a "
-            f"round, {rate:.1f} tokens/s, {rate * plain[16] / 16:.2f} times"
+            f"{n} drafts, {name}: {1e3 * t:.3f} ms a round, {t / plain:.2f} plain steps, {each:.2f} tokens a round of "
+            f"each, {rate:.1f} tokens/s, {rate * plain / run.batch:.2f} times"
         )
-    del run
+
+
+def measure(name, *parts):
+    """Each part, even if one before it has failed."""
+    try:
+        run = runner(name)
+        say(f"{name}: weights and cache are there")
+        for part in parts:
+            try:
+                part(run, name)
+            except Exception:
+                traceback.print_exc()
+    except Exception:
+        traceback.print_exc()
+
+
+measure("one", lambda run, _: steps_of(run, "one", (2048, 28672, 262144)), lambda run, _: prefills(run))
+measure("one, drafts", steps_of, rounds_of)
+shared.clear()
+measure("16, drafts")  # so that the drafter's weights are made with the model's
+measure("16", lambda run, name: steps_of(run, name, blocks=12))
+measure("16, drafts", lambda run, name: rounds_of(run, name, 12))
+measure("64", lambda run, name: steps_of(run, name, blocks=12))

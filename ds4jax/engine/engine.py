@@ -257,10 +257,10 @@ class Engine:
         targets = () if top is None else seq.tokens[seq.computed + 1 : end + 1]
         stats, passed = self.runner.stats, self.scheduler.passed_mark(seq, end)
         before = stats.prefill_seconds
+        mark = 0 if passed is None else passed - seq.computed
         sampled = self.runner.prefill(
-            seq.held_slot, tokens, seq.request.sampling, seq.computed > 0, self._sizes, targets,
-            mark=0 if passed is None else passed - seq.computed,
-        )  # fmt: skip
+            seq.held_slot, tokens, seq.request.sampling, seq.computed > 0, self._sizes, targets, mark
+        )
         if self._pace:
             self._pace.took(len(tokens), stats.prefill_seconds - before)
         self.scheduler.advance(seq, end)
