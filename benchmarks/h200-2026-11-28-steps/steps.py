@@ -135,7 +135,7 @@ def speculate(run, saved, n, calls=24):
     for _ in range(4):
         fill(run, saved)
         tokens = dict.fromkeys(range(run.batch), 7)
-        total, rounds, begun = 0, 0, None
+        total, rounds, begun = 0, 0, time.perf_counter()
         for i in range(calls):
             if i == 4:
                 begun, total, rounds = time.perf_counter(), 0, 0
@@ -191,10 +191,11 @@ def measure(name, *parts):
         traceback.print_exc()
 
 
+measure("one, drafts")  # so that the drafter's weights are made with the model's
 measure("one", lambda run, _: steps_of(run, "one", (2048, 28672, 262144)), lambda run, _: prefills(run))
 measure("one, drafts", steps_of, rounds_of)
 shared.clear()
-measure("16, drafts")  # so that the drafter's weights are made with the model's
+measure("16, drafts")
 measure("16", lambda run, name: steps_of(run, name, blocks=12))
 measure("16, drafts", lambda run, name: rounds_of(run, name, 12))
 measure("64", lambda run, name: steps_of(run, name, blocks=12))
