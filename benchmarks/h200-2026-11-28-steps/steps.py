@@ -1,10 +1,13 @@
-"""Times prefill, decoding and rounds of drafts of the full shape with random weights: ``python steps.py``, on a GPU.
+"""Times prefill, decoding and rounds of drafts of the full shape with random weights: ``python steps.py [PART]``.
+
+On a GPU. PART: `one`, of one sequence, or `several`; otherwise both.
 
 All programs are compiled at once, before anything is timed. One sequence has experts as in the file; several have them
 wide, as `expert_layout = "auto"` gives them.
 """
 
 import dataclasses
+import gc
 import statistics
 import sys
 import time
@@ -26,7 +29,7 @@ from ds4jax.io.synthetic import FULL, RECIPES, Synthetic, first_layers  # noqa: 
 from ds4jax.model import weights  # noqa: E402
 from ds4jax.tools import bench  # noqa: E402
 
-LAYERS = int(sys.argv[1]) if len(sys.argv) > 1 else 43
+ONLY, LAYERS = sys.argv[1:] or ["one", "several"], 43
 GREEDY, START = Sampling(temperature=0.0), time.perf_counter()
 PUBLISHED = (0.83, 0.73, 0.57, 0.47, 0.40)  # marginal acceptance of 0731 by slot
 AFTER = tuple(b / a for a, b in zip((1.0, *PUBLISHED), PUBLISHED, strict=False))  # if those before were accepted
@@ -48,13 +51,11 @@ def made(batch, ctx, layout, draft_tokens=0, sizes=()):
     return source, settings, steps, sizes
 
 
-JOBS = {
-    "one": made(1, 393216, "file", 0, (2048, 4096)),
-    "one, drafts": made(1, 32768, "file", 5),
-    "16": made(16, 4096, "wide"),
-    "16, drafts": made(16, 4096, "wide", 2),
-    "64": made(64, 4096, "wide"),
-}
+JOBS = {}
+if "one" in ONLY:
+    JOBS |= {"one": made(1, 393216, "file", 0, (2048, 4096)), "one, drafts": made(1, 32768, "file", 5)}
+if "several" in ONLY:
+    JOBS |= {"16": made(16, 4096, "wide"), "16, drafts": made(16, 4096, "wide", 2), "64": made(64, 4096, "wide")}
 calls = [(name, steps, call) for name, (_, _, steps, sizes) in JOBS.items() for call in steps.calls(sizes)]
 with ThreadPoolExecutor(16) as pool:
 
@@ -191,11 +192,14 @@ def measure(name, *parts):
         traceback.print_exc()
 
 
-measure("one, drafts")  # so that the drafter's weights are made with the model's
-measure("one", lambda run, _: steps_of(run, "one", (2048, 28672, 262144)), lambda run, _: prefills(run))
-measure("one, drafts", steps_of, rounds_of)
-shared.clear()
-measure("16, drafts")
-measure("16", lambda run, name: steps_of(run, name, blocks=12))
-measure("16, drafts", lambda run, name: rounds_of(run, name, 12))
-measure("64", lambda run, name: steps_of(run, name, blocks=12))
+if "one" in ONLY:
+    measure("one, drafts")  # so that the drafter's weights are made with the model's
+    measure("one", lambda run, name: steps_of(run, name, (2048, 28672, 262144)), lambda run, _: prefills(run))
+    measure("one, drafts", steps_of, rounds_of)
+    shared.clear()
+    gc.collect()
+if "several" in ONLY:
+    measure("16, drafts")
+    measure("16", lambda run, name: steps_of(run, name, blocks=12))
+    measure("16, drafts", lambda run, name: rounds_of(run, name, 12))
+    measure("64", lambda run, name: steps_of(run, name, blocks=12))
