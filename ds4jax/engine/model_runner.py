@@ -109,6 +109,11 @@ def with_drafter(model: Synthetic, settings: Settings) -> Synthetic:
     return model.with_drafter() if settings.draft == "auto" else model
 
 
+def _steps_worth_a_call(seconds: float, most: int) -> int:
+    """How many steps of so many seconds take some BLOCK_SECONDS together; one if that is not known yet (0)."""
+    return max(1, min(most, round(BLOCK_SECONDS / seconds) if seconds else 1))
+
+
 class ModelRunner:
     """A model on its devices with a cache of `batch` sequences, each in a slot of its own.
 
@@ -309,8 +314,7 @@ class ModelRunner:
 
     def rounds(self) -> int:
         """How many rounds to run at once, so that they take some BLOCK_SECONDS: see `block`."""
-        seconds = self.stats.round_seconds
-        return max(1, min(ROUNDS, int(BLOCK_SECONDS / seconds) if seconds else 1))
+        return _steps_worth_a_call(self.stats.round_seconds, ROUNDS)
 
     def _resident(self, step: str, args: tuple) -> tuple:
         """Numpy arguments on the device: where one is as it was in the step's last call, the very array of that call.
@@ -330,8 +334,7 @@ class ModelRunner:
 
         One until the first have shown how long they take.
         """
-        seconds = self.stats.token_seconds
-        return max(1, min(room, BLOCK, round(BLOCK_SECONDS / seconds) if seconds else 1))
+        return max(1, min(room, _steps_worth_a_call(self.stats.token_seconds, BLOCK)))
 
     def logit_blocks(self, tokens: Sequence[int]) -> Iterator[tuple[Array, int]]:
         """The logits at every position of a text, a block at a time, so that those of a long one need no memory.

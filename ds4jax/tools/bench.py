@@ -22,17 +22,18 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import functools
 import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from ds4jax.config import HCA_RATIO
+from ds4jax.config import HCA_RATIO, ModelConfig
 from ds4jax.errors import ConfigError
 from ds4jax.settings import Settings
 from ds4jax.tools import cli
@@ -40,6 +41,7 @@ from ds4jax.tools import cli
 if TYPE_CHECKING:  # JAX must not run before `Settings.set_environment`
     from ds4jax.engine.model_runner import ModelRunner
     from ds4jax.model.cache import Cache
+    from ds4jax.model.compute import Compute
 
 TIMED = 5  # calls with drafts that are timed
 MOST_DRAFTED = 8 * 8 * 17  # tokens that a sequence may get meanwhile: rounds of WARM + TIMED calls
@@ -293,12 +295,18 @@ def _probabilities(given: list[str]) -> tuple[float, ...]:
 def random_sequence(runner: ModelRunner, length: int, seed: int) -> Cache:
     """A cache as if one sequence of `length` tokens had been through the model: Gaussian rows, stored as rows are."""
     import jax
+
+    return _sequence_maker(runner.cfg, runner.steps.compute, length)(jax.random.key(seed))
+
+
+@functools.cache
+def _sequence_maker(cfg: ModelConfig, compute: Compute, length: int) -> Callable[[jax.Array], Cache]:
+    import jax
     import jax.numpy as jnp
 
     from ds4jax.model import cache
     from ds4jax.numerics import rows as numerics
 
-    cfg, compute = runner.cfg, runner.steps.compute
     dtype, fields = jnp.dtype(compute.dtype), ("z", "g")
     kv_row, index_row = (row(cfg, compute.numerics, dtype) for row in (numerics.kv_row, numerics.index_row))
     form = cache.abstract(cfg, compute.numerics, dtype, 1, length)
@@ -330,7 +338,7 @@ def random_sequence(runner: ModelRunner, length: int, seed: int) -> Cache:
             hca=compressed(kv_row, form.hca),
         )
 
-    return make(jax.random.key(seed))
+    return make
 
 
 # ---- the table -------------------------------------------------------------------------------------------------------
