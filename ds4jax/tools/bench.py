@@ -300,7 +300,7 @@ def random_sequence(runner: ModelRunner, length: int, seed: int) -> Cache:
 
 
 @functools.cache
-def _sequence_maker(cfg: ModelConfig, compute: Compute, length: int) -> Callable[[jax.Array], Cache]:
+def _sequence_maker(cfg: ModelConfig, compute: Compute, length: int) -> Callable[[Any], Cache]:
     import jax
     import jax.numpy as jnp
 
