@@ -116,8 +116,38 @@ def test_sizes_are_what_prompts_are_padded_to(three):
     lengths = [3, 21]
     for n in lengths:
         three.prefill(0, [1] * n, GREEDY)
-    padded = {shapes[2][1] for name, *shapes in three.steps.compiled if name == "prefill"}
-    assert set(chunk_sizes(lengths, three.settings.prefill_chunk)) <= padded
+    assert set(chunk_sizes(lengths, three.settings.prefill_chunk)) <= three.steps.prefill_sizes
+
+
+def test_chunks_are_padded_to_more_until_their_size_is_compiled(three):
+    three.prefill(0, [1] * 8, GREEDY, sizes=[8])
+    assert 8 in three.steps.prefill_sizes
+    key = next(key for key in three.steps.compiled if key[0] == "prefill" and key[3][1] == 4)
+    program, prepare = three.steps.compiled.pop(key), three.steps.prepare
+    called, release, used = threading.Event(), threading.Event(), []
+
+    def slow(name, *args):
+        called.set()
+        release.wait(60)
+        three.steps.compiled[key] = program
+        return prepare(name, *args)
+
+    def log(name, *args):
+        used.append(args[2].shape[1])
+        return run(name, *args)
+
+    run = three._run
+    three.steps.prepare, three._run = slow, log
+    try:
+        thread = three.compile_later([4, 8])
+        assert called.wait(60)
+        three.prefill(0, [1, 2, 3], GREEDY, sizes=[4, 8])
+        release.set()
+        thread.join()
+        three.prefill(0, [1, 2, 3], GREEDY, sizes=[4, 8])
+    finally:
+        del three.steps.prepare, three._run
+    assert used == [8, 4]
 
 
 @pytest.mark.slow

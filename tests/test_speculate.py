@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import random_weights
+import scipy.stats
 from test_verify import CFG as BASE
 from test_verify import newest, reachable
 
@@ -16,7 +17,7 @@ from ds4jax.engine import sampling, snapshot
 from ds4jax.engine.compiled_steps import BLOCK, ROUNDS, decode_step, prefill_step, speculate_step
 from ds4jax.engine.types import Sampling
 from ds4jax.model import cache as kv
-from ds4jax.model import weights
+from ds4jax.model import transformer, weights
 from ds4jax.model.compute import Compute
 from ds4jax.model.drafting import DsparkDrafter, MtpDrafter, drafter_of
 
@@ -238,3 +239,49 @@ def test_a_call_for_some_slots_leaves_the_others_as_they_are(plain):
     for x, y in zip(jax.tree.leaves(before), jax.tree.leaves(cache), strict=True):
         axis = min(1, x.ndim - 1)
         np.testing.assert_array_equal(np.delete(x, slots, axis), np.delete(y, slots, axis))
+
+
+@pytest.mark.slow
+def test_the_distribution_of_what_is_drawn(plain):
+    """20,000 draws at three positions, by rounds of drafts: chi-square against the model's own probabilities."""
+    draws, at_once, temperature, anchor = 20_000, 250, 0.7, 7
+    w, drafter, vocab = plain.w, DsparkDrafter(), CFG.vocab_size
+    prompt = np.random.default_rng(2).integers(0, vocab, (1, 6)).astype(np.int32)
+
+    contexts = np.array([(*prompt[0], anchor, a, b) for a in range(vocab) for b in range(vocab)], np.int32)
+    forward = jax.jit(functools.partial(transformer.forward, cfg=CFG, compute=COMPUTE))
+    chances = []  # of the tokens after each of the last three
+    for some in np.split(contexts, vocab):
+        cache, n = kv.empty(CFG, COMPUTE.numerics, COMPUTE.dtype, vocab, 256), np.full(vocab, 9, np.int32)
+        X, _ = forward(w, cache, some, n)
+        chances.append(jax.nn.softmax(transformer.logits(w, X[:, 6:], CFG, COMPUTE) / temperature))
+    first, second, third = np.moveaxis(np.asarray(jnp.stack(chances)), 2, 0)  # each (a, b, token)
+    first = first[0, 0]
+    second = first @ second[:, 0]
+    pairs = first[:, None] * np.moveaxis(np.asarray(jnp.stack(chances)), 2, 0)[1][:, 0]  # of a and b
+    third = np.einsum("ab,abt->t", pairs, third)
+
+    prefill = jax.jit(functools.partial(prefill_step, **MODEL, drafter=drafter))
+    one = kv.empty(CFG, COMPUTE.numerics, COMPUTE.dtype, 1, 256)
+    padded, nothing = np.resize(prompt, (1, 8)), np.full(8, -1, np.int32)
+    args = np.int32(0), np.array([True]), padded, np.array([6], np.int32), sampling.batch(PARAMS[:1]), nothing
+    *_, one = prefill(w, one, *args, np.zeros(1, np.int32))
+    cache = jax.tree.map(lambda x: jnp.repeat(x, at_once, axis=min(1, x.ndim - 1)), one)
+    step, counted, kept = jitted(drafter), np.zeros((3, vocab)), []
+    for start in range(0, draws, at_once):
+        params = [Sampling(temperature=temperature, seed=seed) for seed in range(start, start + at_once)]
+        results = (
+            np.zeros((ROUNDS, 4, at_once), np.int32), np.zeros((ROUNDS, at_once), np.int32),
+            np.zeros((1, at_once), np.int32), np.zeros((at_once, vocab)),
+        )  # fmt: skip
+        slots, tokens, room = np.arange(at_once, dtype=np.int32), np.full(at_once, anchor), np.full(at_once, 3)
+        args = slots, tokens.astype(np.int32), room.astype(np.int32), np.int32(3), sampling.batch(params)
+        ids, counts, *_ = step(w, cache, results, *args)
+        ids, counts = np.asarray(ids), np.asarray(counts)
+        for b in range(at_once):
+            said = [token for r in range(ROUNDS) for token in ids[r, : counts[r, b], b]]
+            counted[np.arange(3), said] += 1
+        kept.append(counts[0])
+    assert 1 < np.mean(kept) < 3  # some drafts hold, and some do not
+    for expected, found in zip((first, second, third), counted, strict=True):
+        assert scipy.stats.chisquare(found, draws * expected / expected.sum()).pvalue > 1e-3

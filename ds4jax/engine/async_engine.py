@@ -81,15 +81,20 @@ class AsyncEngine:
         Raises Ds4Error for what cannot be loaded or does not fit into memory.
         """
         settings.set_environment()
+        import jax
+
         from ds4jax.engine import compile_cache, model_runner
         from ds4jax.engine.chunks import serving_sizes
         from ds4jax.engine.fingerprint import open_store
         from ds4jax.engine.prefix_cache import PrefixCache
 
         compile_cache.keep_compilations()
-        model = model_runner.open_model(settings, synthetic)
-        runner = model_runner.ModelRunner(model, settings, max_seqs, progress, serving_sizes(settings))
+        model, sizes = model_runner.open_model(settings, synthetic), serving_sizes(settings)
+        # For a GPU a size takes longer to compile than anybody wants to wait for the first token.
+        first = sizes[-1:] if jax.default_backend() == "gpu" else sizes
+        runner = model_runner.ModelRunner(model, settings, max_seqs, progress, first)
         runner.compile()
+        runner.compile_later(sizes)
         heap.trim()
         store = open_store(kv_dir, kv_budget_bytes, runner) if kv_dir else None
         name = f"synthetic-{synthetic}" if synthetic else Path(settings.model).stem

@@ -145,6 +145,11 @@ class CompiledSteps:
             self.compiled[key] = self._compile(name, args)
         return self.compiled[key]
 
+    @property
+    def prefill_sizes(self) -> set[int]:
+        """The lengths of chunks that prefill is compiled for."""
+        return {shapes[2][1] for name, *shapes in list(self.compiled) if name == "prefill"}
+
     def calls(self, sizes: Iterable[int]) -> list[tuple[str, tuple]]:
         """The arguments of `get_all` for decoding, with drafts too, and for prefill of chunks padded to `sizes`."""
         one, mark = sampling.batch([Sampling()]), np.zeros(1, np.int32)

@@ -6,8 +6,9 @@ import contextlib
 import dataclasses
 import functools
 import sys
+import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import jax
@@ -165,6 +166,7 @@ class ModelRunner:
             self.weights, _ = load(checkpoint, self._compute.mesh, progress, wide=self.steps.wide)
         counts = (0, *self.steps.draft_counts)
         self._call_sizes = {n: CallSizes(self.batch, functools.partial(self._prepare, n)) for n in counts}
+        self._later: set[int] = set()  # lengths of chunks that are being compiled for
         self.reset()
 
     def reset(self) -> None:
@@ -209,6 +211,27 @@ class ModelRunner:
             logits = np.zeros((rows, self.cfg.vocab_size), np.float32)
             self.choose(logits, [Sampling()] * rows, edits([None] * rows, self.cfg.vocab_size), [0] * rows)
 
+    def compile_later(self, sizes: Iterable[int]) -> threading.Thread:
+        """Compile prefill for these sizes of chunks in the background; meanwhile chunks are padded to larger ones.
+
+        The largest one has to be compiled. Which program computes a chunk may change the last bits of its results.
+        """
+        missing = set(sizes) - self.steps.prefill_sizes
+        self._later |= missing
+
+        def compile() -> None:
+            for size in sorted(missing, reverse=True):
+                try:
+                    *_, (name, args) = self.steps.calls([size])
+                    self.steps.prepare(name, *args)
+                    self._later.discard(size)
+                except Exception as error:  # larger ones still serve
+                    sys.stderr.write(f"prefill: no program for {size} tokens: {error}\n")
+
+        thread = threading.Thread(target=compile, name="chunk-sizes", daemon=True)
+        thread.start()
+        return thread
+
     def prefill(
         self,
         slot: int,
@@ -231,7 +254,8 @@ class ModelRunner:
         self._sampling[slot], self.lengths[slot] = params, before
         scores, state = [], None
         for start in range(0, len(tokens), self.settings.prefill_chunk):
-            padded, n = pad(tokens[start : start + self.settings.prefill_chunk], sizes)
+            ready = [size for size in sizes if size not in self._later]
+            padded, n = pad(tokens[start : start + self.settings.prefill_chunk], ready)
             follows = np.full(padded.shape[1], -1, np.int32)
             here = targets[start : start + int(n[0])]
             follows[: len(here)] = here
