@@ -3,7 +3,7 @@
 Decoding reads every weight once, so its bytes are the bound: Q8_0 has 1.06 bytes a weight, and 4 TB/s feed each of 132
 multiprocessors 17 weights a cycle, with some 7 instructions to spend on each. Two methods:
 
-* `vector` (1 to 4 rows): a program multiplies a few matrix rows with x and adds up along K, in float32. A scale is
+* `vector` (1 or 2 rows): a program multiplies a few matrix rows with x and adds up along K, in float32. A scale is
   applied to the sum over a run of codes that share it, not to every code, and codes meet x in fused multiply-adds,
   which Triton must be told to make. A thread reads a matrix in runs of `RUN` bytes, and x in the same runs, so that no
   value changes threads before the last sum.
@@ -42,7 +42,7 @@ Array = jax.Array
 Ref = Any
 
 DOT_RUN = 32  # columns that share a scale
-TOGETHER = 4  # rows of x that a program of `vector` takes at most
+TOGETHER = 2  # rows of x that a program of `vector` takes at most
 MAX_ROWS = 96
 IN_KERNEL = 32  # rows of x that `dot` norms and converts itself
 
@@ -107,9 +107,9 @@ class Shape:
 
     @property
     def key(self) -> Shape:
-        """Of calls that share a tuned config, see `common.Choice`: any stacks, 1 to 4 rows, or rows padded alike.
+        """Of calls that share a tuned config, see `common.Choice`: any stacks, 1 or 2 rows, or rows padded alike.
 
-        So the product of up to four rows is the same bits whether each comes alone or with others.
+        So the product of two rows is the same bits whether each comes alone or with the other.
         """
         return replace(self, m=1 if self.m <= TOGETHER else _padded(self), layers=0)
 

@@ -1,7 +1,7 @@
 """The results for a token are the same bits whether it comes alone or with others of its sequence, in most kernels.
 
 They are not where the sums are taken in another order: in attention, which splits the rows of a query over fewer
-programs if there are more queries; in products of more than 4 rows, which have another method; in experts, where a
+programs if there are more queries; in products of more than 2 rows, which have another method; in experts, where a
 program takes more rows of a matrix for more than one token.
 """
 
@@ -17,7 +17,7 @@ from pallas_kernels import compressor, hyper, indexer, latent, matmul, mla, quer
 from pallas_kernels.compressor import Part
 from pallas_kernels.matmul import Output
 
-T = 3
+T = 2
 KEY = jax.random.key(0)
 
 
