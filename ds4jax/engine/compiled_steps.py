@@ -34,7 +34,7 @@ from ds4jax.implementation import Kernels
 from ds4jax.io.checkpoint import Checkpoint
 from ds4jax.io.synthetic import Synthetic
 from ds4jax.model import cache as kv
-from ds4jax.model import support, transformer, verify, weights
+from ds4jax.model import residency, support, transformer, verify, weights
 from ds4jax.model.cache import Cache
 from ds4jax.model.compute import Compute, no_tap
 from ds4jax.model.drafting import Drafter, drafter_of
@@ -59,7 +59,8 @@ class CompiledSteps:
     An `expert_layout` of auto counts as file here; `memory.steps` decides it.
 
     Attributes: source, settings, wide (whether experts are), cfg (of the model), batch, compute, tree
-    (`weights.abstract`); weights, cache and results (of the decoding step beside the cache), all three trees of
+    (`weights.abstract`); slots (for routed experts of each kind of layers, see `model.residency`; empty where all are
+    on the device); weights, cache and results (of the decoding step beside the cache), all three trees of
     `jax.ShapeDtypeStruct`; drafter (or None); draft_counts (how many tokens it may draft at once, ascending; empty
     without one); card (as given); can_compile (whether that is possible on this machine, for the card); compiled
     (programs by name and shapes); seconds (spent compiling); compiling (whether it does so now).
@@ -73,11 +74,13 @@ class CompiledSteps:
         progress: bool = False,
         card: Card | None = None,
         acceptance: Sequence[float] = (),
+        slots: Sequence[int] = (),
     ):
         """batch: number of slots, by default the settings'. progress: report each compilation on stderr. card: plan for
-        such devices instead of this machine's. acceptance: see `speculate_step`.
+        such devices instead of this machine's. acceptance: see `speculate_step`. slots: for routed experts, as the
+        attribute.
 
-        Raises Ds4Error for weights, numerics, mesh and drafter that do not go together.
+        Raises Ds4Error for weights, numerics, mesh, drafter and slots that do not go together.
         """
         settings.set_environment()
         self.source, self.settings, self.cfg = source, settings, source.cfg
@@ -105,6 +108,14 @@ class CompiledSteps:
         if mesh is not None:
             self.weights = jax.tree.map(_placed, self.weights, weights.shardings(self.tree, mesh))
             self.cache = jax.tree.map(self._whole, self.cache)
+        self.slots = tuple(slots)
+        if self.slots:
+            residency.check(self.cfg, settings.tp * settings.ep)
+            self.cache = kv.with_experts(self.cache, residency.abstract(self.tree, self.cfg, self.slots))
+            there = residency.host_memory()
+            self.weights = residency.with_experts(
+                self.weights, jax.tree.map(lambda x: x.update(sharding=there), self.weights.ffn.experts)
+            )
         model = {"cfg": self.cfg, "compute": self.compute, "drafter": self.drafter}
         speculate = functools.partial(speculate_step, acceptance=self._acceptance)
         self._steps = {
@@ -189,7 +200,8 @@ class CompiledSteps:
         shapes = jax.tree.map(lambda x: (x.shape, np.dtype(x.dtype).name), args)
         drafting = self.drafter, self._acceptance
         what = name, self.cfg, self.compute, drafting, options, jax.tree.structure(args), jax.tree.leaves(shapes)
-        program = None if self.card else compile_cache.load(what, args, (*self._results(name, args), self.cache))
+        unlike = self.card or self.slots  # what is kept does not fit
+        program = None if unlike else compile_cache.load(what, args, (*self._results(name, args), self.cache))
         if program is not None:
             return program
         tokens = {"prefill": lambda: args[4].shape[1], "decode": lambda: 1, "speculate": lambda: args[2][0].shape[1]}
@@ -201,7 +213,7 @@ class CompiledSteps:
             with self._lowering:  # Python's work, which threads do not speed up; it also compiles small programs
                 lowered = self._lower(name, args)
         program = lowered.compile(options)
-        if self.card is None:
+        if not unlike:
             compile_cache.save(what, program)
         return program
 
@@ -234,7 +246,17 @@ class CompiledSteps:
         """The steps of the same model with another value of `key`, ctx or batch."""
         ctx, batch = {"ctx": (value, self.batch), "batch": (self.ctx, value)}[key]
         settings = dataclasses.replace(self.settings, ctx=ctx)
-        return type(self)(self.source, settings, batch, self._progress, self.card, self._acceptance)
+        return type(self)(self.source, settings, batch, self._progress, self.card, self._acceptance, self.slots)
+
+    def with_slots(self, slots: Sequence[int]) -> Self:
+        """The steps of the same model with some slots for routed experts."""
+        settings, card = self.settings, self.card
+        return type(self)(self.source, settings, self.batch, self._progress, card, self._acceptance, slots)
+
+    @property
+    def device_weights(self) -> weights.Weights:
+        """`weights` without what is in host memory."""
+        return residency.with_experts(self.weights, None) if self.slots else self.weights
 
     def compile_largest(self, sizes: Iterable[int] = ()) -> None:
         """Compile the calls that need the most memory: decoding and the largest chunk; and prefill for `sizes`."""

@@ -37,7 +37,7 @@ from ds4jax.io.load import load
 from ds4jax.io.synthetic import RECIPES, Synthetic, synthetic_config
 from ds4jax.io.tokenizer import Tokenizer, byte_tokenizer
 from ds4jax.model import cache as kv
-from ds4jax.model import transformer, weights
+from ds4jax.model import residency, transformer, weights
 from ds4jax.model.cache import Cache
 from ds4jax.model.compute import Compute
 from ds4jax.profile import choose
@@ -155,9 +155,15 @@ class ModelRunner:
             kv.empty, self.cfg, settings.numerics, settings.dtype, sharding=self.steps.everywhere
         )
         if isinstance(checkpoint, Synthetic):
-            self.weights = weights.init_random(self.steps.tree, self.cfg, checkpoint.seed, self._compute.mesh)
+            self.weights = weights.init_random(
+                self.steps.tree, self.cfg, checkpoint.seed, self._compute.mesh, self._place
+            )
         else:
-            self.weights, _ = load(checkpoint, self._compute.mesh, progress, wide=self.steps.wide)
+            on_host = bool(self.steps.slots)
+            self.weights, _ = load(checkpoint, self._compute.mesh, progress, wide=self.steps.wide, on_host=on_host)
+        if experts := self.steps.cache.experts:
+            here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+            self._fill = jax.jit(functools.partial(residency.fill, experts), out_shardings=here)
         counts = (0, *self.steps.draft_counts)
         self._call_sizes = {n: CallSizes(self.batch, functools.partial(self._prepare, n)) for n in counts}
         self.reset()
@@ -167,11 +173,25 @@ class ModelRunner:
         for name in ("cache", "_results"):  # what is left of them makes room first
             vars(self).pop(name, None)
         self.cache = self._empty(self.batch, self.settings.ctx)
+        if self.steps.slots:
+            self.cache = kv.with_experts(self.cache, self._fill(self.weights.ffn.experts))
         self.lengths, self._sampling = [0] * self.batch, [Sampling()] * self.batch
         results = self.steps.results
         self._results = tuple(jnp.zeros(x.shape, x.dtype, device=x.sharding) for x in results)  # of the last block
         self._drafted: dict[int, tuple[Array, ...]] = {}  # of the last rounds, by the number of drafts
         self._arguments: dict[str, list[tuple[Any, Any]]] = {}  # of each step's last call, on the host and the device
+
+    def _place(self, spec: weights.WeightSpec, made: Any) -> Any:
+        """A weight that was made at random, in the memory that it belongs to."""
+        return jax.device_put(made, residency.host_memory()) if self.steps.slots and residency.hosted(spec) else made
+
+    @property
+    def brought(self) -> tuple[int, int]:
+        """Experts that decoding found on the device, and that it had to bring there; 0 and 0 if all are there."""
+        if self.cache.experts is None:
+            return 0, 0
+        found, lacked = np.asarray(self.cache.experts.counts).tolist()
+        return found, lacked
 
     @property
     def drafts(self) -> str:
@@ -341,13 +361,14 @@ class ModelRunner:
         """
         check_prompt(tokens, self.cfg, self.settings.ctx + 1)
         chunk_streams, logits_of = _reading(self.cfg, self._compute)
-        cache = self._empty(1, self.settings.ctx)
+        cache = kv.with_experts(self._empty(1, self.settings.ctx), self.cache.experts)
         for start in range(0, len(tokens), self.settings.prefill_chunk):
             padded, n = pad(tokens[start : start + self.settings.prefill_chunk])
             size = min(SCORED, padded.size)
             left = int(n[0])
             with self._enough_memory("logits"), self.steps.refusing(padded.size):
                 s, cache = chunk_streams(self.weights, cache, padded, n)
+                self.cache = kv.with_experts(self.cache, cache.experts)  # those before were donated
                 for i in range(-(-left // size)):
                     yield logits_of(self.weights, s, np.int32(i), size), min(size, left - i * size)
 

@@ -1,0 +1,160 @@
+"""Routed experts in host memory: what is said is the same bit for bit, the slots hold what they should, and no more."""
+
+import dataclasses
+import types
+
+import jax
+import numpy as np
+import pytest
+import small
+
+from ds4jax.engine import memory
+from ds4jax.engine.compiled_steps import CompiledSteps
+from ds4jax.engine.model_runner import ModelRunner
+from ds4jax.engine.types import Sampling
+from ds4jax.errors import ConfigError
+from ds4jax.io import synthetic
+from ds4jax.io.checkpoint import open_checkpoint
+from ds4jax.model import residency
+from ds4jax.settings import Settings
+
+CFG = small.CFG
+SETTINGS = Settings("none", ctx=512, batch=2, prefill_chunk=32)
+PROMPT = [i * 37 % CFG.vocab_size for i in range(35)]  # a chunk of 32, and one that few tokens' way takes
+SLOTS = 20  # for the 32 experts of both layers
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return open_checkpoint(small.write(tmp_path_factory.mktemp("small")))
+
+
+@pytest.fixture(scope="module")
+def all_there(source):
+    return ModelRunner(source, SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def held(source, all_there):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "steps", lambda *_, **__: CompiledSteps(source, SETTINGS).with_slots([SLOTS]))
+        return ModelRunner(source, SETTINGS)
+
+
+def said(runner):
+    """Logits of two prompts in chunks, of decoding both sequences and one of them, and of what a copy says after it."""
+    out = [runner.prefill(slot, PROMPT[slot:], Sampling()).logits for slot in (0, 1)]
+    tokens = {slot: int(logits.argmax()) for slot, logits in enumerate(out)}
+    for active in ((0, 1), (0, 1), (1,), (0, 1)):
+        found = runner.decode({slot: tokens[slot] for slot in active})
+        out += [found[slot].logits for slot in active]
+        tokens |= {slot: step.token for slot, step in found.items()}
+    block = runner.decode_block(dict.fromkeys((0, 1)), 8).tokens()
+    runner.restore(1, runner.snapshot(0), Sampling())
+    return np.stack([*out, runner.decode({1: 5})[1].logits]), block
+
+
+def test_what_is_said_does_not_depend_on_where_experts_are(all_there, held):
+    assert held.plan.slots == (SLOTS, CFG.n_layers * CFG.n_experts)
+    expected, found = said(all_there), said(held)
+    np.testing.assert_array_equal(found[0], expected[0])
+    assert found[1] == expected[1]
+    assert min(held.brought) > 10 and all_there.brought == (0, 0)
+    holds_what_it_says(held)
+    assert np.isfinite(held.logits(PROMPT[:3])).all()
+    holds_what_it_says(held)
+    held.reset()
+    assert held.brought == (0, 0)
+    holds_what_it_says(held)
+
+
+def holds_what_it_says(runner):
+    """Every slot has the bytes of the expert that it holds, and is found by it."""
+    experts = runner.weights.ffn.experts
+    assert {x.sharding.memory_kind for x in jax.tree.leaves(experts)} == {"pinned_host"}
+    for pool in runner.cache.experts.pools:
+        slot, holds = np.asarray(pool.slot), np.asarray(pool.holds)
+        assert (slot >= 0).sum() == len(holds) and (slot.reshape(-1)[holds] == np.arange(len(holds))).all()
+        for place, number in enumerate(holds):
+            layer, expert = pool.layers[number // CFG.n_experts], number % CFG.n_experts
+            for name in ("gate", "up", "down"):
+                found = jax.tree.map(lambda x, i=place: x[i], getattr(pool.experts, name))
+                expected = jax.tree.map(lambda x, i=expert: x[i], getattr(experts, name)[layer])
+                jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_the_plan_is_what_is_on_the_device_and_the_host(held):
+    plan = held.plan
+    on_device = residency.with_experts(held.weights, None), held.cache
+    assert plan.weights + plan.cache + plan.residents == sum(x.nbytes for x in jax.tree.leaves(on_device))
+    assert plan.host == sum(x.nbytes for x in jax.tree.leaves(held.weights.ffn.experts))
+    for program in held.steps.compiled.values():  # the slots stay in place
+        assert program.memory_analysis().alias_size_in_bytes >= plan.cache + plan.residents
+
+
+# ---- the budget ------------------------------------------------------------------------------------------------------
+MODEL = synthetic.Synthetic(CFG, synthetic.RECIPES["q8"])
+
+
+def budget(nbytes, **changes):
+    return dataclasses.replace(SETTINGS, device_budget_gb=nbytes / 2**30, **changes)
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """Stands for compilation: so many bytes of workspace, and the buffer for a layer. → the slots compiled for."""
+    found = []
+
+    def compile_largest(steps, sizes=()):
+        layer = residency.whole_layer(steps.tree, CFG) if steps.slots else 0
+        needs = {"temp_size_in_bytes": 10**6 + layer, "generated_code_size_in_bytes": 7}
+        stats = types.SimpleNamespace(**needs, output_size_in_bytes=memory.per_device(steps.cache))
+        steps.compiled["prefill", len(found)] = types.SimpleNamespace(memory_analysis=lambda: stats)
+        found.append(steps.slots)
+
+    monkeypatch.setattr(CompiledSteps, "compile_largest", compile_largest)
+    return found
+
+
+def test_as_many_experts_as_the_budget_has_room_for(compiled):
+    steps = CompiledSteps(MODEL, SETTINGS)
+    whole, every = memory.plan(steps).total + 10**6, residency.total(steps.tree, CFG)
+    assert memory.steps(MODEL, budget(whole)).slots == ()
+    for less in (0.6, 0.75):
+        settings = budget(whole + residency.whole_layer(steps.tree, CFG) - round(less * every))
+        found = memory.check(memory.steps(MODEL, settings))
+        some = int(CFG.n_layers * CFG.n_experts * (1 - less))
+        assert found.slots[0] in (some - 1, some) and found.limit is not None
+        assert 0 <= found.limit - found.total <= every / (CFG.n_layers * CFG.n_experts) + 1000
+        assert found.host == every and "device_budget_gb" in str(found)
+
+
+def test_a_budget_that_is_too_small_is_refused_with_the_plan(compiled):
+    steps = CompiledSteps(MODEL, SETTINGS)
+    smallest = (
+        memory.plan(steps).total + 10**6 - residency.total(steps.tree, CFG) + residency.whole_layer(steps.tree, CFG)
+    )
+    smallest += residency.least(steps.tree, CFG)
+    assert memory.steps(MODEL, budget(smallest)).slots == (CFG.n_experts_used,)
+    with pytest.raises(ConfigError, match=r"device_budget_gb: found 0\.\d+ GiB, expected at least 0\.\d+ GiB") as error:
+        memory.steps(MODEL, budget(smallest - 10**5))
+    assert f"room for {CFG.n_experts_used} of {2 * CFG.n_experts} routed experts" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"device_budget_gb": -1.0}, "found -1.0, expected 0 or more"),
+        ({"device_budget_gb": 1.0, "tp": 2}, "1 with 2 devices"),
+        ({"device_budget_gb": 1.0, "expert_layout": "wide"}, "1 with wide experts"),
+    ],
+)
+def test_what_goes_with_no_budget(changes, message):
+    with pytest.raises(ConfigError, match=f"device_budget_gb: .*{message}"):
+        dataclasses.replace(SETTINGS, **changes)
+
+
+def test_an_mtp_head_is_refused():
+    model = synthetic.Synthetic(dataclasses.replace(CFG, n_mtp=1), synthetic.RECIPES["q8"])
+    with pytest.raises(ConfigError, match="device_budget_gb: found a model with an MTP head"):
+        memory.steps(model, budget(10**6), compiled=False)
