@@ -11,6 +11,7 @@ import small
 from ds4jax.engine import memory
 from ds4jax.engine.compiled_steps import CompiledSteps
 from ds4jax.engine.model_runner import ModelRunner
+from ds4jax.engine.routing_trace import Trace, Writer, replay
 from ds4jax.engine.types import Sampling
 from ds4jax.errors import ConfigError
 from ds4jax.io import synthetic
@@ -18,15 +19,18 @@ from ds4jax.io.checkpoint import open_checkpoint
 from ds4jax.model import residency
 from ds4jax.settings import Settings
 
-CFG = small.CFG
+CFG = dataclasses.replace(small.CFG, compress_ratios=(0, 0))  # a layer that routes by id, and one by score
 SETTINGS = Settings("none", ctx=512, batch=2, prefill_chunk=32)
-PROMPT = [i * 37 % CFG.vocab_size for i in range(35)]  # a chunk of 32, and one that few tokens' way takes
+PROMPT = [i * 37 % CFG.vocab_size for i in range(32)]
+MODEL = synthetic.Synthetic(CFG, synthetic.RECIPES["q8"])
 SLOTS = 20  # for the 32 experts of both layers
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    return open_checkpoint(small.write(tmp_path_factory.mktemp("small")))
+    path = tmp_path_factory.mktemp("small") / "small.gguf"
+    synthetic.write_synthetic(path, CFG, 3, synthetic.RECIPES["q8"])
+    return open_checkpoint(path)
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +41,17 @@ def all_there(source):
 @pytest.fixture(scope="module")
 def held(source, all_there):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(memory, "steps", lambda *_, **__: CompiledSteps(source, SETTINGS).with_slots([SLOTS]))
-        return ModelRunner(source, SETTINGS)
+        return with_slots(patch, source, SETTINGS)
+
+
+def with_slots(patch, source, settings):
+    """A runner that has slots without a budget, so that nothing is compiled but what it runs."""
+    steps = CompiledSteps(source, settings, record=lambda ids: recorded.append(np.array(ids)))
+    patch.setattr(memory, "steps", lambda *_, **__: steps.with_slots([SLOTS]))
+    return ModelRunner(source, settings)
+
+
+recorded = []  # of the passes of `held`
 
 
 def said(runner):
@@ -61,11 +74,47 @@ def test_what_is_said_does_not_depend_on_where_experts_are(all_there, held):
     assert found[1] == expected[1]
     assert min(held.brought) > 10 and all_there.brought == (0, 0)
     holds_what_it_says(held)
-    assert np.isfinite(held.logits(PROMPT[:3])).all()
-    holds_what_it_says(held)
     held.reset()
     assert held.brought == (0, 0)
     holds_what_it_says(held)
+
+
+def test_a_trace_replayed_finds_what_the_run_found(held, tmp_path):
+    recorded.clear()
+    held.reset()
+    said(held)
+    path = tmp_path / "routing.trace"
+    with Writer(path, CFG) as write:
+        for ids in recorded:
+            write(ids)
+    trace = Trace.read(path, CFG)
+    assert [rows for rows, _ in trace.passes][:5] == [32, 32, 2, 2, 2]
+    assert [len(ids) for _, ids in trace.passes][:5] == [32, 31, 2, 2, 1]
+    found = replay(trace, [(0, 1)], [SLOTS])
+    assert (found.found, found.lacked) == held.brought and found.chunks == 2 and found.streamed > 0
+    path.write_bytes(path.read_bytes()[:-1])
+    assert len(Trace.read(path, CFG).passes) == len(trace.passes) - 1
+
+
+@pytest.mark.slow
+def test_a_text_is_read_with_the_same_slots(all_there, held):
+    np.testing.assert_array_equal(held.logits(PROMPT[:3]), all_there.logits(PROMPT[:3]))
+    holds_what_it_says(held)
+
+
+@pytest.mark.slow
+def test_rounds_of_drafts_say_the_same(monkeypatch):
+    """The drafter's own experts are always there."""
+    model, settings = MODEL.with_drafter(), dataclasses.replace(SETTINGS, draft="auto")
+    runners = ModelRunner(model, settings), with_slots(monkeypatch, model, settings)
+    every = []
+    for runner in runners:
+        first = runner.prefill(0, PROMPT[:3], Sampling())
+        rounds = runner.speculate({0: first.token}, {0: 12}, runner.steps.draft_counts[0], 8)
+        every.append((first.token, rounds.tokens(), np.asarray(rounds.batch_logits)))
+    assert every[0][:2] == every[1][:2] and len(every[0][1][0]) >= 8
+    np.testing.assert_array_equal(every[0][2], every[1][2])
+    assert min(runners[1].brought) > 0
 
 
 def holds_what_it_says(runner):
@@ -93,9 +142,6 @@ def test_the_plan_is_what_is_on_the_device_and_the_host(held):
 
 
 # ---- the budget ------------------------------------------------------------------------------------------------------
-MODEL = synthetic.Synthetic(CFG, synthetic.RECIPES["q8"])
-
-
 def budget(nbytes, **changes):
     return dataclasses.replace(SETTINGS, device_budget_gb=nbytes / 2**30, **changes)
 

@@ -28,6 +28,7 @@ from ds4jax.config import ModelConfig
 from ds4jax.engine import cards, compile_cache, sampling, snapshot
 from ds4jax.engine.cards import Card
 from ds4jax.engine.chunks import pad
+from ds4jax.engine.routing_trace import Record, Recording
 from ds4jax.engine.types import ALIGN, MAX_LOGPROBS, Sampling
 from ds4jax.errors import ConfigError
 from ds4jax.implementation import Kernels
@@ -36,7 +37,7 @@ from ds4jax.io.synthetic import Synthetic
 from ds4jax.model import cache as kv
 from ds4jax.model import residency, support, transformer, verify, weights
 from ds4jax.model.cache import Cache
-from ds4jax.model.compute import Compute, no_tap
+from ds4jax.model.compute import Compute, Tap, no_tap
 from ds4jax.model.drafting import Drafter, drafter_of
 from ds4jax.model.passed import Passed
 from ds4jax.numerics import rows as numerics
@@ -75,10 +76,11 @@ class CompiledSteps:
         card: Card | None = None,
         acceptance: Sequence[float] = (),
         slots: Sequence[int] = (),
+        record: Record | None = None,
     ):
         """batch: number of slots, by default the settings'. progress: report each compilation on stderr. card: plan for
         such devices instead of this machine's. acceptance: see `speculate_step`. slots: for routed experts, as the
-        attribute.
+        attribute. record: is given the experts of the tokens of every step.
 
         Raises Ds4Error for weights, numerics, mesh, drafter and slots that do not go together.
         """
@@ -116,7 +118,8 @@ class CompiledSteps:
             self.weights = residency.with_experts(
                 self.weights, jax.tree.map(lambda x: x.update(sharding=there), self.weights.ffn.experts)
             )
-        model = {"cfg": self.cfg, "compute": self.compute, "drafter": self.drafter}
+        self._record = record
+        model = {"cfg": self.cfg, "compute": self.compute, "drafter": self.drafter, "record": record}
         speculate = functools.partial(speculate_step, acceptance=self._acceptance)
         self._steps = {
             name: jax.jit(functools.partial(step, **model), donate_argnums=donated, out_shardings=self.everywhere)
@@ -200,7 +203,7 @@ class CompiledSteps:
         shapes = jax.tree.map(lambda x: (x.shape, np.dtype(x.dtype).name), args)
         drafting = self.drafter, self._acceptance
         what = name, self.cfg, self.compute, drafting, options, jax.tree.structure(args), jax.tree.leaves(shapes)
-        unlike = self.card or self.slots  # what is kept does not fit
+        unlike = self.card or self.slots or self._record  # what is kept does not fit, or cannot be kept
         program = None if unlike else compile_cache.load(what, args, (*self._results(name, args), self.cache))
         if program is not None:
             return program
@@ -245,13 +248,13 @@ class CompiledSteps:
     def but(self, key: str, value: int) -> Self:
         """The steps of the same model with another value of `key`, ctx or batch."""
         ctx, batch = {"ctx": (value, self.batch), "batch": (self.ctx, value)}[key]
-        settings = dataclasses.replace(self.settings, ctx=ctx)
-        return type(self)(self.source, settings, batch, self._progress, self.card, self._acceptance, self.slots)
+        settings, others = dataclasses.replace(self.settings, ctx=ctx), (self._acceptance, self.slots, self._record)
+        return type(self)(self.source, settings, batch, self._progress, self.card, *others)
 
     def with_slots(self, slots: Sequence[int]) -> Self:
         """The steps of the same model with some slots for routed experts."""
-        settings, card = self.settings, self.card
-        return type(self)(self.source, settings, self.batch, self._progress, card, self._acceptance, slots)
+        others = self._progress, self.card, self._acceptance, slots, self._record
+        return type(self)(self.source, self.settings, self.batch, *others)
 
     @property
     def device_weights(self) -> weights.Weights:
@@ -285,7 +288,7 @@ def _draft_counts(cfg: ModelConfig, asked: int) -> list[int]:
 # ---- the steps -------------------------------------------------------------------------------------------------------
 def prefill_step(
     w, cache: Cache, slot, fresh, tokens, n, params, targets, mark, *, cfg: ModelConfig, compute: Compute,
-    drafter: Drafter | None = None,
+    drafter: Drafter | None = None, record: Record | None = None,
 ):  # fmt: skip
     """Append a chunk of a prompt to the sequence in one slot, and sample the token that follows.
 
@@ -298,8 +301,8 @@ def prefill_step(
     where there is none; `snapshot.state` at the mark, if T is a multiple of 128; cache.
     """
     one = kv.reset(kv.take(cache, slot[None]), fresh)
-    passed = Passed(one, mark, cfg) if _has_mark(tokens.shape[1]) else None
-    s, one, at_mark = _run(w, one, tokens, n, cfg, compute, drafter, passed)
+    passed = Passed(kv.with_experts(one, None), mark, cfg) if _has_mark(tokens.shape[1]) else None
+    s, one, at_mark = _run(w, one, tokens, n, cfg, compute, drafter, record, passed)
     logits = transformer.head(transformer.last(s, n), w.head, cfg, compute)
     sampled, scores = sampling.sample(logits, params, one.length), _scores(w, s, targets, cfg, compute)
     state = {} if at_mark is None else snapshot.state_within(at_mark)
@@ -312,24 +315,34 @@ def _has_mark(tokens: int) -> bool:
 
 
 def _run(
-    w, cache: Cache, tokens, n, cfg: ModelConfig, compute: Compute, drafter: Drafter | None,
+    w, cache: Cache, tokens, n, cfg: ModelConfig, compute: Compute, drafter: Drafter | None, record: Record | None,
     passed: Passed | None = None,
 ):  # fmt: skip
     """`transformer.run`, and after it the drafter → streams, cache, and the cache of `passed`."""
     seen: Any = drafter.tap(cfg) if drafter else no_tap
-
-    def tap(layer: int, name: str, value: Any) -> None:
-        seen(layer, name, value)
-        if passed:
-            passed(layer, name, value)
-
-    s, moved = transformer.run(w, cache, tokens, n, cfg, compute, tap)
+    with _recorded(record, seen, passed or no_tap) as tap:
+        s, moved = transformer.run(w, cache, tokens, n, cfg, compute, tap)
     at_mark = passed and passed.cache
     if drafter:
         moved = drafter.follow(w, moved, seen, tokens, cache.length, n, cfg, compute)
     if drafter and passed:
         at_mark = drafter.follow(w, passed.cache, seen, tokens, cache.length, passed.n, cfg, compute)
     return s, moved, at_mark
+
+
+@contextlib.contextmanager
+def _recorded(record: Record | None, *taps: Tap) -> Iterator[Tap]:
+    """One tap for several of a pass, which is recorded if somebody wants to know."""
+    recording = None if record is None else Recording(record)
+    every = (*taps, recording or no_tap)
+
+    def tap(layer: int, name: str, value: Any) -> None:
+        for each in every:
+            each(layer, name, value)
+
+    yield tap
+    if recording:
+        recording.write()
 
 
 def _scores(w, s: Streams, targets: Array, cfg: ModelConfig, compute: Compute) -> tuple[Array, Array, Array]:
@@ -359,7 +372,7 @@ def block_logits(w, s: Streams, i: Array, size: int, cfg: ModelConfig, compute: 
 
 def decode_step(
     w, cache: Cache, results, slots, tokens, active, n, params, *, cfg: ModelConfig, compute: Compute,
-    drafter: Drafter | None = None,
+    drafter: Drafter | None = None, record: Record | None = None,
 ):  # fmt: skip
     """Append n tokens to the sequence in every active slot: the given token, then each sampled one but the last.
 
@@ -378,7 +391,7 @@ def decode_step(
 
     def one(i: Array, carry: tuple) -> tuple:
         part, ids, sampled, _ = carry
-        s, part, _ = _run(w, part, ids[:, None], active.astype(jnp.int32), cfg, compute, drafter)
+        s, part, _ = _run(w, part, ids[:, None], active.astype(jnp.int32), cfg, compute, drafter, record)
         logits = transformer.head(s, w.head, cfg, compute)
         ids = sampling.sample(logits, params, part.length)
         return part, ids, sampled.at[i].set(ids), logits
@@ -415,7 +428,7 @@ def decode_args(tokens: Mapping[int, int | None], n: int, params: Sequence[Sampl
 
 def speculate_step(
     w, cache: Cache, results, slots, tokens, room, rounds, params, *, cfg: ModelConfig, compute: Compute,
-    drafter: Drafter, acceptance: Sequence[float] = (),
+    drafter: Drafter, acceptance: Sequence[float] = (), record: Record | None = None,
 ):  # fmt: skip
     """Some rounds for the sequence in every slot with room: N tokens are drafted, verified at once, and some are kept.
 
@@ -452,7 +465,8 @@ def speculate_step(
 
         drafts = drafter.draft(w, cache, anchor, room > 0, T - 1, choose, cfg, compute)
         run, n, seen = jnp.concatenate([anchor[:, None], drafts], axis=1), jnp.minimum(room, T), drafter.tap(cfg)
-        every, pending = verify.verify(w, cache, run, n, cfg, compute, seen)
+        with _recorded(record, seen) as tap:
+            every, pending = verify.verify(w, cache, run, n, cfg, compute, tap)
         said = sampling.sample(every.reshape(B * T, -1), of_each, following.reshape(-1)).reshape(B, T)
         if acceptance:
             right = _forced(params, following[:, 1:], acceptance)

@@ -196,6 +196,11 @@ def _copied(host: SwiGLU, layer: int, to: SwiGLU, experts: Array, places: Array,
     return lax.fori_loop(0, count, one, to)
 
 
+def takes_few(rows: int, used: int, experts: int, slots: int) -> bool:
+    """Whether a pass of so many rows with `used` experts each reads slots. Others put whole layers together."""
+    return rows <= MAX_TOKENS and rows * used <= min(experts, slots)
+
+
 class Held:
     """The routed experts of one pass, in place of the weights' own: what it brings in is kept for `residents`.
 
@@ -241,7 +246,7 @@ class LayerHeld:
         """
         ids, _ = lax.optimization_barrier((ids, h))
         (S, k), n = ids.shape, self._pool.slot.shape[1]
-        few = S <= MAX_TOKENS and S * k <= min(n, len(self._pool.holds))
+        few = takes_few(S, k, n, len(self._pool.holds))
         return self._into_slots(ids) if few else self._whole(ids)
 
     def _times(self, ids: Array, n: int) -> Array:
