@@ -84,9 +84,9 @@ def test_a_trace_replayed_finds_what_the_run_found(held, tmp_path):
     held.reset()
     said(held)
     path = tmp_path / "routing.trace"
-    with Writer(path, CFG) as write:
-        for ids in recorded:
-            write(ids)
+    write = Writer(path, CFG)
+    for ids in recorded:
+        write(ids)
     trace = Trace.read(path, CFG)
     assert [rows for rows, _ in trace.passes][:5] == [32, 32, 2, 2, 2]
     assert [len(ids) for _, ids in trace.passes][:5] == [32, 31, 2, 2, 1]

@@ -23,6 +23,7 @@ from ds4jax.model import residency
 
 if TYPE_CHECKING:
     from ds4jax.engine.cards import Card
+    from ds4jax.engine.routing_trace import Record
     from ds4jax.io.checkpoint import Checkpoint
     from ds4jax.io.synthetic import Synthetic
     from ds4jax.settings import Settings
@@ -104,6 +105,7 @@ def steps(
     sizes: Iterable[int] = (),
     compiled: bool = True,
     acceptance: Sequence[float] = (),
+    record: Record | None = None,
 ) -> CompiledSteps:
     """The steps of a model, with an `expert_layout` of auto decided: wide if that changes anything and all fits.
 
@@ -112,13 +114,13 @@ def steps(
     `CompiledSteps`. Within a budget, as many routed experts are on the device as it has room for. Raises ConfigError
     with a plan for a budget that is too small for any.
     """
-    asked = CompiledSteps(source, settings, batch, progress, card, acceptance)
+    asked = CompiledSteps(source, settings, batch, progress, card, acceptance, record=record)
     if settings.device_budget_gb:
         return _within_budget(asked, sizes, compiled and asked.can_compile)
     if settings.expert_layout != "auto" or asked.batch == 1 or asked.compute.implementations["experts"] != "pallas":
         return asked
     wide_settings = dataclasses.replace(settings, expert_layout="wide")
-    wide = CompiledSteps(source, wide_settings, batch, progress, card, acceptance)
+    wide = CompiledSteps(source, wide_settings, batch, progress, card, acceptance, record=record)
     found = plan(wide)
     if wide.tree == asked.tree or found.limit is None or not found.fits:
         return asked

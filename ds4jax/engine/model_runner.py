@@ -28,6 +28,7 @@ from ds4jax.engine.compiled_steps import (
     speculate_args,
 )
 from ds4jax.engine.constraints import edits
+from ds4jax.engine.routing_trace import Record
 from ds4jax.engine.snapshot import Planes
 from ds4jax.engine.types import Sampling
 from ds4jax.errors import ConfigError, Ds4Error
@@ -132,22 +133,28 @@ class ModelRunner:
         progress: bool = False,
         sizes: Collection[int] = (),
         acceptance: Sequence[float] = (),
+        record: Record | None = None,
     ):
         """Load the weights onto the devices, or make them there, and allocate the cache.
 
         batch: number of slots, by default the settings'. progress: report loading and compilation on stderr. sizes:
         what chunks of prompts will be padded to; prefill for these and decoding are then compiled here, in parallel.
-        acceptance: of drafts, by slot, instead of what the model says of them: for measurements alone.
+        acceptance: of drafts, by slot, instead of what the model says of them: for measurements alone. record: is given
+        the experts of every token, see `ds4jax.engine.routing_trace`.
         Raises Ds4Error for weights, mesh and memory that do not go together, and for the chat template of V4.1.
         """
         file = None if isinstance(checkpoint, Synthetic) else checkpoint.file
         self.profile = choose(settings.profile, file.metadata if file else {}, file.path.name if file else "")
-        self.steps = memory.steps(checkpoint, settings, batch, progress, sizes=sizes, acceptance=acceptance)
+        self.steps = memory.steps(
+            checkpoint, settings, batch, progress, sizes=sizes, acceptance=acceptance, record=record
+        )
         self.settings, self.checkpoint, self.cfg = settings, checkpoint, checkpoint.cfg
         self.batch, self._compute = self.steps.batch, self.steps.compute
         if progress and settings.draft != "off":
             print(f"drafts: {self.drafts}", file=sys.stderr)
         self.plan = memory.check(self.steps, sizes)
+        if progress and (every := self.plan.slots[1]):
+            print(f"routed experts: room for {self.plan.slots[0]} of {every} on the device", file=sys.stderr)
         if sizes:
             self.steps.get_all(self.steps.calls(sizes))
         self.stats = Stats(compile_seconds=self.steps.seconds)

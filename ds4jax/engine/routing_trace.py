@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import struct
 from collections.abc import Callable, Sequence
@@ -23,6 +24,8 @@ from jax.experimental import io_callback
 from ds4jax.config import ModelConfig
 from ds4jax.errors import Ds4Error, show
 from ds4jax.model.residency import HALF_LIFE, takes_few
+
+log = logging.getLogger(__name__)
 
 VERSION = 1
 _PASS = struct.Struct("<II")
@@ -49,31 +52,30 @@ class Recording:
 
 
 class Writer:
-    """A `Record` that writes a file. Raises Ds4Error."""
+    """A `Record` that writes a file, whole passes at any time; it stops, with a warning, where it cannot.
+
+    Raises Ds4Error if the file cannot be made.
+    """
 
     def __init__(self, path: str | os.PathLike, cfg: ModelConfig):
-        self._path = Path(path)
+        self._path: Path | None = Path(path)
         shape = dict(zip(_FIELDS, (cfg.n_layers, cfg.n_experts, cfg.n_experts_used), strict=True))
         try:
-            self._file = open(self._path, "wb")
-            self._file.write(json.dumps({"version": VERSION} | shape).encode() + b"\n")
+            self._path.write_bytes(json.dumps({"version": VERSION} | shape).encode() + b"\n")
         except OSError as error:
             raise Ds4Error(f"{self._path}: cannot be written: {error.strerror}") from None
 
     def __call__(self, ids: np.ndarray) -> None:
         ids = np.asarray(ids).transpose(1, 0, 2)
         tokens = ids[ids[:, 0, 0] >= 0]
-        if len(tokens) and not self._file.closed:
-            self._file.write(_PASS.pack(len(ids), len(tokens)) + tokens.astype("<i2").tobytes())
-
-    def close(self) -> None:
-        self._file.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc) -> None:
-        self.close()
+        if self._path is None or not len(tokens):
+            return
+        try:
+            with open(self._path, "ab") as file:
+                file.write(_PASS.pack(len(ids), len(tokens)) + tokens.astype("<i2").tobytes())
+        except OSError as error:
+            log.warning("%s: cannot be written: %s; routing is no longer recorded", self._path, error.strerror)
+            self._path = None
 
 
 @dataclasses.dataclass(frozen=True)
