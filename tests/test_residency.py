@@ -200,7 +200,11 @@ def test_what_goes_with_no_budget(changes, message):
         dataclasses.replace(SETTINGS, **changes)
 
 
-def test_an_mtp_head_is_refused():
+def test_an_mtp_head_is_left_in_host_memory_and_drafts_nothing():
     model = synthetic.Synthetic(dataclasses.replace(CFG, n_mtp=1), synthetic.RECIPES["q8"])
-    with pytest.raises(ConfigError, match="device_budget_gb: found a model with an MTP head"):
-        memory.steps(model, budget(10**6), compiled=False)
+    settings = budget(memory.plan(CompiledSteps(model, SETTINGS)).total - 10**6)
+    steps = memory.steps(model, settings, compiled=False)
+    plan, layer = memory.plan(steps), residency.whole_layer(steps.tree, CFG)
+    assert plan.host == 3 * layer and plan.residents < 2 * layer and plan.fits
+    with pytest.raises(ConfigError, match="device_budget_gb: found drafts of an MTP head"):
+        memory.steps(model, dataclasses.replace(settings, draft="auto"), compiled=False)

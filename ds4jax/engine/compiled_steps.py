@@ -112,7 +112,8 @@ class CompiledSteps:
             self.cache = jax.tree.map(self._whole, self.cache)
         self.slots = tuple(slots)
         if self.slots:
-            residency.check(self.cfg, settings.tp * settings.ep)
+            if self.drafter and not self.cfg.drafter:  # its block's experts are among those in host memory
+                raise ConfigError("device_budget_gb: found drafts of an MTP head, expected those of a drafter, or off")
             self.cache = kv.with_experts(self.cache, residency.abstract(self.tree, self.cfg, self.slots))
             there = residency.host_memory()
             self.weights = residency.with_experts(

@@ -140,8 +140,7 @@ def _within_budget(asked: CompiledSteps, sizes: Iterable[int], compiled: bool) -
     found, tree, cfg = plan(asked), asked.tree, asked.cfg
     if found.limit is None or found.fits:
         return asked
-    residency.check(cfg, asked.settings.tp * asked.settings.ep)
-    always = found.total - residency.total(tree, cfg) + residency.whole_layer(tree, cfg)
+    always = found.total - residency.on_host(tree) + residency.whole_layer(tree, cfg)
     unknown = 0 if found.workspace else found.limit // 16
     least = residency.least(tree, cfg)
     held = asked.with_slots(residency.slots_in(tree, cfg, max(found.limit - always - unknown, least)))
@@ -199,7 +198,7 @@ def plan(programs: CompiledSteps) -> Plan:
         wide=programs.wide,
         budget=settings.device_budget_gb,
         residents=per_device(programs.cache.experts) if programs.slots else 0,
-        host=residency.total(programs.tree, cfg) if programs.slots else 0,
+        host=residency.on_host(programs.tree) if programs.slots else 0,
         slots=(sum(programs.slots), cfg.n_layers * cfg.n_experts) if programs.slots else (0, 0),
     )
 
@@ -298,6 +297,6 @@ def describe_peak(programs: CompiledSteps) -> str:
     """`peak_memory` in words, beside the plan for `programs` where the two can be compared."""
     peak, of = peak_memory()
     text, planned = f"peak {of}: {peak / 2**30:.2f} GiB", plan(programs)
-    if planned.limit is None:
+    if planned.limit is None or of != "device memory":
         return text
     return f"{text}, planned {planned.total / 2**30:.2f} GiB ({peak / planned.total - 1:+.1%})"

@@ -106,7 +106,7 @@ def _speeds(programs: CompiledSteps, found: Plan, trace: Trace | None, link: flo
     """
     some, every = found.slots
     cfg, used = programs.cfg, programs.cfg.n_layers * programs.cfg.n_experts_used
-    expert = found.host / every
+    expert = residency.total(programs.tree, cfg) / every
     read = found.weights - memory.per_device(programs.weights.embed) + used * expert
     bandwidth = programs.card.bandwidth if programs.card else None
     lines = []

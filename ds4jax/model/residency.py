@@ -25,7 +25,6 @@ from jax import lax
 from jaxtyping import Array, Float, Int32, UInt32
 
 from ds4jax.config import ModelConfig
-from ds4jax.errors import ConfigError
 from ds4jax.model.weights import Stack, SwiGLU, Weights, WeightSpec
 from ds4jax.ops.experts import Experts
 from ds4jax.ops.weight import Weight
@@ -103,17 +102,14 @@ def host_memory() -> jax.sharding.Sharding:
     return jax.sharding.SingleDeviceSharding(jax.local_devices()[0], memory_kind="pinned_host")
 
 
-def check(cfg: ModelConfig, devices: int) -> None:
-    """Raises ConfigError for a model or a mesh whose experts cannot be in host memory."""
-    if devices > 1:
-        raise ConfigError(f"device_budget_gb: found {devices} devices, expected one")
-    if cfg.n_mtp:
-        raise ConfigError("device_budget_gb: found a model with an MTP head, expected none")
-
-
 def total(tree: Weights, cfg: ModelConfig) -> int:
     """Bytes of all routed experts of the model's layers."""
     return sum(len(kind.layers) * cfg.n_experts * kind.nbytes for kind in kinds(tree, cfg))
+
+
+def on_host(tree: Weights) -> int:
+    """Bytes of what is in host memory: all routed experts, those of an MTP head among them."""
+    return sum(spec.nbytes for spec in jax.tree.leaves(tree) if hosted(spec))
 
 
 def whole_layer(tree: Weights, cfg: ModelConfig) -> int:
