@@ -198,7 +198,8 @@ class CompiledSteps:
 
     def _compile(self, name: str, args: tuple) -> Callable:
         args = self.weights, self.cache, *args
-        options = compiler_options(name, self.compute.implementations, self._backend)
+        nested = bool(self.slots or self._record)
+        options = compiler_options(name, self.compute.implementations, self._backend, nested)
         if self.card:
             args = jax.tree.map(self._whole, args)
         shapes = jax.tree.map(lambda x: (x.shape, np.dtype(x.dtype).name), args)
@@ -523,12 +524,16 @@ def speculate_args(
     return slots, ids, np.array([room.get(slot, 0) for slot in slots.tolist()], np.int32), n, batch
 
 
-def compiler_options(step: str, kernels: Kernels, backend: str | None = None) -> dict[str, Any] | None:
+def compiler_options(
+    step: str, kernels: Kernels, backend: str | None = None, nested: bool = False
+) -> dict[str, Any] | None:
     """XLA's options for a step, "prefill", "decode" or "speculate", on a backend, by default JAX's own.
+
+    nested: whether its pass has loops, or calls the host.
 
     On a GPU a decoding step is recorded as a graph, in which independent kernels may run side by side: 4 % of the time
     on an H200. With Pallas kernels the graph includes the loop over tokens, which XLA would otherwise leave to the
-    host: 0.18 ms a token (7 layers). Without them the loop contains loops, and a graph of these is untried. Prefill is
+    host: 0.18 ms a token (7 layers). Without them, or with experts in host memory, the loop contains loops, and a graph of these is untried. Prefill is
     not recorded, which makes it 6 % faster (7 layers, 2048 tokens).
 
     On a CPU most of the time to the first token is LLVM's. Its optimization level 1 compiles in two thirds of the time
@@ -539,7 +544,7 @@ def compiler_options(step: str, kernels: Kernels, backend: str | None = None) ->
         return {"xla_gpu_enable_command_buffer": ""}
     if backend == "gpu":
         options = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
-        if kernels.all_pallas:  # XLA's default list, and WHILE
+        if kernels.all_pallas and not nested:  # XLA's default list, and WHILE
             recorded = "CONDITIONAL,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,FUSION,WHILE"
             options["xla_gpu_enable_command_buffer"] = recorded
         return options
