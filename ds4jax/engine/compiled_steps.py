@@ -533,8 +533,8 @@ def compiler_options(
 
     On a GPU a decoding step is recorded as a graph, in which independent kernels may run side by side: 4 % of the time
     on an H200. With Pallas kernels the graph includes the loop over tokens, which XLA would otherwise leave to the
-    host: 0.18 ms a token (7 layers). Without them, or with experts in host memory, the loop contains loops, and a graph of these is untried. Prefill is
-    not recorded, which makes it 6 % faster (7 layers, 2048 tokens).
+    host: 0.18 ms a token (7 layers). Without them, or with experts in host memory, the loop contains loops, and a graph
+    of these is untried. Prefill is not recorded, which makes it 6 % faster (7 layers, 2048 tokens).
 
     On a CPU most of the time to the first token is LLVM's. Its optimization level 1 compiles in two thirds of the time
     to code as fast.
