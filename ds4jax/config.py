@@ -319,10 +319,11 @@ class ModelConfig:
 
         n_mtp = int(any(name.startswith("mtp.") for name in tensors))
         nextn = keys.integer("nextn_predict_layers", 0, 1024, 0)
-        if nextn and f"blk.{ints['n_layers'] - nextn}.nextn.eh_proj.weight" in tensors:
-            if nextn > 1 or n_mtp or ints["n_layers"] == 1:
+        counted, more = (f"blk.{ints['n_layers'] - n}.nextn.eh_proj.weight" in tensors for n in (nextn, 0))
+        if nextn and (counted or more):
+            if nextn > 1 or n_mtp or ints["n_layers"] == int(counted):
                 raise keys.error("nextn_predict_layers", "one MTP head in the file, after the main layers")
-            ints["n_layers"] -= 1
+            ints["n_layers"] -= counted
             n_mtp = 1
         n_layers = ints["n_layers"]
         ratios = keys.per_layer("attention.compress_ratios", (int,), n_layers)

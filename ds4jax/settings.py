@@ -50,6 +50,9 @@ class Settings:
     expert_layout: of the routed experts in memory: ``file``, as the file has them; ``wide``, those in IQ2_XXS as 3-bit
         codes, which take half as much again and are faster in kernels; ``auto``, wide with kernels for several
         sequences if all fits.
+    device_budget_gb: GiB of the GPU's memory that may be used. As many routed experts as that allows are kept there;
+        the others are brought in from host memory when they are needed, see `model.residency`. 0: all that JAX may
+        take, with everything in it. One device only.
     device: the GPU that the config is for, see `engine.cards`, or ``here``, whatever is there. Only plans depend on it.
     draft: whose drafts the model verifies, several tokens at once: a GGUF file with a DSpark drafter or an MTP head;
         ``auto``, the drafter beside the model (``NAME-dspark.gguf``), else the model's own MTP head, if there is one;
@@ -72,6 +75,7 @@ class Settings:
     memory_fraction: float = 0.75
     preallocate: bool = True
     expert_layout: Literal["auto", "file", "wide"] = "auto"
+    device_budget_gb: float = 0.0
     device: str = "here"
     draft: str = "off"
     draft_tokens: int = 0
@@ -94,6 +98,12 @@ class Settings:
                 return key, getattr(self, key), f"{low} to {high}"
         if not 0 < self.memory_fraction <= 1:
             return "memory_fraction", self.memory_fraction, "a number above 0, at most 1"
+        if not 0 <= self.device_budget_gb < 2**20:
+            return "device_budget_gb", self.device_budget_gb, "0 or more"
+        if self.device_budget_gb and self.tp * self.ep > 1:
+            return "device_budget_gb", f"{self.device_budget_gb:g} with {self.tp * self.ep} devices", "0, or one device"
+        if self.device_budget_gb and self.expert_layout == "wide":
+            return "device_budget_gb", f"{self.device_budget_gb:g} with wide experts", "0, or expert_layout file"
         found = f"numerics {self.numerics}, {self.tp * self.ep} devices"
         if implementation.parse(self.kernels).any_pallas and found != (expected := "numerics official, 1 devices"):
             return "kernels", f"{self.kernels} with {found}", f"{expected}, or kernels xla"

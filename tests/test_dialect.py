@@ -48,15 +48,16 @@ def plain(tmp_path_factory):
     return path
 
 
-def rewrite(source, path, *, without=(), changes=None, name=lambda name: name, more=None, per_part=0):
+def rewrite(source, path, *, without=(), changes=None, name=lambda name: name, more=None, per_part=0, empty=False):
     """The file once more, by the `gguf` package: without some keys, with others changed, tensors renamed, or in parts.
 
-    name: gives None for a tensor that is left out. more: further tensors. Returns the path of the (first) file.
+    name: gives None for a tensor that is left out. more: further tensors. empty: the first part has no tensors.
+    Returns the path of the (first) file.
     """
     reader = GGUFReader(source)
     fields = {k: f for k, f in reader.fields.items() if not k.startswith("GGUF.") and k not in without}
     arch = (changes or {}).get("general.architecture") or fields["general.architecture"].contents()
-    writer = GGUFWriter(path, arch, split_max_tensors=per_part)
+    writer = GGUFWriter(path, arch, split_max_tensors=per_part, small_first_shard=empty)
     for key, field in fields.items():
         if key == "general.architecture" or key in (changes or {}):
             continue
@@ -77,7 +78,8 @@ def rewrite(source, path, *, without=(), changes=None, name=lambda name: name, m
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return path.with_name(f"{path.stem}-00001-of-{-(-len(reader.tensors) // per_part):05}.gguf") if per_part else path
+    n_parts = empty + -(-len(reader.tensors) // (per_part or 1))
+    return path.with_name(f"{path.stem}-00001-of-{n_parts:05}.gguf") if per_part else path
 
 
 def config(path):
@@ -92,7 +94,9 @@ def right(path):
 
 # ---- each dialect gives transformers' logits -------------------------------------------------------------------------
 def test_a_file_in_parts(plain, tmp_path):
-    first = rewrite(plain, tmp_path / "m.gguf", per_part=20)
+    """Of which the first has metadata alone."""
+    first = rewrite(plain, tmp_path / "m.gguf", per_part=20, empty=True)
+    assert not GGUFReader(first).tensors
     names = part_names(first.name)
     assert len(names) > 3 and sorted(p.name for p in tmp_path.iterdir()) == names
     assert right(first)

@@ -26,7 +26,7 @@ from ds4jax.model.compute import Compute
 from ds4jax.model.transformer import forward, prefill
 from ds4jax.ops import attend
 from ds4jax.sharding import make_mesh
-from pallas_kernels import common, compressor, experts, hyper, indexer, latent, matmul, mla, router, topk
+from pallas_kernels import common, compressor, experts, grouped_gemm, hyper, indexer, latent, matmul, mla, router, topk
 
 # Layers of both ratios, as small as the kernels take them.
 CFG = dataclasses.replace(KERNEL, n_layers=2, compress_ratios=(4, 128), swiglu_clamp=(10.0,) * 2)
@@ -38,10 +38,10 @@ def model():
     return random_model(Synthetic(CFG, RECIPES["q2"]).types)
 
 
-def random_model(types):
+def random_model(types, cfg=CFG):
     """Sub-layers change the streams by little, as in a trained model: else a rounding that falls the other way, or a
     near-tie among rows or experts, changes everything after it."""
-    w = weights.init_random(weights.abstract(CFG, types), CFG)
+    w = weights.init_random(weights.abstract(cfg, types), cfg)
 
     def damped(stack):
         def group(m):
@@ -234,11 +234,11 @@ ROLES = [  # gate and up have one format
 ]  # fmt: skip
 
 
-def many_formats():
+def many_formats(cfg=CFG, of=ROLES):
     """The types of the tensors: of ROLES those of UNITS, one after the other; of the others the q2 file's."""
-    formats = zip(ROLES, itertools.cycle(GGMLType[name] for name in UNITS), strict=False)
+    formats = zip(of, itertools.cycle(GGMLType[name] for name in UNITS), strict=False)
     chosen = {role: qtype for roles, qtype in formats for role in roles.split()}
-    return Synthetic(CFG, lambda spec: chosen[spec.role] if spec.role in chosen else RECIPES["q2"](spec)).types
+    return Synthetic(cfg, lambda spec: chosen[spec.role] if spec.role in chosen else RECIPES["q2"](spec)).types
 
 
 @pytest.mark.parametrize("tokens", [1, 128])
@@ -257,6 +257,28 @@ def test_a_model_of_many_formats_through_the_kernels():
     expected, found = (run(w, compute, [1] * 4, IDS)[0] for compute in (XLA, INTERPRETED))
     error = errors(found, expected)
     assert np.median(error) < 1e-4 and error.max() < 1e-3
+
+
+@pytest.mark.slow
+def test_a_prompt_through_the_kernels_of_many_formats(monkeypatch):
+    """One layer and one tile for all rows, since compiling is what takes time; each format in one product. They are in
+    bfloat16, whose roundings are 2e-3 (2⁻⁹) each."""
+    whole = grouped_gemm.default_config
+    monkeypatch.setattr(grouped_gemm, "default_config", lambda shape: dataclasses.replace(whole(shape), bm=16))
+    cfg = dataclasses.replace(CFG, n_layers=1, compress_ratios=(4,), swiglu_clamp=(10.0,), n_experts=4)
+    w = random_model(
+        many_formats(cfg, [r for r in ROLES if r not in ("attn.kv", "ffn.shared.gate ffn.shared.up")]), cfg
+    )
+    ids, n = IDS[:1, :40], jnp.array([40], jnp.int32)
+    kernels = "xla,linear=pallas_interpret,experts=pallas_interpret"
+    expected, found = (
+        prefill(w, kv.empty(cfg, "official", "float32", 1, 512), ids, n, cfg=cfg, compute=compute, all_positions=True)[
+            0
+        ]
+        for compute in (XLA, Compute(kernels=kernels))
+    )
+    error = errors(found, expected)
+    assert 1e-4 < np.median(error) < 0.015 and error.max() < 0.03
 
 
 # ---- on a GPU --------------------------------------------------------------------------------------------------------

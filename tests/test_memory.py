@@ -104,8 +104,9 @@ class Fake:
 
     def __init__(self, ctx, batch, fixed=0):
         self.ctx, self.batch, self.fixed, self.compiled, self.card, self.can_compile = ctx, batch, fixed, {}, None, True
-        self.settings, self.wide = types.SimpleNamespace(ctx=ctx), False
-        self.weights = jax.ShapeDtypeStruct((1000,), np.uint8)
+        self.settings, self.wide = types.SimpleNamespace(ctx=ctx, device_budget_gb=0), False
+        self.slots, self.cfg = (), CFG
+        self.device_weights = self.weights = jax.ShapeDtypeStruct((1000,), np.uint8)
         self.cache = jax.ShapeDtypeStruct((batch, ctx, 10), np.uint8)
 
     def but(self, key, value):

@@ -10,6 +10,7 @@ import threading
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 from small import CFG
 
@@ -20,6 +21,7 @@ import measure_workspace
 from ds4jax.__main__ import main
 from ds4jax.engine import cards, memory, planning, workspace
 from ds4jax.engine.compiled_steps import CompiledSteps
+from ds4jax.engine.routing_trace import Writer
 from ds4jax.errors import Ds4Error
 from ds4jax.io import published, remote, synthetic
 from ds4jax.io.checkpoint import open_checkpoint
@@ -66,6 +68,42 @@ def test_an_unknown_card_is_refused_with_those_known(run, name):
     assert status == 1
     known = "H200, H100, B200, RTX PRO 6000, RTX 5090, GB10, or here"
     assert err == f"error: device: found {name!r}, expected one of {known}\n"
+
+
+@pytest.mark.parametrize("name", ["gpu24", "gpu32", "gpu48", "h100"])
+def test_smaller_cards_keep_experts_on_the_host(run, name):
+    status, out, _ = run(f"--config={name}")
+    table = rows(out)
+    assert status == 0 and table["fits"] == ["yes"] and 0 <= float(table["left"][0]) < 0.2
+    assert float(table["weights"][0]) + float(table["host"][0]) == pytest.approx(80.759, abs=2e-3)
+    some, every = (int(word) for word in table["experts"] if word.isdigit())
+    assert every == 43 * 256 and float(table["experts"][0]) == pytest.approx(72.562 * some / every, rel=0.01)
+    assert table["context"][0] == "1048576" and float(table["hits"][0][:-1]) == pytest.approx(
+        100 * some / every, abs=0.1
+    )
+
+
+def test_a_trace_tells_how_often_experts_are_there(run, tmp_path):
+    """Of few experts that are used much more often than the others, as many as there is room for are there in time."""
+    rng, path = np.random.default_rng(0), tmp_path / "routing.trace"
+    write, weight = Writer(path, synthetic.FULL), 1 / np.arange(1, 257)
+    for _ in range(60):
+        noise = rng.gumbel(size=(43, 1, 256)) + np.log(weight)
+        write(np.argsort(-noise, axis=-1)[..., :6].astype(np.int32))
+    write(np.broadcast_to(np.arange(256, dtype=np.int32)[:252].reshape(42, 6), (43, 42, 6)))
+    status, out, _ = run("--config=gpu24", f"--routing_trace={path}", "--link_gb_s=25")
+    alike, traced = ([line for line in out.splitlines() if line.startswith(name)] for name in ("hits", "speed"))
+    (alike, told), speeds = alike, [float(line.split()[1]) for line in traced]
+    assert "of 60 tokens decoded in the trace" in told and float(told.split()[1][:-1]) > 2 * float(
+        alike.split()[1][:-1]
+    )
+    moved = float(told.rsplit(":", 1)[1].split()[0])
+    read = (8.197 - 1.06) * 2**30 + 43 * 6 * 72.562 * 2**30 / 43 / 256  # less the embedding, which is float16
+    assert speeds[1] == pytest.approx(1 / (read / 1792e9 + moved / 25), rel=0.02) and speeds[1] > speeds[0]
+    assert status == 0 and "chunks             1  of prompts in the trace: " in out
+    path.write_bytes(b"{}" + path.read_bytes())
+    status, _, err = run("--config=gpu24", f"--routing_trace={path}")
+    assert status == 1 and "expected a trace of the model's experts: {'version': 1, 'layers': 43" in err
 
 
 def test_a_card_that_is_here_is_asked_itself(monkeypatch):

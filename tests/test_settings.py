@@ -20,7 +20,18 @@ def config(tmp_path, text):
 
 
 def test_the_configs_are_there():
-    assert settings.names() == ["h200", "h200x2", "rtx_pro_6000", "spark", "tiny", "tiny_q2"]
+    assert settings.names() == [
+        "gpu24",
+        "gpu32",
+        "gpu48",
+        "h100",
+        "h200",
+        "h200x2",
+        "rtx_pro_6000",
+        "spark",
+        "tiny",
+        "tiny_q2",
+    ]
 
 
 @pytest.mark.parametrize("name", settings.names())
@@ -83,7 +94,7 @@ def test_refusals_name_file_key_found_and_expected(tmp_path, text, problem):
 
 
 def test_unknown_names_and_unreadable_files(tmp_path):
-    with pytest.raises(ConfigError, match="found 'huge', expected one of h200, h200x2, rtx_pro_6000, spark, tiny, "):
+    with pytest.raises(ConfigError, match="found 'huge', expected one of gpu24, gpu32, gpu48, h100, h200, "):
         Settings.load("huge")
     with pytest.raises(ConfigError, match="none.toml: cannot be read: No such file"):
         Settings.load(tmp_path / "none.toml")

@@ -69,6 +69,7 @@ class AsyncEngine:
         kv_budget_bytes: int = 16 << 30,
         prefix_budget_bytes: int = 2 << 30,
         trace: str | Path | None = None,
+        trace_routing: str | Path | None = None,
         progress: bool = False,
         **limits: Any,
     ) -> Self:
@@ -76,8 +77,8 @@ class AsyncEngine:
 
         max_seqs: sequences at once, by default the settings' batch. kv_dir: a folder for prefixes, for this engine
         alone, of at most kv_budget_bytes. prefix_budget_bytes: of memory, for prefixes. trace: a file to which a JSON
-        line is appended for every request that ends. progress: report loading and compilation on stderr. limits: of
-        requests, see `AsyncEngine`.
+        line is appended for every request that ends. trace_routing: a file for the experts of every token. progress:
+        report loading and compilation on stderr. limits: of requests, see `AsyncEngine`.
         Raises Ds4Error for what cannot be loaded or does not fit into memory.
         """
         settings.set_environment()
@@ -87,12 +88,14 @@ class AsyncEngine:
         from ds4jax.engine.chunks import serving_sizes
         from ds4jax.engine.fingerprint import open_store
         from ds4jax.engine.prefix_cache import PrefixCache
+        from ds4jax.engine.routing_trace import Writer
 
         compile_cache.keep_compilations()
         model, sizes = model_runner.open_model(settings, synthetic), serving_sizes(settings)
+        record = Writer(trace_routing, model.cfg) if trace_routing else None
         # For a GPU a size takes longer to compile than anybody wants to wait for the first token.
         first = sizes[-1:] if jax.default_backend() == "gpu" else sizes
-        runner = model_runner.ModelRunner(model, settings, max_seqs, progress, first)
+        runner = model_runner.ModelRunner(model, settings, max_seqs, progress, first, record=record)
         runner.compile()
         runner.compile_later(sizes)
         heap.trim()

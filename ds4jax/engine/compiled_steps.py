@@ -28,15 +28,16 @@ from ds4jax.config import ModelConfig
 from ds4jax.engine import cards, compile_cache, sampling, snapshot
 from ds4jax.engine.cards import Card
 from ds4jax.engine.chunks import pad
+from ds4jax.engine.routing_trace import Record, Recording
 from ds4jax.engine.types import ALIGN, MAX_LOGPROBS, Sampling
 from ds4jax.errors import ConfigError
 from ds4jax.implementation import Kernels
 from ds4jax.io.checkpoint import Checkpoint
 from ds4jax.io.synthetic import Synthetic
 from ds4jax.model import cache as kv
-from ds4jax.model import support, transformer, verify, weights
+from ds4jax.model import residency, support, transformer, verify, weights
 from ds4jax.model.cache import Cache
-from ds4jax.model.compute import Compute, no_tap
+from ds4jax.model.compute import Compute, Tap, no_tap
 from ds4jax.model.drafting import Drafter, drafter_of
 from ds4jax.model.passed import Passed
 from ds4jax.numerics import rows as numerics
@@ -59,7 +60,8 @@ class CompiledSteps:
     An `expert_layout` of auto counts as file here; `memory.steps` decides it.
 
     Attributes: source, settings, wide (whether experts are), cfg (of the model), batch, compute, tree
-    (`weights.abstract`); weights, cache and results (of the decoding step beside the cache), all three trees of
+    (`weights.abstract`); slots (for routed experts of each kind of layers, see `model.residency`; empty where all are
+    on the device); weights, cache and results (of the decoding step beside the cache), all three trees of
     `jax.ShapeDtypeStruct`; drafter (or None); draft_counts (how many tokens it may draft at once, ascending; empty
     without one); card (as given); can_compile (whether that is possible on this machine, for the card); compiled
     (programs by name and shapes); seconds (spent compiling); compiling (whether it does so now).
@@ -73,11 +75,14 @@ class CompiledSteps:
         progress: bool = False,
         card: Card | None = None,
         acceptance: Sequence[float] = (),
+        slots: Sequence[int] = (),
+        record: Record | None = None,
     ):
         """batch: number of slots, by default the settings'. progress: report each compilation on stderr. card: plan for
-        such devices instead of this machine's. acceptance: see `speculate_step`.
+        such devices instead of this machine's. acceptance: see `speculate_step`. slots: for routed experts, as the
+        attribute. record: is given the experts of the tokens of every step.
 
-        Raises Ds4Error for weights, numerics, mesh and drafter that do not go together.
+        Raises Ds4Error for weights, numerics, mesh, drafter and slots that do not go together.
         """
         settings.set_environment()
         self.source, self.settings, self.cfg = source, settings, source.cfg
@@ -105,7 +110,17 @@ class CompiledSteps:
         if mesh is not None:
             self.weights = jax.tree.map(_placed, self.weights, weights.shardings(self.tree, mesh))
             self.cache = jax.tree.map(self._whole, self.cache)
-        model = {"cfg": self.cfg, "compute": self.compute, "drafter": self.drafter}
+        self.slots = tuple(slots)
+        if self.slots:
+            if self.drafter and not self.cfg.drafter:  # its block's experts are among those in host memory
+                raise ConfigError("device_budget_gb: found drafts of an MTP head, expected those of a drafter, or off")
+            self.cache = kv.with_experts(self.cache, residency.abstract(self.tree, self.cfg, self.slots))
+            there = residency.host_memory()
+            self.weights = residency.with_experts(
+                self.weights, jax.tree.map(lambda x: x.update(sharding=there), self.weights.ffn.experts)
+            )
+        self._record = record
+        model = {"cfg": self.cfg, "compute": self.compute, "drafter": self.drafter, "record": record}
         speculate = functools.partial(speculate_step, acceptance=self._acceptance)
         self._steps = {
             name: jax.jit(functools.partial(step, **model), donate_argnums=donated, out_shardings=self.everywhere)
@@ -188,13 +203,15 @@ class CompiledSteps:
 
     def _compile(self, name: str, args: tuple) -> Callable:
         args = self.weights, self.cache, *args
-        options = compiler_options(name, self.compute.implementations, self._backend)
+        nested = bool(self.slots or self._record)
+        options = compiler_options(name, self.compute.implementations, self._backend, nested)
         if self.card:
             args = jax.tree.map(self._whole, args)
         shapes = jax.tree.map(lambda x: (x.shape, np.dtype(x.dtype).name), args)
         drafting = self.drafter, self._acceptance
         what = name, self.cfg, self.compute, drafting, options, jax.tree.structure(args), jax.tree.leaves(shapes)
-        program = None if self.card else compile_cache.load(what, args, (*self._results(name, args), self.cache))
+        unlike = self.card or self.slots or self._record  # what is kept does not fit, or cannot be kept
+        program = None if unlike else compile_cache.load(what, args, (*self._results(name, args), self.cache))
         if program is not None:
             return program
         tokens = {"prefill": lambda: args[4].shape[1], "decode": lambda: 1, "speculate": lambda: args[2][0].shape[1]}
@@ -206,7 +223,7 @@ class CompiledSteps:
             with self._lowering:  # Python's work, which threads do not speed up; it also compiles small programs
                 lowered = self._lower(name, args)
         program = lowered.compile(options)
-        if self.card is None:
+        if not unlike:
             compile_cache.save(what, program)
         return program
 
@@ -238,8 +255,18 @@ class CompiledSteps:
     def but(self, key: str, value: int) -> Self:
         """The steps of the same model with another value of `key`, ctx or batch."""
         ctx, batch = {"ctx": (value, self.batch), "batch": (self.ctx, value)}[key]
-        settings = dataclasses.replace(self.settings, ctx=ctx)
-        return type(self)(self.source, settings, batch, self._progress, self.card, self._acceptance)
+        settings, others = dataclasses.replace(self.settings, ctx=ctx), (self._acceptance, self.slots, self._record)
+        return type(self)(self.source, settings, batch, self._progress, self.card, *others)
+
+    def with_slots(self, slots: Sequence[int]) -> Self:
+        """The steps of the same model with some slots for routed experts."""
+        others = self._progress, self.card, self._acceptance, slots, self._record
+        return type(self)(self.source, self.settings, self.batch, *others)
+
+    @property
+    def device_weights(self) -> weights.Weights:
+        """`weights` without what is in host memory."""
+        return residency.with_experts(self.weights, None) if self.slots else self.weights
 
     def compile_largest(self, sizes: Iterable[int] = ()) -> None:
         """Compile the calls that need the most memory: decoding and the largest chunk; and prefill for `sizes`."""
@@ -268,7 +295,7 @@ def _draft_counts(cfg: ModelConfig, asked: int) -> list[int]:
 # ---- the steps -------------------------------------------------------------------------------------------------------
 def prefill_step(
     w, cache: Cache, slot, fresh, tokens, n, params, targets, mark, *, cfg: ModelConfig, compute: Compute,
-    drafter: Drafter | None = None,
+    drafter: Drafter | None = None, record: Record | None = None,
 ):  # fmt: skip
     """Append a chunk of a prompt to the sequence in one slot, and sample the token that follows.
 
@@ -281,8 +308,8 @@ def prefill_step(
     where there is none; `snapshot.state` at the mark, if T is a multiple of 128; cache.
     """
     one = kv.reset(kv.take(cache, slot[None]), fresh)
-    passed = Passed(one, mark, cfg) if _has_mark(tokens.shape[1]) else None
-    s, one, at_mark = _run(w, one, tokens, n, cfg, compute, drafter, passed)
+    passed = Passed(kv.with_experts(one, None), mark, cfg) if _has_mark(tokens.shape[1]) else None
+    s, one, at_mark = _run(w, one, tokens, n, cfg, compute, drafter, record, passed)
     logits = transformer.head(transformer.last(s, n), w.head, cfg, compute)
     sampled, scores = sampling.sample(logits, params, one.length), _scores(w, s, targets, cfg, compute)
     state = {} if at_mark is None else snapshot.state_within(at_mark)
@@ -295,24 +322,34 @@ def _has_mark(tokens: int) -> bool:
 
 
 def _run(
-    w, cache: Cache, tokens, n, cfg: ModelConfig, compute: Compute, drafter: Drafter | None,
+    w, cache: Cache, tokens, n, cfg: ModelConfig, compute: Compute, drafter: Drafter | None, record: Record | None,
     passed: Passed | None = None,
 ):  # fmt: skip
     """`transformer.run`, and after it the drafter → streams, cache, and the cache of `passed`."""
     seen: Any = drafter.tap(cfg) if drafter else no_tap
-
-    def tap(layer: int, name: str, value: Any) -> None:
-        seen(layer, name, value)
-        if passed:
-            passed(layer, name, value)
-
-    s, moved = transformer.run(w, cache, tokens, n, cfg, compute, tap)
+    with _recorded(record, seen, passed or no_tap) as tap:
+        s, moved = transformer.run(w, cache, tokens, n, cfg, compute, tap)
     at_mark = passed and passed.cache
     if drafter:
         moved = drafter.follow(w, moved, seen, tokens, cache.length, n, cfg, compute)
     if drafter and passed:
         at_mark = drafter.follow(w, passed.cache, seen, tokens, cache.length, passed.n, cfg, compute)
     return s, moved, at_mark
+
+
+@contextlib.contextmanager
+def _recorded(record: Record | None, *taps: Tap) -> Iterator[Tap]:
+    """One tap for several of a pass, which is recorded if somebody wants to know."""
+    recording = None if record is None else Recording(record)
+    every = (*taps, recording or no_tap)
+
+    def tap(layer: int, name: str, value: Any) -> None:
+        for each in every:
+            each(layer, name, value)
+
+    yield tap
+    if recording:
+        recording.write()
 
 
 def _scores(w, s: Streams, targets: Array, cfg: ModelConfig, compute: Compute) -> tuple[Array, Array, Array]:
@@ -342,7 +379,7 @@ def block_logits(w, s: Streams, i: Array, size: int, cfg: ModelConfig, compute: 
 
 def decode_step(
     w, cache: Cache, results, slots, tokens, active, n, params, *, cfg: ModelConfig, compute: Compute,
-    drafter: Drafter | None = None,
+    drafter: Drafter | None = None, record: Record | None = None,
 ):  # fmt: skip
     """Append n tokens to the sequence in every active slot: the given token, then each sampled one but the last.
 
@@ -361,7 +398,7 @@ def decode_step(
 
     def one(i: Array, carry: tuple) -> tuple:
         part, ids, sampled, _ = carry
-        s, part, _ = _run(w, part, ids[:, None], active.astype(jnp.int32), cfg, compute, drafter)
+        s, part, _ = _run(w, part, ids[:, None], active.astype(jnp.int32), cfg, compute, drafter, record)
         logits = transformer.head(s, w.head, cfg, compute)
         ids = sampling.sample(logits, params, part.length)
         return part, ids, sampled.at[i].set(ids), logits
@@ -398,7 +435,7 @@ def decode_args(tokens: Mapping[int, int | None], n: int, params: Sequence[Sampl
 
 def speculate_step(
     w, cache: Cache, results, slots, tokens, room, rounds, params, *, cfg: ModelConfig, compute: Compute,
-    drafter: Drafter, acceptance: Sequence[float] = (),
+    drafter: Drafter, acceptance: Sequence[float] = (), record: Record | None = None,
 ):  # fmt: skip
     """Some rounds for the sequence in every slot with room: N tokens are drafted, verified at once, and some are kept.
 
@@ -435,7 +472,8 @@ def speculate_step(
 
         drafts = drafter.draft(w, cache, anchor, room > 0, T - 1, choose, cfg, compute)
         run, n, seen = jnp.concatenate([anchor[:, None], drafts], axis=1), jnp.minimum(room, T), drafter.tap(cfg)
-        every, pending = verify.verify(w, cache, run, n, cfg, compute, seen)
+        with _recorded(record, seen) as tap:
+            every, pending = verify.verify(w, cache, run, n, cfg, compute, tap)
         said = sampling.sample(every.reshape(B * T, -1), of_each, following.reshape(-1)).reshape(B, T)
         if acceptance:
             right = _forced(params, following[:, 1:], acceptance)
@@ -491,13 +529,17 @@ def speculate_args(
     return slots, ids, np.array([room.get(slot, 0) for slot in slots.tolist()], np.int32), n, batch
 
 
-def compiler_options(step: str, kernels: Kernels, backend: str | None = None) -> dict[str, Any] | None:
+def compiler_options(
+    step: str, kernels: Kernels, backend: str | None = None, nested: bool = False
+) -> dict[str, Any] | None:
     """XLA's options for a step, "prefill", "decode" or "speculate", on a backend, by default JAX's own.
+
+    nested: whether its pass has loops, or calls the host.
 
     On a GPU a decoding step is recorded as a graph, in which independent kernels may run side by side: 4 % of the time
     on an H200. With Pallas kernels the graph includes the loop over tokens, which XLA would otherwise leave to the
-    host: 0.18 ms a token (7 layers). Without them the loop contains loops, and a graph of these is untried. Prefill is
-    not recorded, which makes it 6 % faster (7 layers, 2048 tokens).
+    host: 0.18 ms a token (7 layers). Without them, or with experts in host memory, the loop contains loops, and a graph
+    of these is untried. Prefill is not recorded, which makes it 6 % faster (7 layers, 2048 tokens).
 
     On a CPU most of the time to the first token is LLVM's. Its optimization level 1 compiles in two thirds of the time
     to code as fast.
@@ -507,7 +549,7 @@ def compiler_options(step: str, kernels: Kernels, backend: str | None = None) ->
         return {"xla_gpu_enable_command_buffer": ""}
     if backend == "gpu":
         options = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
-        if kernels.all_pallas:  # XLA's default list, and WHILE
+        if kernels.all_pallas and not nested:  # XLA's default list, and WHILE
             recorded = "CONDITIONAL,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,FUSION,WHILE"
             options["xla_gpu_enable_command_buffer"] = recorded
         return options

@@ -18,9 +18,12 @@ from ds4jax.config import HCA_RATIO
 from ds4jax.engine import workspace
 from ds4jax.engine.compiled_steps import CompiledSteps
 from ds4jax.errors import ConfigError
+from ds4jax.model import cache as kv
+from ds4jax.model import residency
 
 if TYPE_CHECKING:
     from ds4jax.engine.cards import Card
+    from ds4jax.engine.routing_trace import Record
     from ds4jax.io.checkpoint import Checkpoint
     from ds4jax.io.synthetic import Synthetic
     from ds4jax.settings import Settings
@@ -32,10 +35,12 @@ _GIB = 2**30
 class Plan:
     """Bytes on each device.
 
-    device: its kind. limit: what JAX may take of it, or None where JAX does not say (a CPU). ctx, batch: of the cache.
-    workspace: what the calls of each step need beside weights and cache; empty if that is not known. wide: whether
-    experts are, see `Settings.expert_layout`. origin: where the workspace is from. programs: the compiled code. The
-    driver keeps it outside of what JAX may take.
+    device: its kind. limit: what JAX may take of it, or `budget` (GiB), if that is less; None where neither says (a
+    CPU). ctx, batch: of the cache. weights: those that are always there. workspace: what the calls of each step need
+    beside weights and cache; empty if that is not known. wide: whether experts are, see `Settings.expert_layout`.
+    origin: where the workspace is from. programs: the compiled code. The driver keeps it outside of what JAX may take.
+    residents: slots for routed experts that are in host memory, where they take `host`; slots: how many there are, and
+    how many experts.
     """
 
     device: str
@@ -48,27 +53,44 @@ class Plan:
     programs: int
     origin: str = "compiled here"
     wide: bool = False
+    budget: float = 0.0
+    residents: int = 0
+    host: int = 0
+    slots: tuple[int, int] = (0, 0)
 
     @property
     def total(self) -> int:
         """What JAX has to take: steps run one at a time, so the largest workspace counts."""
-        return self.weights + self.cache + max(self.workspace.values(), default=0)
+        return self.weights + self.residents + self.cache + max(self.workspace.values(), default=0)
 
     @property
     def fits(self) -> bool:
         return self.limit is None or self.total <= self.limit
 
+    @property
+    def _limited(self) -> str:
+        """By what."""
+        if self.limit is None:
+            return "JAX does not say here"
+        budget = self.limit == int(self.budget * _GIB)
+        return "device_budget_gb" if budget else "what JAX may take (memory_fraction)"
+
     def __str__(self) -> str:
         """The plan as a table."""
         steps = ", ".join([*(f"{name} {n / _GIB:.3f}" for name, n in self.workspace.items()), self.origin])
+        some, every = self.slots
+        held = f"room for {some} of {every} routed experts, {some / every:.1%}" if every else ""
+        wide = "experts wide, see expert_layout" if self.wide else "all but the routed experts" if every else ""
         rows: list[tuple[str, int | None, str]] = [
-            ("weights", self.weights, "experts wide, see expert_layout" if self.wide else ""),
+            ("weights", self.weights, wide),
+            *([("experts", self.residents, held)] if every else []),
             ("cache", self.cache, f"batch {self.batch}, ctx {self.ctx}"),
             ("workspace", max(self.workspace.values(), default=None), steps),
             ("together", self.total, ""),
-            ("limit", self.limit, "what JAX may take (memory_fraction)" if self.limit else "JAX does not say here"),
+            ("limit", self.limit, self._limited),
             *([("left", self.limit - self.total, "")] if self.limit else []),
             ("programs", self.programs or None, "compiled code, outside of the limit"),
+            *([("host", self.host, "in host memory: the routed experts")] if every else []),
         ]
         lines = [f"{name:<10} {'?' if n is None else f'{n / _GIB:.3f}':>9}  {note}" for name, n, note in rows]
         return "\n".join([f"GiB on each device ({self.device})", *(line.rstrip() for line in lines)])
@@ -83,18 +105,22 @@ def steps(
     sizes: Iterable[int] = (),
     compiled: bool = True,
     acceptance: Sequence[float] = (),
+    record: Record | None = None,
 ) -> CompiledSteps:
     """The steps of a model, with an `expert_layout` of auto decided: wide if that changes anything and all fits.
 
     It is for kernels on a GPU and several sequences: one alone is not faster (benchmarks/LOG.md). compiled: if it seems
     to fit, compile the steps that need the most memory, those of `sizes` among them, to know. The others: see
-    `CompiledSteps`.
+    `CompiledSteps`. Within a budget, as many routed experts are on the device as it has room for. Raises ConfigError
+    with a plan for a budget that is too small for any.
     """
-    asked = CompiledSteps(source, settings, batch, progress, card, acceptance)
+    asked = CompiledSteps(source, settings, batch, progress, card, acceptance, record=record)
+    if settings.device_budget_gb:
+        return _within_budget(asked, sizes, compiled and asked.can_compile)
     if settings.expert_layout != "auto" or asked.batch == 1 or asked.compute.implementations["experts"] != "pallas":
         return asked
     wide_settings = dataclasses.replace(settings, expert_layout="wide")
-    wide = CompiledSteps(source, wide_settings, batch, progress, card, acceptance)
+    wide = CompiledSteps(source, wide_settings, batch, progress, card, acceptance, record=record)
     found = plan(wide)
     if wide.tree == asked.tree or found.limit is None or not found.fits:
         return asked
@@ -103,13 +129,44 @@ def steps(
     return wide if plan(wide).fits else asked
 
 
+def _within_budget(asked: CompiledSteps, sizes: Iterable[int], compiled: bool) -> CompiledSteps:
+    """`asked`, or, where that does not fit, the same with slots for as many routed experts as do.
+
+    The workspace is not known before they are compiled, and their number not before the workspace. So they are compiled
+    for a guess, and compiled again if it was wrong by more than a fiftieth of the budget.
+    """
+    if compiled and plan(asked).fits:
+        asked.compile_largest(sizes)
+    found, tree, cfg = plan(asked), asked.tree, asked.cfg
+    if found.limit is None or found.fits:
+        return asked
+    always = found.total - residency.on_host(tree) + residency.whole_layer(tree, cfg)
+    unknown = 0 if found.workspace else found.limit // 16
+    least = residency.least(tree, cfg)
+    held = asked.with_slots(residency.slots_in(tree, cfg, max(found.limit - always - unknown, least)))
+    if compiled and plan(held).fits:
+        held.compile_largest(sizes)
+    exact = plan(held)
+    some = residency.slots_in(tree, cfg, least)
+    smallest = dataclasses.replace(exact, residents=least, slots=(sum(some), exact.slots[1]))
+    if not smallest.fits:
+        raise ConfigError(
+            f"device_budget_gb: found {found.limit / _GIB:.2f} GiB, expected at least {smallest.total / _GIB:.2f} GiB, "
+            f"with room for the experts of one token\n{smallest}"
+        )
+    left = found.limit - exact.total
+    if exact.workspace and not 0 <= left < found.limit // 50:
+        return asked.with_slots(residency.slots_in(tree, cfg, exact.residents + left))
+    return held
+
+
 def plan(programs: CompiledSteps) -> Plan:
     """The plan for `programs`, with the workspace of those that are compiled.
 
     If there are none, and they are for a card, its workspace is the one that `workspace.predict` tells.
     """
     card, code = programs.card, 0
-    cache = per_device(programs.cache)
+    settings, cfg = programs.settings, programs.cfg
     needs: dict[str, int] = {}
     for (name, *_), program in programs.compiled.items():
         needs[name] = max(needed(programs, program), needs.get(name, 0))
@@ -123,19 +180,32 @@ def plan(programs: CompiledSteps) -> Plan:
         drafts = ", without that of drafts" if programs.drafter else ""
         origin = f"compiled here for {card.name}" if needs else f"from {workspace.SOURCE}{drafts}"
         needs = needs or workspace.predict(programs)
+        if programs.slots and not programs.compiled and needs:
+            needs["prefill"] += residency.whole_layer(programs.tree, cfg)
         origin = origin if needs else "not known without compiling"
+    if budget := int(settings.device_budget_gb * _GIB):
+        limit = min(limit or budget, budget)
     return Plan(
         device=kind,
         limit=limit,
-        ctx=programs.settings.ctx,
+        ctx=settings.ctx,
         batch=programs.batch,
-        weights=per_device(programs.weights),
-        cache=cache,
+        weights=per_device(programs.device_weights),
+        cache=_sequences(programs),
         workspace=needs,
         programs=code,
         origin=origin,
         wide=programs.wide,
+        budget=settings.device_budget_gb,
+        residents=per_device(programs.cache.experts) if programs.slots else 0,
+        host=residency.on_host(programs.tree) if programs.slots else 0,
+        slots=(sum(programs.slots), cfg.n_layers * cfg.n_experts) if programs.slots else (0, 0),
     )
+
+
+def _sequences(programs: CompiledSteps) -> int:
+    """Bytes on each device of what the cache has of sequences."""
+    return per_device(kv.with_experts(programs.cache, None) if programs.slots else programs.cache)
 
 
 def needed(programs: CompiledSteps, program: Any) -> int:
@@ -182,7 +252,10 @@ def advice(programs: CompiledSteps) -> str:
         return f"would fit: {', or '.join(ways)}"
     if plan(programs).workspace:
         return "no smaller ctx or batch alone would fit; a smaller prefill_chunk needs less workspace"
-    return "no ctx or batch would fit: more devices (tp, ep), a smaller file or a larger memory_fraction might"
+    ways = (
+        "more devices (tp, ep), a smaller file, a larger memory_fraction or experts in host memory (device_budget_gb)"
+    )
+    return f"no ctx or batch would fit: {ways} might"
 
 
 def largest(programs: CompiledSteps, key: str, step: int) -> int | None:
@@ -194,7 +267,7 @@ def largest(programs: CompiledSteps, key: str, step: int) -> int | None:
     found, asked = plan(programs), getattr(programs, key)
 
     def fits(steps: int) -> bool:
-        return dataclasses.replace(found, cache=per_device(programs.but(key, steps * step).cache)).fits
+        return dataclasses.replace(found, cache=_sequences(programs.but(key, steps * step))).fits
 
     low, high = 0, (asked - 1) // step
     while low < high:
@@ -224,6 +297,6 @@ def describe_peak(programs: CompiledSteps) -> str:
     """`peak_memory` in words, beside the plan for `programs` where the two can be compared."""
     peak, of = peak_memory()
     text, planned = f"peak {of}: {peak / 2**30:.2f} GiB", plan(programs)
-    if planned.limit is None:
+    if planned.limit is None or of != "device memory":
         return text
     return f"{text}, planned {planned.total / 2**30:.2f} GiB ({peak / planned.total - 1:+.1%})"

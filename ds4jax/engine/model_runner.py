@@ -29,6 +29,7 @@ from ds4jax.engine.compiled_steps import (
     speculate_args,
 )
 from ds4jax.engine.constraints import edits
+from ds4jax.engine.routing_trace import Record
 from ds4jax.engine.snapshot import Planes
 from ds4jax.engine.types import Sampling
 from ds4jax.errors import ConfigError, Ds4Error
@@ -38,7 +39,7 @@ from ds4jax.io.load import load
 from ds4jax.io.synthetic import RECIPES, Synthetic, synthetic_config
 from ds4jax.io.tokenizer import Tokenizer, byte_tokenizer
 from ds4jax.model import cache as kv
-from ds4jax.model import transformer, weights
+from ds4jax.model import residency, transformer, weights
 from ds4jax.model.cache import Cache
 from ds4jax.model.compute import Compute
 from ds4jax.profile import choose
@@ -138,22 +139,28 @@ class ModelRunner:
         progress: bool = False,
         sizes: Collection[int] = (),
         acceptance: Sequence[float] = (),
+        record: Record | None = None,
     ):
         """Load the weights onto the devices, or make them there, and allocate the cache.
 
         batch: number of slots, by default the settings'. progress: report loading and compilation on stderr. sizes:
         what chunks of prompts will be padded to; prefill for these and decoding are then compiled here, in parallel.
-        acceptance: of drafts, by slot, instead of what the model says of them: for measurements alone.
+        acceptance: of drafts, by slot, instead of what the model says of them: for measurements alone. record: is given
+        the experts of every token, see `ds4jax.engine.routing_trace`.
         Raises Ds4Error for weights, mesh and memory that do not go together, and for the chat template of V4.1.
         """
         file = None if isinstance(checkpoint, Synthetic) else checkpoint.file
         self.profile = choose(settings.profile, file.metadata if file else {}, file.path.name if file else "")
-        self.steps = memory.steps(checkpoint, settings, batch, progress, sizes=sizes, acceptance=acceptance)
+        self.steps = memory.steps(
+            checkpoint, settings, batch, progress, sizes=sizes, acceptance=acceptance, record=record
+        )
         self.settings, self.checkpoint, self.cfg = settings, checkpoint, checkpoint.cfg
         self.batch, self._compute = self.steps.batch, self.steps.compute
         if progress and settings.draft != "off":
             print(f"drafts: {self.drafts}", file=sys.stderr)
         self.plan = memory.check(self.steps, sizes)
+        if progress and (every := self.plan.slots[1]):
+            print(f"routed experts: room for {self.plan.slots[0]} of {every} on the device", file=sys.stderr)
         if sizes:
             self.steps.get_all(self.steps.calls(sizes))
         self.stats = Stats(compile_seconds=self.steps.seconds)
@@ -161,9 +168,15 @@ class ModelRunner:
             kv.empty, self.cfg, settings.numerics, settings.dtype, sharding=self.steps.everywhere
         )
         if isinstance(checkpoint, Synthetic):
-            self.weights = weights.init_random(self.steps.tree, self.cfg, checkpoint.seed, self._compute.mesh)
+            self.weights = weights.init_random(
+                self.steps.tree, self.cfg, checkpoint.seed, self._compute.mesh, self._place
+            )
         else:
-            self.weights, _ = load(checkpoint, self._compute.mesh, progress, wide=self.steps.wide)
+            on_host = bool(self.steps.slots)
+            self.weights, _ = load(checkpoint, self._compute.mesh, progress, wide=self.steps.wide, on_host=on_host)
+        if experts := self.steps.cache.experts:
+            here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+            self._fill = jax.jit(functools.partial(residency.fill, experts), out_shardings=here)
         counts = (0, *self.steps.draft_counts)
         self._call_sizes = {n: CallSizes(self.batch, functools.partial(self._prepare, n)) for n in counts}
         self._later: set[int] = set()  # lengths of chunks that are being compiled for
@@ -174,11 +187,25 @@ class ModelRunner:
         for name in ("cache", "_results"):  # what is left of them makes room first
             vars(self).pop(name, None)
         self.cache = self._empty(self.batch, self.settings.ctx)
+        if self.steps.slots:
+            self.cache = kv.with_experts(self.cache, self._fill(self.weights.ffn.experts))
         self.lengths, self._sampling = [0] * self.batch, [Sampling()] * self.batch
         results = self.steps.results
         self._results = tuple(jnp.zeros(x.shape, x.dtype, device=x.sharding) for x in results)  # of the last block
         self._drafted: dict[int, tuple[Array, ...]] = {}  # of the last rounds, by the number of drafts
         self._arguments: dict[str, list[tuple[Any, Any]]] = {}  # of each step's last call, on the host and the device
+
+    def _place(self, spec: weights.WeightSpec, made: Any) -> Any:
+        """A weight that was made at random, in the memory that it belongs to."""
+        return jax.device_put(made, residency.host_memory()) if self.steps.slots and residency.hosted(spec) else made
+
+    @property
+    def brought(self) -> tuple[int, int]:
+        """Experts that decoding found on the device, and that it had to bring there; 0 and 0 if all are there."""
+        if self.cache.experts is None:
+            return 0, 0
+        found, lacked = np.asarray(self.cache.experts.counts).tolist()
+        return found, lacked
 
     @property
     def drafts(self) -> str:
@@ -368,13 +395,14 @@ class ModelRunner:
         """
         check_prompt(tokens, self.cfg, self.settings.ctx + 1)
         chunk_streams, logits_of = _reading(self.cfg, self._compute)
-        cache = self._empty(1, self.settings.ctx)
+        cache = kv.with_experts(self._empty(1, self.settings.ctx), self.cache.experts)
         for start in range(0, len(tokens), self.settings.prefill_chunk):
             padded, n = pad(tokens[start : start + self.settings.prefill_chunk])
             size = min(SCORED, padded.size)
             left = int(n[0])
             with self._enough_memory("logits"), self.steps.refusing(padded.size):
                 s, cache = chunk_streams(self.weights, cache, padded, n)
+                self.cache = kv.with_experts(self.cache, cache.experts)  # those before were donated
                 for i in range(-(-left // size)):
                     yield logits_of(self.weights, s, np.int32(i), size), min(size, left - i * size)
 

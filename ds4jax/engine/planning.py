@@ -9,6 +9,7 @@ from ds4jax.engine import cards, memory, workspace
 from ds4jax.engine.compiled_steps import CompiledSteps
 from ds4jax.engine.memory import Plan
 from ds4jax.engine.model_runner import open_model, with_drafter
+from ds4jax.engine.routing_trace import Trace, replay
 from ds4jax.errors import ConfigError, Ds4Error
 from ds4jax.io import remote
 from ds4jax.io.checkpoint import Checkpoint, open_checkpoint
@@ -17,10 +18,13 @@ from ds4jax.io.drafter import with_drafter as checkpoint_with_drafter
 from ds4jax.io.published import DRAFTER_BYTES, DRAFTER_STAGES, published
 from ds4jax.io.synthetic import FULL, Synthetic
 from ds4jax.model import cache as kv
+from ds4jax.model import residency
 from ds4jax.profile import choose
 from ds4jax.settings import Settings
 
 MOST_BATCH = 1024
+LINK = 50e9
+"""Bytes per second that pinned host memory is taken to give through 16 lanes of PCIe 5.0, whose limit is 64e9."""
 Source = Checkpoint | Synthetic
 
 
@@ -66,8 +70,11 @@ def steps(source: Source, settings: Settings, compiled: bool = False) -> Compile
     return memory.steps(source, settings, progress=True, card=None if card and card.here() else card, compiled=compiled)
 
 
-def describe(programs: CompiledSteps) -> str:
-    """The plan as a table, and what fits besides."""
+def describe(programs: CompiledSteps, trace: Trace | None = None, link: float = LINK) -> str:
+    """The plan as a table, what fits besides, and, with experts in host memory, how fast that is.
+
+    trace: of the model's routing. link: bytes per second that host memory is taken to give.
+    """
     found = memory.plan(programs)
     lines, limit = [str(found)], found.limit
     if limit is not None:
@@ -75,7 +82,7 @@ def describe(programs: CompiledSteps) -> str:
         most = max(_most_ctx(programs), found.ctx)
         ctx = _largest(lambda n: at(n * HCA_RATIO, 1) <= limit, most // HCA_RATIO) * HCA_RATIO
         batch = _largest(lambda n: at(found.ctx, n) <= limit, MOST_BATCH)
-        layout = ", experts wide" if found.wide else ""
+        layout = ", experts wide" if found.wide else ", with room for a token's experts" if found.slots[1] else ""
         lines += [
             f"fits       {'yes' if found.fits else 'no':>9}{'' if found.workspace else '  without the workspace'}",
             f"context    {ctx or 'none':>9}  the largest that fits with batch 1{layout}",
@@ -83,9 +90,46 @@ def describe(programs: CompiledSteps) -> str:
         ]
         if programs.drafter is None and _takes_drafter(programs.source, programs.settings):
             more = DRAFTER_BYTES + rings(programs)
-            fits = "yes" if found.total + more <= limit else "no"
+            total = found.total - found.residents + _least(programs, found)
+            fits = "yes" if total + more <= limit else "no"
             lines.append(f"drafter    {fits:>9}  {more / 2**30:.2f} GiB more: its weights and its rings")
+    if found.slots[1]:
+        lines += _speeds(programs, found, trace, link)
     return "\n".join(lines)
+
+
+def _speeds(programs: CompiledSteps, found: Plan, trace: Trace | None, link: float) -> list[str]:
+    """Lines of the plan: how many experts of a decoded token are on the device, and how many tokens that allows.
+
+    A token takes no less time than to read its weights from the device's memory, and those that it lacks from the
+    host's, one after the other.
+    """
+    some, every = found.slots
+    cfg, used = programs.cfg, programs.cfg.n_layers * programs.cfg.n_experts_used
+    expert = residency.total(programs.tree, cfg) / every
+    read = found.weights - memory.per_device(programs.weights.embed) + used * expert
+    bandwidth = programs.card.bandwidth if programs.card else None
+    lines = []
+
+    def add(hits: float, what: str) -> None:
+        moved = (1 - hits) * used * expert
+        lines.append(f"hits       {hits:>9.1%}  {what}: {moved / 1e9:.2f} GB a token from host memory")
+        if bandwidth:
+            rate = 1 / (read / bandwidth + moved / link)
+            lines.append(
+                f"speed      {rate:>9.1f}  tokens/s at most, one sequence, {link / 1e9:g} GB/s from host memory"
+            )
+
+    add(some / every, "if all experts are used alike")
+    if trace:
+        told = replay(trace, [kind.layers for kind in residency.kinds(programs.tree, cfg)], programs.slots)
+        add(told.hit_rate, f"of {told.tokens} tokens decoded in the trace")
+        if told.chunks:
+            mean = told.streamed / told.chunks * expert
+            lines.append(
+                f"chunks     {told.chunks:>9}  of prompts in the trace: {mean / 1e9:.2f} GB each from host memory"
+            )
+    return lines
 
 
 def rings(programs: CompiledSteps) -> int:
@@ -116,12 +160,18 @@ def _total(programs: CompiledSteps, found: Plan) -> Callable[[int, int], int]:
         return max(workspace.predict(programs, **changes).values(), default=0)
 
     unpredicted = found.total - found.cache - predicted()
+    unpredicted += _least(programs, found) - found.residents
 
     def total(ctx: int, batch: int) -> int:
         cache = kv.nbytes(kv.abstract(programs.cfg, settings.numerics, settings.dtype, batch, ctx))
         return unpredicted + cache + predicted(ctx=ctx, batch=batch)
 
     return total
+
+
+def _least(programs: CompiledSteps, found: Plan) -> int:
+    """Bytes of the fewest slots for routed experts, of a plan that has any."""
+    return residency.least(programs.tree, programs.cfg) if found.slots[1] else 0
 
 
 def _largest(fits: Callable[[int], bool], most: int) -> int:

@@ -16,7 +16,7 @@ import numpy as np
 from jax import lax
 
 from ds4jax.config import CSA_RATIO, HCA_RATIO
-from ds4jax.model.cache import Cache
+from ds4jax.model.cache import Cache, with_experts
 from ds4jax.ops.compress import slots
 
 Planes = dict[str, np.ndarray]
@@ -185,7 +185,9 @@ def _put(cache: Cache, slot: jax.Array, first: dict[str, jax.Array], planes: dic
 
 # ---- leaves ----------------------------------------------------------------------------------------------------------
 def _leaves(cache: Cache) -> list[tuple[str, jax.Array]]:
-    return [(_name(path), x) for path, x in jax.tree_util.tree_leaves_with_path(cache)]
+    """By name. Experts are no sequence's."""
+    leaves = jax.tree_util.tree_leaves_with_path(with_experts(cache, None))
+    return [(_name(path), x) for path, x in leaves]
 
 
 def _axis(x: jax.Array) -> int:

@@ -33,7 +33,7 @@ from ds4jax.io.checkpoint import Checkpoint, Drafter, open_checkpoint
 from ds4jax.io.dialect import without_images_note
 from ds4jax.io.drafter import open_drafter
 from ds4jax.io.gguf import GGUFFile
-from ds4jax.model import weights
+from ds4jax.model import residency, weights
 from ds4jax.model.weights import Dspark, Weights, WeightSpec
 
 # JAX copies what is below 1 GiB into page-locked memory, with one thread for each plane. Small slabs keep this memory,
@@ -53,13 +53,15 @@ def load(
     progress: bool = False,
     mtp_path: str | Path | None = None,
     wide: bool = False,
+    on_host: bool = False,
 ) -> tuple[Weights, Checkpoint]:
     """Load a model file; with a mesh, every leaf is sharded as its logical axes say.
 
     Returns the weights, all of them in place, and the open checkpoint (config, metadata). Beside the weights this needs
     at most SLAB_BYTES * IN_FLIGHT bytes on the devices, and two to three times as many on the host. Raises GGUFError or
     ConfigError. progress: a bar, and what is left out, on stderr. mtp_path: a file with the MTP head, where `source`
-    has none. wide: see `weights.abstract`.
+    has none. wide: see `weights.abstract`. on_host: routed experts go to the host's pinned memory instead, one stack
+    after the other; each is there twice for a moment.
     """
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     if mtp_path is not None:
@@ -67,7 +69,7 @@ def load(
     if progress and checkpoint.left_out:
         print(without_images_note(checkpoint.left_out), file=sys.stderr)
     tree = weights.abstract(checkpoint.cfg, checkpoint.types, wide=wide)
-    w = _load(tree, checkpoint.holder, mesh, progress)
+    w = _load(tree, checkpoint.holder, mesh, progress, on_host)
     if checkpoint.drafter:
         w = dataclasses.replace(w, dspark=_load_drafter(checkpoint.drafter, checkpoint.cfg, mesh, progress))
     return w, checkpoint
@@ -89,8 +91,11 @@ def _load_drafter(drafter: Drafter, cfg: ModelConfig, mesh: jax.sharding.Mesh | 
     return _load(weights.abstract_drafter(cfg, drafter.types), lambda _: drafter.file, mesh, progress)
 
 
-def _load[Tree: (Weights, Dspark)](tree: Tree, holder: Holder, mesh: jax.sharding.Mesh | None, progress: bool) -> Tree:
-    specs, treedef = jax.tree.flatten(tree)
+def _load[Tree: (Weights, Dspark)](
+    tree: Tree, holder: Holder, mesh: jax.sharding.Mesh | None, progress: bool, on_host: bool = False
+) -> Tree:
+    every, treedef = jax.tree.flatten(tree)
+    specs = [spec for spec in every if not (on_host and residency.hosted(spec))]
     if mesh is None:
         one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         shardings = [[one] * len(jax.tree.leaves(spec.struct())) for spec in specs]
@@ -99,8 +104,28 @@ def _load[Tree: (Weights, Dspark)](tree: Tree, holder: Holder, mesh: jax.shardin
     shards = [_shards(spec, planes) for spec, planes in zip(specs, shardings, strict=True)]
     with tqdm(total=weights.nbytes(tree), unit="B", unit_scale=True, desc="loading", disable=not progress) as bar:
         _stream(holder, [shard for of_leaf in shards for shard in of_leaf], bar.update)
-    leaves = [_leaf(*parts) for parts in zip(specs, shardings, shards, strict=True)]
-    return jax.block_until_ready(jax.tree.unflatten(treedef, leaves))
+        leaves = {parts[0]: _leaf(*parts) for parts in zip(specs, shardings, shards, strict=True)}
+        with ThreadPoolExecutor(IN_FLIGHT) as pool:
+            leaves |= {spec: _to_host(holder, spec, pool, bar.update) for spec in every if spec not in leaves}
+    return jax.block_until_ready(jax.tree.unflatten(treedef, [leaves[spec] for spec in every]))
+
+
+def _to_host(holder: Holder, spec: WeightSpec, pool: ThreadPoolExecutor, advance: Callable[[float], object]) -> Any:
+    """A stack in the host's pinned memory."""
+    planes, treedef = jax.tree.flatten(spec.struct())
+    made = [np.empty(p.shape, p.dtype) for p in planes]
+    row_bytes = sum(p.shape[-1] * p.dtype.itemsize for p in planes)
+
+    def read(slab: Bounds) -> None:
+        for nth in range(*slab[0]):
+            at = (nth, *(slice(*bounds) for bounds in slab[1:]))
+            _read_tensor(holder, spec, nth, slab[1:], jax.tree.unflatten(treedef, [plane[at] for plane in made]))
+
+    slabs = list(_slabs(planes[0].shape[:-1], row_bytes))
+    for _ in pool.map(read, slabs):
+        advance(spec.nbytes / len(slabs))
+    there = residency.host_memory()
+    return jax.block_until_ready(jax.tree.unflatten(treedef, [jax.device_put(plane, there) for plane in made]))
 
 
 @dataclasses.dataclass

@@ -22,6 +22,7 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from ds4jax.config import CSA_RATIO, HCA_RATIO, ModelConfig
 from ds4jax.errors import ConfigError
+from ds4jax.model.residency import Residents
 from ds4jax.numerics import rows as num
 from ds4jax.numerics.precision import wide
 from ds4jax.ops.compress import Compressed, slots
@@ -39,6 +40,8 @@ class Cache:
     drafter, if these are there.
     csa, index: layers of ratio 4 (`index` holds the indexer's keys). hca: layers of ratio 128.
     carry: the streams of the last token, (1, B, N·E), which the MTP head joins with the next one; None without a head.
+    experts: those that are on the device, of a model whose routed experts are in host memory. They belong to no
+    sequence: no snapshot has them, and what takes or puts a sequence leaves them as they are.
     """
 
     length: Int32[Array, "B"]
@@ -47,6 +50,7 @@ class Cache:
     index: Compressed
     hca: Compressed
     carry: Float[Array, "1 B N*E"] | None = None
+    experts: Residents | None = None
 
     @property
     def batch(self) -> int:
@@ -110,21 +114,29 @@ def reset(cache: Cache, which: Bool[Array, "B"]) -> Cache:
 
 def take(cache: Cache, slots: Int32[Array, "R"]) -> Cache:
     """The sequences in some slots as a cache of their own. Within a larger program."""
-    if len(slots) == 1:  # a slice is copied faster than rows are gathered
-        return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, slots[0], 1, _sequences(x)), cache)
-    return jax.tree.map(lambda x: jnp.take(x, slots, _sequences(x), unique_indices=True, mode="clip"), cache)
+
+    def of(x: Array) -> Array:
+        if len(slots) == 1:  # a slice is copied faster than rows are gathered
+            return lax.dynamic_slice_in_dim(x, slots[0], 1, _sequences(x))
+        return jnp.take(x, slots, _sequences(x), unique_indices=True, mode="clip")
+
+    return with_experts(jax.tree.map(of, with_experts(cache, None)), cache.experts)
 
 
 def put(cache: Cache, slots: Int32[Array, "R"], part: Cache) -> Cache:
     """The cache with the sequences of `part` in some slots, all different. Within a larger program."""
-    if len(slots) == 1:
-        one = functools.partial(lax.dynamic_update_slice_in_dim, start_index=slots[0])
-        return jax.tree.map(lambda x, y: one(x, y, axis=_sequences(x)), cache, part)
 
     def set(x: Array, y: Array) -> Array:
+        if len(slots) == 1:
+            return lax.dynamic_update_slice_in_dim(x, y, slots[0], _sequences(x))
         return x.at[(slice(None),) * _sequences(x) + (slots,)].set(y, unique_indices=True, mode="promise_in_bounds")
 
-    return jax.tree.map(set, cache, part)
+    return with_experts(jax.tree.map(set, with_experts(cache, None), with_experts(part, None)), part.experts)
+
+
+def with_experts(cache: Cache, experts: Residents | None) -> Cache:
+    """The same sequences, with other experts on the device."""
+    return dataclasses.replace(cache, experts=experts)
 
 
 def _sequences(x: Array) -> int:
@@ -189,7 +201,7 @@ def restore(cache: Cache, slot: int | Array, saved: Cache) -> Cache:
         start = (0, slot, 0, 0)
         return lax.dynamic_update_slice(x, s[:, :, :n], start)
 
-    return _map_sequence(put, put_rows, cache, saved)
+    return with_experts(_map_sequence(put, put_rows, cache, saved), cache.experts)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -199,7 +211,7 @@ def clear(cache: Cache, slot: int | Array) -> Cache:
     def zero(x: Array) -> Array:
         return x.at[(slice(None),) * _sequences(x) + (slot,)].set(0)
 
-    return jax.tree.map(zero, cache)
+    return with_experts(jax.tree.map(zero, with_experts(cache, None)), cache.experts)
 
 
 def fork(cache: Cache, source: int, target: int) -> Cache:

@@ -7,6 +7,7 @@ from jaxtyping import Array, Float
 
 from ds4jax.config import ModelConfig
 from ds4jax.model.compute import Compute, Inputs, Tap
+from ds4jax.model.residency import LayerHeld
 from ds4jax.model.weights import Weights
 from ds4jax.numerics.precision import wide
 from ds4jax.ops.experts import Experts, experts, packs
@@ -19,7 +20,8 @@ def moe(
 ) -> Float[Array, "S E"]:
     """The routed experts and the shared one, of the normed h."""
     f, clamp, kernels, accumulated = w.ffn.at(layer), cfg.clamp(layer), compute.implementations, wide(h.dtype)
-    routed = Experts(f.experts.gate, f.experts.up, f.experts.down)
+    held = f.experts if isinstance(f.experts, LayerHeld) else None
+    routed = held.in_slots if held else Experts(f.experts.gate, f.experts.up, f.experts.down)
     by_id = layer < cfg.n_hash_layers
     table = (w.hash.tid2eid if by_id else w.route.bias).at(layer)
     tap(layer, "ffn", h)
@@ -40,7 +42,8 @@ def moe(
         )  # fmt: skip
     tap(layer, "routing", routing)
     with jax.named_scope("experts"):
+        routed, ids = held.bring(routing.ids, h) if held else (routed, routing.ids)
         return experts(
-            h, routing.ids, routing.weight, routed, shared, clamp=clamp, packed=routing.packed, mesh=compute.mesh,
+            h, ids, routing.weight, routed, shared, clamp=clamp, packed=routing.packed, mesh=compute.mesh,
             implementation=kernels["experts"],
         )  # fmt: skip

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
 from ds4jax.config import ModelConfig
+from ds4jax.model import residency
 from ds4jax.model.attention import attention
 from ds4jax.model.cache import Cache
 from ds4jax.model.compute import Compute, Inputs, Tap, inputs, no_tap
@@ -62,11 +63,15 @@ def run(
     if compute.mesh is not None and compute.implementations.any_pallas:
         raise Unsupported(f"kernels {compute.kernels} on a mesh of {compute.mesh.size} devices, expected one device")
     given = inputs(tokens, n, cache.length, cfg, compute.dtype)
+    held = None if cache.experts is None else residency.Held(w.ffn.experts, cache.experts)
+    if held:
+        w = residency.with_experts(w, held)
     with jax.named_scope("embedding"):
         s = streams(w.embed[given.ids].dequantize(jnp.dtype(compute.dtype)), cfg)
     for layer in range(cfg.n_layers):
         s, cache = block(s, given, w, cache, layer, cfg, compute, tap)
-    return s, dataclasses.replace(cache, length=cache.length + n)
+    experts = held and held.residents()
+    return s, dataclasses.replace(cache, length=cache.length + n, experts=experts)
 
 
 def forward(

@@ -403,8 +403,17 @@ def nbytes(tree: Weights | Dspark) -> int:
     return sum(s.nbytes for s in jax.tree.leaves(tree))
 
 
-def init_random[Tree: (Weights, Dspark)](tree: Tree, cfg: ModelConfig, seed: int = 0, mesh: Mesh | None = None) -> Tree:
-    """Random weights made on the devices, one leaf at a time; the same values for any mesh."""
+def init_random[Tree: (Weights, Dspark)](
+    tree: Tree,
+    cfg: ModelConfig,
+    seed: int = 0,
+    mesh: Mesh | None = None,
+    place: Callable[[WeightSpec, Any], Any] = lambda spec, made: made,
+) -> Tree:
+    """Random weights made on the devices, one leaf at a time; the same values for any mesh.
+
+    place: puts each leaf where it is to be.
+    """
     specs, treedef = jax.tree.flatten(tree)
     key = jax.random.key(seed)
 
@@ -418,4 +427,5 @@ def init_random[Tree: (Weights, Dspark)](tree: Tree, cfg: ModelConfig, seed: int
     programs = {kind: lowered(kind) for kind in dict.fromkeys(kinds)}
     with ThreadPoolExecutor() as pool:  # nothing but compilation, which takes most of the time, and needs no lock
         programs = dict(zip(programs, pool.map(lambda p: p.compile(), programs.values()), strict=True))
-    return jax.tree.unflatten(treedef, [programs[k](jax.random.fold_in(key, i)) for i, k in enumerate(kinds)])
+    made = (programs[k](jax.random.fold_in(key, i)) for i, k in enumerate(kinds))
+    return jax.tree.unflatten(treedef, [place(*leaf) for leaf in zip(specs, made, strict=True)])

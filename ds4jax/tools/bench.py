@@ -51,6 +51,7 @@ FLAGS = flags.FlagValues()
 cli.define_model(FLAGS)
 cli.define_synthetic(FLAGS)
 cli.define_drafts(FLAGS)
+cli.define_budget(FLAGS)
 flags.DEFINE_list(
     "acceptance", None, "How likely a draft counts as accepted if those before it do: one probability, or one for each "
     "place, 0.83,0.73,…; by default as the model says.", flag_values=FLAGS,
@@ -109,7 +110,7 @@ def main() -> None:
         if value is not None and value < least:
             raise ConfigError(f"{name}: found {value}, expected at least {least}")
     acceptance = _probabilities(FLAGS.acceptance or [])
-    overrides = {key: FLAGS[key].value for key in ("model", "batch", "prefill_chunk", *cli.DRAFTS)}
+    overrides = {key: FLAGS[key].value for key in ("model", "batch", "prefill_chunk", "device_budget_gb", *cli.DRAFTS)}
     settings = Settings.load(FLAGS.config, **overrides)
     drafts = settings.draft != "off"
     if acceptance and not drafts:

@@ -41,6 +41,7 @@ FLAGS = flags.FlagValues()
 cli.define_model(FLAGS)
 cli.define_profile(FLAGS)
 cli.define_drafts(FLAGS)
+cli.define_budget(FLAGS)
 flags.DEFINE_string("system", "", "The system prompt.", flag_values=FLAGS)
 flags.DEFINE_enum("think", "on", THINK_MODES, "Whether the model reasons first.", flag_values=FLAGS)
 flags.DEFINE_integer("max_tokens", None, "The longest answer; by default all the room.", 1, flag_values=FLAGS)
@@ -55,7 +56,7 @@ _DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
 
 def main() -> int:
     """Chat as FLAGS say, until the user leaves; → exit status. Raises Ds4Error."""
-    overrides = {key: FLAGS[key].value for key in ("model", "ctx", "profile", *cli.DRAFTS)}
+    overrides = {key: FLAGS[key].value for key in ("model", "ctx", "profile", "device_budget_gb", *cli.DRAFTS)}
     settings = Settings.load(FLAGS.config, **overrides)
     with asyncio.Runner() as loop, _line_editing():
         session = Session(loop.run, settings, lambda settings: _open(settings))

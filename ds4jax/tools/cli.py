@@ -73,6 +73,21 @@ def define_drafts(flag_values: flags.FlagValues) -> None:
     flags.DEFINE_integer("draft_tokens", None, text, flag_values=flag_values)
 
 
+def define_budget(flag_values: flags.FlagValues) -> None:
+    """Define --device_budget_gb, for tools that run a model or plan to; it replaces the config's key."""
+    text = (
+        "GiB of the GPU's memory that may be used: as many routed experts as that allows are kept there, the others in "
+        "host memory. 0: all that JAX may take, with everything in it. By default the config's."
+    )
+    flags.DEFINE_float("device_budget_gb", None, text, flag_values=flag_values)
+
+
+def define_trace_routing(flag_values: flags.FlagValues) -> None:
+    """Define --trace_routing, for tools that generate tokens."""
+    text = "A file to record in which experts the tokens go to, for `ds4jax memory --routing_trace`."
+    flags.DEFINE_string("trace_routing", None, text, flag_values=flag_values)
+
+
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed")
 """The flags of `define_sampling`: parameters of `engine.types.Sampling`."""
 

@@ -53,6 +53,8 @@ cli.define_answers(FLAGS)
 cli.define_sampling(FLAGS)
 cli.define_compute(FLAGS)
 cli.define_drafts(FLAGS)
+cli.define_budget(FLAGS)
+cli.define_trace_routing(FLAGS)
 flags.DEFINE_bool("dump_tokens", False, "Print the prompt's token ids and pieces, and stop.", flag_values=FLAGS)
 flags.DEFINE_string("dump_logprobs", None, "A JSON file for the logits behind every token.", flag_values=FLAGS)
 flags.DEFINE_integer("logprobs_top_k", 20, "Alternatives per step in --dump_logprobs.", flag_values=FLAGS)
@@ -61,7 +63,7 @@ flags.DEFINE_integer("logprobs_top_k", 20, "Alternatives per step in --dump_logp
 def main() -> int:
     """Run the tool as FLAGS say; → exit status. Raises Ds4Error."""
     source, several = _prompt_source()
-    keys = "model", "ctx", "max_tokens", "profile", "numerics", "kernels", *cli.DRAFTS
+    keys = "model", "ctx", "max_tokens", "profile", "numerics", "kernels", "device_budget_gb", *cli.DRAFTS
     settings = Settings.load(FLAGS.config, **{key: FLAGS[key].value for key in keys})
     settings.set_environment()
     checkpoint = open_with_drafter(settings)
@@ -328,10 +330,14 @@ def _engine(checkpoint: Checkpoint, settings: Settings, batch: int, requests: It
     from ds4jax.engine import compile_cache, memory, model_runner
     from ds4jax.engine.chunks import chunk_sizes
     from ds4jax.engine.engine import Engine
+    from ds4jax.engine.routing_trace import Writer
 
     compile_cache.keep_compilations()
     sizes = chunk_sizes((len(request.tokens) for request in requests), settings.prefill_chunk)
-    runner = model_runner.ModelRunner(checkpoint, settings, batch, progress=True, sizes=sizes)
+    traced: dict[str, Any] = {}
+    if FLAGS.trace_routing:
+        traced = {"record": Writer(FLAGS.trace_routing, checkpoint.cfg)}
+    runner = model_runner.ModelRunner(checkpoint, settings, batch, progress=True, sizes=sizes, **traced)
     engine = Engine(runner, sizes=sizes)
     try:
         yield engine
@@ -345,6 +351,9 @@ def _engine(checkpoint: Checkpoint, settings: Settings, batch: int, requests: It
                 print(f"{what}: {n} tokens in {seconds:.2f} s, {n / seconds:.1f} tokens/s", file=sys.stderr)
         if engine.speculation:
             print(f"drafts: {engine.speculation}", file=sys.stderr)
+        found, lacked = runner.brought
+        if asked := found + lacked:
+            print(f"experts of decoded tokens on the device: {found / asked:.1%}", file=sys.stderr)
         peak = memory.describe_peak(runner.steps)
         print(f"compilation: {stats.compile_seconds:.1f} s; {peak}", file=sys.stderr)
 

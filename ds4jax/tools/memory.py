@@ -19,9 +19,16 @@ cli.define_model(FLAGS)
 cli.define_synthetic(FLAGS)
 cli.define_device(FLAGS)
 cli.define_drafts(FLAGS)
+cli.define_budget(FLAGS)
 flags.DEFINE_integer("ctx", None, "Tokens that one sequence can hold; by default the config's.", flag_values=FLAGS)
 flags.DEFINE_integer("batch", None, "Sequences at once; by default the config's.", flag_values=FLAGS)
 flags.DEFINE_integer("prefill_chunk", None, "Tokens per prefill call; by default the config's.", flag_values=FLAGS)
+flags.DEFINE_string(
+    "routing_trace", None, "A file of --trace_routing: how often would its experts be on the device?", flag_values=FLAGS
+)
+flags.DEFINE_float(
+    "link_gb_s", 50.0, "GB/s that host memory is taken to give to the GPU.", lower_bound=0.001, flag_values=FLAGS
+)
 flags.DEFINE_bool("remote", False, "Read the header of the file on its server, and no more.", flag_values=FLAGS)
 flags.DEFINE_bool(
     "compile", True, "Compile the steps if that is possible here; without, the workspace is predicted or left out.",
@@ -31,10 +38,11 @@ flags.DEFINE_bool(
 
 def main() -> int:
     """Run the tool as FLAGS say; → exit status: 1 if the plan does not fit. Raises Ds4Error."""
-    keys = "model", "ctx", "batch", "prefill_chunk", "device", *cli.DRAFTS
+    keys = "model", "ctx", "batch", "prefill_chunk", "device", "device_budget_gb", *cli.DRAFTS
     settings = Settings.load(FLAGS.config, **{key: FLAGS[key].value for key in keys})
     settings.set_environment()
     from ds4jax.engine import compile_cache, memory, planning
+    from ds4jax.engine.routing_trace import Trace
 
     source, origin = planning.shapes(settings, FLAGS.synthetic, FLAGS.remote)
     print(origin, flush=True)
@@ -43,7 +51,8 @@ def main() -> int:
     steps = planning.steps(source, settings, compiled=FLAGS.compile)
     if FLAGS.compile and steps.can_compile and memory.plan(steps).fits:
         steps.compile_largest()
-    print(planning.describe(steps))
+    trace = Trace.read(FLAGS.routing_trace, steps.cfg) if FLAGS.routing_trace else None
+    print(planning.describe(steps, trace, FLAGS.link_gb_s * 1e9))
     found = memory.plan(steps)
     if not found.fits and FLAGS.compile and steps.card is None:
         print(memory.advice(steps))

@@ -40,6 +40,8 @@ FLAGS = flags.FlagValues()
 cli.define_model(FLAGS)
 cli.define_profile(FLAGS)
 cli.define_drafts(FLAGS)
+cli.define_budget(FLAGS)
+cli.define_trace_routing(FLAGS)
 cli.define_synthetic(FLAGS)
 flags.DEFINE_string("host", "127.0.0.1", "Address to listen at; 0.0.0.0 for all of this machine's.", flag_values=FLAGS)
 flags.DEFINE_integer("port", 8000, "0 takes a free one.", lower_bound=0, upper_bound=65535, flag_values=FLAGS)
@@ -107,7 +109,7 @@ def main() -> int:
     for host in FLAGS.allowed_hosts or ():
         if not _HOST.fullmatch(host):
             raise ConfigError(f"allowed_hosts: found {host!r}, expected the name of a host without a port, or *.NAME")
-    overrides = {key: FLAGS[key].value for key in ("model", "ctx", "profile", *cli.DRAFTS)}
+    overrides = {key: FLAGS[key].value for key in ("model", "ctx", "profile", "device_budget_gb", *cli.DRAFTS)}
     settings = Settings.load(FLAGS.config, **overrides)
     settings.set_environment()
     from ds4jax.engine.async_engine import AsyncEngine
@@ -147,6 +149,7 @@ def main() -> int:
         kv_budget_bytes=prefixes,
         prefix_budget_bytes=int(FLAGS.prefix_budget_gb * 2**30),
         trace=FLAGS.trace,
+        trace_routing=FLAGS.trace_routing,
         progress=True,
         max_waiting=FLAGS.max_waiting,
         waiting_per_client=FLAGS.max_waiting_per_key,
