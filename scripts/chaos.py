@@ -41,11 +41,14 @@ flags.DEFINE_integer("streams", 16, "How many at once.", flag_values=FLAGS)
 flags.DEFINE_integer("max_seqs", 4, "Slots of the server.", flag_values=FLAGS)
 flags.DEFINE_integer("requests", 24, "Different requests.", flag_values=FLAGS)
 flags.DEFINE_float("kill_every", 60.0, "Seconds, on average, until the process is killed; 0: never.", flag_values=FLAGS)
+flags.DEFINE_float(
+    "lost_after", 90.0, "Seconds after which a request without an end counts as lost; more where others compute, too.",
+    1.0, flag_values=FLAGS,
+)  # fmt: skip
 flags.DEFINE_integer("seed", 0, "Of the random choices.", flag_values=FLAGS)
 flags.DEFINE_list("faulty_server", None, "Be the server in which things go wrong, with these flags.", flag_values=FLAGS)
 
 DISK = 0.2  # GiB
-LOST = 90.0  # seconds after which a request without an end counts as lost
 EXPECTED = ("the model failed while it computed this", "not a finite number", "the server is stopping")
 UNANSWERABLE = {
     "/v1/chat/completions": [
@@ -169,10 +172,10 @@ class Chaos:
         i, starts = rng.randrange(len(self.asks)), self.server.starts
         give_up = rng.choice((None, None, None, 0.001, rng.uniform(0, 1), rng.uniform(0, 5)))
         try:
-            async with asyncio.timeout(LOST):
+            async with asyncio.timeout(FLAGS.lost_after):
                 said = await soak.answer(client, self.asks[i], give_up)
         except TimeoutError:
-            raise RuntimeError(f"lost: {self.asks[i]} had no end within {LOST} s") from None
+            raise RuntimeError(f"lost: {self.asks[i]} had no end within {FLAGS.lost_after:g} s") from None
         except httpx.TransportError:
             await self._excuse(starts, "the connection broke")
         except RuntimeError as error:
@@ -193,7 +196,7 @@ class Chaos:
         self.counts["cut off by a kill"] += 1
 
     async def worker(self, rng: random.Random) -> None:
-        async with httpx.AsyncClient(base_url=self.url, timeout=LOST) as client:
+        async with httpx.AsyncClient(base_url=self.url, timeout=FLAGS.lost_after) as client:
             while time.monotonic() < self.until:
                 if self.server.up:
                     await self.stream(client, rng)
@@ -203,7 +206,7 @@ class Chaos:
     async def hostile(self, rng: random.Random) -> None:
         """Requests that cannot be answered get an error that is the client's; connections say nothing, or half."""
         host, port = self.url.removeprefix("http://").split(":")
-        async with httpx.AsyncClient(base_url=self.url, timeout=LOST) as client:
+        async with httpx.AsyncClient(base_url=self.url, timeout=FLAGS.lost_after) as client:
             while time.monotonic() < self.until:
                 await asyncio.sleep(rng.uniform(0, 1))
                 with contextlib.suppress(OSError, httpx.TransportError):
@@ -226,7 +229,7 @@ class Chaos:
 
     async def health(self) -> None:
         """A client that asks how things are gets an answer, whatever else goes on."""
-        async with httpx.AsyncClient(base_url=self.url, timeout=LOST) as client:
+        async with httpx.AsyncClient(base_url=self.url, timeout=FLAGS.lost_after) as client:
             while time.monotonic() < self.until:
                 await asyncio.sleep(0.5)
                 if self.server.ended and self.server.up:

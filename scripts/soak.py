@@ -2,7 +2,8 @@
 
 First each request is answered alone, greedily. Then --streams workers send them again and again, by all four APIs, and
 disconnect from some at a random moment. It fails unless every stream that was read to its end equals the answer that
-its request got alone, no slot stays taken, and the server's memory stops growing.
+its request got alone, no slot stays taken, and the server's memory stops growing. It reports how long short requests
+waited for their first token.
 """
 
 from __future__ import annotations
@@ -52,17 +53,30 @@ def make_request(rng: random.Random) -> Ask:
     )
 
 
-async def answer(client: httpx.AsyncClient, ask: Ask, give_up: float | None = None) -> tuple[str, ...] | None:
-    """What a stream said, thoughts and text, once its last event is there. give_up: seconds until it is disconnected;
-    then None, unless it ended before. Raises RuntimeError for a stream that ends without its last event."""
+def is_short(ask: Ask) -> bool:
+    """Whether its prompt is a chunk at most, with any tokenizer."""
+    return len(json.dumps(ask[1])) < 400
+
+
+async def answer(
+    client: httpx.AsyncClient, ask: Ask, give_up: float | None = None, firsts: list[float] | None = None
+) -> tuple[str, ...] | None:
+    """What a stream said, thoughts and text, once its last event is there.
+
+    give_up: seconds until it is disconnected; then None, unless it ended before. firsts: gets the seconds to the first
+    text. Raises RuntimeError for a stream that ends without its last event.
+    """
     path, body = ask
     said: list[str] = []
+    start = time.perf_counter()
     try:
         async with asyncio.timeout(give_up), client.stream("POST", path, json=body) as response:
             if response.status_code != 200:
                 raise RuntimeError(f"{path}: {response.status_code} {(await response.aread()).decode()}")
             async for event in serving.events(response):
                 text, over = _read(path, event)
+                if text and firsts is not None and not any(said):
+                    firsts.append(time.perf_counter() - start)
                 said.append(text)
                 if over:
                     return "".join(said), over
@@ -96,6 +110,12 @@ def growth(memory: list[float]) -> float:
     return max(memory[len(memory) * 3 // 4 :]) - max(memory[: len(memory) // 2])
 
 
+def percentiles(seconds: list[float]) -> dict[str, float]:
+    """Median and 99th percentile of the seconds to the first tokens of short requests."""
+    ordered = sorted(seconds)
+    return {f"first token p{p}": round(ordered[len(ordered) * p // 100], 3) for p in (50, 99) if ordered}
+
+
 async def soak(url: str, *, seconds: float, streams: int, requests: int, seed: int) -> dict[str, Any]:
     """→ how many streams ended how, and the memory. Raises RuntimeError for the first thing that is wrong."""
     rng = random.Random(seed)
@@ -106,14 +126,14 @@ async def soak(url: str, *, seconds: float, streams: int, requests: int, seed: i
         if await answer(client, asks[0]) != alone[0]:
             raise RuntimeError("the same request, alone, was answered in two ways")
         counts: collections.Counter[str] = collections.Counter()
-        memory = []
+        memory, firsts = [], list[float]()
         start = time.monotonic()
 
         async def worker(rng: random.Random) -> None:
             while time.monotonic() - start < seconds:
                 i = rng.randrange(len(asks))
                 give_up = rng.choice((None, None, None, 0.001, rng.uniform(0, 1), rng.uniform(0, 5)))
-                said = await answer(client, asks[i], give_up)
+                said = await answer(client, asks[i], give_up, firsts if is_short(asks[i]) else None)
                 if said is not None and said != alone[i]:
                     raise RuntimeError(f"{asks[i][0]}: alone it said {alone[i]}, among others {said}")
                 counts["given up" if said is None else "equal"] += 1
@@ -136,6 +156,7 @@ async def soak(url: str, *, seconds: float, streams: int, requests: int, seed: i
     return {
         **counts,
         "seconds": round(time.monotonic() - start, 1),
+        **percentiles(firsts),
         "MiB": round(memory[-1] / 2**20),
         "MiB grown in the second half": round(grown / 2**20, 1),
     }

@@ -200,6 +200,32 @@ def test_a_client_that_takes_nothing_is_dropped():
             time.sleep(0.05)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_closes_its_side_has_left(stream):
+    """As behind nginx: from here, one that closes for sending alone looks like one that is gone."""
+    engine = FakeEngine(lambda _: "word " * 1000, delay=0.01)
+    with serving(engine) as url, connections(url, 1) as (sock,):
+        body = json.dumps(HI | {"stream": stream}).encode()
+        sock.sendall(HEAD + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        deadline = time.monotonic() + 10
+        while not engine.running:
+            assert time.monotonic() < deadline
+        sock.shutdown(socket.SHUT_WR)
+        everything(sock)
+        while engine.running:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
+def test_what_is_not_http_is_logged_seldom(engine, capfd):
+    with serving(engine) as url:
+        for _ in range(50):
+            with connections(url, 1) as (sock,):
+                sock.sendall(b"GARBAGE\r\n\r\n")
+                assert everything(sock).startswith(b"HTTP/1.1 400 ")
+    assert capfd.readouterr().err.count("Invalid HTTP request received.") == 1
+
+
 def test_a_stream_may_be_silent_for_longer_than_a_write():
     engine = FakeEngine(lambda _: "a", delay=1.0)
     with serving(engine, Options(keep_alive=60), Limits(write=0.3, head=0.3, idle=0.3)) as url:

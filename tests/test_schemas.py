@@ -46,8 +46,31 @@ def test_forms(fields, form):
 
 
 def test_json_object_with_a_schema():
-    for format, form in (({"schema": S}, S), ({}, "json_object")):
-        assert chat.read(HI | {"response_format": {"type": "json_object"} | format}).form == form
+    for format, form in (
+        ({"type": "json_object", "schema": S}, S),
+        ({"type": "json_object"}, "json_object"),
+        ({"type": "json_schema", "json_schema": {"name": "n", "schema": S}}, S),
+        ({"type": "text"}, None),
+    ):
+        fields = {"response_format": format}
+        assert chat.read(HI | fields).form == completions.read({"prompt": "x"} | fields).form == form
+
+
+def test_unknown_settings_are_named_wherever_they_are():
+    for api, body, ignored in (
+        (chat, HI | {"reasoning": {"x": 1}, "user": "u", "y": {"z": 2}}, {"reasoning.x": 1, "y": {"z": 2}}),
+        (chat, HI | {"chat_template_kwargs": {"x": None, "y": 0}}, {"chat_template_kwargs.y": 0}),
+        (chat, HI | {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": S, "x": 1}}},
+         {"response_format.json_schema.x": 1}),
+        (completions, {"prompt": "a", "stream_options": {"x": 1, "include_usage": True, "include_obfuscation": True}},
+         {"stream_options.x": 1}),
+        (completions, {"prompt": "a", "structured_outputs": {"json": S, "x": 1}}, {"structured_outputs.x": 1}),
+        (responses, {"input": "a", "text": {"verbosity": "low", "format": {"type": "text", "x": 1}}},
+         {"text.format.x": 1}),
+        (messages, HI | {"output_config": {"x": 1}, "thinking": {"type": "enabled", "y": 2}},
+         {"output_config.x": 1, "thinking.y": 2}),
+    ):  # fmt: skip
+        assert api.read(body).ignored == ignored
 
 
 @pytest.mark.parametrize(
@@ -80,8 +103,15 @@ def test_json_object_with_a_schema():
          "guided_regex: found beside response_format, expected one of them"),
         (completions, {"prompt": "x", "grammar": "g", "structured_outputs": {"choice": ["a"]}},
          "structured_outputs.choice: found beside grammar, expected one of them"),
-        (completions, {"prompt": "x", "response_format": {"type": "json_object"}},
-         'response_format: found {"type": "json_object"}, expected nothing: it is not supported'),
+        (completions, {"prompt": "x", "response_format": {"type": "json_object"}, "guided_choice": ["a"]},
+         "guided_choice: found beside response_format, expected one of them"),
+        (chat, HI | {"top_logprobs": 2}, "top_logprobs: found 2, expected logprobs: true beside it"),
+        (chat, HI | {"include_reasoning": True, "reasoning": {"exclude": True}},
+         "reasoning.exclude: found true, expected false, as include_reasoning is true"),
+        (messages, HI | {"thinking": {"type": "enabled"}, "output_config": {"effort": "none"}},
+         'output_config.effort: found "none", expected an effort: the model is to think, as thinking says'),
+        (responses, {"input": [{"type": "compaction"}]},
+         'input: found [{"type": "compaction"}], expected a message, a call or its output'),
         (completions, {"prompt": [["a"]]}, 'prompt[0][0]: found "a", expected an integer'),
         (completions, {"prompt": [1, 2.5]}, "prompt[0]: found 1, expected a string or a list"),
         (completions, {"prompt": 5}, "prompt: found 5, expected a list"),
@@ -164,16 +194,24 @@ def test_a_long_list_of_wrong_values_is_one_error():
          "enable_thinking: found false, expected true, which thinking says"),
         ({"reasoning_effort": "low", "reasoning": {"effort": "high"}},
          'reasoning.effort: found "high", expected "low", which reasoning_effort says'),
-        ({"think": True, "reasoning_effort": "none"}, "the effort: found false, expected true, which think says"),
+        ({"chat_template_kwargs": {"reasoning_effort": "max", "thinking": True}}, "max"),
+        ({"think": True, "reasoning_effort": "none"},
+         'reasoning_effort: found "none", expected an effort: the model is to think, as think says'),
+        ({"reasoning": {"effort": "high", "enabled": False}},
+         'reasoning.effort: found "high", expected "none": the model is not to think, as reasoning.enabled says'),
+        ({"chat_template_kwargs": {"reasoning_effort": "low"}, "thinking": {"type": "disabled"}},
+         'chat_template_kwargs.reasoning_effort: found "low", expected "none": the model is not to think, '
+         "as thinking says"),
     ],
 )  # fmt: skip
 def test_every_spelling_of_the_thinking_switch(fields, think):
     if ": " in think:
-        with pytest.raises(ApiError) as error:
-            chat.read(HI | fields)
-        assert str(error.value) == think
+        for read, body in ((chat.read, HI), (responses.read, {"input": "Hi"})):
+            with pytest.raises(ApiError) as error:
+                read(body | fields)
+            assert str(error.value) == think and error.value.param == think.partition(": ")[0]
     else:
-        assert chat.read(HI | fields).think == think
+        assert chat.read(HI | fields).think == responses.read({"input": "Hi"} | fields).think == think
 
 
 def test_when_the_last_message_is_continued():

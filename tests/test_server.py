@@ -340,11 +340,13 @@ def test_budgets_of_thoughts_and_tokens_that_end_an_answer():
 
 
 def test_fields_that_nobody_knows(caplog):
-    body = {"messages": HI, "user": "me", "mirostat": 2, "dry_multiplier": 0.5}
+    body = {"messages": HI, "user": "me", "reasoning": {"mirostat": 2}, "dry_multiplier": 0.5}
     with clients("t</think>Hi") as (_, _, http, _):
         for stream in (False, True):
             answer = http.post("/v1/chat/completions", json=body | {"stream": stream})
-            assert answer.headers["warning"] == '199 ds4jax "not known, and ignored: dry_multiplier, mirostat"'
+            assert (
+                answer.headers["warning"] == '199 ds4jax "not known, and ignored: dry_multiplier, reasoning.mirostat"'
+            )
         assert "dry_multiplier" in caplog.text
         assert "warning" not in http.post("/v1/chat/completions", json={"messages": HI, "user": "me"}).headers
     with clients("t</think>Hi", Options(strict=True)) as (_, _, http, _):
@@ -657,6 +659,13 @@ def test_messages_streamed():
             final = stream.get_final_message()
         assert text == final.content[1].text == "Hello!" and final.content[0].thinking == "I think."
         assert final.content[0].signature and final.stop_reason == "end_turn" and final.usage.output_tokens > 0
+        thinking: Any = {"type": "enabled", "budget_tokens": 1024, "display": "omitted"}
+        with a.messages.stream(model="m", max_tokens=99, messages=HI, thinking=thinking) as stream:
+            streamed = stream.get_final_message()
+        whole = a.messages.create(model="m", max_tokens=99, messages=HI, thinking=thinking)
+        for said in (streamed, whole):
+            assert [block.type for block in said.content] == ["thinking", "text"]
+            assert said.content[0].thinking == "" and said.content[0].signature and said.content[1].text == "Hello!"
         body = {"messages": HI, "stream": True, "max_tokens": 99}
         events = sse(http.post("/v1/messages?beta=true", json=body).text)
         assert all(name == data["type"] for name, data in events)
@@ -873,6 +882,14 @@ def test_what_responses_send_comes_back():
             model="m", messages=[*HI, {"role": "assistant", "content": [items[2]["content"][0]]}, *HI]
         )
         assert "</think>No<｜end▁of▁sentence｜>" in prompt(engine)
+        refused = {"role": "assistant", "content": None, "refusal": "No"}
+        o.chat.completions.create(model="m", messages=[*HI, refused, *HI])
+        assert "</think>No<｜end▁of▁sentence｜>" in prompt(engine)
+        called = {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}}
+        with pytest.raises(
+            openai.BadRequestError, match=r"messages\[1\].function_call: found one, expected tool_calls"
+        ):
+            o.chat.completions.create(model="m", messages=[*HI, called, *HI])
 
 
 def test_documents_of_text_are_read():
@@ -1201,8 +1218,10 @@ def test_paths_of_other_base_urls():
             assert f'path="{canonical}",status="200"' in http.get("/metrics").text
         assert http.post("/anthropic/v1/messages", json={}).json()["type"] == "error"
         assert http.post("/anthropic/v1/messages/count_tokens", json={"messages": HI}).json()["input_tokens"] > 0
-        (model,) = http.get("/models").json()["data"]
-        assert model["max_model_len"] == 4096 and model["root"] == model["id"]
+        for path in ("/v1/models", "/models", "/beta/models", "/anthropic/v1/models"):
+            (model,) = http.get(path).json()["data"]
+            assert model["max_model_len"] == 4096 and model["root"] == model["id"]
+            assert http.get(f"{path}/x").json()["id"] == "x"
         assert http.get("/ping").status_code == 200 and http.get("/version").json()["version"]
 
 

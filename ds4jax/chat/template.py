@@ -211,7 +211,9 @@ def normalise_tools(tools: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any
             schema = "input_schema" if "input_schema" in tool else "parameters"
             types = ("function", "custom") if schema == "input_schema" else ("function",)
             if tool.get("type", "function") not in types:
-                raise Ds4Error(f"{where}.type: found {tool['type']!r}, expected 'function'")
+                raise Ds4Error(
+                    f"{where}.type: found {show(tool['type'])}, expected 'function', or a tool with input_schema"
+                )
             keys = {"name": "name", "description": "description", "parameters": schema}
             function = {key: tool[source] for key, source in keys.items() if source in tool}
         _check(f"{where}.name", function.get("name"), str, "a string")
@@ -324,9 +326,13 @@ def _text(message: Mapping[str, Any], where: str, optional: bool = False) -> str
 
 def _assistant(message: Mapping[str, Any], where: str) -> _Assistant:
     name = _reasoning_field(message)
-    reasoning = message.get(name)
+    reasoning, refusal = message.get(name), message.get("refusal")
     _check(f"{where}.{name}", reasoning, str | None, "a string")
-    return _Assistant(reasoning or "", _text(message, where, optional=True), _calls(message, where))
+    _check(f"{where}.refusal", refusal, str | None, "a string")
+    if message.get("function_call") is not None:
+        raise Ds4Error(f"{where}.function_call: found one, expected tool_calls in its place")
+    text = _text(message, where, optional=True) or refusal or ""
+    return _Assistant(reasoning or "", text, _calls(message, where))
 
 
 def _reasoning_field(message: Mapping[str, Any]) -> str:

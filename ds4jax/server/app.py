@@ -84,6 +84,8 @@ APIS = {
     "/v1/responses": Api(responses.read, ResponsesReply),
 }
 
+MODELS = "/v1", "", "/beta", "/anthropic/v1"  # where /models is, too
+
 
 def _aliases(path: str) -> list[str]:
     """The paths of an API: its own, the one without /v1, and those of DeepSeek's own service."""
@@ -109,8 +111,8 @@ def make_app(engine: AsyncEngine, options: Options | None = None, replay: Replay
         Route("/detokenize", server.call(lambda body: tokens.detokenize(engine, body)), methods=["POST"]),
         Route("/apply-template", server.call(server.apply_template), methods=["POST"]),
         Route("/metrics", server.show_metrics),
-        *(Route(f"{start}/models", server.models) for start in ("/v1", "")),
-        *(Route(f"{start}/models/{{id:path}}", server.model) for start in ("/v1", "")),
+        *(Route(f"{start}/models", server.models) for start in MODELS),
+        *(Route(f"{start}/models/{{id:path}}", server.model) for start in MODELS),
         *(
             Route(f"{alias}/count_tokens", server.call(server.count_tokens), methods=["POST"])
             for alias in _aliases("/v1/messages")
@@ -221,8 +223,8 @@ class _Server:
         else:
             ask = responses.read(body, self.stored) if api.reply is ResponsesReply else api.read(body)
         if ask.ignored and self.options.strict:
-            name = ask.ignored[0]
-            raise base.wrong(name, body[name], "nothing: it is not known")
+            name, value = next(iter(ask.ignored.items()))
+            raise base.wrong(name[:100], value, "nothing: it is not known")
         return dataclasses.replace(ask, think=ask.think or ("off" if think == "off" else "on"))
 
     @staticmethod
@@ -230,7 +232,7 @@ class _Server:
         """The header that names fields of the request that are not known, if there are any; they are logged, too."""
         if not ask.ignored:
             return {}
-        text = json.dumps("not known, and ignored: " + ", ".join(name[:40] for name in ask.ignored[:20]))
+        text = json.dumps("not known, and ignored: " + ", ".join(name[:40] for name in [*ask.ignored][:20]))
         _LOG.warning("fields of a request: %s", text)
         return {"warning": f"199 ds4jax {text}"}
 

@@ -29,10 +29,10 @@ class Ask:
     logprobs: None, or how many of the likeliest tokens to report beside each token of the text.
     other_prompts: to be continued too; n: how many answers to each prompt; echo_prompt: whether these begin with the
         prompt (Completions; n in Chat Completions, too).
-    include_usage: a last chunk with the usage (Chat Completions, Completions). summary: thoughts are shown (Chat
-        Completions, Responses).
+    include_usage: a last chunk with the usage; token_ids: those of prompt and answer are reported (Chat Completions,
+        Completions). summary: thoughts are shown.
     echo: fields that Responses repeats in its answer. keep: the input that is to be kept with it, or None.
-    ignored: names of fields in the body that nothing here knows, and which may have been meant to change the reply.
+    ignored: fields of the body that nothing here knows, which may have been meant to change the reply; their values.
     client: the name of the key that came with it, or "".
     """
 
@@ -57,10 +57,11 @@ class Ask:
     n: int = 1
     echo_prompt: bool = False
     include_usage: bool = False
+    token_ids: bool = False
     summary: bool = False
     echo: Json = dataclasses.field(default_factory=dict)
     keep: list[Json] | None = None
-    ignored: tuple[str, ...] = ()
+    ignored: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     client: str = ""
 
     def choices(self) -> list[Ask]:

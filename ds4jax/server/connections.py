@@ -10,6 +10,7 @@ import logging
 import resource
 import signal
 import socket
+import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from types import FrameType
@@ -32,6 +33,8 @@ MOST_CONNECTIONS = 4096  # unless more are wanted
 MOST_REFUSED = 64  # refused connections that are kept a moment
 MOST_AT_ONCE = 16 << 10
 """Bytes taken of a connection before it is another's turn. A body in chunks of one byte costs 0.1 ms for each."""
+QUIET = 60.0
+"""Seconds in which uvicorn logs the same words once. It has a line for everything that is not HTTP, from whoever."""
 LAST_SECONDS = 2.0  # that clients have at the end to take what was written for them
 
 
@@ -68,6 +71,21 @@ def most_connections(wanted: int | None = None) -> int:
     if wanted is not None and wanted > room:
         raise Ds4Error(f"max_connections: found {wanted}, expected at most {room} where `ulimit -n` is {soft}")
     return min(room, MOST_CONNECTIONS) if wanted is None else wanted
+
+
+class _Seldom(logging.Filter):
+    """Lets each of uvicorn's warnings, of which there are few, pass once in QUIET seconds."""
+
+    def __init__(self):
+        super().__init__()
+        self._said: dict[str, float] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        now, text = time.monotonic(), str(record.msg)
+        if record.levelno > logging.WARNING or now - self._said.get(text, float("-inf")) > QUIET:
+            self._said[text] = now
+            return True
+        return False
 
 
 class Connection(H11Protocol):
@@ -136,6 +154,7 @@ class Server(uvicorn.Server):
     ):
         config = uvicorn.Config(app, loop="asyncio", http=H11Protocol, ws="none", log_level="warning", lifespan="off")
         super().__init__(config)
+        logging.getLogger("uvicorn.error").filters = [_Seldom()]
         self._listener, self._limits, self._begun, self._close = listener, limits or Limits(), begun, close
         self._refused = collections.deque[tuple[float, socket.socket]]()
         text = f"connections: found {self._limits.connections} already, expected fewer; try again"

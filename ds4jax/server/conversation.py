@@ -83,8 +83,8 @@ class Conversation:
     """An async iterator over the events of one answer; see the module.
 
     Attributes: ask; usage; prompt (token ids); logprobs (of the text, so far) and prompt_logprobs (of the prompt that
-    the text begins with); arrived, started, first, last: when it was submitted, when the prompt began to be computed,
-    and when the first and the last token came.
+    the text begins with); sampled (token ids, so far); arrived, started, first, last: when it was submitted, when the
+    prompt began to be computed, and when the first and the last token came.
     """
 
     def __init__(
@@ -98,6 +98,8 @@ class Conversation:
         self._shown = 0  # characters of the text that are out, up to the first call
         self._spelled = 0  # characters whose log-probabilities are in `logprobs`
         self._taken = 0  # log-probabilities that `new_logprobs` has given
+        self.sampled: list[int] = []
+        self._told = 0  # token ids that `new_tokens` has given
         self._called = False  # whether a call is finished
         tokenizer = engine.tokenizer
         self._spell = StreamDecoder(tokenizer)
@@ -135,6 +137,12 @@ class Conversation:
         """Those of `logprobs` that have come since the last call."""
         new = self.logprobs[self._taken :]
         self._taken += len(new)
+        return new
+
+    def new_tokens(self) -> list[int]:
+        """Those of `sampled` that have come since the last call."""
+        new = self.sampled[self._told :]
+        self._told += len(new)
         return new
 
     def cancel(self) -> None:
@@ -203,6 +211,7 @@ class Conversation:
 
     def _token(self, token: Token) -> list[Event]:
         self.last = _now()
+        self.sampled.append(token.id)
         if not self.usage.completion:
             self.first = self.last
             self._flush()

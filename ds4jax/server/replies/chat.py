@@ -41,14 +41,16 @@ class ChatChoice(Choice):
     ) -> list[dict[str, Any]]:
         head = [] if self._begun else [self.part(self._logprobs([]), delta={"role": "assistant", "content": ""})]
         self._begun = True
-        return [*head, self.part(self._logprobs(logprobs or []), finish, delta=delta)]
+        tokens = self.conversation.new_tokens()
+        return [*head, self.part(self._logprobs(logprobs or []), finish, tokens, delta=delta)]
 
     def whole(self) -> dict[str, Any]:
         """The assistant's message; thoughts under DeepSeek's name and under the one of OpenRouter and newer vLLM."""
         message = dict(self.conversation.message)
         thought = message.pop("reasoning_content", None)
         message |= {"reasoning_content": thought, "reasoning": thought} if thought and self.ask.summary else {}
-        return self.part(self._logprobs(self.conversation.logprobs), self.conversation.finish, message=message)
+        talk = self.conversation
+        return self.part(self._logprobs(talk.logprobs), talk.finish, talk.sampled, message=message)
 
     def _logprobs(self, logprobs: list[Logprob]) -> dict[str, Any] | None:
         if self.ask.logprobs is None:
@@ -57,7 +59,19 @@ class ChatChoice(Choice):
 
 
 class ChatReply(ChoicesReply):
+    """With token ids, those of the prompt are in the object, in a stream in the first chunk of each choice."""
+
     id_start, kind, chunk_kind, choice = "chatcmpl-", "chat.completion", "chat.completion.chunk", ChatChoice
+
+    def whole(self) -> dict[str, Any]:
+        return super().whole() | self._prompt_ids()
+
+    def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        begins = any("role" in choice["delta"] for choice in choices)
+        return super()._chunk(choices) | (self._prompt_ids() if begins else {})
+
+    def _prompt_ids(self) -> dict[str, Any]:
+        return {"prompt_token_ids": self.conversation.prompt} if self.ask.token_ids else {}
 
 
 def entries(logprobs: Sequence[Logprob]) -> list[dict[str, Any]]:

@@ -25,9 +25,13 @@ class Choice:
     def whole(self) -> dict[str, Any]:
         raise NotImplementedError
 
-    def part(self, logprobs: Any, finish: Finish | None = None, **said: Any) -> dict[str, Any]:
+    def part(
+        self, logprobs: Any, finish: Finish | None = None, tokens: Sequence[int] = (), **said: Any
+    ) -> dict[str, Any]:
+        """tokens: the ids that were sampled for it, whether or not they show."""
+        ids = {"token_ids": tokens} if self.ask.token_ids else {}
         reason = finish and ("stop" if finish.reason in ("stop_sequence", "error") else finish.reason)
-        return {"index": self._index, **said, "logprobs": logprobs, "finish_reason": reason}
+        return {"index": self._index, **said, "logprobs": logprobs, "finish_reason": reason} | ids
 
 
 class ChoicesReply(Reply):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 from ds4jax.chat.parser import Event, Finish, TextDelta
@@ -11,24 +12,28 @@ from ds4jax.server.replies.choices import Choice, ChoicesReply
 
 
 class CompletionChoice(Choice):
-    """An answer of Completions; the prompt comes first if it was asked for, in a stream with the first token."""
+    """An answer of Completions; the prompt comes first if it was asked for, in a stream with the first token.
+
+    With token ids, those of the prompt are in the choice, in a stream in its first part.
+    """
 
     def __init__(self, conversation: Conversation, index: int):
         super().__init__(conversation, index)
-        self._offset, self._echoes = 0, self.ask.echo_prompt
+        self._offset, self._echoes, self._begun = 0, self.ask.echo_prompt, False
 
     def on(self, e: Event) -> list[dict[str, Any]]:
         if not isinstance(e, TextDelta | Finish):
             return []
         said, finish = (e.text, None) if isinstance(e, TextDelta) else ("", e)
-        return [*self._echo(), self._part(said, self.conversation.new_logprobs(), finish)]
+        talk = self.conversation
+        return [*self._echo(), self._part(said, talk.new_logprobs(), finish, talk.new_tokens())]
 
     def whole(self) -> dict[str, Any]:
-        text, finish = self.conversation.message["content"], self.conversation.finish
+        talk = self.conversation
+        text, logprobs = talk.message["content"], talk.logprobs
         if self._echoes:
-            logprobs = self.conversation.prompt_logprobs + self.conversation.logprobs
-            return self._part(self.conversation.prompt_text + text, logprobs, finish)
-        return self._part(text, self.conversation.logprobs, finish)
+            text, logprobs = talk.prompt_text + text, talk.prompt_logprobs + logprobs
+        return self._part(text, logprobs, talk.finish, talk.sampled)
 
     def _echo(self) -> list[dict[str, Any]]:
         if not self._echoes:
@@ -36,8 +41,12 @@ class CompletionChoice(Choice):
         self._echoes = False
         return [self._part(self.conversation.prompt_text, self.conversation.prompt_logprobs)]
 
-    def _part(self, text: str, logprobs: list[Logprob], finish: Finish | None = None) -> dict[str, Any]:
-        return self.part(self._logprobs(logprobs), finish, text=text)
+    def _part(
+        self, text: str, logprobs: list[Logprob], finish: Finish | None = None, tokens: Sequence[int] = ()
+    ) -> dict[str, Any]:
+        ids = {} if self._begun or not self.ask.token_ids else {"prompt_token_ids": self.conversation.prompt}
+        self._begun = True
+        return self.part(self._logprobs(logprobs), finish, tokens, text=text) | ids
 
     def _logprobs(self, logprobs: list[Logprob]) -> dict[str, Any] | None:
         if self.ask.logprobs is None:

@@ -40,7 +40,8 @@ class MessagesReply(Reply):
     def on(self, e: Event, index: int = 0) -> bytes:
         match e:
             case ThinkingDelta(text):
-                return self._enter("thinking") + self._delta("thinking_delta", thinking=text)
+                out = self._enter("thinking")
+                return out + (self._delta("thinking_delta", thinking=text) if self.ask.summary else b"")
             case TextDelta(text):
                 return self._enter("text") + self._delta("text_delta", text=text)
             case ToolCallFinished():
@@ -62,7 +63,8 @@ class MessagesReply(Reply):
     def whole(self) -> dict[str, Any]:
         message, content = self.conversation.message, []
         if thoughts := message.get("reasoning_content"):
-            content.append({"type": "thinking", "thinking": thoughts, "signature": _SIGNATURE})
+            shown = thoughts if self.ask.summary else ""
+            content.append({"type": "thinking", "thinking": shown, "signature": _SIGNATURE})
         if text := message["content"]:
             content.append({"type": "text", "text": text})
         for call in message.get("tool_calls", ()):

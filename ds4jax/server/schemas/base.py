@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Iterable, Sequence
-from typing import Annotated, Any, Literal, cast
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
@@ -13,7 +13,6 @@ from ds4jax.chat import template
 from ds4jax.chat.calls import Calling
 from ds4jax.engine.form import Form, Pattern, quoted
 from ds4jax.engine.types import Sampling
-from ds4jax.profile import EFFORTS
 from ds4jax.server.ask import Json
 from ds4jax.server.errors import ApiError
 
@@ -38,17 +37,7 @@ type BudgetTokens = Annotated[Annotated[int, Field(ge=0)] | None, BeforeValidato
 type Answers = Annotated[int, Field(ge=1, le=MAX_ANSWERS)]
 type TopLogprobs = Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)]
 type TokenId = Annotated[int, Field(ge=0)]
-type Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max", "ultra"]  # the keys of `EFFORTS`
 type Unsupported = None
-
-
-# Fields of clients that change no reply.
-_WITHOUT_EFFECT = {
-    "user", "metadata", "store", "service_tier", "prompt_cache_key", "prompt_cache_retention", "safety_identifier",
-    "prediction", "include", "client_metadata", "request_id", "priority", "cache_prompt", "id_slot", "cache_salt",
-    "return_progress", "timings_per_token", "cache_control", "container", "inference_geo", "stream_options", "user_id",
-    "truncation", "max_tool_calls",
-}  # fmt: skip
 
 
 class Schema(BaseModel):
@@ -62,14 +51,36 @@ class Schema(BaseModel):
         return {k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else value
 
 
-class Body(Schema):
+class Options(Schema):
+    """An object that says how the reply is to be. Fields that are not known are kept, for `unknown`."""
+
+    model_config = ConfigDict(extra="allow")
+    without_effect: ClassVar[frozenset[str]] = frozenset()  # names that clients send and that change no reply
+
+
+def unknown(options: Options, where: str = "") -> Iterator[tuple[str, Any]]:
+    """The fields that are not known, in `options` and in those within, by path; with their values."""
+    for name, value in (options.model_extra or {}).items():
+        if name not in options.without_effect:
+            yield where + name, value
+    for name, field in type(options).model_fields.items():
+        if isinstance(inner := getattr(options, name), Options):
+            yield from unknown(inner, f"{where}{field.alias or name}.")
+
+
+class Body(Options):
     """The fields that mean the same in all four APIs.
 
     The bounds are what `Sampling` does not bound itself: a number beyond float32 would only fail on the device. As with
     vLLM, top_k of -1 is off, top_p of 0 takes the likeliest token, and ignore_eos goes on to the limit.
     """
 
-    model_config = ConfigDict(extra="allow")  # `common` names what is not known
+    without_effect = frozenset({
+        "user", "metadata", "store", "service_tier", "prompt_cache_key", "prompt_cache_retention", "safety_identifier",
+        "prediction", "include", "client_metadata", "request_id", "priority", "cache_prompt", "id_slot", "cache_salt",
+        "return_progress", "timings_per_token", "cache_control", "container", "inference_geo", "stream_options",
+        "user_id", "truncation", "max_tool_calls",
+    })  # fmt: skip
 
     model: str = ""
     stream: bool = False
@@ -93,7 +104,7 @@ class Body(Schema):
             "stream": self.stream,
             "sampling": self._sampling(),
             "stop_ids": frozenset(self.stop_token_ids),
-            "ignored": tuple(sorted((self.model_extra or {}).keys() - _WITHOUT_EFFECT)),
+            "ignored": dict(sorted(unknown(self))),
         }
 
     def _sampling(self) -> Sampling:
@@ -121,47 +132,58 @@ def _bias(id: str, value: Any) -> tuple[int, float]:
     return int(id), float(value)
 
 
-class StreamOptions(Schema):
+class StreamOptions(Options):
+    without_effect = frozenset({"include_obfuscation"})
+
     include_usage: bool = False
 
 
-class Thinking(Schema):
-    type: Literal["enabled", "disabled", "adaptive"]
-    budget_tokens: BudgetTokens | None = None
-
-    @property
-    def on(self) -> bool:
-        return self.type != "disabled"
-
-
-class TextFormat(Schema):
+class TextFormat(Options):
     type: Literal["text"]
 
 
-class ObjectFormat(Schema):
+class ObjectFormat(Options):
     type: Literal["json_object"]
     schema_: Json | None = Field(None, alias="schema")
 
 
-class SchemaFormat(Schema):
+class JsonSchema(Options):
+    without_effect = frozenset({"name", "description", "strict"})  # schemas are enforced in any case
+
+    schema_: Json = Field(alias="schema")
+
+
+class SchemaFormat(Options):
+    without_effect = JsonSchema.without_effect
+
     type: Literal["json_schema"]
     schema_: Json = Field(alias="schema")
 
 
+class NestedFormat(Options):
+    type: Literal["json_schema"]
+    json_schema: JsonSchema
+
+
 type Format = Annotated[TextFormat | ObjectFormat | SchemaFormat, Field(discriminator="type")]
+type ChatFormat = Annotated[TextFormat | ObjectFormat | NestedFormat, Field(discriminator="type")]
 
 
-def form_of(format: TextFormat | ObjectFormat | SchemaFormat | None) -> Form | None:
+def form_of(format: TextFormat | ObjectFormat | SchemaFormat | NestedFormat | None) -> Form | None:
     """The value of `Ask.form` for a format."""
-    if format is None or isinstance(format, TextFormat):
-        return None
-    return "json_object" if format.schema_ is None else format.schema_
+    match format:
+        case None | TextFormat():
+            return None
+        case NestedFormat(json_schema=inner):
+            return inner.schema_
+        case _:
+            return "json_object" if format.schema_ is None else format.schema_
 
 
 type Choices = Some[str]
 
 
-class Structured(Schema):
+class Structured(Options):
     """vLLM's structured_outputs."""
 
     json_: Json | str | None = Field(default=None, alias="json")
@@ -173,9 +195,17 @@ class Structured(Schema):
     whitespace_pattern: Unsupported = None
 
 
-class Guided(Body):
-    """The fields by which clients of vLLM and llama.cpp say what an answer must be (Chat Completions, Completions)."""
+class Choosing(Body):
+    """What Chat Completions and Completions have in common: choices, and all the fields for what these must be.
 
+    These fields are OpenAI's, vLLM's and llama.cpp's. return_token_ids, vLLM's: of prompt and answer.
+    """
+
+    n: Answers = 1
+    stop: Stops = []
+    stream_options: StreamOptions = StreamOptions()
+    return_token_ids: bool = False
+    response_format: ChatFormat | None = None
     guided_json: Json | str | None = None
     guided_regex: str | None = None
     guided_choice: Choices | None = None
@@ -185,11 +215,19 @@ class Guided(Body):
     grammar: str | None = None
     json_schema: Json | None = None
 
-    def form(self, response_format: Form | None = None) -> Form | None:
+    def common(self) -> dict[str, Any]:
+        return super().common() | {
+            "form": self.form(),
+            "stop": stops(self.stop),
+            "include_usage": self.stream_options.include_usage,
+            "token_ids": self.return_token_ids,
+        }
+
+    def form(self) -> Form | None:
         """The value of `Ask.form`. Raises ApiError if several fields give one."""
         inner = self.structured_outputs
         said = {
-            "response_format": response_format,
+            "response_format": form_of(self.response_format),
             "json_schema": self.json_schema,
             "guided_json": _read_json("guided_json", self.guided_json),
             "structured_outputs.json": _read_json("structured_outputs.json", inner.json_),
@@ -233,15 +271,6 @@ def _read_json(where: str, schema: Json | str | None) -> Json | None:
     if not isinstance(value, dict):
         raise wrong(where, schema, f"a JSON schema of at most {MAX_SCHEMA} characters")
     return value
-
-
-def think(switch: bool | None, effort: Effort | None) -> str:
-    """The value of `Ask.think` for a switch and an effort, either of which may be absent."""
-    if switch is False:
-        return "off"
-    if effort is None:
-        return "" if switch is None else "on"
-    return EFFORTS[effort]
 
 
 class Named(Schema):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -10,31 +9,7 @@ from pydantic import Field
 from ds4jax.chat.calls import Calling
 from ds4jax.server.ask import Ask, Json
 from ds4jax.server.schemas import base
-
-
-class JsonSchema(base.Schema):
-    schema_: Json = Field(alias="schema")
-
-
-class NestedFormat(base.Schema):
-    type: Literal["json_schema"]
-    json_schema: JsonSchema
-
-
-type Format = Annotated[base.TextFormat | base.ObjectFormat | NestedFormat, Field(discriminator="type")]
-
-
-class TemplateKwargs(base.Schema):
-    """What vLLM and llama.cpp hand to a chat template: the two names that templates have for the same switch."""
-
-    thinking: bool | None = None
-    enable_thinking: bool | None = None
-
-
-class Reasoning(base.Schema):
-    effort: base.Effort | None = None
-    enabled: bool | None = None
-    max_tokens: base.BudgetTokens | None = None
+from ds4jax.server.schemas.thinking import Thinks
 
 
 class Function(base.Schema):
@@ -55,30 +30,18 @@ class Allowed(base.Schema):
 type ToolChoice = Annotated[Function | Allowed, Field(discriminator="type")]
 
 
-class Chat(base.Guided):
+class Chat(base.Choosing, Thinks):
     messages: base.Some[Any]
     tools: list[Any] = []
     tool_choice: Literal["auto", "none", "required"] | ToolChoice = "auto"
     parallel_tool_calls: bool = True
-    thinking: bool | base.Thinking | None = None
-    think: bool | None = None
-    enable_thinking: bool | None = None
-    chat_template_kwargs: TemplateKwargs = TemplateKwargs()
-    reasoning: Reasoning = Reasoning()
-    reasoning_effort: base.Effort | None = None
-    thinking_token_budget: base.BudgetTokens | None = None
-    thinking_budget_tokens: base.BudgetTokens | None = None
-    include_reasoning: bool = True
+    include_reasoning: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
-    response_format: Format | None = None
     max_tokens: base.Limit | None = None
     max_completion_tokens: base.Limit | None = None
     logprobs: bool = False
     top_logprobs: base.TopLogprobs = 0
-    stop: base.Stops = []
-    stream_options: base.StreamOptions = base.StreamOptions()
-    n: base.Answers = 1
     modalities: list[Literal["text"]] = []
     audio: base.Unsupported = None
     functions: base.Unsupported = None
@@ -86,35 +49,19 @@ class Chat(base.Guided):
     web_search_options: base.Unsupported = None
 
     def thinks(self) -> str:
-        """The value of `Ask.think`. Raises ApiError if the fields that clients use for it contradict each other."""
-        _agreed({"reasoning_effort": self.reasoning_effort, "reasoning.effort": self.reasoning.effort})
-        effort = self.reasoning_effort or self.reasoning.effort
-        switches = {
-            "think": self.think,
-            "thinking": self.thinking.on if isinstance(self.thinking, base.Thinking) else self.thinking,
-            "enable_thinking": self.enable_thinking,
-            "chat_template_kwargs.thinking": self.chat_template_kwargs.thinking,
-            "chat_template_kwargs.enable_thinking": self.chat_template_kwargs.enable_thinking,
-            "reasoning.enabled": self.reasoning.enabled,
-        }
-        if effort == "none":
-            switches["the effort"] = False
-        switch = _agreed(switches)
-        if switch is None and effort is None and self.model == "deepseek-chat":
-            switch = False
-        return base.think(switch, effort)
+        return super().thinks() or ("off" if self.model == "deepseek-chat" else "")
 
-    def budget(self) -> int | None:
-        """The value of `Ask.budget`. Raises ApiError if the fields for it contradict each other."""
-        inner = self.thinking.budget_tokens if isinstance(self.thinking, base.Thinking) else None
-        return _agreed(
-            {
-                "thinking.budget_tokens": inner,
-                "reasoning.max_tokens": self.reasoning.max_tokens,
-                "thinking_token_budget": self.thinking_token_budget,
-                "thinking_budget_tokens": self.thinking_budget_tokens,
-            }
-        )
+    def shows_thoughts(self) -> bool:
+        """The value of `Ask.summary`. Raises ApiError if the two fields for it contradict each other."""
+        if self.reasoning.exclude and self.include_reasoning:
+            raise base.wrong("reasoning.exclude", True, "false, as include_reasoning is true")
+        return self.include_reasoning is not False and not self.reasoning.exclude
+
+    def top(self) -> int | None:
+        """The value of `Ask.logprobs`. Raises ApiError for a number of them where none are wanted."""
+        if self.top_logprobs and not self.logprobs:
+            raise base.wrong("top_logprobs", self.top_logprobs, "logprobs: true beside it")
+        return self.top_logprobs if self.logprobs else None
 
     def calling(self) -> Calling:
         """The value of `Ask.calling`. Raises ApiError."""
@@ -153,19 +100,9 @@ class Chat(base.Guided):
         return out
 
 
-def _agreed[T](said: dict[str, T | None]) -> T | None:
-    """What the fields that are given say. Raises ApiError unless it is one thing."""
-    given = [(name, value) for name, value in said.items() if value is not None]
-    for name, value in given:
-        if value != given[0][1]:
-            raise base.wrong(name, value, f"{json.dumps(given[0][1])}, which {given[0][0]} says")
-    return given[0][1] if given else None
-
-
 def read(body: Json) -> Ask:
     """The `Ask` of `POST /v1/chat/completions`. Raises Ds4Error."""
     chat = base.parse(Chat, body)
-    format = chat.response_format
     return Ask(
         messages=chat.messages,
         continues=chat.continues(),
@@ -174,11 +111,8 @@ def read(body: Json) -> Ask:
         calling=chat.calling(),
         think=chat.thinks(),
         budget=chat.budget(),
-        summary=chat.include_reasoning,
-        form=chat.form(format.json_schema.schema_ if isinstance(format, NestedFormat) else base.form_of(format)),
+        summary=chat.shows_thoughts(),
         max_tokens=chat.max_completion_tokens or chat.max_tokens,
-        stop=base.stops(chat.stop),
-        logprobs=chat.top_logprobs if chat.logprobs else None,
-        include_usage=chat.stream_options.include_usage,
+        logprobs=chat.top(),
         **chat.common(),
     )

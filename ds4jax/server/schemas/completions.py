@@ -17,14 +17,10 @@ def _several(prompt: Any) -> Any:
     return prompt
 
 
-class Completions(base.Guided):
+class Completions(base.Choosing):
     prompt: Annotated[base.Some[str | base.Some[int]], BeforeValidator(_several)]
     max_tokens: base.LimitOrZero = 16  # as with OpenAI
     logprobs: base.TopLogprobs | None = None
-    stop: base.Stops = []
-    stream_options: base.StreamOptions = base.StreamOptions()
-    n: base.Answers = 1
-    response_format: base.Unsupported = None
     best_of: Literal[1] = 1
     echo: bool = False
     suffix: Literal[""] = ""
@@ -38,10 +34,7 @@ def read(body: Json) -> Ask:
         other_prompts=tuple(completions.prompt[1:]),
         n=base.answers(completions.n, len(completions.prompt)),
         echo_prompt=completions.echo,
-        form=completions.form(),
         max_tokens=completions.max_tokens,
-        stop=base.stops(completions.stop),
         logprobs=completions.logprobs,
-        include_usage=completions.stream_options.include_usage,
         **completions.common(),
     )

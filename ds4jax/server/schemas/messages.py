@@ -10,7 +10,7 @@ from pydantic import Field
 from ds4jax.chat import template
 from ds4jax.chat.calls import Calling
 from ds4jax.server.ask import Ask, Json
-from ds4jax.server.schemas import base
+from ds4jax.server.schemas import base, thinking
 
 
 # ---- content blocks --------------------------------------------------------------------------------------------------
@@ -95,9 +95,15 @@ class System(base.Schema):
 type Message = Annotated[User | Assistant | System, Field(discriminator="role")]
 
 
-class OutputConfig(base.Schema):
-    effort: base.Effort | None = None
+class OutputConfig(base.Options):
+    effort: thinking.Effort | None = None
     format: base.Format | None = None
+
+
+class Thinking(thinking.Thinking):
+    """display: "omitted" leaves of thoughts only that there was one."""
+
+    display: Literal["summarized", "omitted"] = "summarized"
 
 
 class Choice(base.Schema):
@@ -119,7 +125,7 @@ class Messages(base.Body):
     system: str | base.Items[SystemText] = ""
     tools: list[Any] = []
     tool_choice: ToolChoice = Choice(type="auto")
-    thinking: base.Thinking | None = None
+    thinking: Thinking | None = None
     output_config: OutputConfig = OutputConfig()
     output_format: base.Format | None = None  # the name of output_config.format in Anthropic's beta
     max_tokens: base.Limit | None = None
@@ -132,6 +138,16 @@ class Messages(base.Body):
             found = old.model_dump(mode="json", by_alias=True)
             raise base.wrong("output_format", found, "what output_config.format says, or nothing")
         return new or old
+
+    def thinks(self) -> str:
+        """The value of `Ask.think`: an effort beside disabled thoughts is not one of thinking, as with Anthropic.
+
+        Raises ApiError for an effort of none beside thoughts.
+        """
+        switch, effort = self.thinking and self.thinking.on, self.output_config.effort
+        if switch and effort == "none":
+            raise base.wrong("output_config.effort", effort, "an effort: the model is to think, as thinking says")
+        return thinking.think(switch, effort)
 
     def system_text(self) -> str:
         """The system prompt.
@@ -156,7 +172,7 @@ def read(body: Json, think_default: str = "on") -> Ask:
     """The `Ask` of `POST /v1/messages`. think_default: its `think` where the body does not say. Raises Ds4Error."""
     asked = base.parse(Messages, body)
     system = asked.system_text()
-    think = base.think(asked.thinking and asked.thinking.on, asked.output_config.effort) or think_default
+    think = asked.thinks() or think_default
     last = asked.messages[-1]
     if continues := isinstance(last, Assistant):
         _check_continued(last, f"messages[{len(asked.messages) - 1}].content", think)
@@ -170,6 +186,7 @@ def read(body: Json, think_default: str = "on") -> Ask:
         calling=asked.calling(),
         think=think,
         budget=asked.thinking.budget_tokens if asked.thinking else None,
+        summary=asked.thinking is None or asked.thinking.display != "omitted",
         form=base.form_of(asked.format()),
         max_tokens=asked.max_tokens,
         stop=base.stops(asked.stop_sequences),

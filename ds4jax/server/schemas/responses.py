@@ -15,6 +15,7 @@ from ds4jax.engine.form import Pattern
 from ds4jax.server.ask import Ask, Json
 from ds4jax.server.replay import NoteLog
 from ds4jax.server.schemas import base
+from ds4jax.server.schemas.thinking import Thinks
 from ds4jax.server.stored import Stored
 
 
@@ -148,11 +149,6 @@ type Tool = Annotated[Function | Custom | Hosted | Namespace, Field(discriminato
 
 
 # ---- the body --------------------------------------------------------------------------------------------------------
-class ReasoningOptions(base.Schema):
-    effort: base.Effort | None = None
-    summary: str = "none"
-
-
 class OneTool(base.Schema):
     type: Literal["function", "custom"]
     name: str
@@ -172,17 +168,18 @@ class Allowed(base.Schema):
 type ToolChoice = Annotated[OneTool | Allowed, Field(discriminator="type")]
 
 
-class TextOptions(base.Schema):
+class TextOptions(base.Options):
+    without_effect = frozenset({"verbosity"})
+
     format: base.Format | None = None
 
 
-class Responses(base.Body):
+class Responses(Thinks):
     input: base.Some[AnyItem]
     instructions: str = ""
     tools: base.Items[Tool] = []
     tool_choice: Literal["auto", "none", "required"] | ToolChoice = "auto"
     parallel_tool_calls: bool = True
-    reasoning: ReasoningOptions = ReasoningOptions()
     text: TextOptions = TextOptions()
     max_output_tokens: base.Limit | None = None
     include: list[str] = []
@@ -220,14 +217,17 @@ def read(body: Json, stored: Stored | None = None) -> Ask:
     asked = base.parse(Responses, body)
     history: list[Json] = [{"role": "system", "content": asked.instructions}] if asked.instructions else []
     history += _as_chat(asked.input)
+    if not history:
+        raise base.wrong("input", new, "a message, a call or its output")
     tools, custom, namespaces = _tools(asked.tools)
     return Ask(
         messages=history,
         tools=tools if tools and asked.tool_choice != "none" else None,
         custom_tools=custom,
         namespaces=namespaces,
-        think=base.think(None, asked.reasoning.effort),
-        summary=asked.reasoning.summary != "none",
+        think=asked.thinks(),
+        budget=asked.budget(),
+        summary=asked.reasoning.summary != "none" and not asked.reasoning.exclude,
         calling=_calling(asked, tools),
         form=base.form_of(asked.text.format),
         max_tokens=asked.max_output_tokens,
