@@ -269,7 +269,8 @@ def test_the_distribution_of_what_is_drawn(plain):
     cache = jax.tree.map(lambda x: jnp.repeat(x, at_once, axis=min(1, x.ndim - 1)), one)
     step, counted, kept = jitted(drafter), np.zeros((3, vocab)), []
     for start in range(0, draws, at_once):
-        params = [Sampling(temperature=temperature, seed=seed) for seed in range(start, start + at_once)]
+        seeds = range(start, start + at_once)
+        params = [Sampling(temperature=temperature, min_p=0.0, seed=seed) for seed in seeds]
         results = (
             np.zeros((ROUNDS, 4, at_once), np.int32), np.zeros((ROUNDS, at_once), np.int32),
             np.zeros((1, at_once), np.int32), np.zeros((at_once, vocab)),
