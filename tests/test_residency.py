@@ -73,6 +73,9 @@ def test_what_is_said_does_not_depend_on_where_experts_are(all_there, held):
     np.testing.assert_array_equal(found[0], expected[0])
     assert found[1] == expected[1]
     assert min(held.brought) > 10 and all_there.brought == (0, 0)
+    *_, planes = held.take(0)
+    held.put(1, planes, Sampling())
+    assert held.lengths[1] == held.lengths[0]
     holds_what_it_says(held)
     held.reset()
     assert held.brought == (0, 0)
