@@ -162,6 +162,8 @@ class Settings:
         if not os.environ.keys() & {"XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"}:
             os.environ["XLA_CLIENT_MEM_FRACTION"] = str(self.memory_fraction)
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", str(self.preallocate).lower())
+        if self.device_budget_gb:  # else XLA takes 64 GiB of pinned host memory at most
+            os.environ.setdefault("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", "1024")
 
 
 def names() -> list[str]:

@@ -28,6 +28,7 @@ from ds4jax.engine.types import Sampling
 from ds4jax.errors import ConfigError
 from ds4jax.io import synthetic
 from ds4jax.model import cache as kv
+from ds4jax.model.weights import Route, Stack
 from ds4jax.ops import check, tuned
 from ds4jax.settings import Settings
 from ds4jax.tools import bench, cli, limits
@@ -107,6 +108,18 @@ def small(runners, run):
     run()
     (runner,) = runners.values()
     return runner
+
+
+def test_skewed_routers_choose_by_zipfs_law():
+    """Of the scores of normal logits, how often each of 256 experts is among six, against its rank."""
+    stack = Stack((jnp.zeros((2, 256)),), ((1, 2),))
+    (bias,) = bench.skewed(Route(stack), 1.0, 0).bias.groups
+    assert bias.shape == (2, 256) and not np.array_equal(bias[0], bias[1])
+    scores = np.sqrt(np.log1p(np.exp(np.random.default_rng(0).normal(size=(4000, 256)))))
+    chosen = np.bincount(np.argsort(-scores - np.asarray(bias[0]))[:, :6].ravel(), minlength=256)
+    rank = 1 + np.argsort(np.argsort(-np.asarray(bias[0])))
+    slope = np.polyfit(np.log(rank), np.log(chosen + 0.5), 1)[0]
+    assert -1.15 < slope < -0.85 and 0.6 < chosen[rank <= 43].sum() / chosen.sum() < 0.7
 
 
 def test_frontiers():

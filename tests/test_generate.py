@@ -300,7 +300,7 @@ def test_an_interrupted_batch_job_keeps_what_it_finished(run, tmp_path, interrup
 @pytest.mark.parametrize(
     "argv, problem",
     [
-        (["--config=huge"], "config: found 'huge', expected one of h200"),
+        (["--config=huge"], "config: found 'huge', expected one of gpu24"),
         (["--ctx=1"], "ctx: found 1, expected 2 to"),
         (["--max_tokens=0"], "max_tokens: found 0, expected 1 to"),
         (["--temperature=-1", "--prompt=x"], "temperature: found -1.0, expected"),

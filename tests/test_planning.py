@@ -111,6 +111,9 @@ def test_a_card_that_is_here_is_asked_itself(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax, "local_devices", lambda: [device])
     assert cards.find("H200").here() and not cards.find("H100").here()
+    steps = CompiledSteps(synthetic.Synthetic(synthetic.FULL, synthetic.RECIPES["q2"]), Settings.load("h200"))
+    assert cards.here() is cards.find("H200")
+    assert workspace.predict(steps)["prefill"] > 2**30
 
 
 # ---- the plan --------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from test_chat import BOS, P1, P2, system, text, user
 from ds4jax import profile
 from ds4jax.errors import Ds4Error
 from ds4jax.profile import EFFORTS, THINK_MODES, Profile, choose, effort_prefix
-from ds4jax.server.schemas import base
+from ds4jax.server.schemas import thinking
 from ds4jax.settings import Settings
 
 # As published: Jinja, the tags put together from a variable.
@@ -91,7 +91,7 @@ def test_effort_prefixes(name, prefixes):
 
 
 def test_every_effort_is_a_think_mode():
-    assert list(EFFORTS) == list(get_args(base.Effort.__value__)) and set(EFFORTS.values()) < set(THINK_MODES)
+    assert list(EFFORTS) == list(get_args(thinking.Effort.__value__)) and set(EFFORTS.values()) < set(THINK_MODES)
 
 
 def test_settings_know_the_releases():

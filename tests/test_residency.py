@@ -44,10 +44,10 @@ def held(source, all_there):
         return with_slots(patch, source, SETTINGS)
 
 
-def with_slots(patch, source, settings):
+def with_slots(patch, source, settings, slots=SLOTS, record=lambda ids: recorded.append(np.array(ids))):
     """A runner that has slots without a budget, so that nothing is compiled but what it runs."""
-    steps = CompiledSteps(source, settings, record=lambda ids: recorded.append(np.array(ids)))
-    patch.setattr(memory, "steps", lambda *_, **__: steps.with_slots([SLOTS]))
+    steps = CompiledSteps(source, settings, record=record)
+    patch.setattr(memory, "steps", lambda *_, **__: steps.with_slots([slots]))
     return ModelRunner(source, settings)
 
 
@@ -73,6 +73,9 @@ def test_what_is_said_does_not_depend_on_where_experts_are(all_there, held):
     np.testing.assert_array_equal(found[0], expected[0])
     assert found[1] == expected[1]
     assert min(held.brought) > 10 and all_there.brought == (0, 0)
+    *_, planes = held.take(0)
+    held.put(1, planes, Sampling())
+    assert held.lengths[1] == held.lengths[0]
     holds_what_it_says(held)
     held.reset()
     assert held.brought == (0, 0)
@@ -117,15 +120,28 @@ def test_rounds_of_drafts_say_the_same(monkeypatch):
     assert min(runners[1].brought) > 0
 
 
+@pytest.mark.gpu
+def test_what_is_said_on_a_gpu(monkeypatch):
+    """Through the kernels."""
+    model = synthetic.Synthetic(synthetic.KERNEL, synthetic.RECIPES["q2"])
+    settings = dataclasses.replace(SETTINGS, dtype="bfloat16", kernels="pallas")
+    all_there, held = ModelRunner(model, settings), with_slots(monkeypatch, model, settings, 30, None)
+    expected, found = said(all_there), said(held)
+    np.testing.assert_array_equal(found[0], expected[0])
+    assert found[1] == expected[1] and min(held.brought) > 0
+    holds_what_it_says(held)
+
+
 def holds_what_it_says(runner):
     """Every slot has the bytes of the expert that it holds, and is found by it."""
-    experts = runner.weights.ffn.experts
+    experts, n_experts = runner.weights.ffn.experts, runner.cfg.n_experts
     assert {x.sharding.memory_kind for x in jax.tree.leaves(experts)} == {"pinned_host"}
-    for pool in runner.cache.experts.pools:
+    experts, pools = jax.device_get((experts, runner.cache.experts.pools))
+    for pool in pools:
         slot, holds = np.asarray(pool.slot), np.asarray(pool.holds)
         assert (slot >= 0).sum() == len(holds) and (slot.reshape(-1)[holds] == np.arange(len(holds))).all()
         for place, number in enumerate(holds):
-            layer, expert = pool.layers[number // CFG.n_experts], number % CFG.n_experts
+            layer, expert = pool.layers[number // n_experts], number % n_experts
             for name in ("gate", "up", "down"):
                 found = jax.tree.map(lambda x, i=place: x[i], getattr(pool.experts, name))
                 expected = jax.tree.map(lambda x, i=expert: x[i], getattr(experts, name)[layer])

@@ -126,6 +126,16 @@ def test_xla_is_told_unless_the_user_has(monkeypatch):
     ]
 
 
+def test_xla_may_have_host_memory_for_experts(monkeypatch):
+    name = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
+    monkeypatch.setenv(name, "")
+    monkeypatch.delenv(name)
+    Settings("tiny").set_environment()
+    assert name not in os.environ
+    Settings("tiny", device_budget_gb=8.0).set_environment()
+    assert int(os.environ[name]) > 73
+
+
 def test_a_file_that_nests_too_deep_is_no_toml_file(tmp_path):
     (path := tmp_path / "deep.toml").write_text("x = " + "[" * 100_000)
     with pytest.raises(ConfigError, match="not a TOML file"):

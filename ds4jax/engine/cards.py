@@ -92,6 +92,11 @@ def find(name: str) -> Card:
     raise ConfigError(f"device: found {name!r}, expected one of {', '.join(card.name for card in CARDS)}, or here")
 
 
+def here() -> Card | None:
+    """The card that this machine has, if it is one of those known."""
+    return next((card for card in CARDS if card.here()), None)
+
+
 def compiler_is_here() -> bool:
     """Whether the CUDA plugin is installed, without which nothing can be compiled for a card."""
     with contextlib.suppress(ModuleNotFoundError):

@@ -141,7 +141,8 @@ def _within_budget(asked: CompiledSteps, sizes: Iterable[int], compiled: bool) -
     if found.limit is None or found.fits:
         return asked
     always = found.total - residency.on_host(tree) + residency.whole_layer(tree, cfg)
-    unknown = 0 if found.workspace else found.limit // 16
+    expected = max(workspace.predict(asked).values(), default=found.limit // 16)
+    unknown = 0 if found.workspace else expected
     least = residency.least(tree, cfg)
     held = asked.with_slots(residency.slots_in(tree, cfg, max(found.limit - always - unknown, least)))
     if compiled and plan(held).fits:

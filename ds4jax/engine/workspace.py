@@ -14,6 +14,7 @@ import functools
 import json
 from typing import TYPE_CHECKING
 
+from ds4jax.engine import cards
 from ds4jax.engine.chunks import pad
 from ds4jax.io.synthetic import FULL
 from ds4jax.settings import CONFIG_DIR
@@ -28,9 +29,10 @@ SOURCE = f"{CONFIG_DIR.name}/{PATH.name}"
 def predict(programs: CompiledSteps, ctx: int | None = None, batch: int | None = None) -> dict[str, int]:
     """Bytes that each step needs beside weights and cache, with another ctx or batch if given.
 
-    Empty where the formula does not hold: another shape, other numerics, no kernels, several devices, no card.
+    On this machine's card, if the steps are for no other. Empty where the formula does not hold: another shape, other
+    numerics, no kernels, several devices, no card.
     """
-    card, settings, cfg = programs.card, programs.settings, programs.cfg
+    card, settings, cfg = programs.card or cards.here(), programs.settings, programs.cfg
     like = settings.numerics, settings.dtype, settings.kernels, settings.tp * settings.ep
     same = (cfg.n_layers, cfg.embed_dim, cfg.n_heads, cfg.vocab_size, cfg.n_experts, cfg.n_mtp)
     expected = (FULL.n_layers, FULL.embed_dim, FULL.n_heads, FULL.vocab_size, FULL.n_experts, FULL.n_mtp)

@@ -179,10 +179,10 @@ def _copied(host: SwiGLU, layer: int, to: SwiGLU, experts: Array, places: Array,
         def copy(weight: Weight, matrix: Any) -> Any:
             def plane(source: Array, target: Array) -> Array:
                 at = (weight.nth, experts[i], *[0] * (source.ndim - 2))
-                found = lax.dynamic_slice(source, at, (1, 1, *source.shape[2:]))[0]
-                return lax.dynamic_update_slice_in_dim(
-                    target, jax.device_put(found, jax.memory.Space.Device), places[i], 0
-                )
+                # XLA copies slices of what lies in host memory, if nothing else is done to them there.
+                found = lax.dynamic_slice(source, at, (1, 1, *source.shape[2:]))
+                found = jax.device_put(found, jax.memory.Space.Device)
+                return lax.dynamic_update_slice_in_dim(target, found[0], places[i], 0)
 
             return jax.tree.map(plane, weight.stack, matrix)
 

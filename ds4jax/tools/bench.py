@@ -42,6 +42,7 @@ if TYPE_CHECKING:  # JAX must not run before `Settings.set_environment`
     from ds4jax.engine.model_runner import ModelRunner
     from ds4jax.model.cache import Cache
     from ds4jax.model.compute import Compute
+    from ds4jax.model.weights import Route
 
 TIMED = 5  # calls with drafts that are timed
 MOST_DRAFTED = 8 * 8 * 17  # tokens that a sequence may get meanwhile: rounds of WARM + TIMED calls
@@ -55,6 +56,10 @@ cli.define_budget(FLAGS)
 flags.DEFINE_list(
     "acceptance", None, "How likely a draft counts as accepted if those before it do: one probability, or one for each "
     "place, 0.83,0.73,…; by default as the model says.", flag_values=FLAGS,
+)  # fmt: skip
+flags.DEFINE_float(
+    "skew", 0.0, "Make some experts popular: one is used as often as its rank to the power of minus this says (Zipf's "
+    "law). For random weights, which use all alike.", 0.0, 4.0, flag_values=FLAGS,
 )  # fmt: skip
 flags.DEFINE_integer("ctx_start", 2048, "The first frontier.", flag_values=FLAGS)
 flags.DEFINE_integer("ctx_max", 28672, "The last frontier.", flag_values=FLAGS)
@@ -134,6 +139,9 @@ def main() -> None:
     source = model_runner.open_model(settings, FLAGS.synthetic)
     forced: dict[str, Any] = {"acceptance": acceptance} if acceptance else {}
     loaded = model_runner.ModelRunner(source, settings, progress=True, sizes=sizes, **forced)
+    if FLAGS.skew:
+        route = skewed(loaded.weights.route, FLAGS.skew, FLAGS.seed)
+        loaded.weights = dataclasses.replace(loaded.weights, route=route)
     if FLAGS.fill is None:
         rows = sweep(loaded, points, FLAGS.gen_tokens, FLAGS.seed)
     else:
@@ -149,7 +157,29 @@ def main() -> None:
             write(path, done)
     if not path:
         _write(sys.stdout, done)
+    if sum(brought := loaded.brought):
+        print(f"experts of decoded tokens on the device: {brought[0] / sum(brought):.1%}", file=sys.stderr)
     print(memory.describe_peak(loaded.steps), file=sys.stderr)
+
+
+SPREAD = 0.14
+"""How much the logarithm of a rank counts beside a router's scores √softplus(x) of normal x, such that the six highest
+of 256 sums are as often of each rank as its power says."""
+
+
+def skewed(route: Route, exponent: float, seed: int) -> Route:
+    """Routers that prefer some experts, others in each layer. Layers that route by token id have none."""
+    import jax
+    import numpy as np
+
+    rng = np.random.default_rng(seed)
+
+    def preferences(bias: jax.Array) -> jax.Array:
+        rank = rng.permuted(np.broadcast_to(np.arange(1, bias.shape[1] + 1), bias.shape), axis=1)
+        return jax.device_put((-SPREAD * exponent * np.log(rank)).astype(np.float32), bias.sharding)
+
+    bias = dataclasses.replace(route.bias, groups=tuple(map(preferences, route.bias.groups)))
+    return dataclasses.replace(route, bias=bias)
 
 
 # ---- measuring -------------------------------------------------------------------------------------------------------

@@ -477,6 +477,10 @@ def main() -> None:
     context = FLAGS.ctx if FLAGS.ctx is not None else 0 if FLAGS.prefill else 2048
     overrides = {"model": FLAGS.model, "batch": FLAGS.batch, "prefill_chunk": FLAGS.prefill, "draft": "off"}
     settings = Settings.load(FLAGS.config, **overrides)
+    if settings.device_budget_gb:
+        raise ConfigError(
+            f"device_budget_gb: found {settings.device_budget_gb:g}, expected 0: all weights are read from the device"
+        )
     settings.set_environment()
     import jax
 
