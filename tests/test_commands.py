@@ -5,6 +5,7 @@ import pkgutil
 import runpy
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -50,6 +51,22 @@ def test_a_stderr_that_takes_nothing_stops_no_tool(stderr):
     command = f"{sys.executable} -m ds4jax memory --config tiny {stderr}"
     run = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=os.environ)
     assert run.returncode == 0 and "weights" in run.stdout
+
+
+def test_who_does_not_read_stderr_stops_nobody():
+    r, w = os.pipe()
+    with os.fdopen(w, "w") as pipe:
+        stderr = cli.Lossy(pipe)
+        begun = time.perf_counter()
+        for i in range(5000):
+            stderr.write(f"{i:>99}\n")
+        assert time.perf_counter() - begun < 5
+        read = os.read(r, 1 << 20)
+        stderr.write("again ↯\n")
+        stderr.flush()
+        assert len(read) % 100 == 0 and read.splitlines()[-1] == b"%99d" % (len(read) // 100 - 1)  # whole lines
+        assert os.read(r, 100).decode() == "again ↯\n"
+    os.close(r)
 
 
 def test_who_closes_the_guarded_stderr_closes_no_other(capfd):

@@ -32,31 +32,36 @@ HI: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}]}
 HEAD = f"POST {PATH} HTTP/1.1\r\nHost: localhost\r\n".encode()
 
 PROGRAM = """
-import asyncio, sys, time
+import asyncio, logging, sys, time
+logging.basicConfig()  # as a library does before any tool begins
 sys.path.insert(0, "tests")
 from fake_engine import FakeEngine
 from ds4jax.server import tokens
 from ds4jax.server.app import Options
 from ds4jax.server.connections import Limits, most_connections
 from ds4jax.server.replay import Replay
-from ds4jax.tools import serve
+from ds4jax.tools import cli, serve
 
 class Engine(FakeEngine):
     async def close(self, grace=0.0):
         await asyncio.to_thread(time.sleep, grace if self.running else 0)
 
 tokens.detokenize = lambda engine, body: time.sleep(60)  # work that takes its time
-engine = Engine(lambda _: "word " * 100_000, delay=0.001, ctx=1_000_000)
+engine = Engine(lambda request: "word " * min(100_000, request.max_tokens), delay=0.001, ctx=1_000_000)
 options, limits, grace = eval(sys.argv[1])
-asyncio.run(serve.serve(engine, options, Replay(), serve.bind("127.0.0.1", 0), grace, limits))
+serving = lambda: asyncio.run(serve.serve(engine, options, Replay(), serve.bind("127.0.0.1", 0), grace, limits))
+sys.exit(cli.exit_status(serving))
 """
 
 
 @contextlib.contextmanager
-def process(setting: str, descriptors: int | None = None) -> Iterator[tuple[tuple[str, int], subprocess.Popen, list]]:
+def process(
+    setting: str, descriptors: int | None = None, read: bool = True
+) -> Iterator[tuple[tuple[str, int], subprocess.Popen, list]]:
     """(address, process, lines of its stderr from "serving" on) of a server of its own.
 
-    setting: an expression, (options, limits, grace). descriptors: what `ulimit -n` says.
+    setting: an expression, (options, limits, grace). descriptors: what `ulimit -n` says. read: whether stderr is read
+    while it runs.
     """
 
     command = [sys.executable, "-c", PROGRAM, setting]
@@ -75,11 +80,14 @@ def process(setting: str, descriptors: int | None = None) -> Iterator[tuple[tupl
             raise AssertionError(lines)
         del lines[:-1]
         reader = threading.Thread(target=lambda: lines.extend(server.stderr or ()))
-        reader.start()
+        if read:
+            reader.start()
         yield ("127.0.0.1", int(found[1])), server, lines
     finally:
         server.kill()
         server.wait()
+        if not read:
+            reader.start()
         reader.join()
         server.stderr.close()
 
@@ -311,6 +319,16 @@ def test_silent_connections_do_not_stall_others(limits, logged):
                 if httpx.get(f"http://{address[0]}:{address[1]}/health", timeout=1).status_code == 200:
                     break
             assert time.monotonic() < deadline
+
+
+def test_a_log_that_nobody_reads_stops_nobody():
+    """Each of these requests is a line of 1 kB, and a pipe takes 64."""
+    fields = {f"{i}" * 40: 1 for i in range(20)}
+    with process("(Options(), None, 0.0)", read=False) as (address, _, lines):
+        with httpx.Client(base_url=f"http://{address[0]}:{address[1]}", timeout=5) as http:
+            for _ in range(120):
+                assert http.post(PATH, json=HI | {"max_tokens": 1} | fields).status_code == 200
+    assert 30 < len(lines) < 120 and "not known, and ignored" in lines[1]
 
 
 def test_a_body_in_the_smallest_chunks_does_not_stall_others():

@@ -1,7 +1,10 @@
 """Grammars that hang, grow or crash their compiler end another process, and nothing else."""
 
 import contextlib
+import os
 import random
+import signal
+import threading
 import time
 
 import pytest
@@ -63,6 +66,15 @@ def test_a_process_that_dies_is_replaced(compiler):
     compiler._process.kill()
     compiler._process.wait()
     compiler({"const": "later"}, Begin())
+
+
+def test_a_processor_that_others_use_is_not_the_grammars_fault(compiler):
+    """The process has to wait for longer than the limit, and computes for a moment."""
+    os.kill(compiler._process.pid, signal.SIGSTOP)
+    threading.Timer(1.3, os.kill, (compiler._process.pid, signal.SIGCONT)).start()
+    begun = time.perf_counter()
+    assert Matcher(compiler({"const": "slow"}, Begin())).error == ""
+    assert time.perf_counter() - begun > 1
 
 
 def test_sizes_come_first(compiler):

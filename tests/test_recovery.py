@@ -1,7 +1,9 @@
 """An exception in a step ends the requests that it belongs to. The engine goes on, and its answers are as before."""
 
 import asyncio
+import json
 import logging
+import os
 import subprocess
 import sys
 import threading
@@ -12,9 +14,12 @@ from test_async_engine import GREEDY, collect, ids, request
 
 from ds4jax.engine import async_engine
 from ds4jax.engine.async_engine import MAX_FAILURES, AsyncEngine
+from ds4jax.engine.counters import Counters
 from ds4jax.engine.model_runner import ModelRunner
 from ds4jax.engine.prefix_cache import PrefixCache
+from ds4jax.engine.sequence import Sequence
 from ds4jax.engine.types import EngineFailed, Sampling, StepFailed, Token
+from ds4jax.errors import Ds4Error
 from ds4jax.server.metrics import Metrics
 from ds4jax.server.replay import Replay
 from ds4jax.settings import Settings
@@ -131,6 +136,22 @@ def test_a_full_disk_under_the_trace_loses_lines_only(runner, alone):
     engine = AsyncEngine(runner, PrefixCache(0), trace="/dev/full")
     assert asyncio.run(answers(engine)) == alone
     assert engine.metrics()["lost_trace_lines"] == len(JOBS)
+
+
+def test_a_trace_that_nobody_reads_stops_nobody(tmp_path):
+    os.mkfifo(pipe := tmp_path / "pipe")
+    with pytest.raises(Ds4Error, match="trace: .*pipe cannot be written: "):  # and does not wait for a reader
+        Counters(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    counters = Counters(pipe)
+    seq = Sequence(request(3, 1))
+    for _ in range(1000):
+        counters.ended(seq, "stop")
+    assert 0 < counters.report()["lost_trace_lines"] < 1000
+    for line in os.read(reader, 1 << 16).splitlines():
+        assert json.loads(line)["prompt_tokens"] == 3
+    counters.close()
+    os.close(reader)
 
 
 def test_the_process_of_a_dead_engine_ends():

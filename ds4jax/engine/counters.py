@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import os
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -58,10 +59,12 @@ class Counters:
         self._token = Histogram(
             "Seconds from token to token of an answer; of a block of tokens, the mean", _TOKEN_SECONDS
         )
-        try:
-            self._trace = open(trace, "a", encoding="utf-8") if trace else None
-        except OSError as error:
-            raise Ds4Error(f"trace: {trace} cannot be written: {error.strerror}") from None
+        self._path, self._trace = trace, None
+        if trace:
+            try:  # without waiting for who reads a pipe, then or later
+                self._trace = os.open(trace, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK, 0o666)
+            except OSError as error:
+                raise Ds4Error(f"trace: {trace} cannot be written: {error.strerror}") from None
 
     def report(self) -> dict[str, Any]:
         """All totals, and the histograms under "histograms", by name."""
@@ -128,15 +131,15 @@ class Counters:
             "seconds": round(now - seq.submitted_at, 6),
         }
         try:
-            self._trace.write(json.dumps(record) + "\n")
-            self._trace.flush()
+            os.write(self._trace, json.dumps(record).encode() + b"\n")
         except OSError as error:
             if not self._totals["lost_trace_lines"]:
-                _LOG.warning("trace: %s cannot be written: %s; lines are lost", self._trace.name, error.strerror)
+                _LOG.warning("trace: %s cannot be written: %s; lines are lost", self._path, error.strerror)
             self._totals["lost_trace_lines"] += 1
 
     def close(self) -> None:
         """Close the trace."""
         if self._trace is not None:
             with contextlib.suppress(OSError):
-                self._trace.close()
+                os.close(self._trace)
+            self._trace = None

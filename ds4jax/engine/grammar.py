@@ -46,7 +46,7 @@ class Grammar:
             text = _source(form)
         except Exception as error:  # the reader of GBNF raises these
             raise GrammarError(f"{name}: {' '.join(str(error).split())}") from None
-        self.start = llguidance.LLMatcher(vocabulary.native, text, limits=_LIMITS)
+        self.start = llguidance.LLMatcher(vocabulary.native, text, log_level=0, limits=_LIMITS)
         if not self.start.is_error():
             self.start.compute_bitmask()  # finds out whether there is any answer
         if self.start.is_error():

@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import logging
 import math
 import os
+import select
 import signal
+import stat
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -128,19 +131,36 @@ def write_json(path: Path, value: Any) -> None:
         raise Ds4Error(f"{path}: cannot be written: {error.strerror}") from None
 
 
-class _Lossy:
-    """A text stream that loses what cannot be written: it is closed, or the disk is full.
+PAUSE = 0.1
+"""Seconds that a writer waits once for a pipe that takes nothing."""
+
+
+class Lossy:
+    """A text stream that loses what cannot be written: it is closed, the disk is full, or the reader of a pipe stopped.
 
     `close` does nothing: a logging handler that holds it, as absl's does, would close the process's own stderr.
     """
 
     def __init__(self, stream: TextIO | None):
         self._stream = open(os.devnull, "w") if stream is None else stream
+        self._pipe, self._stalled = _pipe(self._stream), False
 
     def write(self, text: str) -> int:
         with contextlib.suppress(OSError, ValueError):
-            self._stream.write(text)
+            if self._pipe is None:
+                self._stream.write(text)
+            else:
+                self._pass(self._pipe, text.encode(errors="backslashreplace"))
         return len(text)
+
+    def _pass(self, pipe: int, data: bytes) -> None:
+        """Write as much as the pipe has room for, in pieces that it takes as a whole."""
+        for i in range(0, len(data), select.PIPE_BUF):
+            if not select.select([], [pipe], [], 0 if self._stalled else PAUSE)[1]:
+                self._stalled = True
+                return
+            self._stalled = False
+            os.write(pipe, data[i : i + select.PIPE_BUF])
 
     def flush(self) -> None:
         with contextlib.suppress(OSError, ValueError):
@@ -151,6 +171,22 @@ class _Lossy:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+
+def _log_to(stream: TextIO, instead_of: TextIO) -> None:
+    """Let the log go to another stream, where a library has set it up already."""
+    for handler in logging.root.handlers:
+        if isinstance(handler, logging.StreamHandler) and handler.stream is instead_of:
+            handler.setStream(stream)
+
+
+def _pipe(stream: TextIO) -> int | None:
+    """The descriptor of a stream that is a pipe or a socket, else None."""
+    with contextlib.suppress(OSError, ValueError):
+        number = stream.fileno()
+        mode = os.fstat(number).st_mode
+        return number if stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode) else None
+    return None
 
 
 _interrupted = False
@@ -216,7 +252,8 @@ def exit_status(work: Callable[[], int | None]) -> int:
     _interrupted = False
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _interrupt)
-    stderr, sys.stderr = sys.stderr, cast(TextIO, _Lossy(sys.stderr))
+    stderr, sys.stderr = sys.stderr, cast(TextIO, Lossy(sys.stderr))
+    _log_to(sys.stderr, instead_of=stderr)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8")  # whatever the locale: models write any script
     try:
@@ -233,4 +270,5 @@ def exit_status(work: Callable[[], int | None]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter's last flush fails again
         return 1
     finally:
+        _log_to(stderr, instead_of=sys.stderr)
         sys.stderr = stderr
