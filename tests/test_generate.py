@@ -100,6 +100,11 @@ def test_thoughts_are_no_part_of_the_answer(run, dumped, monkeypatch, tmp_path):
     assert run(*flags)[1].strip() == answer and run(*flags)[2].startswith("prefill")
     status, out, err = run(*flags, "--show-thinking")
     assert out.strip() == answer and err.startswith(thought + "\n\n") and "</think>" not in out + err
+    with monkeypatch.context() as terminal:
+        for name in "is_terminal", "has_colours":
+            terminal.setattr(generate, name, lambda _: True)
+        shown = run(*flags)[2]
+    assert "\x1b[2m" in shown and re.sub(r"\x1b\[\dm", "", shown).startswith(thought + "\n\n")
     _, (result,), _ = job(run, tmp_path, [{"prompt": "Hello"}], *flags[:-1])
     assert (result["reasoning"], result["text"].strip(), result["tokens"]) == (thought, answer, ids)
 
@@ -415,7 +420,7 @@ def test_ctrl_c_is_not_lost_where_python_drops_the_exception(monkeypatch):
     monkeypatch.setattr(cli, "_interrupted", False)
     cli.check_interrupt()
     with pytest.raises(KeyboardInterrupt):
-        cli._interrupt(signal.SIGINT, None)
+        cli.end_at_interrupt(signal.SIGINT, None)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             cli.check_interrupt()

@@ -173,6 +173,12 @@ def test_ctrl_c_in_a_terminal_stops_the_answer_for_good(chat, tmp_path):
     chat.expect("tokens used")
     chat.send("\x03")  # at the prompt
     chat.expect("/quit leaves")
+    chat.send("a long one\r")
+    chat.expect("word2")
+    for _ in range(3):  # an impatient one
+        chat.send("\x03")
+    chat.expect(PROMPT)
+    assert last_turn(chat, tmp_path / "again.json")[-2]["content"] == "a long one"
 
 
 def test_several_pasted_lines_are_one_message(chat, tmp_path):
@@ -230,7 +236,7 @@ def test_no_colours_where_none_are_wanted(tmp_path):
     shown, status = pexpect.run(
         f"{sys.executable} {here}/scripted_chat.py",
         env=env,
-        events={"> ": "markdown\n", "tokens used.*> ": "\x04"},
+        events={"> ": "markdown\n", "tokens used.*> ": "\x03", "leaves\\)\r\n> ": "\x04"},
         withexitstatus=True,
         encoding="utf-8",
     )

@@ -25,7 +25,7 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,31 +77,30 @@ def main() -> int:
     settings = Settings.load(FLAGS.config, **overrides)
     ask = asker(cache_dir() / "chat_messages", _WORDS, _PATHS)
     with asyncio.Runner() as loop:
-        session = Session(lambda work: interruptible(loop, work), settings, lambda settings: _open(settings), ask)
+        session = Session(loop.run, settings, lambda settings: _open(settings), ask)
         session.greet()
         try:
-            while (line := session.ask()) is not None and session.enter(line):
-                pass
+            with cli.interrupts(signal.default_int_handler):  # by which the loop knows that it is to cancel what runs
+                while (line := session.ask()) is not None:
+                    try:
+                        if not session.enter(line):
+                            break
+                    except KeyboardInterrupt:
+                        if not session.is_open:  # while it was being reopened
+                            raise
+                        _note("(stopped)")  # and pressed again
         finally:
             session.close()
     return 0
 
 
 def _open(settings: Settings) -> AsyncEngine:
-    cli.watch_interrupts()  # line editing has taken its place
     settings.set_environment()
     from ds4jax.engine.async_engine import AsyncEngine
 
-    return AsyncEngine.open(settings, max_seqs=1, kv_dir=FLAGS.kv_dir, progress=True)
-
-
-def interruptible[T](loop: asyncio.Runner, work: Coroutine[Any, Any, T]) -> T:
-    """Run a coroutine to its end. Ctrl-C cancels it; once it has ended, KeyboardInterrupt is raised."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which the runner replaces by its own
-    try:
-        return loop.run(work)
-    finally:
-        signal.signal(signal.SIGINT, before)
+    cli.watch_interrupts()  # line editing has taken its place
+    with cli.interrupts(cli.end_at_interrupt):
+        return AsyncEngine.open(settings, max_seqs=1, kv_dir=FLAGS.kv_dir, progress=True)
 
 
 class Session:
@@ -128,6 +127,11 @@ class Session:
         if self._opened is not None:
             self._run(self._opened.close())
             self._opened = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether there is an engine to answer."""
+        return self._opened is not None
 
     @property
     def _engine(self) -> AsyncEngine:

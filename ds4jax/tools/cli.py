@@ -13,7 +13,7 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO, cast
@@ -182,10 +182,21 @@ ENDING = 1.0
 """Seconds from Ctrl-C to the end of the process, whatever it does."""
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
+def end_at_interrupt(number: int, frame: FrameType | None) -> None:
+    """Ctrl-C raises KeyboardInterrupt, and the process ends soon, see `watch_interrupts`."""
     global _interrupted
     _interrupted = True
     raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def interrupts(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
+    """Within, Ctrl-C is handled so."""
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def check_interrupt() -> None:
@@ -216,7 +227,7 @@ def watch_interrupts() -> None:
 
 def _end_after_interrupt(pipe: int) -> None:
     while numbers := os.read(pipe, 64):
-        if signal.SIGINT in numbers and signal.getsignal(signal.SIGINT) is _interrupt:
+        if signal.SIGINT in numbers and signal.getsignal(signal.SIGINT) is end_at_interrupt:
             time.sleep(ENDING)
             with contextlib.suppress(OSError):
                 os.write(2, b"interrupted\n")
@@ -303,7 +314,7 @@ def exit_status(work: Callable[[], int | None]) -> int:
     global _interrupted
     _interrupted = False
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, _interrupt)
+        signal.signal(signal.SIGINT, end_at_interrupt)
         watch_interrupts()
     stderr, sys.stderr = sys.stderr, cast(TextIO, _Lossy(sys.stderr))
     if isinstance(sys.stdout, io.TextIOWrapper):
