@@ -334,6 +334,9 @@ def test_conversations_are_kept(open_page, tmp_path):
     assert page.locator("#conversations .open").all_inner_texts() == ["pears"]
     page.click("#toasts button:text-is('Undo')")
     assert page.locator("#conversations .open").count() == 2
+    page.click("#fresh")
+    page.fill("#input", "x")
+    page.fill("#input", "")
     page.set_input_files("#import-file", tmp_path / "all.json")
     page.wait_for_selector("text=2 conversations imported")
     assert page.locator("#conversations .open").count() == 4
@@ -451,7 +454,7 @@ def test_the_status_has_a_past_when_it_is_opened(open_page):
     page.wait_for_selector("polyline")
     assert page.locator("#plots figure").count() == 8
     text = page.inner_text("#status")
-    assert "Tokens per second" in text and "answering 0" in text and "−15 min" in text and "now" in text
+    assert "Tokens per second" in text and "answering 0" in text and "−120 s" in text and "now" in text
     plot = page.locator("#plots svg").first
     assert plot.get_attribute("aria-label").startswith("Requests: answering 0")
     plot.focus()

@@ -10,6 +10,7 @@ import * as store from "./store.js";
 import {call, chunks} from "./stream.js";
 
 const WELCOME = "What would you like to know?";
+const touch = matchMedia("(pointer: coarse)");  // where the focus opens a keyboard
 const runs = new Map();  // conversation → the answer that is being written in it
 const problems = new Map();  // conversation → how its last message failed, until it is shown and dealt with
 let current = null, views = new Map();
@@ -31,7 +32,7 @@ function open(conversation) {
   showProblem();
   toggleStatus(false);
   toggleList(false);
-  if (!matchMedia("(pointer: coarse)").matches) composer.input.focus();
+  if (!touch.matches) composer.input.focus();
 }
 
 function drawChat() {
@@ -89,6 +90,7 @@ function send(text) {
   composer.set("");
   following = true;
   list.add(conversation);
+  if (!touch.matches) composer.input.focus();
   answer(conversation, null, error => {  // it goes back to where it was written
     store.take(conversation, sent);
     const later = conversation.draft;
@@ -118,7 +120,7 @@ async function answer(conversation, resumed, undo) {
     for await (const chunk of chunks(body(conversation.settings, asked), run.controller.signal)) {
       take(run, chunk);
       redraw(run);
-      store.save(conversation);
+      keep(conversation);
     }
   } catch (caught) {
     error = caught;
@@ -137,7 +139,7 @@ async function answer(conversation, resumed, undo) {
     announce(stopped ? " Stopped." : error ? ` ${error.message}` : " The answer is complete.");
   }
   conversation.updated = Date.now();
-  store.save(conversation);
+  keep(conversation);
   store.flush();
   if (conversation === current) {
     if (error && silent) { drawChat(); showProblem(); }
@@ -149,6 +151,11 @@ async function answer(conversation, resumed, undo) {
     }
   }
   list.draw();
+}
+
+/** Write a conversation, unless it was deleted. */
+function keep(conversation) {
+  if (list.all.includes(conversation)) store.save(conversation);
 }
 
 /** Take what a chunk says into the message. */
@@ -327,19 +334,21 @@ const composer = new Composer({
   stop: () => { runs.get(current)?.controller.abort(); composer.input.focus(); },
   changed(text, files) {
     Object.assign(current, {draft: text, files});
+    if (!list.all.includes(current)) list.add(current);
     store.save(current);
   },
 });
 const settings = new Settings(values => {
   current.settings = values;
-  store.save(current);
+  keep(current);
 });
 const list = new List(await store.open(), {
-  open(conversation) {
-    if (conversation === null) runs.get(current)?.controller.abort();  // it was deleted
-    open(conversation);
-  },
+  open,
   changed: () => { $("title").textContent = current.title; },
+  removed(conversation) {
+    runs.get(conversation)?.controller.abort();
+    if (conversation === current) open(null);
+  },
 });
 list.running = conversation => runs.has(conversation);
 addEventListener("pagehide", () => store.flush());

@@ -108,6 +108,7 @@ export class Composer {
   }
 
   quiet() {
+    if ($("banner").hidden) return;
     $("banner").hidden = true;
     $("banner").replaceChildren();
     this.input.focus();

@@ -4,16 +4,19 @@ import {$, button, download, element, toast} from "./dom.js";
 import * as store from "./store.js";
 
 export class List {
-  /** on: what the page does: open(conversation), changed(). all: the conversations, of which this list is the owner. */
+  /** on: what the page does: open(conversation), changed(), removed(conversation). all: the conversations, of which this list is the owner. */
   constructor(all, on) {
     Object.assign(this, {all, on, current: null, running: () => false});
     $("search").oninput = () => this.draw();
+    document.addEventListener("click", event => {  // a menu closes when something else is pressed
+      for (const menu of document.querySelectorAll(".menu[open]")) if (!menu.contains(event.target)) menu.open = false;
+    });
     $("import").onclick = () => $("import-file").click();
     $("import-file").onchange = async () => {
       for (const file of [...$("import-file").files]) await this.take(file);
       $("import-file").value = "";
     };
-    $("export").onclick = () => download("ds4jax-conversations.json", store.asJson(this.all), "application/json");
+    $("export").onclick = () => download("ds4jax-conversations.json", store.asJson(this.all.filter(one => one.leaf)), "application/json");
   }
 
   add(conversation) {
@@ -37,7 +40,7 @@ export class List {
     const wanted = $("search").value.trim().toLowerCase();
     const holds = one => !wanted || one.title.toLowerCase().includes(wanted) ||
       Object.values(one.messages).some(message => message.content?.toLowerCase().includes(wanted));
-    const shown = this.all.filter(one => (one.leaf || one === this.current) && holds(one))
+    const shown = this.all.filter(one => (one.leaf || one.draft || one === this.current) && holds(one))
       .sort((a, b) => b.updated - a.updated);
     $("conversations").replaceChildren(...shown.map(one => this.row(one)));
     $("no-conversations").hidden = shown.length > 0;
@@ -83,8 +86,8 @@ export class List {
   remove(one) {
     const at = this.all.indexOf(one);
     this.all.splice(at, 1);
+    this.on.removed(one);
     store.remove(one);
-    if (one === this.current) this.on.open(null);
     this.draw();
     toast(`“${one.title}” deleted`, ["Undo", () => {
       this.all.splice(at, 0, one);

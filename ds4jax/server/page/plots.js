@@ -17,6 +17,7 @@ const PLOTS = [
   ["Cache in use", " %", {"of all slots": "cache_use_percent"}],
 ];
 const SCALE = {gap_p50: 1e3, gap_p95: 1e3, prefix_bytes: 1 / MIB, disk_bytes: 1 / MIB};
+const LEAST = 120;  // seconds that are shown at least
 const WIDTH = 360, HEIGHT = 150, LEFT = 44, RIGHT = 8, TOP = 8, BOTTOM = 22;
 
 let samples = [], timer = 0, cursor = null, figures = [];
@@ -53,7 +54,8 @@ function draw({now, seconds}) {
     fact("On disk", `${count(latest.disk_prefixes ?? 0)} · ${size(latest.disk_bytes)}`),
     fact("Slots", `${latest.running ?? 0} of ${latest.slots ?? 0}`), fact("Waiting", count(latest.waiting ?? 0)),
     fact("Requests so far", count(latest.requests ?? 0)));
-  for (const plot of figures) plot.draw(now, seconds);
+  const past = Math.max(LEAST, now - (samples[0]?.time ?? now));  // of a server that was just started there is less
+  for (const plot of figures) plot.draw(now, Math.min(seconds, past));
 }
 
 class Plot {
@@ -112,7 +114,7 @@ class Plot {
     for (let part = 0; part <= 3; part++) {
       const ago = seconds * (1 - part / 3);
       parts.push(svg("text", {x: x(now - ago), y: HEIGHT - 5, "text-anchor": ["start", "middle", "middle", "end"][part]},
-        ago ? `−${short(ago / 60)} min` : "now"));
+        !ago ? "now" : seconds < 240 ? `−${Math.round(ago)} s` : `−${(ago / 60).toFixed(seconds < 720 ? 1 : 0)} min`));
     }
     curves.forEach((points, n) => {
       for (const run of runs(points))

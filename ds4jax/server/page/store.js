@@ -37,7 +37,7 @@ export const isKept = () => database !== null;
 export const newConversation = settings => ({id: newId(), title: "New chat", named: false, created: Date.now(),
   updated: Date.now(), settings, draft: "", files: [], messages: {}, leaf: null});
 
-/** Write a conversation soon. Empty ones are not kept. */
+/** Write a conversation soon; an empty one is deleted. */
 export function save(conversation) {
   if (!waiting.size) setTimeout(flush, 300);
   waiting.set(conversation.id, conversation);
@@ -48,8 +48,10 @@ export async function flush() {
   const all = [...waiting.values()];
   waiting.clear();
   if (database)
-    for (const one of all)
-      if (one.leaf || one.draft || one.files.length) await promised(store("readwrite").put(one)).catch(() => {});
+    for (const one of all) {
+      const holds = one.leaf || one.draft || one.files.length, into = store("readwrite");
+      await promised(holds ? into.put(one) : into.delete(one.id)).catch(() => {});
+    }
 }
 
 export async function remove(conversation) {
