@@ -481,7 +481,7 @@ def test_nothing_keeps_anyone_out(open_page, how):
             .map(node => node.textContent || node.id)"""
         assert page.eval_on_selector_all("button, #input, summary", small) == []
         tiny = "nodes => nodes.map(node => parseFloat(getComputedStyle(node).fontSize)).filter(size => size < 16)"
-        assert page.eval_on_selector_all("input, #input, select", tiny) == []
+        assert page.eval_on_selector_all("input, textarea, select", tiny) == []
         page.click("#show-list")
         page.click("#shade", position={"x": 350, "y": 300})
     for state in "chat", "settings", "status":

@@ -23,6 +23,11 @@ export class Composer {
     $("stop").onclick = () => on.stop();
     $("attach").onclick = () => $("file").click();
     $("file").onchange = () => { this.attach([...$("file").files]); $("file").value = ""; };
+    this.input.onpaste = event => {
+      if (!event.clipboardData.files.length || event.clipboardData.types.includes("text/plain")) return;
+      event.preventDefault();
+      this.attach([...event.clipboardData.files]);
+    };
     addEventListener("dragover", event => event.dataTransfer.types.includes("Files") && event.preventDefault());
     addEventListener("drop", event => {
       if (!event.dataTransfer.files.length) return;
