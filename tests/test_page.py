@@ -49,7 +49,8 @@ HOSTILE = """<img src=x onerror=hacked()><script>hacked()</script>
 ```
 
 $\\href{javascript:hacked()}{x}$ $\\includegraphics{https://elsewhere.invalid/x.png}$
-$\\htmlData{a=b}{x}$ $$\\url{javascript:hacked()}$$
+$\\htmlData{a=b}{x}$ $$\\url{javascript:hacked()}$$ $\\htmlStyle{color:red}{x}$ $\\fcolorbox{red}{blue}{q}$
+$\\frac{1}{0$ $\\unknown$
 
 | <img src=x onerror=hacked()> | b |
 |---|---|
@@ -265,6 +266,7 @@ def test_hostile_outputs_do_nothing(open_page):
     page.wait_for_timeout(200)
     inside = page.locator("#chat")
     assert not inside.locator("img, script, iframe, style, base, svg:not(.katex svg), [onerror], [onload]").count()
+    assert "$\\frac{1}{0$" in page.inner_text(".assistant .text >> nth=0")  # no formula: as it was written
     hrefs = page.eval_on_selector_all("#chat a", "nodes => nodes.map(node => node.protocol)")
     assert set(hrefs) <= {"https:", "http:", "mailto:"}
     for selector in ".user .text", ".call code", ".thoughts > div":

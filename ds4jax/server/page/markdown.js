@@ -77,7 +77,7 @@ function blockNode(token, closed) {
     case "space": case "def": return null;
     case "heading": return element(`h${Math.min(6, token.depth + 2)}`, {dir: "auto"}, ...inline(token.tokens));
     case "code": return codeBlock(token, closed);
-    case "mathBlock": return math(token.text, true);
+    case "mathBlock": return math(token, true);
     case "blockquote": return element("blockquote", {dir: "auto"}, ...blocks(token.tokens));
     case "hr": return element("hr");
     case "list": return list(token);
@@ -132,7 +132,7 @@ function inlineNodes(token) {
     case "codespan": return [element("code", {dir: "ltr"}, token.text)];
     case "br": return [element("br")];
     case "escape": return [decoded(token.text)];
-    case "mathInline": return [math(token.text, token.display)];
+    case "mathInline": return [math(token, token.display)];
     case "checkbox": return [checkbox(token.checked)];
     case "link": return link(token.href, inline(token.tokens), token.title);
     case "image": return link(token.href, [token.text || token.href], token.title);  // nothing is loaded from elsewhere
@@ -195,17 +195,26 @@ function loadTypesetter() {
   return import("./vendor/katex/katex.js").then(() => globalThis.katex);
 }
 
-function math(text, display) {
+function math({text, raw}, display) {
   const node = element("span", {className: display ? "math display" : "math", dir: "ltr"}), key = `${display} ${text}`;
   if (typeset.has(key)) {
     node.append(typeset.get(key).cloneNode(true));
     return node;
   }
-  node.textContent = text;
+  node.textContent = raw.trim();
   (typesetter ??= loadTypesetter()).then(katex => {
-    katex.render(text, node, {displayMode: display, throwOnError: false, trust: false, maxExpand: 200, maxSize: 50});
+    const options = {displayMode: display, trust: false, maxExpand: 200, maxSize: 50, strict: "ignore"};
+    const tree = katex.__renderToDomTree(text, options);
+    withoutStyle(tree);
     if (typeset.size > 500) typeset.clear();
-    if (node.firstChild) typeset.set(key, node.firstChild.cloneNode(true));
-  }).catch(() => {});  // it stays as it was written
+    typeset.set(key, tree.toNode());
+    node.replaceChildren(typeset.get(key).cloneNode(true));
+  }).catch(() => {});  // what is no formula stays as it was written
   return node;
+}
+
+/** Take out style attributes, which the policy forbids; only the hidden MathML has some. */
+function withoutStyle(tree) {
+  if (tree.attributes) delete tree.attributes.style;
+  for (const child of tree.children ?? []) withoutStyle(child);
 }
