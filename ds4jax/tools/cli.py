@@ -30,7 +30,7 @@ GROUPS = {
     "Model": ("config", "model", "profile", "synthetic", "device"),
     "Answers": ("think", "max_tokens", "ctx", "system"),
     "Sampling": ("temperature", "top_k", "top_p", "min_p", "seed"),
-    "Computation": ("numerics", "kernels", "draft", "draft_tokens"),
+    "Computation": ("numerics", "kernels", "device_budget_gb", "draft", "draft_tokens"),
 }
 """How --help groups the flags that several tools have; a tool's own come first."""
 
