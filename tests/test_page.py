@@ -414,6 +414,7 @@ def test_tool_calls(open_page, server):
     page.fill(".results textarea", "25 °C")
     page.click("button:text('Send results')")
     page.wait_for_selector("text=Sunny.")
+    assert page.inner_text(".result b") == "weather"
     assert "<tool_result>25 °C</tool_result>" in prompt(server[0])
 
 

@@ -289,7 +289,7 @@ function askForResults(message) {
   const conversation = current;
   views.get(message.id)?.askForResults(values => {
     const added = message.tool_calls.map((one, i) =>
-      store.add(conversation, conversation.leaf, {role: "tool", tool_call_id: one.id, content: values[i]}));
+      store.add(conversation, conversation.leaf, {role: "tool", tool_call_id: one.id, name: one.function.name, content: values[i]}));
     answer(conversation, null, error => {
       for (const one of added.reverse()) store.take(conversation, one);
       return error && (() => drawChat());

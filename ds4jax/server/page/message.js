@@ -39,8 +39,9 @@ export class MessageView {
   update(live = null) {
     const {message} = this;
     if (message.role === "user") this.part("text", () => element("div", {className: "text plain", dir: "auto"}), grow, message.content);
-    if (message.role === "tool") this.part("text", () => element("div", {className: "call result"}, element("code")),
-      (node, text) => { node.firstChild.textContent = text; }, message.content);
+    if (message.role === "tool") this.part("text", () => element("div", {className: "call result"},
+      element("b", {}, message.name ?? "result"), element("code", {dir: "auto"})),
+      (node, text) => { node.lastChild.textContent = text; }, message.content);
     if (message.role === "assistant") this.answer(live);
     if (this.bar && this.live !== Boolean(live)) this.actionBar(live);
     this.live = Boolean(live);
