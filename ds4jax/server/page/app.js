@@ -10,15 +10,17 @@ import * as store from "./store.js";
 import {call, chunks} from "./stream.js";
 
 const WELCOME = "What would you like to know?";
-const touch = matchMedia("(pointer: coarse)");  // where the focus opens a keyboard
-const runs = new Map();  // conversation → the answer that is being written in it
-const problems = new Map();  // conversation → how its last message failed, until it is shown and dealt with
-let current = null, views = new Map();
-let model = {name: "ds4jax", context: 0}, drafting = false;
+const touch = matchMedia("(pointer: coarse)"); // where the focus opens a keyboard
+const runs = new Map(); // conversation → the answer that is being written in it
+const problems = new Map(); // conversation → how its last message failed, until it is shown and dealt with
+let current = null,
+  views = new Map();
+let model = {name: "ds4jax", context: 0},
+  drafting = false;
 
-// ---- what is shown ---------------------------------------------------------------------------------------------------
+// ---- what is shown --------------------------------------------------------------------------------------------------
 const main = $("main");
-let following = true;  // whether the end of the conversation is kept in sight
+let following = true; // whether the end of the conversation is kept in sight
 
 /** Show a conversation; null: a new one. */
 function open(conversation) {
@@ -36,7 +38,8 @@ function open(conversation) {
 }
 
 function drawChat() {
-  const messages = store.path(current), run = runs.get(current);
+  const messages = store.path(current),
+    run = runs.get(current);
   views = new Map();
   for (const message of messages) views.set(message.id, new MessageView(current, message, actions, model.name));
   $("chat").replaceChildren(...[...views.values()].map(view => view.node));
@@ -54,11 +57,19 @@ function stick() {
   if (following) main.scrollTop = main.scrollHeight;
   $("to-end").hidden = following || $("chat").hidden;
 }
-main.addEventListener("scroll", () => {
-  following = main.scrollHeight - main.scrollTop - main.clientHeight < 60;
-  $("to-end").hidden = following || $("chat").hidden;
-}, {passive: true});
-$("to-end").onclick = () => { following = true; stick(); composer.input.focus(); };
+main.addEventListener(
+  "scroll",
+  () => {
+    following = main.scrollHeight - main.scrollTop - main.clientHeight < 60;
+    $("to-end").hidden = following || $("chat").hidden;
+  },
+  {passive: true},
+);
+$("to-end").onclick = () => {
+  following = true;
+  stick();
+  composer.input.focus();
+};
 
 function showProblem() {
   const problem = problems.get(current);
@@ -70,7 +81,8 @@ function showProblem() {
 }
 
 // ---- what is said to those who listen: new text, once a second at most ---------------------------------------------
-let unheard = "", speaking = 0;
+let unheard = "",
+  speaking = 0;
 function announce(text) {
   unheard += text;
   if (speaking) return;
@@ -81,9 +93,10 @@ function announce(text) {
   }, 1000);
 }
 
-// ---- answers ---------------------------------------------------------------------------------------------------------
+// ---- answers --------------------------------------------------------------------------------------------------------
 function send(text) {
-  const conversation = current, {draft, files} = conversation;
+  const conversation = current,
+    {draft, files} = conversation;
   const sent = store.add(conversation, conversation.leaf, {role: "user", content: text});
   if (!conversation.named && !sent.parent) conversation.title = (text.trim().split("\n")[0] || "New chat").slice(0, 60);
   Object.assign(conversation, {draft: "", files: []});
@@ -91,10 +104,14 @@ function send(text) {
   following = true;
   list.add(conversation);
   if (!touch.matches) composer.input.focus();
-  answer(conversation, null, error => {  // it goes back to where it was written
+  answer(conversation, null, error => {
+    // it goes back to where it was written
     store.take(conversation, sent);
     const later = conversation.draft;
-    Object.assign(conversation, {draft: later ? `${draft}\n${later}` : draft, files: [...files, ...conversation.files]});
+    Object.assign(conversation, {
+      draft: later ? `${draft}\n${later}` : draft,
+      files: [...files, ...conversation.files],
+    });
     if (conversation === current) composer.set(conversation.draft, conversation.files);
     return error && (() => composer.send());
   });
@@ -109,11 +126,25 @@ async function answer(conversation, resumed, undo) {
   const message = resumed ?? store.add(conversation, conversation.leaf, {role: "assistant", content: ""});
   const before = resumed ? {...resumed} : null;
   if (resumed) asked[asked.length - 1] = {...resumed, prefix: true};
-  const run = {conversation, message, controller: new AbortController(), started: performance.now(), first: 0, pieces: 0,
-    read: null, usage: null, finish: null, heard: false};
+  const run = {
+    conversation,
+    message,
+    controller: new AbortController(),
+    started: performance.now(),
+    first: 0,
+    pieces: 0,
+    read: null,
+    usage: null,
+    finish: null,
+    heard: false,
+  };
   Object.assign(message, {cut: true, failed: false, note: "interrupted when the page was left"});
   runs.set(conversation, run);
-  if (conversation === current) { problems.delete(conversation); composer.quiet(); drawChat(); }
+  if (conversation === current) {
+    problems.delete(conversation);
+    composer.quiet();
+    drawChat();
+  }
   list.draw();
   let error = null;
   try {
@@ -126,24 +157,30 @@ async function answer(conversation, resumed, undo) {
     error = caught;
   }
   runs.delete(conversation);
-  if (run.finish !== "tool_calls") delete message.tool_calls;  // calls that did not come to their end
-  const stopped = error?.name === "AbortError", silent = !run.pieces;
+  if (run.finish !== "tool_calls") delete message.tool_calls; // calls that did not come to their end
+  const stopped = error?.name === "AbortError",
+    silent = !run.pieces;
   if (error && silent) {
     if (resumed) Object.assign(message, before);
     else store.take(conversation, message);
     const retry = undo(stopped ? null : error);
     if (!stopped) problems.set(conversation, {error, retry});
   } else {
-    Object.assign(message, {failed: Boolean(error) && !stopped, cut: Boolean(error) || run.finish === "length",
-      note: error ? (stopped ? "stopped" : error.message) : await measured(run)});
+    Object.assign(message, {
+      failed: Boolean(error) && !stopped,
+      cut: Boolean(error) || run.finish === "length",
+      note: error ? (stopped ? "stopped" : error.message) : await measured(run),
+    });
     announce(stopped ? " Stopped." : error ? ` ${error.message}` : " The answer is complete.");
   }
   conversation.updated = Date.now();
   keep(conversation);
   store.flush();
   if (conversation === current) {
-    if (error && silent) { drawChat(); showProblem(); }
-    else {
+    if (error && silent) {
+      drawChat();
+      showProblem();
+    } else {
       views.get(message.id)?.update();
       composer.setBusy(false);
       if (message.tool_calls) askForResults(message);
@@ -160,7 +197,8 @@ function keep(conversation) {
 
 /** Take what a chunk says into the message. */
 function take(run, chunk) {
-  const {message} = run, choice = chunk.choices[0];
+  const {message} = run,
+    choice = chunk.choices[0];
   run.read = chunk.prompt_progress ?? run.read;
   run.usage = chunk.usage ?? run.usage;
   if (!choice) return;
@@ -173,7 +211,10 @@ function take(run, chunk) {
   if (reasoning_content) {
     message.reasoning_content = (message.reasoning_content ?? "") + reasoning_content;
     message.thought = (now - run.first) / 1000;
-    if (!run.heard) { run.heard = true; announce("Thinking."); }
+    if (!run.heard) {
+      run.heard = true;
+      announce("Thinking.");
+    }
   }
   if (content) {
     message.content += content;
@@ -195,7 +236,8 @@ const rate = (tokens, since) => {
 /** The line about an answer that is being written. */
 function live(run) {
   if (!run.first) {
-    const {read} = run, seconds = (performance.now() - run.started) / 1000;
+    const {read} = run,
+      seconds = (performance.now() - run.started) / 1000;
     if (read?.processed) return {text: `reading ${count(read.processed)} of ${count(read.total)} tokens`};
     return {text: seconds < 1 ? "…" : `waiting for the model, ${seconds.toFixed(0)} s`};
   }
@@ -207,24 +249,33 @@ function live(run) {
 async function measured({usage, first, started, finish}) {
   if (!usage) return "";
   const used = usage.prompt_tokens + usage.completion_tokens;
-  const parts = [rate(usage.completion_tokens, first), `${count(usage.completion_tokens)} tokens`,
+  const parts = [
+    rate(usage.completion_tokens, first),
+    `${count(usage.completion_tokens)} tokens`,
     `prompt ${count(usage.prompt_tokens)}, of it reused ${count(usage.prompt_tokens_details.cached_tokens)}`,
     first ? `first token after ${((first - started) / 1000).toFixed(2)} s` : "",
     model.context ? `${count(used)} of ${count(model.context)} tokens used` : "",
-    finish === "length" ? "cut off by the limit" : ""];
+    finish === "length" ? "cut off by the limit" : "",
+  ];
   if (drafting) {
-    const found = await call("history?since=0&last=1").then(response => response.json()).catch(() => null);
+    const found = await call("history?since=0&last=1")
+      .then(response => response.json())
+      .catch(() => null);
     const accepted = found?.samples.at(-1)?.accepted;
     if (Number.isFinite(accepted)) parts.push(`drafts accepted ${accepted.toFixed(0)} %`);
   }
   return parts.filter(Boolean).join(" · ");
 }
 
-// ---- drawing: once a frame at most, and never more than a fifth of the time ------------------------------------------
-let scheduled = false, notBefore = 0;
+// ---- drawing: once a frame at most, and never more than a fifth of the time -----------------------------------------
+let scheduled = false,
+  notBefore = 0;
 function redraw(run) {
   run.changed = true;
-  if (!scheduled) { scheduled = true; requestAnimationFrame(frame); }
+  if (!scheduled) {
+    scheduled = true;
+    requestAnimationFrame(frame);
+  }
 }
 function frame() {
   const began = performance.now();
@@ -238,12 +289,15 @@ function frame() {
   const now = performance.now();
   notBefore = now + 4 * (now - began);
 }
-setInterval(() => { if (runs.has(current)) redraw(runs.get(current)); }, 500);  // seconds pass in silence, too
+setInterval(() => {
+  if (runs.has(current)) redraw(runs.get(current));
+}, 500); // seconds pass in silence, too
 
-// ---- what the buttons of messages do ---------------------------------------------------------------------------------
+// ---- what the buttons of messages do --------------------------------------------------------------------------------
 const actions = {
   edit(view) {
-    const conversation = current, {message} = view;
+    const conversation = current,
+      {message} = view;
     view.edit(text => {
       if (!text.trim() || runs.has(conversation)) return;
       const shown = conversation.leaf;
@@ -255,12 +309,19 @@ const actions = {
         conversation.leaf = shown;
         Object.assign(conversation, {draft: text, files: []});
         if (conversation === current) composer.set(text);
-        return error && (() => { conversation.leaf = message.parent; composer.send(); });
+        return (
+          error &&
+          (() => {
+            conversation.leaf = message.parent;
+            composer.send();
+          })
+        );
       });
     });
   },
   regenerate(message) {
-    const conversation = current, shown = conversation.leaf;
+    const conversation = current,
+      shown = conversation.leaf;
     if (runs.has(conversation)) return;
     conversation.leaf = message.parent;
     following = true;
@@ -289,7 +350,13 @@ function askForResults(message) {
   const conversation = current;
   views.get(message.id)?.askForResults(values => {
     const added = message.tool_calls.map((one, i) =>
-      store.add(conversation, conversation.leaf, {role: "tool", tool_call_id: one.id, name: one.function.name, content: values[i]}));
+      store.add(conversation, conversation.leaf, {
+        role: "tool",
+        tool_call_id: one.id,
+        name: one.function.name,
+        content: values[i],
+      }),
+    );
     answer(conversation, null, error => {
       for (const one of added.reverse()) store.take(conversation, one);
       return error && (() => drawChat());
@@ -297,7 +364,7 @@ function askForResults(message) {
   });
 }
 
-// ---- the panels ------------------------------------------------------------------------------------------------------
+// ---- the panels -----------------------------------------------------------------------------------------------------
 function toggleSettings(on) {
   $("settings").hidden = !on;
   $("show-settings").ariaPressed = String(on);
@@ -316,7 +383,10 @@ function toggleList(on) {
   if (on) $("search").focus();
 }
 $("show-settings").onclick = () => toggleSettings($("settings").hidden);
-$("close-settings").onclick = () => { toggleSettings(false); $("show-settings").focus(); };
+$("close-settings").onclick = () => {
+  toggleSettings(false);
+  $("show-settings").focus();
+};
 $("show-status").onclick = () => toggleStatus($("status").hidden);
 $("show-list").onclick = () => toggleList(!document.body.classList.contains("list-open"));
 $("shade").onclick = () => toggleList(false);
@@ -328,10 +398,13 @@ document.addEventListener("keydown", event => {
   else if (!$("settings").hidden) toggleSettings(false);
 });
 
-// ---- start -----------------------------------------------------------------------------------------------------------
+// ---- start ----------------------------------------------------------------------------------------------------------
 const composer = new Composer({
   send,
-  stop: () => { runs.get(current)?.controller.abort(); composer.input.focus(); },
+  stop: () => {
+    runs.get(current)?.controller.abort();
+    composer.input.focus();
+  },
   changed(text, files) {
     Object.assign(current, {draft: text, files});
     if (!list.all.includes(current)) list.add(current);
@@ -344,7 +417,9 @@ const settings = new Settings(values => {
 });
 const list = new List(await store.open(), {
   open,
-  changed: () => { $("title").textContent = current.title; },
+  changed: () => {
+    $("title").textContent = current.title;
+  },
   removed(conversation) {
     runs.get(conversation)?.controller.abort();
     if (conversation === current) open(null);

@@ -3,7 +3,7 @@
 import {$, button, element} from "./dom.js";
 import {setKey} from "./stream.js";
 
-const MOST = 2 ** 20;  // characters of a file
+const MOST = 2 ** 20; // characters of a file
 const touch = matchMedia("(pointer: coarse)");
 
 export class Composer {
@@ -19,10 +19,16 @@ export class Composer {
         this.send();
       }
     };
-    $("composer").onsubmit = event => { event.preventDefault(); this.send(); };
+    $("composer").onsubmit = event => {
+      event.preventDefault();
+      this.send();
+    };
     $("stop").onclick = () => on.stop();
     $("attach").onclick = () => $("file").click();
-    $("file").onchange = () => { this.attach([...$("file").files]); $("file").value = ""; };
+    $("file").onchange = () => {
+      this.attach([...$("file").files]);
+      $("file").value = "";
+    };
     this.input.onpaste = event => {
       if (!event.clipboardData.files.length || event.clipboardData.types.includes("text/plain")) return;
       event.preventDefault();
@@ -36,7 +42,9 @@ export class Composer {
     });
   }
 
-  get text() { return this.input.value; }
+  get text() {
+    return this.input.value;
+  }
 
   /** What is sent: the files, each in a block of its own, and the text. */
   get message() {
@@ -66,9 +74,24 @@ export class Composer {
       style.height = "auto";
       style.height = `${this.input.scrollHeight + 2}px`;
     }
-    $("files").replaceChildren(...this.files.map(file => element("span", {className: "file"}, file.name,
-      button("×", () => { this.files = this.files.filter(other => other !== file); this.changed(); this.input.focus(); },
-        {"aria-label": `Remove ${file.name}`}))));
+    $("files").replaceChildren(
+      ...this.files.map(file =>
+        element(
+          "span",
+          {className: "file"},
+          file.name,
+          button(
+            "×",
+            () => {
+              this.files = this.files.filter(other => other !== file);
+              this.changed();
+              this.input.focus();
+            },
+            {"aria-label": `Remove ${file.name}`},
+          ),
+        ),
+      ),
+    );
     $("files").hidden = !this.files.length;
   }
 
@@ -76,7 +99,8 @@ export class Composer {
     for (const file of list) {
       const text = file.size > MOST ? null : await file.text();
       if (text === null) this.say(`${file.name}: found ${file.size} bytes, expected at most ${MOST}`);
-      else if (text.includes("\0") || text.includes("\ufffd")) this.say(`${file.name}: found bytes, expected a text file in UTF-8`);
+      else if (text.includes("\0") || text.includes("\ufffd"))
+        this.say(`${file.name}: found bytes, expected a text file in UTF-8`);
       else this.files.push({name: file.name, text});
     }
     this.changed();
@@ -93,20 +117,49 @@ export class Composer {
   /** Say what went wrong, above the input. retry: what the button of this name does. */
   say(text, retry) {
     const close = button("×", () => this.quiet(), {"aria-label": "Dismiss"});
-    $("banner").replaceChildren(element("span", {className: "error"}, text),
-      ...(retry ? [button("Retry", () => { this.quiet(); retry(); }, {className: "primary"})] : []), close);
+    $("banner").replaceChildren(
+      element("span", {className: "error"}, text),
+      ...(retry
+        ? [
+            button(
+              "Retry",
+              () => {
+                this.quiet();
+                retry();
+              },
+              {className: "primary"},
+            ),
+          ]
+        : []),
+      close,
+    );
     $("banner").hidden = false;
   }
 
   /** Ask for the API key; then go on. */
   askForKey(text, then) {
-    const field = element("input", {type: "password", name: "key", autocomplete: "off", placeholder: "API key", "aria-label": "API key"});
-    const form = element("form", {className: "key", onsubmit: event => {
-      event.preventDefault();
-      setKey(field.value.trim());
-      this.quiet();
-      then();
-    }}, element("span", {className: "error"}, text), field, element("button", {className: "primary"}, "Use this key"));
+    const field = element("input", {
+      type: "password",
+      name: "key",
+      autocomplete: "off",
+      placeholder: "API key",
+      "aria-label": "API key",
+    });
+    const form = element(
+      "form",
+      {
+        className: "key",
+        onsubmit: event => {
+          event.preventDefault();
+          setKey(field.value.trim());
+          this.quiet();
+          then();
+        },
+      },
+      element("span", {className: "error"}, text),
+      field,
+      element("button", {className: "primary"}, "Use this key"),
+    );
     $("banner").replaceChildren(form);
     $("banner").hidden = false;
     field.focus();

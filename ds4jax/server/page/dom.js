@@ -21,7 +21,13 @@ export const button = (text, action, properties = {}) =>
 export function toast(text, action, seconds = 8) {
   const node = element("div", {className: "toast"}, text);
   const close = () => node.remove();
-  if (action) node.append(button(action[0], () => { close(); action[1](); }));
+  if (action)
+    node.append(
+      button(action[0], () => {
+        close();
+        action[1]();
+      }),
+    );
   $("toasts").replaceChildren(node);
   setTimeout(close, 1000 * seconds);
 }
@@ -39,7 +45,8 @@ export async function copy(text, pressed) {
   try {
     await navigator.clipboard.writeText(text);
     pressed.textContent = "Copied";
-  } catch {  // not allowed here, as on a page without TLS
+  } catch {
+    // not allowed here, as on a page without TLS
     const field = element("textarea", {value: text, className: "out-of-sight"});
     document.body.append(field);
     field.select();
@@ -47,7 +54,9 @@ export async function copy(text, pressed) {
     field.remove();
     pressed.focus();
   }
-  setTimeout(() => { pressed.textContent = before; }, 1500);
+  setTimeout(() => {
+    pressed.textContent = before;
+  }, 1500);
 }
 
 /** A number as people write it. */

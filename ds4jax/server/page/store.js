@@ -6,17 +6,20 @@
 // (seconds), usage, note, cut (it did not come to its end), logprobs. `leaf` is the last message of the path that is
 // shown. Where the browser keeps nothing, conversations last as long as the page.
 
-const NAME = "ds4jax", STORE = "conversations";
-let database = null;  // null: nothing is kept
-const waiting = new Map();  // conversations that are to be written, by id
+const NAME = "ds4jax",
+  STORE = "conversations";
+let database = null; // null: nothing is kept
+const waiting = new Map(); // conversations that are to be written, by id
 
-const promised = request => new Promise((resolve, reject) => {
-  request.onsuccess = () => resolve(request.result);
-  request.onerror = () => reject(request.error);
-});
+const promised = request =>
+  new Promise((resolve, reject) => {
+    request.onsuccess = () => resolve(request.result);
+    request.onerror = () => reject(request.error);
+  });
 const store = mode => database.transaction(STORE, mode).objectStore(STORE);
-export const newId = () => crypto.randomUUID?.() ?? Array.from(crypto.getRandomValues(new Uint32Array(4)),
-  n => n.toString(16).padStart(8, "0")).join("");
+export const newId = () =>
+  crypto.randomUUID?.() ??
+  Array.from(crypto.getRandomValues(new Uint32Array(4)), n => n.toString(16).padStart(8, "0")).join("");
 
 /** Open the store; → all conversations, the newest first. */
 export async function open() {
@@ -34,8 +37,18 @@ export async function open() {
 
 export const isKept = () => database !== null;
 
-export const newConversation = settings => ({id: newId(), title: "New chat", named: false, created: Date.now(),
-  updated: Date.now(), settings, draft: "", files: [], messages: {}, leaf: null});
+export const newConversation = settings => ({
+  id: newId(),
+  title: "New chat",
+  named: false,
+  created: Date.now(),
+  updated: Date.now(),
+  settings,
+  draft: "",
+  files: [],
+  messages: {},
+  leaf: null,
+});
 
 /** Write a conversation soon; an empty one is deleted. */
 export function save(conversation) {
@@ -49,7 +62,8 @@ export async function flush() {
   waiting.clear();
   if (database)
     for (const one of all) {
-      const holds = one.leaf || one.draft || one.files.length, into = store("readwrite");
+      const holds = one.leaf || one.draft || one.files.length,
+        into = store("readwrite");
       await promised(holds ? into.put(one) : into.delete(one.id)).catch(() => {});
     }
 }
@@ -59,7 +73,7 @@ export async function remove(conversation) {
   if (database) await promised(store("readwrite").delete(conversation.id));
 }
 
-// ---- the tree --------------------------------------------------------------------------------------------------------
+// ---- the tree -------------------------------------------------------------------------------------------------------
 
 /** The messages from the first one to `end`, by default the last one of the path that is shown. */
 export function path(conversation, end = conversation.leaf) {
@@ -92,11 +106,13 @@ export const siblings = (conversation, message) =>
 export function show(conversation, message) {
   for (let next = message; next;) {
     conversation.leaf = next.id;
-    next = Object.values(conversation.messages).filter(other => other.parent === conversation.leaf).at(-1);
+    next = Object.values(conversation.messages)
+      .filter(other => other.parent === conversation.leaf)
+      .at(-1);
   }
 }
 
-// ---- out and in ------------------------------------------------------------------------------------------------------
+// ---- out and in -----------------------------------------------------------------------------------------------------
 
 export const asJson = conversations => JSON.stringify({format: "ds4jax conversations", conversations}, null, 1);
 
@@ -116,8 +132,13 @@ export function asMarkdown(conversation) {
 /** The conversations of a file that `asJson` wrote. Throws an Error for another. */
 export function fromJson(text) {
   let value;
-  try { value = JSON.parse(text); } catch { throw new Error("found no JSON, expected exported conversations"); }
-  const text_ = x => typeof x === "string", record = x => x !== null && typeof x === "object" && !Array.isArray(x);
+  try {
+    value = JSON.parse(text);
+  } catch {
+    throw new Error("found no JSON, expected exported conversations");
+  }
+  const text_ = x => typeof x === "string",
+    record = x => x !== null && typeof x === "object" && !Array.isArray(x);
   const found = Array.isArray(value?.conversations) ? value.conversations : null;
   if (!found) throw new Error("found other JSON, expected exported conversations");
   return found.map((one, i) => {
@@ -129,13 +150,20 @@ export function fromJson(text) {
       if (!text_(message.content ?? "")) throw wrong("a message without text");
       messages[id] = {...message, id, content: message.content ?? ""};
     }
-    for (const start of Object.values(messages)) {  // every chain of parents ends, at a first message
+    for (const start of Object.values(messages)) {
+      // every chain of parents ends, at a first message
       let steps = 0;
       for (let at = start; at.parent !== null; at = messages[at.parent])
         if (!messages[at.parent] || ++steps > 100_000) throw wrong("a message after none");
     }
-    const leaf = messages[one.leaf] ? one.leaf : Object.keys(messages).at(-1) ?? null;
+    const leaf = messages[one.leaf] ? one.leaf : (Object.keys(messages).at(-1) ?? null);
     const settings = record(one.settings) ? one.settings : {};
-    return {...newConversation(settings), title: text_(one.title) ? one.title : "Imported", named: true, messages, leaf};
+    return {
+      ...newConversation(settings),
+      title: text_(one.title) ? one.title : "Imported",
+      named: true,
+      messages,
+      leaf,
+    };
   });
 }

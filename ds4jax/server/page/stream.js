@@ -1,6 +1,6 @@
 // The server: requests, and answers as they come.
 
-let key = sessionStorage.getItem("ds4jax-key") ?? "";  // until the tab is closed
+let key = sessionStorage.getItem("ds4jax-key") ?? ""; // until the tab is closed
 
 export function setKey(value) {
   key = value;
@@ -10,7 +10,10 @@ export const getKey = () => key;
 
 /** What the server refused: status (0: there was no answer at all), and its own words as the message. */
 export class Refused extends Error {
-  constructor(status, message) { super(message); this.status = status; }
+  constructor(status, message) {
+    super(message);
+    this.status = status;
+  }
 }
 
 /** Call the server; → its response. Throws Refused, or AbortError. */
@@ -26,7 +29,11 @@ export async function call(path, {body, signal} = {}) {
   if (response.ok) return response;
   const text = await response.text().catch(() => "");
   let said = `status ${response.status}${response.statusText ? ` (${response.statusText})` : ""}`;
-  try { said = JSON.parse(text).error.message; } catch { /* a proxy's page of HTML, perhaps */ }
+  try {
+    said = JSON.parse(text).error.message;
+  } catch {
+    /* a proxy's page of HTML, perhaps */
+  }
   throw new Refused(response.status, said);
 }
 
