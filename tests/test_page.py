@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from fake_engine import CALL, FakeEngine, serving
+from fake_engine import CALL, FakeEngine, ids, serving
 
 WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
 PHONE = {"viewport": {"width": 360, "height": 740}, "has_touch": True, "is_mobile": True}
@@ -207,7 +207,9 @@ def test_a_wrong_key_is_asked_for(open_page):
 
 
 def test_twenty_thousand_tokens_leave_the_page_usable(open_page):
-    page = open_page("</think>" + "".join(f"- **{i}** and `some` more of it\n" for i in range(650)))
+    text = "".join(f"- **{i}** and `some` more of it\n" for i in range(970))
+    assert len(ids(text)) > 20_000
+    page = open_page(f"</think>{text}")
     page.evaluate("""() => { let last = performance.now(); window.gaps = [];
         const frame = now => { window.gaps.push(now - last); last = now; requestAnimationFrame(frame); };
         requestAnimationFrame(frame); }""")
@@ -217,7 +219,7 @@ def test_twenty_thousand_tokens_leave_the_page_usable(open_page):
     page.set_default_timeout(60_000)
     answered(page)
     assert page.input_value("#input") == "typed while it streams"
-    assert page.locator(".text li").count() == 650
+    assert page.locator(".text li").count() == 970
     gaps = sorted(page.evaluate("window.gaps"))
     assert gaps[-1] < 1500 and gaps[len(gaps) * 9 // 10] < 250, (gaps[-5:], len(gaps))
 
