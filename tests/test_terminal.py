@@ -16,6 +16,7 @@ from fake_engine import FakeEngine
 
 from ds4jax.errors import Ds4Error
 from ds4jax.settings import Settings
+from ds4jax.tools import markdown
 from ds4jax.tools.chat import FLAGS, Session
 
 
@@ -227,6 +228,17 @@ def test_leaving(chat):
     chat.expect(pexpect.EOF)
     chat.close()
     assert chat.exitstatus == 0 and "Traceback" not in chat.before
+
+
+def test_blocks_that_are_complete_are_printed_once():
+    for done, rest in [
+        ("", "one line"),
+        ("# Title\n\n", "text"),
+        ("text\n\n", "```python\nx\n\ny"),
+        ("text\n\n```\nx\n```\n", "- a\n\n- b"),
+        ("a\n\n", "| a |\n|---|\n| b |"),
+    ]:
+        assert markdown._complete(done + rest) == len(done), rest
 
 
 def test_no_colours_where_none_are_wanted(tmp_path):

@@ -122,6 +122,8 @@ def _stream(tokens: list[int], checkpoint: Checkpoint, tokenizer: Tokenizer, set
         finally:  # an interrupted answer ends properly too
             output.show(read.finish("length"))
             output.end()
+    if output.lacks_answer:
+        print("note: the answer ended within its thought; see --max_tokens and --think", file=sys.stderr)
     if FLAGS.seed is None and FLAGS.temperature:
         print(f"seed: {seed}", file=sys.stderr)
     return 0
@@ -152,8 +154,11 @@ class _Output:
 
     def end(self) -> None:
         self._write(sys.stdout, "\n")
-        if self._thought and not self._answered:
-            print("note: the answer ended within its thought; see --max_tokens and --think", file=sys.stderr)
+
+    @property
+    def lacks_answer(self) -> bool:
+        """Whether there was a thought and nothing else."""
+        return self._thought and not self._answered
 
     def _write(self, stream: TextIO, text: str) -> None:
         stream.write(text.replace("\x1b", self._escape) if stream is sys.stdout else text)
