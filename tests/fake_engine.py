@@ -58,6 +58,7 @@ class FakeEngine:
     ):
         self.script, self.ctx, self._chunks, self._delay, self._cached = script, ctx, chunks, delay, cached
         self.tokenizer, self.model_name, self.profile = TOKENIZER, "fake", choose(profile, {}, "")
+        self.device = "no device"
         self.requests: list[Request] = []
         self.running: set[Stream] = set()
         self.closed = self.failed = self.full = False
@@ -98,6 +99,11 @@ class FakeEngine:
             top = () if request.logprobs is None else ((id, -0.5), (65, -2.0))[: request.logprobs]
             yield Token(id, None if request.logprobs is None else -0.5, top)
         yield Finished("stop" if len(answer) <= request.max_tokens and answer[-1] in ends else "length")
+
+    @staticmethod
+    def said(request: Request) -> str:
+        """The user's last message in the prompt of a request."""
+        return TOKENIZER.decode(request.tokens).rpartition("<｜User｜>")[2].partition("<｜Assistant｜>")[0]
 
     def slots(self) -> list:
         return [None, Sequence(self.requests[-1]) if self.requests else None]

@@ -3,6 +3,7 @@
 import os
 import pkgutil
 import runpy
+import signal
 import subprocess
 import sys
 import time
@@ -10,25 +11,26 @@ import time
 import pytest
 
 import ds4jax.tools
-from ds4jax.__main__ import TOOLS, main
+from ds4jax.__main__ import GROUPS, TOOLS, main
 from ds4jax.tools import cli
 
-LIBRARIES = {"cli", "limits"}  # modules of ds4jax.tools that are no tool
+LIBRARIES = {"cli", "limits", "markdown", "prompting"}  # modules of ds4jax.tools that are no tool
 
 
 def test_every_tool_is_listed(capsys):
     assert set(TOOLS) == {module.name for module in pkgutil.iter_modules(ds4jax.tools.__path__)} - LIBRARIES
     for argv in [], ["--help"]:
         assert main(argv) == 0
-        lines = capsys.readouterr().out.splitlines()[2:]
-        assert [line.split(maxsplit=1) for line in lines] == [[name, what] for name, what in TOOLS.items()]
+        shown = capsys.readouterr().out
+        assert all(f"  {name:<10} {what}\n" in shown for name, what in TOOLS.items())
+        assert all(f"\n{title}:\n" in shown for title in GROUPS) and 'ds4jax generate "' in shown
 
 
 @pytest.mark.parametrize("name", TOOLS)
 def test_one_tool_has_two_names(name, capsys, monkeypatch):
     assert main([name, "--help"]) == 0
     shown = capsys.readouterr().out
-    assert f"ds4jax.{name} --" in shown
+    assert f"ds4jax {name}" in shown
     monkeypatch.setattr(sys, "argv", ["python", "--help"])
     with pytest.raises(SystemExit) as stop:
         runpy.run_module(f"ds4jax.{name}", run_name="__main__", alter_sys=True)
@@ -78,3 +80,25 @@ def test_who_closes_the_guarded_stderr_closes_no_other(capfd):
 def test_no_number_is_not_a_number(capsys):
     assert main(["serve", "--queue_timeout", "nan"]) == 1
     assert capsys.readouterr().err == "error: queue_timeout: found nan, expected a number\n"
+
+
+def test_flags_may_have_hyphens_and_are_listed_in_groups(capsys):
+    assert main(["serve", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.index("\nFlags:") < shown.index("  --host:") < shown.index("\nModel:") < shown.index("  --config:")
+    assert main(["serve", "--queue-timeout=-1"]) == 1 and "--queue_timeout=-1" in capsys.readouterr().err
+    assert main(["serve", "--no-such-flag"]) == 1 and "no-such-flag" in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_a_process_that_python_cannot_interrupt():
+    """As while XLA compiles: the main thread is in a function of C that takes its time."""
+    work = "(print('begun', flush=True), hashlib.pbkdf2_hmac('sha256', b'', b'', 10**8))"
+    code = f"import hashlib, sys; from ds4jax.tools import cli; sys.exit(cli.exit_status(lambda: {work}))"
+    command = ["env", "--default-signal=INT", sys.executable, "-c", code]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout and process.stderr and process.stdout.readline() == b"begun\n"
+        process.send_signal(signal.SIGINT)
+        try:
+            assert process.wait(timeout=cli.ENDING + 1) == 130 and process.stderr.read() == b"interrupted\n"
+        finally:
+            process.kill()

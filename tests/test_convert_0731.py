@@ -268,7 +268,7 @@ def test_what_only_images_need_is_named(tmp_path, capsys):
     convert(tmp_path / "s", tmp_path / "m.gguf", RECIPES["f16"], progress=True)
     line = "left out: 5 tensors that only images need, which are not supported: aligner.w1.bias, image_pad, image_start"
     said = capsys.readouterr().err
-    assert f"{line}, ..." in said.splitlines() and "converting: 100%|" in said
+    assert f"{line}, ..." in said.splitlines() and "converting: " in said
     model = open_checkpoint(tmp_path / "m.gguf")
     assert model.cfg.norm_eps == float(np.float32(1e-20))
     assert open_drafter(tmp_path / "m-dspark.gguf", model).cfg == DRAFTER

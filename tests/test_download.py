@@ -134,6 +134,7 @@ def test_a_file_is_fetched_once_and_found_again(fetch, hub, environment, tmp_pat
     path = printed(out)
     assert path.read_bytes() == CONTENT
     assert hub.gets == [None]
+    assert "downloading: 23.8 of 23.8 MiB\n" in err and "\r" not in err
     environment["HF_ENDPOINT"] = "http://127.0.0.1:9"  # nothing listens there
     assert fetch(f"--model={MODEL}") == (0, out, "")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hf" / "hub"))

@@ -16,7 +16,7 @@ from ds4jax import paths
 from ds4jax.chat import template as chat
 from ds4jax.engine import model_runner as engine
 from ds4jax.io import synthetic
-from ds4jax.io.tokenizer import byte_tokenizer
+from ds4jax.io.tokenizer import Special, byte_tokenizer
 from ds4jax.tools import cli, generate
 
 # Prompts have 9 to 16 tokens throughout, so that one bucket is compiled; that takes most of the time.
@@ -42,8 +42,8 @@ def run(model, runners, monkeypatch, capsys):
     runners.install(monkeypatch)
 
     def call(*argv, model=model):
-        flags = [f"--model={model}", "--numerics=plain", "--ctx=128", *argv]
-        status = cli.run(generate.main, generate.FLAGS, generate.__doc__, flags)
+        flags = [f"--model={model}", "--numerics=plain", "--ctx=128", "--think=off", *argv]
+        status = cli.run(generate.main, generate.FLAGS, generate.__doc__, flags, generate.ARGUMENT)
         return status, *capsys.readouterr()
 
     return call
@@ -85,6 +85,35 @@ def test_the_stream_is_the_text_of_the_tokens(dumped):
     assert len(ids) == 20
     assert out == TOKENIZER.decode(ids) + "\n"
     assert out.startswith("".join(step["text"] for step in dump["steps"]))  # but for what the end cut off
+
+
+def test_thoughts_are_no_part_of_the_answer(run, dumped, monkeypatch, tmp_path):
+    flags = "--think=on", "--temperature=0", "--max_tokens=6", "Hello"
+    status, out, err = run(*flags)
+    assert (status, out) == (0, "\n") and "note: the answer ended within its thought" in err and "seed" not in err
+    ids = [step["id"] for step in dumped(*flags)[0]["steps"]]
+    closing = byte_tokenizer()
+    closing._control[Special.THINK_CLOSE.value] = ids[2]  # what the random model says third
+    monkeypatch.setattr(generate.Tokenizer, "from_metadata", lambda _: closing)
+    thought, answer = TOKENIZER.decode(ids[:2]), TOKENIZER.decode(ids[3:]).strip()
+    assert len({*ids[:3]}) == 3 and answer
+    assert run(*flags)[1].strip() == answer and run(*flags)[2].startswith("prefill")
+    status, out, err = run(*flags, "--show-thinking")
+    assert out.strip() == answer and err.startswith(thought + "\n\n") and "</think>" not in out + err
+    with monkeypatch.context() as terminal:
+        for name in "is_terminal", "has_colours":
+            terminal.setattr(generate, name, lambda _: True)
+        shown = run(*flags)[2]
+    assert "\x1b[2m" in shown and re.sub(r"\x1b\[\dm", "", shown).startswith(thought + "\n\n")
+    _, (result,), _ = job(run, tmp_path, [{"prompt": "Hello"}], *flags[:-1])
+    assert (result["reasoning"], result["text"].strip(), result["tokens"]) == (thought, answer, ids)
+
+
+def test_a_seed_is_random_unless_given(run, tmp_path):
+    flags = "--max_tokens=12", "--min_p=0"
+    (_, first, err), (_, second, _) = run("Hello", *flags), run("Hello", *flags)
+    assert first != second and run("Hello", *flags, "--seed", err.split()[-1])[1] == first
+    assert job(run, tmp_path, [{"prompt": "Hello"}], *flags)[1] == job(run, tmp_path, [{"prompt": "Hello"}], *flags)[1]
 
 
 def test_speed_memory_and_progress_go_to_stderr(run):
@@ -155,13 +184,17 @@ def test_prompts_are_rendered(run, tmp_path, monkeypatch):
     system = [{"role": "system", "content": "Be brief."}]
     (tmp_path / "prompt.txt").write_bytes(b"Hi\r\n")
     file = f"--prompt_file={tmp_path}/prompt.txt"
-    assert tokens_of(run, "--prompt=Hi\r\n") == chat.render_ids(TOKENIZER, user)
-    assert tokens_of(run, file) == chat.render_ids(TOKENIZER, user)
-    assert tokens_of(run, file, "--system=Be brief.") == chat.render_ids(TOKENIZER, system + user)
+    off = chat.render_ids(TOKENIZER, user, think="off")
+    assert tokens_of(run, "--prompt=Hi\r\n") == tokens_of(run, "Hi\r\n", "--ctx=64") == off
+    assert tokens_of(run, file, "--think=on") == chat.render_ids(TOKENIZER, user)
+    with open(tmp_path / "prompt.txt") as stdin:
+        monkeypatch.setattr("sys.stdin", stdin)
+        assert tokens_of(run, "--prompt-file", "-", "--dump-tokens") == off
+    assert tokens_of(run, file, "--system=Be brief.") == chat.render_ids(TOKENIZER, system + user, think="off")
     assert tokens_of(run, file, "--think=off") == chat.render_ids(TOKENIZER, user, think="off")
     assert tokens_of(run, file, "--raw") == TOKENIZER.encode_raw("Hi\r\n")
     default = [{"role": "user", "content": generate.DEFAULT_PROMPT}]
-    assert tokens_of(run) == chat.render_ids(TOKENIZER, default)
+    assert tokens_of(run) == chat.render_ids(TOKENIZER, default, think="off")
 
 
 def test_dumped_tokens_show_their_pieces(run):
@@ -184,7 +217,7 @@ def test_the_profile_is_that_of_the_file_unless_a_flag_says_otherwise(run, model
     newer.symlink_to(model)  # as in a cache, where the name is a link's
 
     def begins(*argv, model=model):
-        status, out, err = run("--dump_tokens", "--prompt=Hi", *argv, model=model)
+        status, out, err = run("--dump_tokens", "--prompt=Hi", "--think=on", *argv, model=model)
         assert status == 0 and "acts as on" not in err
         return TOKENIZER.decode([int(line.split("\t")[0]) for line in out.splitlines()])[21:51]
 
@@ -315,7 +348,8 @@ def test_an_interrupted_batch_job_keeps_what_it_finished(run, tmp_path, interrup
         (["--prompt=x", "--kernels=pallas"], "kernels: found 'pallas with numerics"),
         (["--think=hard"], "flag --think=hard: value should be one of <off|on|low|high|max>"),
         (["--nonsense"], "Unknown command line flag 'nonsense'"),
-        (["Hello"], "found the argument 'Hello', expected only flags"),
+        (["Hello", "you"], "found a second argument 'you', expected one: quote what has spaces"),
+        (["Hello", "--prompt=x"], "found the argument 'Hello', expected only flags"),
     ],
 )
 def test_wrong_flags_are_one_line(run, argv, problem):
@@ -369,7 +403,7 @@ def test_ctrl_c_in_a_process_of_its_own(model, tmp_path):
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "LC_ALL": "C"}
     # What is started in the background of a shell ignores SIGINT, and so would what it starts.
     command = ["env", "--default-signal=INT", sys.executable, "-m", "ds4jax.generate", f"--model={model}"]
-    command += ["--prompt=Hi", "--seed=22"]
+    command += ["--think=off", "Hi", "--seed=22"]
     process = subprocess.Popen(
         [*command, "--max_tokens=4000"], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
@@ -386,7 +420,7 @@ def test_ctrl_c_is_not_lost_where_python_drops_the_exception(monkeypatch):
     monkeypatch.setattr(cli, "_interrupted", False)
     cli.check_interrupt()
     with pytest.raises(KeyboardInterrupt):
-        cli._interrupt(signal.SIGINT, None)
+        cli.end_at_interrupt(signal.SIGINT, None)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             cli.check_interrupt()

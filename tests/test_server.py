@@ -1075,6 +1075,18 @@ STREAMS = {  # a body, what the first event says, a sign of life
 }
 
 
+def test_who_asks_is_told_how_much_of_a_prompt_is_read():
+    body = {"messages": [{"role": "user", "content": "Hi"}], "stream": True, "return_progress": True}
+    with clients("</think>x", Options(keep_alive=0.05), chunks=3, delay=0.15, cached=1) as (_, _, http, _):
+        lines = http.post("/v1/chat/completions", json=body).text.splitlines()
+    chunks = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+    reports = [chunk["prompt_progress"] for chunk in chunks if "prompt_progress" in chunk]
+    assert reports and all(not chunk["choices"] for chunk in chunks if "prompt_progress" in chunk)
+    assert all(one["cache"] <= 1 and 0 <= one["processed"] < one["total"] for one in reports)
+    assert [one["processed"] for one in reports] == sorted(one["processed"] for one in reports)
+    assert reports[-1]["processed"] > 0 and "warning" not in lines
+
+
 @pytest.mark.parametrize("path", STREAMS)
 def test_headers_and_signs_of_life_come_before_the_prefill_and_the_answer_after_it(path):
     """Benchmarks take the first chunk with choices for the first token."""

@@ -21,7 +21,8 @@ def test_wheel_outside_the_checkout(tmp_path):
     configs = {f"ds4jax/configs/{p.name}" for p in (ROOT / "configs").glob("*.toml")}
     models = {f"ds4jax/models/{name}.{end}" for name in (*EMBEDDED, embedded_drafter().stem) for end in ("gguf", "md")}
     typed = {"ds4jax/py.typed", "pallas_kernels/py.typed"}
-    assert modules | configs | models | typed | {"ds4jax/server/page.html"} <= names
+    page = {p.relative_to(ROOT).as_posix() for p in (ROOT / "ds4jax/server/page").rglob("*") if p.is_file()}
+    assert modules | configs | models | typed | page <= names and "ds4jax/server/page/index.html" in page
 
     site = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(site)

@@ -55,7 +55,8 @@ CLOSING = 60.0
 class AsyncEngine:
     """An engine in a thread of its own.
 
-    Attributes: tokenizer, ctx (tokens of prompt and answer together), model_name, profile, kv_store (or None).
+    Attributes: tokenizer, ctx (tokens of prompt and answer together), model_name, profile, kv_store (or None), device
+    (what the model runs on).
     """
 
     @classmethod
@@ -123,9 +124,12 @@ class AsyncEngine:
         seconds after which a request without a slot fails. gap: seconds from token to token of an answer that chunks of
         prompts are cut to keep.
         """
+        import jax
+
         from ds4jax.engine.counters import Counters
         from ds4jax.engine.engine import Engine
 
+        self.device = jax.devices()[0].device_kind
         self.tokenizer, self.model_name, self.ctx = runner.tokenizer, name, runner.settings.ctx
         self.profile = runner.profile
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()

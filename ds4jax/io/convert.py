@@ -21,7 +21,6 @@ from typing import Any, Self
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 import ds4jax
 from ds4jax.errors import Ds4Error, show
@@ -32,6 +31,7 @@ from ds4jax.io.gguf import Layout, TensorData, TensorInfo
 from ds4jax.io.imatrix import Entry, Imatrix
 from ds4jax.io.recipes import Recipe, Type
 from ds4jax.model.tensors import TensorSpec
+from ds4jax.terminal import meter
 
 SLAB = 1 << 23  # weights that are dequantized and quantized at once: 32 MiB in float32
 MARGIN = 1 << 30  # bytes of disk that must stay free
@@ -101,8 +101,7 @@ def convert(
         partials = [stack.enter_context(Partial(path, plan, inputs, restart)) for _, plan, path in jobs]
         if progress and (done := sum(len(partial.done) for partial in partials)):
             print(f"going on after {done} of {len(tensors)} tensors", file=sys.stderr)
-        bar = tqdm(total=size, unit="B", unit_scale=True, desc="converting", disable=not progress)
-        stack.enter_context(bar)
+        bar = stack.enter_context(meter(size, "converting", "B", show=progress))
         for (opened, plan, _), partial in zip(jobs, partials, strict=True):
             for spec in opened.table:
                 info = plan.tensors[spec.name]

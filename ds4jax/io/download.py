@@ -14,11 +14,13 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from ds4jax.errors import Ds4Error
 from ds4jax.io.split import part_names
 from ds4jax.paths import EMBEDDED, embedded_model
 from ds4jax.settings import Settings
+from ds4jax.terminal import Progress, is_terminal, meter
 
 MARGIN = 2**30  # bytes of disk that must stay free
 _GIB = 2**30
@@ -99,7 +101,11 @@ def _fetch(repo: str, file: str) -> Path:
                 print(f"{name}: {meta.size / _GIB:.1f} GiB, {have / _GIB:.1f} of it here already", file=sys.stderr)
                 if have < meta.size:
                     # No expected_size: with it, files above 50 GB are refused. Size and content are checked below.
-                    http_get(url, out, resume_size=have, headers=build_hf_headers(), displayed_filename=file)
+                    # On a terminal there is http_get's own bar; in a log it says nothing.
+                    with meter(meta.size, "downloading", "B", show=not is_terminal(sys.stderr)) as bar:
+                        bar.update(have)
+                        into: Any = _Counted(out, bar)
+                        http_get(url, into, resume_size=have, headers=build_hf_headers(), displayed_filename=file)
                 out.flush()
                 _verify(partial, meta.size, meta.etag, name)
                 os.replace(partial, blob)
@@ -121,6 +127,20 @@ def _fetch(repo: str, file: str) -> Path:
         raise Ds4Error(
             f"{name}: cannot be fetched from {constants.ENDPOINT}: {type(error).__name__}: {what}"
         ) from error
+
+
+class _Counted:
+    """A file whose bar counts what is written."""
+
+    def __init__(self, file: BinaryIO, bar: Progress):
+        self._file, self._bar = file, bar
+
+    def write(self, data: bytes) -> int:
+        self._bar.update(len(data))
+        return self._file.write(data)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
 
 
 def _lock(file, path: Path) -> None:

@@ -25,7 +25,6 @@ import jax.numpy as jnp
 import numpy as np
 from gguf import GGMLQuantizationType as GGMLType
 from jax import lax
-from tqdm import tqdm
 
 from ds4jax.config import ModelConfig
 from ds4jax.formats import FORMATS
@@ -35,6 +34,7 @@ from ds4jax.io.drafter import open_drafter
 from ds4jax.io.gguf import GGUFFile
 from ds4jax.model import residency, weights
 from ds4jax.model.weights import Dspark, Weights, WeightSpec
+from ds4jax.terminal import meter
 
 # JAX copies what is below 1 GiB into page-locked memory, with one thread for each plane. Small slabs keep this memory,
 # and that for the slabs themselves, small: a page that is used for the first time costs more than all of its copies.
@@ -102,7 +102,7 @@ def _load[Tree: (Weights, Dspark)](
     else:  # refuses what does not divide before anything is read
         shardings = [jax.tree.leaves(spec.shardings(mesh)) for spec in specs]
     shards = [_shards(spec, planes) for spec, planes in zip(specs, shardings, strict=True)]
-    with tqdm(total=weights.nbytes(tree), unit="B", unit_scale=True, desc="loading", disable=not progress) as bar:
+    with meter(weights.nbytes(tree), "loading", "B", show=progress) as bar:
         _stream(holder, [shard for of_leaf in shards for shard in of_leaf], bar.update)
         leaves = {parts[0]: _leaf(*parts) for parts in zip(specs, shardings, shards, strict=True)}
         with ThreadPoolExecutor(IN_FLIGHT) as pool:

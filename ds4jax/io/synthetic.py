@@ -12,6 +12,7 @@ import functools
 import hashlib
 import math
 import os
+import threading
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -19,7 +20,6 @@ from pathlib import Path
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES
 from gguf.quants import quantize
-from tqdm import tqdm
 
 from ds4jax.config import DrafterConfig, ModelConfig
 from ds4jax.errors import ConfigError
@@ -28,6 +28,7 @@ from ds4jax.io.gguf import TensorData, write_gguf
 from ds4jax.io.recipes import MATRIX_TYPES, Recipe, Type, fits
 from ds4jax.io.tokenizer import byte_tokenizer
 from ds4jax.model.tensors import TensorSpec, model_table
+from ds4jax.terminal import meter
 
 # DeepSeek-V4-Flash. Of this size, weights are made on a device, see `Synthetic`, or repeat themselves.
 FULL = ModelConfig(
@@ -331,18 +332,18 @@ def write_repeating(path: str | Path, model: Synthetic, progress: bool = False) 
         while rows:
             piece = data[at : at + rows]
             yield piece
-            with bar.get_lock():
+            with counting:
                 bar.update(piece.nbytes)
             rows, at = rows - len(piece), 0
 
-    tensors = []
+    counting, tensors = threading.Lock(), []
     for spec in model_table(cfg):
         qtype = model.types(spec)
         tensors.append((spec.name, TensorData(spec.shape, qtype, functools.partial(pieces, spec, qtype))))
     about = {"general.name": "random weights", "general.quantization_version": 2}
     metadata = {**cfg.to_metadata(), **about, **byte_tokenizer(cfg.vocab_size).to_metadata()}
     size = sum(math.prod(t.shape) // GGML_QUANT_SIZES[t.type][0] * GGML_QUANT_SIZES[t.type][1] for _, t in tensors)
-    with tqdm(total=size, unit="B", unit_scale=True, desc="writing", disable=not progress) as bar:
+    with meter(size, "writing", "B", show=progress) as bar:
         write_gguf(path, metadata, tensors, threads=os.cpu_count() or 1)
 
 

@@ -2,5 +2,5 @@
 
     body ── schemas/ ──► Ask ── conversation.py ──► engine ──► events ── replies/ ──► that API's events or object
 
-`app.py` puts them on their paths; `page.html` is the chat page.
+`app.py` puts them on their paths; `page.py` gives the files of the chat page, in `page/`.
 """

@@ -14,6 +14,7 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ds4jax.errors import Ds4Error
+from ds4jax.server import page
 from ds4jax.server.errors import ApiError, respond
 
 LOOPBACK = ("localhost", "*.localhost", "127.0.0.0/8", "::1")
@@ -134,7 +135,8 @@ class Access:
             raise ApiError(text, 403)
 
     def _client(self, request: Request) -> str:
-        if not self._keys.names or request.scope["path"] in WITHOUT_KEY:
+        path = request.scope["path"]
+        if not self._keys.names or path in WITHOUT_KEY or path.startswith(page.PREFIX):
             return ""
         scheme, _, token = request.headers.get("authorization", "").partition(" ")
         sent = (request.headers.get("x-api-key", ""), token.strip() if scheme.lower() == "bearer" else "")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import json
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
-from importlib import resources
 from typing import Any, Literal
 
 import prometheus_client
@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import HTMLResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
@@ -30,7 +30,9 @@ from ds4jax.server.bodies import Bodies
 from ds4jax.server.conversation import Conversation, Tick
 from ds4jax.server.errors import ApiError, respond
 from ds4jax.server.event_stream import EventStream, unless_gone
+from ds4jax.server.history import History
 from ds4jax.server.metrics import Metrics
+from ds4jax.server.page import PREFIX, Page
 from ds4jax.server.replay import Replay
 from ds4jax.server.replies.chat import ChatReply
 from ds4jax.server.replies.completions import CompletionReply
@@ -42,6 +44,7 @@ from ds4jax.server.stored import Stored
 
 _LOG = logging.getLogger(__name__)
 
+PROGRESS = 0.25  # seconds between two reports on the prompt, to those who ask for them
 MAX_COMPLETION = 393216  # tokens: the longest answer that the model was trained for
 
 
@@ -99,6 +102,8 @@ def make_app(engine: AsyncEngine, options: Options | None = None, replay: Replay
     server = _Server(engine, options or Options(), Replay() if replay is None else replay)
     routes = [
         Route("/", server.page),
+        Route(f"{PREFIX}{{path:path}}", server.page),
+        Route("/history", server.show_history),
         Route("/health", server.health),
         Route("/v1/health", server.health),
         Route("/ping", server.health, methods=["GET", "POST"]),
@@ -138,14 +143,23 @@ def make_app(engine: AsyncEngine, options: Options | None = None, replay: Replay
         methods, headers = ("GET", "POST", "DELETE", "OPTIONS"), ("*",)
         cors = Middleware(CORSMiddleware, allow_origins=options.cors, allow_methods=methods, allow_headers=headers)
         middleware.insert(0, cors)
-    return Starlette(routes=routes, middleware=middleware, exception_handlers={HTTPException: _http_error})
+    handlers = {HTTPException: _http_error}
+    return Starlette(routes=routes, middleware=middleware, exception_handlers=handlers, lifespan=server.lifespan)
 
 
 class _Server:
     def __init__(self, engine: AsyncEngine, options: Options, replay: Replay):
         self.engine, self.options, self.replay = engine, options, replay
         self.metrics, self._started = Metrics(engine, replay), int(time.time())
+        self.history, self._page = History(engine, replay), Page()
         self.stored = Stored(replay.notes)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
+        """While the server runs, its state is sampled."""
+        sampling = asyncio.create_task(self.history.run())
+        yield
+        sampling.cancel()
 
     # ---- answers -----------------------------------------------------------------------------------------------------
     async def answer(self, request: Request) -> Response:
@@ -157,7 +171,7 @@ class _Server:
             ask = dataclasses.replace(ask, client=request.state.client)
             headers = self._warn(ask)
             started = conversation.start(
-                self.engine, ask, self.replay, id_prefix=api.reply.id_prefix, tick=self.options.keep_alive
+                self.engine, ask, self.replay, id_prefix=api.reply.id_prefix, tick=self._tick(ask)
             )
             try:
                 talks = await unless_gone(request, started)
@@ -186,6 +200,10 @@ class _Server:
         finally:
             self.metrics.request(path, status)
 
+    def _tick(self, ask: Ask) -> float:
+        """Seconds between signs of life."""
+        return min(PROGRESS, self.options.keep_alive) if ask.progress else self.options.keep_alive
+
     def _model_of(self, ask: Ask) -> str:
         return ask.model or self.engine.model_name
 
@@ -200,7 +218,7 @@ class _Server:
             silent = False
             async for i, event in conversation.together(talks):
                 if isinstance(event, Tick):
-                    if silent:
+                    if silent or reply.ask.progress:
                         yield reply.idle(event)
                     silent = True
                 elif data := reply.on(event, i):
@@ -337,13 +355,19 @@ class _Server:
     async def show_metrics(self, request: Request) -> Response:
         return Response(self.metrics.text(), media_type=prometheus_client.CONTENT_TYPE_PLAIN_0_0_4)
 
+    async def show_history(self, request: Request) -> Response:
+        """Samples of the last minutes; ``since``, a time in seconds, leaves out older ones, ``last`` all but some."""
+        try:
+            given = {key: float(value) for key, value in request.query_params.items() if key in ("since", "last")}
+            last = given.get("last")
+            return _json(self.history.since(given.get("since", 0.0), None if last is None else max(1, int(last))))
+        except (ValueError, OverflowError):
+            return respond(request, ApiError("since, last: found no number, expected one"))
+
     async def page(self, request: Request) -> Response:
-        policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
-        return HTMLResponse(_page(), headers={"content-security-policy": f"{policy}; img-src data:"})
-
-
-def _page() -> str:
-    return resources.files("ds4jax.server").joinpath("page.html").read_text(encoding="utf-8")
+        """A file of the chat page."""
+        found = self._page.answer(request, request.path_params.get("path", "index.html"))
+        return found or respond(request, ApiError(f"found no {request.scope['path']}", 404))
 
 
 def _check_end(talks: list[Conversation]) -> None:

@@ -30,7 +30,8 @@ class Ask:
     other_prompts: to be continued too; n: how many answers to each prompt; echo_prompt: whether these begin with the
         prompt (Completions; n in Chat Completions, too).
     include_usage: a last chunk with the usage; token_ids: those of prompt and answer are reported (Chat Completions,
-        Completions). summary: thoughts are shown.
+        Completions). progress: chunks that say how much of the prompt is computed (Chat Completions). summary: thoughts
+        are shown.
     echo: fields that Responses repeats in its answer. keep: the input that is to be kept with it, or None.
     ignored: fields of the body that nothing here knows, which may have been meant to change the reply; their values.
     client: the name of the key that came with it, or "".
@@ -58,6 +59,7 @@ class Ask:
     echo_prompt: bool = False
     include_usage: bool = False
     token_ids: bool = False
+    progress: bool = False
     summary: bool = False
     echo: Json = dataclasses.field(default_factory=dict)
     keep: list[Json] | None = None

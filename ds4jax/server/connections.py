@@ -152,7 +152,7 @@ class Server(uvicorn.Server):
         begun: Callable[[], None] = lambda: None,
         close: Callable[[], Awaitable[None]] | None = None,
     ):
-        config = uvicorn.Config(app, loop="asyncio", http=H11Protocol, ws="none", log_level="warning", lifespan="off")
+        config = uvicorn.Config(app, loop="asyncio", http=H11Protocol, ws="none", log_level="warning", lifespan="on")
         super().__init__(config)
         logging.getLogger("uvicorn.error").filters = [_Seldom()]
         self._listener, self._limits, self._begun, self._close = listener, limits or Limits(), begun, close

@@ -1,4 +1,4 @@
-"""Prefill and decode speed over context: ``python -m ds4jax.bench --config h200 --synthetic full --csv F``.
+"""Prefill and decode speed over context: ``ds4jax bench --config h200 --synthetic full --csv F``.
 
 At each frontier (ctx_start, times step_mul, ..., and ctx_max): the tokens since the last frontier are prefilled, a
 snapshot is taken, gen_tokens are generated greedily, whatever they are, and the snapshot is put back. One line of CSV

@@ -8,11 +8,15 @@ import json
 import logging
 import math
 import os
+import secrets
 import select
 import signal
 import stat
 import sys
-from collections.abc import Callable
+import textwrap
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO, cast
@@ -24,6 +28,14 @@ from ds4jax.files import write_whole
 from ds4jax.profile import THINK_MODES
 
 flags.disclaim_key_flags()  # --help lists what is defined here under the tool
+
+GROUPS = {
+    "Model": ("config", "model", "profile", "synthetic", "device"),
+    "Answers": ("think", "max_tokens", "ctx", "system"),
+    "Sampling": ("temperature", "top_k", "top_p", "min_p", "seed"),
+    "Computation": ("numerics", "kernels", "device_budget_gb", "draft", "draft_tokens"),
+}
+"""How --help groups the flags that several tools have; a tool's own come first."""
 
 
 def define_model(flag_values: flags.FlagValues) -> None:
@@ -95,15 +107,26 @@ SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed")
 """The flags of `define_sampling`: parameters of `engine.types.Sampling`."""
 
 
-def define_sampling(flag_values: flags.FlagValues) -> None:
-    """Define the flags in SAMPLING."""
+def define_sampling(flag_values: flags.FlagValues, seed: int | None = 0) -> None:
+    """Define the flags in SAMPLING. seed: the default."""
     flags.DEFINE_float("temperature", 1.0, "0 takes the likeliest token.", flag_values=flag_values)
     text = "Sample from the likeliest tokens that reach this probability."
     flags.DEFINE_float("top_p", 1.0, text, flag_values=flag_values)
     text = "Sample from this many of the likeliest tokens; 0 is off."
     flags.DEFINE_integer("top_k", 0, text, flag_values=flag_values)
     flags.DEFINE_float("min_p", 0.05, "Drop tokens this much less likely than the likeliest.", flag_values=flag_values)
-    flags.DEFINE_integer("seed", 0, "Of the random draws.", flag_values=flag_values)
+    define_seed(flag_values, seed)
+
+
+def define_seed(flag_values: flags.FlagValues, default: int | None = None) -> None:
+    """Define --seed. default: None is a random one, see `seed_or_random`."""
+    text = "Of the random draws; by default a random one." if default is None else "Of the random draws."
+    flags.DEFINE_integer("seed", default, text, 0, 2**32 - 1, flag_values=flag_values)
+
+
+def seed_or_random(seed: int | None) -> int:
+    """A seed, where None is one that nobody foresees."""
+    return secrets.randbits(32) if seed is None else seed
 
 
 def define_synthetic(flag_values: flags.FlagValues) -> None:
@@ -190,12 +213,26 @@ def _pipe(stream: TextIO) -> int | None:
 
 
 _interrupted = False
+_watched: int | None = None  # the end of a pipe to which the system writes the numbers of signals
+ENDING = 1.0
+"""Seconds from Ctrl-C to the end of the process, whatever it does."""
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
+def end_at_interrupt(number: int, frame: FrameType | None) -> None:
+    """Ctrl-C raises KeyboardInterrupt, and the process ends soon, see `watch_interrupts`."""
     global _interrupted
     _interrupted = True
     raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def interrupts(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
+    """Within, Ctrl-C is handled so."""
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def check_interrupt() -> None:
@@ -205,6 +242,63 @@ def check_interrupt() -> None:
     """
     if _interrupted:
         raise KeyboardInterrupt
+
+
+def watch_interrupts() -> None:
+    """From now on a process that has not ended ENDING seconds after Ctrl-C is ended, whatever it does.
+
+    Python's handlers wait while the main thread compiles or loads, for minutes perhaps; the number of the signal goes
+    into a pipe at once, and a thread reads it. Where a tool handles Ctrl-C itself, nothing is done. An event loop that
+    handles signals itself takes the pipe's place; called again, this takes it back.
+    """
+    global _watched
+    if threading.current_thread() is not threading.main_thread():
+        return
+    if _watched is None:
+        read, _watched = os.pipe()
+        os.set_blocking(_watched, False)
+        threading.Thread(target=_end_after_interrupt, args=[read], name="ctrl-c", daemon=True).start()
+    signal.set_wakeup_fd(_watched, warn_on_full_buffer=False)
+
+
+def _end_after_interrupt(pipe: int) -> None:
+    while numbers := os.read(pipe, 64):
+        if signal.SIGINT in numbers and signal.getsignal(signal.SIGINT) is end_at_interrupt:
+            time.sleep(ENDING)
+            with contextlib.suppress(OSError):
+                os.write(2, b"interrupted\n")
+            os._exit(130)
+
+
+def _spelled(argv: Iterable[str], flag_values: flags.FlagValues) -> list[str]:
+    """Arguments with underscores in the names of flags, as absl has them: --max-tokens is --max_tokens."""
+    found, flags_end = [], False
+    for arg in argv:
+        flags_end |= arg == "--"
+        name, equals, value = arg.partition("=")
+        plain = name.lstrip("-").replace("-", "_")
+        if not flags_end and name.startswith("--") and {plain, plain.removeprefix("no")} & set(flag_values):
+            arg = f"--{plain}{equals}{value}"
+        found.append(arg)
+    return found
+
+
+def _help(flag_values: flags.FlagValues) -> str:
+    """All flags, the tool's own first, then those that tools share, in groups."""
+    shared = {name: title for title, names in GROUPS.items() for name in names}
+    own = [name for name in flag_values if name not in shared]
+    lines = []
+    for title, names in {"Flags": own, **GROUPS}.items():
+        if names := [name for name in names if name in flag_values]:
+            lines += ["", f"{title}:"]
+        for name in names:
+            flag = flag_values[name]
+            text = [flag.help]
+            if flag.default not in (None, "", False, []):
+                text.append(f"By default {flag.default}.")
+            spelled = f"  --{'[no]' if flag.boolean else ''}{name}: {' '.join(text)}"
+            lines.append(textwrap.fill(spelled, 100, subsequent_indent="      ", break_on_hyphens=False))
+    return "\n".join(lines)
 
 
 def run(
@@ -217,15 +311,17 @@ def run(
     """Parse the flags, call `tool` and return its exit status, see `exit_status`; or print the usage for --help.
 
     flag_values: the tool's own set of flags, so that several tools can be imported into one process.
-    usage: what --help prints before the flags. argv: arguments without the program's name, by default the process's.
-    argument: the flag that an argument without a name stands for, if the tool takes one.
+    usage: what --help prints before the flags. argv: arguments without the program's name, by default the process's;
+    names of flags may have hyphens for underscores.
+    argument: the flag that an argument without a name stands for, wherever it is, if the tool takes one.
     """
-    argv = sys.argv[1:] if argv is None else argv
+    argv = _spelled(sys.argv[1:] if argv is None else argv, flag_values)
     flag_values.unparse_flags()
+    flag_values.set_gnu_getopt()
 
     def parsed() -> int | None:
         if {"--help", "-h", "-help"} & set(argv):
-            print((usage or "").strip(), flag_values.get_help(), sep="\n")
+            print((usage or "").strip(), _help(flag_values), sep="\n")
             return 0
         try:
             _, *rest = flag_values(["ds4jax", *argv])
@@ -233,6 +329,8 @@ def run(
             raise ConfigError(f"{error} (--help lists the flags)") from None
         if argument and rest and flag_values[argument].value is None:
             flag_values[argument].value = rest.pop(0)
+            if rest:
+                raise ConfigError(f"found a second argument {rest[0]!r}, expected one: quote what has spaces")
         for name in flag_values:
             if isinstance(value := flag_values[name].value, float) and math.isnan(value):
                 raise ConfigError(f"{name}: found nan, expected a number")
@@ -247,11 +345,13 @@ def exit_status(work: Callable[[], int | None]) -> int:
     """Call `work` and return an exit status: its result, or 1 for an error, or 130 for Ctrl-C.
 
     A Ds4Error becomes one line on stderr; a reader of stdout that has gone away (``| head``) ends the work silently.
+    After Ctrl-C the process ends soon, see `watch_interrupts`.
     """
     global _interrupted
     _interrupted = False
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, _interrupt)
+        signal.signal(signal.SIGINT, end_at_interrupt)
+        watch_interrupts()
     stderr, sys.stderr = sys.stderr, cast(TextIO, Lossy(sys.stderr))
     _log_to(sys.stderr, instead_of=stderr)
     if isinstance(sys.stdout, io.TextIOWrapper):

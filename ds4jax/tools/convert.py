@@ -1,6 +1,6 @@
 """A Hugging Face checkpoint of DeepSeek-V4, or a GGUF file of other types → a GGUF file.
 
-    python -m ds4jax.convert --source DIR|FILE.gguf --out FILE.gguf --recipe q2 [--imatrix F.gguf] [--types F=TYPE,...]
+    ds4jax convert --source DIR|FILE.gguf --out FILE.gguf --recipe q2 [--imatrix F.gguf] [--types F=TYPE,...]
 
 Recipes: q2, q2-q4 (q2, but with q4's experts from layer 37 on), q4 and mxfp4 are those of the published files; f16, q8
 and f32 have one type for all matrices. `--types` chooses another one for a family of `model.tensors`, such as

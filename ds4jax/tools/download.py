@@ -1,4 +1,4 @@
-"""Fetch a model file from Hugging Face: ``python -m ds4jax.download --config NAME``.
+"""Fetch a model file from Hugging Face: ``ds4jax download --config NAME``.
 
 First it shows on stderr, if the config names a GPU, what the model needs of it and what would fit (see ds4jax.memory).
 Then it shows its progress, goes on where an earlier run was interrupted, and prints the file's path.

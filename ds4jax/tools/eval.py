@@ -1,6 +1,6 @@
 """Ask a model questions and count the right answers.
 
-    python -m ds4jax.eval --tasks F.jsonl [--samples 4] [--think on] [--out DIR]
+    ds4jax eval --tasks F.jsonl [--samples 4] [--think on] [--out DIR]
 
 F has a JSON object in each line: "prompt" (and "system") or "messages", and how to know a right answer: "exact" (a
 text, or several), "regex" (a Python pattern to be found in the answer; with "exact", what its first group must be), or
@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from absl import flags
-from tqdm import tqdm
 
 from ds4jax.errors import ConfigError, Ds4Error
 from ds4jax.io.drafter import open_with_drafter
 from ds4jax.settings import Settings
+from ds4jax.terminal import meter
 from ds4jax.tools import cli
 
 FLAGS = flags.FlagValues()
@@ -89,7 +89,7 @@ def main() -> None:
     records, right = [], 0
     with (
         contextlib.closing(Journal(folder / "transcript.jsonl" if folder else None, key)) as journal,
-        tqdm(total=len(how.runs(questions)), desc=checkpoint.file.path.name, unit="answer") as bar,
+        meter(len(how.runs(questions)), checkpoint.file.path.name, "answer") as bar,
     ):
         for record in library.ask(Engine(runner, sizes=sizes), questions, how, journal):
             records.append(record)

@@ -1,6 +1,11 @@
-"""Generate text: ``python -m ds4jax.generate --config tiny --prompt "..."``, or a batch job with --prompts_file.
+"""Generate text: answer a prompt, or with --prompts_file all prompts of a batch job.
 
-Text goes to stdout as it comes; progress, speed and memory go to stderr.
+    ds4jax generate "What is the capital of France?"
+    ds4jax generate --config h200 --think off --max-tokens 200 "Why is the sky blue?"
+    git diff | ds4jax generate --prompt_file - --system "Review this change."
+    ds4jax generate --prompts_file in.jsonl --out out.jsonl
+
+The answer goes to stdout as it comes. Thoughts, progress, speed and memory go to stderr.
 """
 
 from __future__ import annotations
@@ -11,21 +16,25 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 from absl import flags
 
+from ds4jax.chat import parser
 from ds4jax.chat import template as chat
+from ds4jax.chat.parser import Event as ParserEvent
+from ds4jax.chat.parser import OutputParser, TextDelta, ThinkingDelta
 from ds4jax.errors import ConfigError, Ds4Error
 from ds4jax.files import LARGE, read_small
 from ds4jax.io.checkpoint import Checkpoint
 from ds4jax.io.drafter import open_with_drafter
-from ds4jax.io.tokenizer import StreamDecoder, Tokenizer
+from ds4jax.io.tokenizer import Special, StreamDecoder, Tokenizer
 from ds4jax.profile import MAX_EFFORT_CTX, choose, effort_prefix
 from ds4jax.settings import Settings
+from ds4jax.terminal import DIM, PLAIN, has_colours, is_terminal
 from ds4jax.tools import cli
 
 if TYPE_CHECKING:  # JAX takes a second to import, and must not run before `Settings.set_environment`
@@ -34,11 +43,13 @@ if TYPE_CHECKING:  # JAX takes a second to import, and must not run before `Sett
 
 DEFAULT_PROMPT = "Once upon a time"
 
+ARGUMENT = "prompt"
 FLAGS = flags.FlagValues()
 cli.define_model(FLAGS)
 cli.define_profile(FLAGS)
-flags.DEFINE_string("prompt", None, f"The user's message. Without any prompt: {DEFAULT_PROMPT!r}.", flag_values=FLAGS)
-flags.DEFINE_string("prompt_file", None, "A UTF-8 file with the user's message.", flag_values=FLAGS)
+_text = f"The user's message, also without --prompt. Without any prompt: {DEFAULT_PROMPT!r}."
+flags.DEFINE_string("prompt", None, _text, flag_values=FLAGS)
+flags.DEFINE_string("prompt_file", None, "A UTF-8 file with the user's message; - is stdin.", flag_values=FLAGS)
 flags.DEFINE_string(
     "prompts_file",
     None,
@@ -49,8 +60,10 @@ flags.DEFINE_string(
 flags.DEFINE_string("out", None, "Where a batch job's results go, as JSON lines; by default stdout.", flag_values=FLAGS)
 flags.DEFINE_string("system", "", "The system prompt.", flag_values=FLAGS)
 flags.DEFINE_bool("raw", False, "Continue the prompt as it is, without the chat template.", flag_values=FLAGS)
+_text = "Thoughts on stderr; by default where it and stdout are a terminal."
+flags.DEFINE_bool("show_thinking", None, _text, flag_values=FLAGS)
 cli.define_answers(FLAGS)
-cli.define_sampling(FLAGS)
+cli.define_sampling(FLAGS, seed=None)
 cli.define_compute(FLAGS)
 cli.define_drafts(FLAGS)
 cli.define_budget(FLAGS)
@@ -89,17 +102,16 @@ def main() -> int:
 def _stream(tokens: list[int], checkpoint: Checkpoint, tokenizer: Tokenizer, settings: Settings) -> int:
     from ds4jax.engine.types import Token
 
-    request = _request(tokens, {}, checkpoint, tokenizer, settings)
+    seed = cli.seed_or_random(FLAGS.seed)
+    request = _request(tokens, {"seed": seed}, checkpoint, tokenizer, settings)
     logprobs = Logprobs(Path(FLAGS.dump_logprobs), tokens, FLAGS.logprobs_top_k) if FLAGS.dump_logprobs else None
-    decoder = StreamDecoder(tokenizer)
+    decoder, read, output = StreamDecoder(tokenizer), _parser(tokenizer, tokens), _Output()
 
     def show(event: Event) -> None:
         if isinstance(event, Token):
-            text = "" if event.id == tokenizer.eos_id else decoder.push(event.id)
-            sys.stdout.write(text)
-            sys.stdout.flush()
+            output.show(read.push(event.id))
             if logprobs:
-                logprobs.add(event, text)
+                logprobs.add(event, "" if event.id == tokenizer.eos_id else decoder.push(event.id))
 
     with _engine(checkpoint, settings, 1, [request]) as engine, logprobs or contextlib.nullcontext():
         try:
@@ -108,8 +120,49 @@ def _stream(tokens: list[int], checkpoint: Checkpoint, tokenizer: Tokenizer, set
                 engine.step()
                 cli.check_interrupt()
         finally:  # an interrupted answer ends properly too
-            print(decoder.flush(), flush=True)
+            output.show(read.finish("length"))
+            output.end()
+    if output.lacks_answer:
+        print("note: the answer ended within its thought; see --max_tokens and --think", file=sys.stderr)
+    if FLAGS.seed is None and FLAGS.temperature:
+        print(f"seed: {seed}", file=sys.stderr)
     return 0
+
+
+class _Output:
+    """Where an answer goes: the text to stdout; thoughts to stderr, dimmed on a terminal, if they are to be seen."""
+
+    def __init__(self):
+        terminal = is_terminal(sys.stdout) and is_terminal(sys.stderr)
+        self._shows_thoughts = terminal if FLAGS.show_thinking is None else FLAGS.show_thinking
+        self._dim, self._plain = (DIM, PLAIN) if has_colours(sys.stderr) else ("", "")
+        self._escape = "␛" if sys.stdout.isatty() else "\x1b"  # a model does not command the terminal
+        self._thought = self._answered = False
+
+    def show(self, events: Iterable[ParserEvent]) -> None:
+        for event in events:
+            match event:
+                case ThinkingDelta(text):
+                    self._thought = True
+                    if self._shows_thoughts:
+                        self._write(sys.stderr, f"{self._dim}{text}{self._plain}")
+                case TextDelta(text):
+                    if self._thought and self._shows_thoughts and not self._answered:
+                        sys.stderr.write("\n\n")
+                    self._answered = True
+                    self._write(sys.stdout, text)
+
+    def end(self) -> None:
+        self._write(sys.stdout, "\n")
+
+    @property
+    def lacks_answer(self) -> bool:
+        """Whether there was a thought and nothing else."""
+        return self._thought and not self._answered
+
+    def _write(self, stream: TextIO, text: str) -> None:
+        stream.write(text.replace("\x1b", self._escape) if stream is sys.stdout else text)
+        stream.flush()
 
 
 class Logprobs:
@@ -205,8 +258,8 @@ def parse_line(text: str, number: int, make: Callable[[dict[str, Any]], Request]
 
 
 def _batch_job(text: str, checkpoint: Checkpoint, tokenizer: Tokenizer, settings: Settings) -> int:
-    """Results as they finish, one JSON object per line: id, text, tokens (of the answer, without the end token),
-    finish_reason and n_prompt_tokens; or id, line and error."""
+    """Results as they finish, one JSON object per line: id, text, reasoning (the thought, or ""), tokens (of both,
+    without the end token), finish_reason and n_prompt_tokens; or id, line and error."""
     from ds4jax.engine.types import Finished, Token
 
     def make(line: dict[str, Any]) -> Request:
@@ -225,7 +278,10 @@ def _batch_job(text: str, checkpoint: Checkpoint, tokenizer: Tokenizer, settings
             answer.append(event.id)
         elif isinstance(event, Finished):
             said = answer[:-1] if event.reason == "stop" else answer
-            result = {"id": line.id, "text": tokenizer.decode(said), "tokens": said}
+            read = _parser(tokenizer, request.tokens)
+            message = parser.message([e for id in said for e in read.push(id)] + read.finish("length"))
+            reasoning = message.get("reasoning_content", "")
+            result = {"id": line.id, "text": message["content"], "reasoning": reasoning, "tokens": said}
             _write(out, result | {"finish_reason": event.reason, "n_prompt_tokens": len(request.tokens)})
             done += 1
 
@@ -266,6 +322,12 @@ def _write(out: TextIO, result: dict) -> None:
 
 
 # ---- both ------------------------------------------------------------------------------------------------------------
+def _parser(tokenizer: Tokenizer, prompt: Sequence[int]) -> OutputParser:
+    """What tells the thought from the answer to a prompt."""
+    thinking = not FLAGS.raw and prompt[-1] == tokenizer.special(Special.THINK_OPEN)
+    return OutputParser(tokenizer, thinking=thinking, raw=FLAGS.raw)
+
+
 def _prompt_source() -> tuple[Any, bool]:
     """What the flags say to continue: (the values of one line, see `parse_line`), or the text of many and True."""
     given = [name for name in ("prompt", "prompt_file", "prompts_file") if FLAGS[name].value is not None]
@@ -285,7 +347,8 @@ def _prompt_source() -> tuple[Any, bool]:
 
 def _read(path: str) -> str:
     try:
-        return read_small(path, LARGE).decode()
+        content = sys.stdin.buffer.read(LARGE) if path == "-" else read_small(path, LARGE)
+        return content.decode()
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
@@ -319,6 +382,7 @@ def _request(
     if max_tokens < 1:
         raise ConfigError(f"max_tokens: found {max_tokens}, expected at least 1")
     params: dict[str, Any] = {name: line.get(name, FLAGS[name].value) for name in cli.SAMPLING}
+    params["seed"] = params["seed"] or 0  # a batch job gives the same results every time
     return Request(
         tokens, max_tokens, Sampling(**params), frozenset([tokenizer.eos_id]), logits=FLAGS.dump_logprobs is not None
     )

@@ -1,7 +1,7 @@
 """Importance matrices: how strongly a text drives each column of each weight matrix.
 
-    python -m ds4jax.imatrix --config NAME --text FILE --out F.gguf [--ctx 512] [--chunks N] [--drafter D.gguf]
-    python -m ds4jax.imatrix --merge A.gguf,B.gguf --out F.gguf
+    ds4jax imatrix --config NAME --text FILE --out F.gguf [--ctx 512] [--chunks N] [--drafter D.gguf]
+    ds4jax imatrix --merge A.gguf,B.gguf --out F.gguf
 
 The model reads the text, and for every matrix the squares of what it is multiplied with are summed, column by column,
 over the tokens; for routed experts, over the tokens that were routed to each. The sums over the counts weigh the
@@ -27,7 +27,6 @@ import numpy as np
 from absl import flags
 from jax import lax
 from jax.sharding import PartitionSpec
-from tqdm import tqdm
 
 from ds4jax import sharding
 from ds4jax.config import ModelConfig
@@ -50,6 +49,7 @@ from ds4jax.numerics.precision import matmul
 from ds4jax.ops.linear import linear, swiglu
 from ds4jax.ops.weight import Weight, single
 from ds4jax.settings import Settings
+from ds4jax.terminal import counted, meter
 from ds4jax.tools import cli
 
 Array = jax.Array
@@ -324,6 +324,7 @@ def _read_text(path: Path) -> Imatrix:
         d, cfg = load_drafter(resolve_model(dataclasses.replace(settings, model=FLAGS.drafter)), checkpoint, mesh)
     w, _ = load(checkpoint, mesh, progress=True)
     compute = Compute(settings.numerics, settings.dtype, mesh)
-    bar = tqdm(chunks, desc="reading", unit="chunk")
-    entries = collect(w, cfg, compute, bar, settings.ctx, settings.prefill_chunk, checkpoint.mtp, d)
+    with meter(len(chunks), "reading", "chunk") as bar:
+        texts = counted(chunks, bar)
+        entries = collect(w, cfg, compute, texts, settings.ctx, settings.prefill_chunk, checkpoint.mtp, d)
     return Imatrix(entries, [path.name], len(chunks), settings.ctx)

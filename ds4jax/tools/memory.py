@@ -1,4 +1,4 @@
-"""Show what a model needs of each device's memory, and what would fit: ``python -m ds4jax.memory --config h200``.
+"""Show what a model needs of each device's memory, and what would fit: ``ds4jax memory --config h200``.
 
 Neither the model's file nor the GPU need be there. The first line says where the shapes are from: the file, what is
 known of the published ones, or with --remote the header of the file on its server. The table says where the workspace

@@ -1,9 +1,9 @@
 """How likely a text is to a model, and how far the model is from another one.
 
-    python -m ds4jax.perplexity --text F [--window 1024] [--windows N] [--out DIR]
-    python -m ds4jax.perplexity --text F --against G.gguf [--out DIR]        # read by G first, then by the model
-    python -m ds4jax.perplexity --text F --save_logits DIR --model G.gguf    # the same in two runs
-    python -m ds4jax.perplexity --text F --compare DIR --model F.gguf
+    ds4jax perplexity --text F [--window 1024] [--windows N] [--out DIR]
+    ds4jax perplexity --text F --against G.gguf [--out DIR]        # read by G first, then by the model
+    ds4jax perplexity --text F --save_logits DIR --model G.gguf    # the same in two runs
+    ds4jax perplexity --text F --compare DIR --model F.gguf
 
 Prints perplexity and bits per byte with their standard errors; compared with another model also the Kullback-Leibler
 divergence from it, how often both find the same token likeliest, and the positions where they differ most. The text is
@@ -28,13 +28,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
-from tqdm import tqdm
 
 from ds4jax.errors import ConfigError, Ds4Error
 from ds4jax.io.checkpoint import Checkpoint, open_checkpoint
 from ds4jax.io.download import resolve_model
 from ds4jax.io.tokenizer import Tokenizer
 from ds4jax.settings import Settings
+from ds4jax.terminal import meter
 from ds4jax.tools import cli
 
 if TYPE_CHECKING:  # JAX must not be imported before `Settings.set_environment`
@@ -160,7 +160,7 @@ def _read(model: _Model, folder: Path | None, save: bool = False, reference: Ref
     scored = sum(window.scored for window in model.windows)
     with (
         contextlib.closing(Journal(folder / library.JOURNAL if folder else None, key)) as journal,
-        tqdm(total=scored, desc=model.name, unit="token") as bar,
+        meter(scored, model.name, "token") as bar,
     ):
         if saved is not None:
             saved.check_disk(model.windows[len(journal.records) :])

@@ -1,4 +1,4 @@
-"""What a step must read and compute, and where its time goes: ``python -m ds4jax.roofline --config h200``.
+"""What a step must read and compute, and where its time goes: ``ds4jax roofline --config h200``.
 
 One decoded token of every sequence, or with --prefill a chunk of one sequence, after --ctx tokens. By component:
 

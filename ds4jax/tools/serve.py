@@ -1,4 +1,4 @@
-"""Serve a model over HTTP: ``python -m ds4jax.serve --config tiny --port 8000``; the chat page is at ``/``.
+"""Serve a model over HTTP: ``ds4jax serve --config tiny --port 8000``; the chat page is at ``/``.
 
 OpenAI's Chat Completions, Completions and Responses, and Anthropic's Messages. SIGTERM and Ctrl-C end it in order: no
 new requests, running ones may finish within --grace seconds, and what they computed is kept where --kv_dir says.

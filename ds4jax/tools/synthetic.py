@@ -1,6 +1,6 @@
 """Write a GGUF file of random weights, of any size, as fast as the disk takes it, for timing.
 
-    python -m ds4jax.synthetic --synthetic full --out FILE.gguf [--layers N] [--recipe q2] [--seed S]
+    ds4jax synthetic --synthetic full --out FILE.gguf [--layers N] [--recipe q2] [--seed S]
 
 See `ds4jax.io.synthetic.write_repeating`.
 """

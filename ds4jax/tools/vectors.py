@@ -1,6 +1,6 @@
 """Compare a model with reference vectors: prompts, the tokens that follow, and how likely these and others were.
 
-    python -m ds4jax.vectors --config NAME DIR [--max_gap 2] [--min_same 0.8] [--max_kl 0.5]
+    ds4jax vectors --config NAME DIR [--max_gap 2] [--min_same 0.8] [--max_kl 0.5]
 
 The first thing to run when a model's weights arrive: each prompt is prefilled and its tokens are decoded as the engine
 does it, and every step compared. DIR has ds4's vectors (*.vec, *.json) or what ``generate --dump_logprobs`` wrote.

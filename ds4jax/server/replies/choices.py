@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from ds4jax.chat.parser import Event, Finish
-from ds4jax.server.conversation import Conversation
+from ds4jax.server.conversation import Conversation, Tick
 from ds4jax.server.replies.sse import Reply, event, new_id
 
 DONE = b"data: [DONE]\n\n"
@@ -55,6 +56,14 @@ class ChoicesReply(Reply):
             if not self._open:
                 self._last = parts.pop()
         return b"".join(event(self._chunk([part])) for part in parts)
+
+    def idle(self, tick: Tick) -> bytes:
+        if not self.ask.progress or tick.prefilled >= tick.total:
+            return super().idle(tick)
+        talk = self.conversation
+        milliseconds = round(1e3 * (asyncio.get_running_loop().time() - talk.started))
+        progress = {"total": tick.total, "cache": talk.usage.cached, "processed": tick.prefilled}
+        return event(self._chunk([]) | {"prompt_progress": progress | {"time_ms": milliseconds}})
 
     def end(self) -> bytes:
         if self.ask.include_usage:

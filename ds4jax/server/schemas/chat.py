@@ -42,6 +42,7 @@ class Chat(base.Choosing, Thinks):
     max_completion_tokens: base.Limit | None = None
     logprobs: bool = False
     top_logprobs: base.TopLogprobs = 0
+    return_progress: bool = False  # llama.cpp's
     modalities: list[Literal["text"]] = []
     audio: base.Unsupported = None
     functions: base.Unsupported = None
@@ -114,5 +115,6 @@ def read(body: Json) -> Ask:
         summary=chat.shows_thoughts(),
         max_tokens=chat.max_completion_tokens or chat.max_tokens,
         logprobs=chat.top(),
+        progress=chat.return_progress,
         **chat.common(),
     )

@@ -1,0 +1,104 @@
+"""The last minutes of the server, sampled so that the page has them when it is opened."""
+
+from __future__ import annotations
+
+import asyncio
+import bisect
+import collections
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from ds4jax.engine.async_engine import AsyncEngine
+from ds4jax.engine.counters import Histogram
+from ds4jax.server.replay import Replay
+
+EVERY = 2.0
+"""Seconds from sample to sample."""
+SECONDS = 900.0
+"""How long a sample is kept."""
+WINDOW = 60.0
+"""Seconds over which quantiles and shares are taken."""
+_STATE = (
+    *("waiting", "running", "prefilling", "decoding", "slots", "requests", "weights_bytes", "cache_bytes"),
+    *("cache_use_percent", "prefix_bytes", "prefixes", "disk_prefixes"),
+)
+
+
+class History:
+    """Samples of an engine's metrics, one every EVERY seconds while `run` does."""
+
+    def __init__(self, engine: AsyncEngine, replay: Replay):
+        self._engine, self._replay = engine, replay
+        self._samples: collections.deque[dict[str, Any]] = collections.deque(maxlen=int(SECONDS / EVERY))
+        self._counts: collections.deque[dict[str, Any]] = collections.deque(maxlen=int(WINDOW / EVERY) + 1)
+
+    async def run(self) -> None:
+        """Sample until it is cancelled."""
+        while True:
+            self.sample()
+            await asyncio.sleep(EVERY)
+
+    def sample(self) -> None:
+        """Take a sample."""
+        found = self._engine.metrics()
+        now, tried, accepted = time.time(), 0, 0
+        for of_place in found.get("drafts_by_place", []):
+            tried, accepted = tried + of_place[0], accepted + of_place[1]
+        names = {"first": "time_to_first_token_seconds", "gap": "inter_token_latency_seconds"}
+        histograms = {key: found["histograms"].get(name) for key, name in names.items()}
+        counts = {
+            "time": now,
+            **{name: found.get(f"{name}_tokens", 0) for name in ("generated", "prefill", "prompt", "cached")},
+            **{name: list(one.counts) for name, one in histograms.items() if one},
+            "tried": tried,
+            "accepted": accepted,
+        }
+        last, first = (self._counts[i] if self._counts else counts for i in (-1, 0))
+        seconds = now - last["time"] or EVERY
+        sample = {"time": now, **{name: found[name] for name in _STATE if name in found}}
+        sample["disk_bytes"] = found.get("disk_bytes", 0) + self._replay.nbytes
+        if (process := _resident_bytes()) is not None:
+            sample["process_bytes"] = process
+        sample["answer_tokens"] = (counts["generated"] - last["generated"]) / seconds
+        sample["prompt_tokens"] = (counts["prefill"] - last["prefill"]) / seconds
+        for name, part, whole in (("reused", "cached", "prompt"), ("accepted", "accepted", "tried")):
+            if n := counts[whole] - first[whole]:
+                sample[name] = 100 * (counts[part] - first[part]) / n
+        if "accepted" not in sample and "drafts_by_place" in found:
+            sample["accepted"] = None
+        for name, one in histograms.items():
+            if one:
+                new = [n - m for n, m in zip(counts[name], first[name], strict=True)]
+                sample |= {f"{name}_p{p}": quantile(one, new, p / 100) for p in (50, 95)}
+        self._counts.append(counts)
+        self._samples.append(sample)
+
+    def since(self, moment: float, last: int | None = None) -> dict[str, Any]:
+        """The samples after a moment, in seconds since 1970, and the present one. last: so many of them at most."""
+        samples = [sample for sample in self._samples if sample["time"] > moment]
+        return {"now": time.time(), "seconds": SECONDS, "samples": samples if last is None else samples[-last:]}
+
+
+def quantile(histogram: Histogram, counts: list[int], q: float) -> float | None:
+    """The value below which the share q of some observations is, taken as even within each bin; None without any.
+
+    counts: of the bins of the histogram. Of those beyond its last bound, the bound is given.
+    """
+    bounds, rank = (0.0, *histogram.bounds), q * sum(counts)
+    if not rank:
+        return None
+    totals = [sum(counts[: i + 1]) for i in range(len(counts))]
+    i = bisect.bisect_left(totals, rank)
+    if i >= len(bounds) - 1:
+        return bounds[-1]
+    return bounds[i] + (bounds[i + 1] - bounds[i]) * (rank - (totals[i] - counts[i])) / counts[i]
+
+
+def _resident_bytes() -> int | None:
+    """Of this process; None where the system does not tell."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):
+        return None

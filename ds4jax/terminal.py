@@ -1,0 +1,81 @@
+"""What a terminal shows, and a log: dimmed text, and how far long work is, as a bar or as lines."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any, Self
+
+from tqdm import tqdm
+
+DIM, PLAIN = "\x1b[2m", "\x1b[0m"
+"""What dims the text that follows, and what ends it."""
+EVERY = 10.0
+"""Seconds from line to line."""
+
+
+type Progress = tqdm | Lines
+"""What `meter` gives: `update(n)` counts up, `n` is the count; it ends with the block, or by `close`."""
+
+
+def meter(total: float, what: str, unit: str, *, show: bool = True, delay: float = 0.0) -> Progress:
+    """A bar on stderr, or lines if that is no terminal.
+
+    unit: "B" for bytes. delay: seconds before anything is shown; then nothing of it stays.
+    """
+    if not show or is_terminal(sys.stderr):
+        scale = unit == "B"
+        return tqdm(total=total, desc=what, unit=unit, unit_scale=scale, leave=not delay, delay=delay, disable=not show)
+    return Lines(total, what, unit, delay)
+
+
+def counted[T](items: Iterable[T], bar: Progress) -> Iterator[T]:
+    """The items; the bar counts each once the next is asked for."""
+    for item in items:
+        yield item
+        bar.update()
+
+
+def is_terminal(stream: Any) -> bool:
+    """Whether what is written to a stream may move the cursor: a terminal that can, TERM=dumb cannot."""
+    return stream.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+
+
+def has_colours(stream: Any) -> bool:
+    """Whether text in a stream may be coloured or dimmed: on a terminal, unless NO_COLOR is set."""
+    return is_terminal(stream) and not os.environ.get("NO_COLOR")
+
+
+class Lines:
+    """Lines on stderr, since carriage returns spoil a log: ``loading: 3.2 of 80.8 GiB``, every EVERY seconds
+    and, unless there was a delay, at the end."""
+
+    def __init__(self, total: float, what: str, unit: str, delay: float):
+        self.n, self._total, self._what, self._unit, self._delay = 0.0, total, what, unit, delay
+        self._postfix, self._said, self._next = "", -1.0, time.monotonic() + (delay or EVERY)
+
+    def update(self, n: float = 1) -> None:
+        self.n += n
+        if time.monotonic() >= self._next:
+            self._say()
+
+    def set_postfix_str(self, s: str) -> None:
+        self._postfix = f", {s}"
+
+    def close(self) -> None:
+        if self.n != self._said and not self._delay:
+            self._say()
+
+    def _say(self) -> None:
+        self._said, self._next = self.n, time.monotonic() + EVERY
+        factor, unit, digits = (2.0**-20, "MiB", 1) if self._unit == "B" else (1, f"{self._unit}s", 0)
+        n, total = (f"{x * factor:.{digits}f}" for x in (self.n, self._total))
+        print(f"{self._what}: {n} of {total} {unit}{self._postfix}", file=sys.stderr, flush=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.close()
