@@ -22,6 +22,7 @@ _RANGES = {
     "batch": (1, 1024),
     "tp": (1, 1024),
     "ep": (1, 1024),
+    "dp": (1, 1024),
     "prefill_chunk": (1, 2**20),
     "max_tokens": (1, 2**24),
     "draft_tokens": (0, 7),
@@ -41,9 +42,10 @@ class Settings:
         that the file shows, see `profile.choose`.
     numerics: ``official``, the low-precision round trips that the model was trained with, or ``plain``, none.
     dtype: of the activations, ``float32`` or ``bfloat16``. Weights stay as the file has them.
-    kernels: ``pallas``, kernels for NVIDIA GPUs (numerics official, one device), or ``xla``, none; an op apart from the
-        others as in ``pallas,attend=xla``, see `implementation`.
-    tp, ep: the device mesh: tensor-parallel times expert-parallel devices.
+    kernels: ``pallas``, kernels for NVIDIA GPUs (numerics official), or ``xla``, none; an op apart from the others as
+        in ``pallas,attend=xla``, see `implementation`.
+    tp, ep, dp: the device mesh, tp × ep × dp devices, see `ds4jax.sharding`: tp share all large matrices, ep the routed
+        experts alone, and dp the sequences, if they can be shared out evenly.
     prefill_chunk: tokens per prefill call. More are faster and need more memory for activations.
     memory_fraction: the part of each GPU's memory that JAX may take (XLA_CLIENT_MEM_FRACTION).
     preallocate: whether to take it all at the start (XLA_PYTHON_CLIENT_PREALLOCATE).
@@ -56,7 +58,7 @@ class Settings:
     device: the GPU that the config is for, see `engine.cards`, or ``here``, whatever is there. Only plans depend on it.
     draft: whose drafts the model verifies, several tokens at once: a GGUF file with a DSpark drafter or an MTP head;
         ``auto``, the drafter beside the model (``NAME-dspark.gguf``), else the model's own MTP head, if there is one;
-        or ``off``. What is said stays the same. One device only.
+        or ``off``. What is said stays the same.
     draft_tokens: how many tokens are drafted at once, 7 at most; 0: what the drafter is made for, 1 for
         an MTP head.
     """
@@ -71,6 +73,7 @@ class Settings:
     kernels: str = "xla"
     tp: int = 1
     ep: int = 1
+    dp: int = 1
     prefill_chunk: int = 128
     memory_fraction: float = 0.75
     preallocate: bool = True
@@ -100,15 +103,12 @@ class Settings:
             return "memory_fraction", self.memory_fraction, "a number above 0, at most 1"
         if not 0 <= self.device_budget_gb < 2**20:
             return "device_budget_gb", self.device_budget_gb, "0 or more"
-        if self.device_budget_gb and self.tp * self.ep > 1:
-            return "device_budget_gb", f"{self.device_budget_gb:g} with {self.tp * self.ep} devices", "0, or one device"
+        if self.device_budget_gb and self.devices > 1:
+            return "device_budget_gb", f"{self.device_budget_gb:g} with {self.devices} devices", "0, or one device"
         if self.device_budget_gb and self.expert_layout == "wide":
             return "device_budget_gb", f"{self.device_budget_gb:g} with wide experts", "0, or expert_layout file"
-        found = f"numerics {self.numerics}, {self.tp * self.ep} devices"
-        if implementation.parse(self.kernels).any_pallas and found != (expected := "numerics official, 1 devices"):
-            return "kernels", f"{self.kernels} with {found}", f"{expected}, or kernels xla"
-        if self.draft != "off" and self.tp * self.ep > 1:
-            return "draft", f"{self.draft} with {self.tp * self.ep} devices", "off, or one device"
+        if implementation.parse(self.kernels).any_pallas and self.numerics != "official":
+            return "kernels", f"{self.kernels} with numerics {self.numerics}", "numerics official, or kernels xla"
         if not self.draft:
             return "draft", self.draft, "auto, off or a path"
         if not self.model:
@@ -147,6 +147,11 @@ class Settings:
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from None
         return dataclasses.replace(settings, **{k: v for k, v in overrides.items() if v is not None})
+
+    @property
+    def devices(self) -> int:
+        """How many devices compute together."""
+        return self.tp * self.ep * self.dp
 
     @property
     def hf_file(self) -> tuple[str, str] | None:

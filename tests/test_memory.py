@@ -79,9 +79,10 @@ def test_the_largest_calls_are_compiled_ahead_where_memory_is_limited(runner):
 
 
 def test_a_mesh_divides_the_weights():
-    tree, mesh = weights.abstract(CFG, MODEL.types), sharding.make_mesh(tp=2, ep=2)
+    model = synthetic.Synthetic(CFG, synthetic.RECIPES["q8"])
+    tree, mesh = weights.abstract(CFG, model.types), sharding.make_mesh(tp=2, ep=2)
     alone, experts = weights.nbytes(tree), sum(spec.nbytes for spec in jax.tree.leaves(tree.ffn.experts))
-    plan = memory.plan(CompiledSteps(MODEL, dataclasses.replace(SETTINGS, tp=2, ep=2)))
+    plan = memory.plan(CompiledSteps(model, dataclasses.replace(SETTINGS, tp=2, ep=2)))
     assert alone / 4 < plan.weights < alone - 3 / 4 * experts
     empty = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), weights.structs(tree))
     placed = jax.device_put(empty, weights.shardings(tree, mesh))

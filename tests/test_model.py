@@ -1,4 +1,4 @@
-"""The forward pass agrees with itself: chunked, token by token, in ragged batches, and over a mesh.
+"""The forward pass agrees with itself: chunked, token by token, in ragged batches; over a mesh in `test_mesh`.
 
 `official` rounds activations to 8 and 4 bits, so two orders of the same float32 sums now and then fall on different
 sides of a rounding (or of the top-k), which no tolerance describes. Those cases run in float64, where such an accident
@@ -6,15 +6,12 @@ has no chance, and 1e-5 holds for both numerics. Agreement with another implemen
 """
 
 import dataclasses
-import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ds4jax import sharding
-from ds4jax.errors import ConfigError
 from ds4jax.io import synthetic
 from ds4jax.model import cache as kv
 from ds4jax.model import weights
@@ -43,7 +40,7 @@ def tokens(batch, length, seed=0, cfg=ODD):
 
 def run(model, compute, ids, chunk, cfg=ODD, place=None):
     """Logits (B, S, vocab) of ids (B, S), `chunk` tokens at a time."""
-    cache = kv.empty(cfg, compute.numerics, compute.dtype, len(ids), 512, place)
+    cache = (kv.empty if place is None else place)(cfg, compute.numerics, compute.dtype, len(ids), 512)
     out, size = [], bucket(chunk, 512)
     for start in range(0, ids.shape[1], chunk):
         part = ids[:, start : start + chunk]
@@ -158,53 +155,3 @@ def test_one_program_per_bucket_and_the_cache_is_donated(model):
 @pytest.mark.parametrize("n, expected", [(1, 1), (2, 2), (5, 8), (128, 128), (129, 256), (300, 512), (4000, 512)])
 def test_buckets(n, expected):
     assert bucket(n, 512) == expected
-
-
-# ---- meshes ----------------------------------------------------------------------------------------------------------
-WIDE = synthetic.synthetic_config({"o_groups": 4, "compress_ratios": (0, 4, 128), "n_layers": 3, "n_hash_layers": 1})
-
-
-@pytest.fixture(scope="module")
-def wide():
-    tree = weights.abstract(WIDE, synthetic.RECIPES["q2"])
-    return tree, weights.init_random(tree, WIDE, seed=5)
-
-
-@pytest.mark.parametrize("chunk", [150, pytest.param(1, marks=pytest.mark.slow)])
-@pytest.mark.parametrize(
-    "tp, ep", [(2, 2), *(pytest.param(*shape, marks=pytest.mark.slow) for shape in ((4, 1), (1, 4)))]
-)
-def test_mesh_changes_nothing(wide, tp, ep, chunk):
-    """A prompt longer than a query block (many tokens per expert), or single tokens (few)."""
-    tree, model = wide
-    mesh = sharding.make_mesh(tp, ep)
-    place = sharding.replicated(mesh)
-    ids = tokens(1, 150, seed=4, cfg=WIDE)
-    compute = Compute("plain")
-    part = ids if chunk > 1 else ids[:, :6]
-    expected = run(model, compute, part, chunk, WIDE)
-    sharded = jax.device_put(model, weights.shardings(tree, mesh))
-    found = run(sharded, dataclasses.replace(compute, mesh=mesh), part, chunk, WIDE, place)
-    assert worst(found, expected) < 1e-5
-
-
-@pytest.mark.slow
-def test_no_weight_crosses_the_mesh(wide):
-    """Only activations travel: nothing that a step gathers or exchanges is as large as a weight."""
-    tree, model = wide
-    mesh = sharding.make_mesh(2, 2)
-    compute = Compute("plain", mesh=mesh)
-    sharded = jax.device_put(model, weights.shardings(tree, mesh))
-    cache = kv.empty(WIDE, "plain", "float32", 1, 512, sharding.replicated(mesh))
-    args = (sharded, cache, jnp.zeros((1, 1), jnp.int32), jnp.ones((1,), jnp.int32))
-    text = prefill.lower(*args, cfg=WIDE, compute=compute).compile().as_text() or ""
-    kinds = "all-gather|all-reduce|all-to-all|collective-permute"
-    collectives = re.findall(rf"= \(?\w+\[([\d,]*)\][^=]* ({kinds})\(", text)
-    assert any(kind == "all-reduce" for _, kind in collectives)
-    largest = max(int(np.prod([int(d) for d in dims.split(",") if d])) for dims, _ in collectives)
-    assert largest <= WIDE.n_heads * WIDE.head_dim  # one token's queries; the smallest sharded matrix has 8 times that
-
-
-def test_too_few_devices_are_refused():
-    with pytest.raises(ConfigError, match="tp=8 × ep=1 needs 8 devices .* this machine has 4"):
-        sharding.make_mesh(8, 1)

@@ -193,7 +193,7 @@ def test_a_drafter_that_is_asked_for_is_counted(run):
 
 def test_several_devices_need_not_be_here(run):
     status, out, _ = run("--config=h200x2")
-    assert status == 0 and 40 < float(rows(out)["weights"][0]) < 42
+    assert status == 0 and 53 < float(rows(out)["weights"][0]) < 54  # half of the wide experts, and what is whole
     assert " ".join(rows(out)["workspace"]) == "? not known without compiling"
     assert " ".join(rows(out)["fits"]) == "yes without the workspace"
 

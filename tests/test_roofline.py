@@ -309,3 +309,18 @@ def test_a_plot_without_matplotlib(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
     with pytest.raises(ConfigError, match=r"plot: found no matplotlib, .*ds4jax\[plot\]"):
         roofline.plot(Path("out.png"), roofline.rows(WORKS, DEVICE, 0.01, TIMES), "")
+
+
+def test_two_devices_share_the_work(full):
+    """Of two by tensor: half of the large matrices and of attention's FLOPs each, and two sums a layer."""
+    one = roofline.count(full, 2048, 1, 1)
+    two = roofline.count(
+        compiled_steps.CompiledSteps(Synthetic(FULL, RECIPES["q2"]), Settings.load("h200", ctx=4096, tp=2)), 2048, 1, 1
+    )
+    alone, shared = sums(one), sums(two)
+    assert shared["experts"] == alone["experts"] / 2 and shared["router"] == alone["router"]
+    assert 0.5 < shared["projections"] / alone["projections"] < 0.56  # q_a and kv are whole
+    assert sums(two, "flops")["attention"] == sums(one, "flops")["attention"] / 2
+    *layers, logits = (w.nbytes for w in two if w.component == "links")
+    assert "links" not in alone and layers == [2 * FULL.embed_dim] * 2 * FULL.n_layers
+    assert logits == 2 * FULL.vocab_size

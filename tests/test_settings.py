@@ -20,18 +20,9 @@ def config(tmp_path, text):
 
 
 def test_the_configs_are_there():
-    assert settings.names() == [
-        "gpu24",
-        "gpu32",
-        "gpu48",
-        "h100",
-        "h200",
-        "h200x2",
-        "rtx_pro_6000",
-        "spark",
-        "tiny",
-        "tiny_q2",
-    ]
+    several = "h100x2", "h200x2", "h200x4", "rtx_pro_6000x2", "rtx_pro_6000x4"
+    one = "gpu24", "gpu32", "gpu48", "h100", "h200", "rtx_pro_6000", "spark", "tiny", "tiny_q2"
+    assert settings.names() == sorted([*several, *one])
 
 
 @pytest.mark.parametrize("name", settings.names())
@@ -52,7 +43,7 @@ def test_the_docstring_explains_every_key():
 def test_what_each_machine_needs():
     assert Settings.load("rtx_pro_6000").memory_fraction == 0.95
     assert not Settings.load("spark").preallocate
-    assert Settings.load("h200x2").tp == 2
+    assert [Settings.load(name).devices for name in ("h200", "h100x2", "rtx_pro_6000x4")] == [1, 2, 4]
     assert Settings.load("tiny").dtype == "float32"
 
 
@@ -77,9 +68,8 @@ def test_a_path_is_read_and_overrides_win(tmp_path):
         ('model = "tiny"\nmemory_fraction = nan', "memory_fraction: found nan, expected"),
         ('model = "tiny"\nnumerics = "exact"', "numerics: found 'exact', expected 'official' or 'plain'"),
         (
-            'model = "tiny"\nkernels = "pallas"\ntp = 2',
-            "kernels: found 'pallas with numerics official, 2 devices', "
-            "expected numerics official, 1 devices, or kernels xla",
+            'model = "tiny"\nkernels = "pallas"\nnumerics = "plain"',
+            "kernels: found 'pallas with numerics plain', expected numerics official, or kernels xla",
         ),
         ('model = "tiny"\ndtype = "float16"', "dtype: found 'float16', expected 'float32' or 'bfloat16'"),
         ('model = ""', "model: found '', expected tiny"),
@@ -94,7 +84,7 @@ def test_refusals_name_file_key_found_and_expected(tmp_path, text, problem):
 
 
 def test_unknown_names_and_unreadable_files(tmp_path):
-    with pytest.raises(ConfigError, match="found 'huge', expected one of gpu24, gpu32, gpu48, h100, h200, "):
+    with pytest.raises(ConfigError, match="found 'huge', expected one of gpu24, gpu32, gpu48, h100, h100x2, h200, "):
         Settings.load("huge")
     with pytest.raises(ConfigError, match="none.toml: cannot be read: No such file"):
         Settings.load(tmp_path / "none.toml")

@@ -45,8 +45,8 @@ class Card:
         """Whether this machine has one."""
         return jax.default_backend() == "gpu" and self.named(jax.local_devices()[0].device_kind)
 
-    def device(self) -> Any:
-        """A device to compile for, with the CUDA plugin's compiler; nothing can run on it."""
+    def devices(self, n: int = 1) -> list[Any]:
+        """Devices of one host to compile for, with the CUDA plugin's compiler; nothing can run on them."""
         major, minor = self.capability
         target = f"""
             gpu_device_info {{
@@ -64,9 +64,9 @@ class Card:
             device_description_str: "{self.kind}"
         """
         topology = topologies.get_topology_desc(
-            platform="cuda", topology_name=self.kind, target_config=target, topology="1x1x1"
+            platform="cuda", topology_name=self.kind, target_config=target, topology=f"1x1x{n}"
         )
-        return topology.devices[0]
+        return topology.devices
 
 
 # Memory: what PyTorch's out-of-memory messages in public bug reports call the total capacity; H200: measured.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import os
 import sys
 import threading
@@ -40,11 +41,13 @@ from ds4jax.model.cache import Cache
 from ds4jax.model.compute import Compute, Tap, no_tap
 from ds4jax.model.drafting import Drafter, drafter_of
 from ds4jax.model.passed import Passed
+from ds4jax.model.spread import FIRST, SECOND, THIRD, WHOLE, partition, placed, spread
 from ds4jax.numerics import rows as numerics
 from ds4jax.numerics.precision import wide
 from ds4jax.ops.mhc import Streams
 from ds4jax.ops.ring import SPARE
 from ds4jax.settings import Settings
+from ds4jax.sharding import DATA, place, total
 from pallas_kernels.common import Unsupported, assumed_gpu
 
 Array = jax.Array
@@ -60,9 +63,10 @@ class CompiledSteps:
     An `expert_layout` of auto counts as file here; `memory.steps` decides it.
 
     Attributes: source, settings, wide (whether experts are), cfg (of the model), batch, compute, tree
-    (`weights.abstract`); slots (for routed experts of each kind of layers, see `model.residency`; empty where all are
-    on the device); weights, cache and results (of the decoding step beside the cache), all three trees of
-    `jax.ShapeDtypeStruct`; drafter (or None); draft_counts (how many tokens it may draft at once, ascending; empty
+    (`weights.abstract`, for the mesh); slots (for routed experts of each kind of layers, see `model.residency`; empty
+    where all are on the device); weights, cache and results (of the decoding step beside the cache), all three trees of
+    `jax.ShapeDtypeStruct`, with shardings on a mesh; everywhere (the sharding of what every device holds whole, or
+    None); drafter (or None); draft_counts (how many tokens it may draft at once, ascending; empty
     without one); card (as given); can_compile (whether that is possible on this machine, for the card); compiled
     (programs by name and shapes); seconds (spent compiling); compiling (whether it does so now).
     """
@@ -90,15 +94,19 @@ class CompiledSteps:
         self._progress = progress
         numerics.check(self.cfg, settings.numerics)
         self.card = card
-        make_mesh: Any = sharding.make_mesh if card is None else sharding.abstract_mesh
-        mesh = make_mesh(settings.tp, settings.ep) if settings.tp * settings.ep > 1 else None
-        self.can_compile = card is None or (mesh is None and cards.compiler_is_here())
+        self.can_compile = card is None or cards.compiler_is_here()
+        devices = card.devices(settings.devices) if card and self.can_compile else None
+        mesh: Any = None  # one that is only planned for is a Mesh in name
+        if settings.devices > 1:
+            shape = settings.tp, settings.ep, settings.dp
+            mesh = sharding.make_mesh(*shape, devices) if self.can_compile else sharding.abstract_mesh(*shape)
         self.everywhere = None if mesh is None else sharding.replicated(mesh)
-        if card and self.can_compile:
-            self.everywhere = jax.sharding.SingleDeviceSharding(card.device())
+        if devices and mesh is None:
+            self.everywhere = jax.sharding.SingleDeviceSharding(devices[0])
         self.compute = Compute(settings.numerics, settings.dtype, mesh, kernels=settings.kernels)
         self.wide = settings.expert_layout == "wide"
         self.tree = weights.abstract(self.cfg, source.types, source.drafter_types, self.wide)
+        self.tree = self.tree if mesh is None else weights.even(self.tree, mesh)
         self.drafter = drafter_of(self.cfg) if settings.draft != "off" else None
         self.draft_counts = _draft_counts(self.cfg, settings.draft_tokens) if self.drafter else []
         self._acceptance = tuple(acceptance)
@@ -106,10 +114,9 @@ class CompiledSteps:
         self.cache = kv.abstract(self.cfg, settings.numerics, settings.dtype, self.batch, settings.ctx)
         logits = (self.batch, self.cfg.vocab_size), jnp.dtype(wide(jnp.dtype(settings.dtype)))
         shapes = ((BLOCK, self.batch), jnp.int32), ((1, self.batch), jnp.int32), logits
-        self.results = tuple(jax.ShapeDtypeStruct(*shape, sharding=self.everywhere) for shape in shapes)
         if mesh is not None:
             self.weights = jax.tree.map(_placed, self.weights, weights.shardings(self.tree, mesh))
-            self.cache = jax.tree.map(self._whole, self.cache)
+            self.cache = jax.tree.map(_placed, self.cache, self._shardings(partition(self.cache, mesh)))
         self.slots = tuple(slots)
         if self.slots:
             if self.drafter and not self.cfg.drafter:  # its block's experts are among those in host memory
@@ -119,13 +126,17 @@ class CompiledSteps:
             self.weights = residency.with_experts(
                 self.weights, jax.tree.map(lambda x: x.update(sharding=there), self.weights.ffn.experts)
             )
+        _, places = self.places("decode")
+        self.results = tuple(map(_placed, itertools.starmap(jax.ShapeDtypeStruct, shapes), places))
+        if record and mesh is not None:
+            raise ConfigError(f"experts of tokens: found {settings.devices} devices, expected one to tell of them")
         self._record = record
         model = {"cfg": self.cfg, "compute": self.compute, "drafter": self.drafter, "record": record}
         speculate = functools.partial(speculate_step, acceptance=self._acceptance)
         self._steps = {
-            name: jax.jit(functools.partial(step, **model), donate_argnums=donated, out_shardings=self.everywhere)
+            name: self._jitted(name, functools.partial(step, **model), donated)
             for name, step, donated in (
-                ("prefill", prefill_step, 1),
+                ("prefill", functools.partial(prefill_step, batch=self.batch), 1),
                 ("decode", decode_step, (1, 2)),
                 ("speculate", speculate, (1, 2)),
             )
@@ -133,6 +144,27 @@ class CompiledSteps:
         self._lowering = threading.Lock()
         self.compiled: dict[tuple, Callable] = {}
         self.seconds, self.compiling = 0.0, False
+
+    def _jitted(self, name: str, step: Callable, donated: int | tuple[int, ...]) -> Callable:
+        """A step for one device or for the mesh."""
+        if self.compute.mesh is None:
+            return jax.jit(step, donate_argnums=donated, out_shardings=self.everywhere)
+        given, found = self.places(name)
+        weights, cache = (jax.tree.map(lambda x: x.sharding, tree) for tree in (self.weights, self.cache))
+        return jax.jit(
+            spread(step, self.compute.mesh, self.cfg, *PLACES[name]), donate_argnums=donated,
+            in_shardings=(weights, cache, *given), out_shardings=(*found, cache),
+        )  # fmt: skip
+
+    def places(self, name: str) -> tuple[Sequence[Any], Sequence[Any]]:
+        """The shardings of a step's arguments after the cache, and of its results before it; None for one device."""
+        if (mesh := self.compute.mesh) is None:
+            return tuple(jax.tree.map(lambda _: self.everywhere, specs) for specs in PLACES[name])
+        return tuple(self._shardings(placed(specs, self.cache, mesh)) for specs in PLACES[name])
+
+    def _shardings(self, specs: Any) -> Any:
+        mesh: Any = self.compute.mesh
+        return jax.tree.map(lambda spec: jax.NamedSharding(mesh, spec), specs)
 
     def get(self, name: str, *args: Any) -> Callable:
         """The step `name` compiled for arguments of these shapes, which follow weights and cache."""
@@ -182,8 +214,9 @@ class CompiledSteps:
     def drafted(self, n: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
         """What `speculate_step` returns first, with n drafts at once."""
         shapes = (ROUNDS, 1 + n, self.batch), (ROUNDS, self.batch)
-        ids, counts = (jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self.everywhere) for shape in shapes)
-        return ids, counts
+        _, (of_ids, of_counts, *_) = self.places("speculate")
+        ids, counts = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes)
+        return _placed(ids, of_ids), _placed(counts, of_counts)
 
     @contextlib.contextmanager
     def refusing(self, tokens: int) -> Iterator[None]:
@@ -205,7 +238,7 @@ class CompiledSteps:
         args = self.weights, self.cache, *args
         nested = bool(self.slots or self._record)
         options = compiler_options(name, self.compute.implementations, self._backend, nested)
-        if self.card:
+        if self.card and self.compute.mesh is None:
             args = jax.tree.map(self._whole, args)
         shapes = jax.tree.map(lambda x: (x.shape, np.dtype(x.dtype).name), args)
         drafting = self.drafter, self._acceptance
@@ -236,7 +269,8 @@ class CompiledSteps:
     def _lower(self, name: str, args: tuple) -> jax.stages.Lowered:
         if self.card is None:
             return self._steps[name].lower(*args)
-        with assumed_gpu(self.card.kind, self.card.cores):
+        one = self.compute.mesh is None  # a mesh tells itself what devices it is of
+        with assumed_gpu(self.card.kind, self.card.cores) if one else contextlib.nullcontext():
             return self._steps[name].trace(*args).lower(lowering_platforms=("cuda",))
 
     @property
@@ -293,27 +327,52 @@ def _draft_counts(cfg: ModelConfig, asked: int) -> list[int]:
 
 
 # ---- the steps -------------------------------------------------------------------------------------------------------
+# Where the sequences are in what a step is given after the cache, and in what it returns before it: see `spread`.
+_RESULTS, _SEQUENCES = (SECOND, SECOND, FIRST), (FIRST, FIRST, FIRST, WHOLE, FIRST)
+PLACES = {
+    "prefill": ([WHOLE] * 7, [WHOLE] * 6),
+    "decode": ([_RESULTS, *_SEQUENCES], [*_RESULTS]),
+    "speculate": ([(THIRD, *_RESULTS), *_SEQUENCES], [THIRD, *_RESULTS]),
+}
+
+
 def prefill_step(
     w, cache: Cache, slot, fresh, tokens, n, params, targets, mark, *, cfg: ModelConfig, compute: Compute,
-    drafter: Drafter | None = None, record: Record | None = None,
+    drafter: Drafter | None = None, record: Record | None = None, batch: int | None = None,
 ):  # fmt: skip
     """Append a chunk of a prompt to the sequence in one slot, and sample the token that follows.
 
     slot: () int32. fresh: (1,) bool, whether to empty the slot first. tokens: (1, T) int32, of which the first n (1,)
     are real. params: `sampling.Batch` of one. targets: (T,) int32, the tokens that really follow each one, or -1 where
     nobody asks how likely they are. mark: (1,) int32, a number of the tokens after which the state is wanted, too; then
-    the length is a multiple of 128, and T as well.
+    the length is a multiple of 128, and T as well. batch: sequences on all devices, if each of a mesh holds some of
+    them.
 
     → sampled (1,) int32; logits (1, vocab) of the last real token; `sampling.logprobs` of the targets (T, …), nothing
     where there is none; `snapshot.state` at the mark, if T is a multiple of 128; cache.
     """
+    here = None
+    if batch is not None and cache.batch < batch:  # only where the slot is does the chunk leave a trace
+        slot = slot - place(compute.mesh, DATA) * cache.batch
+        here = (slot >= 0) & (slot < cache.batch)
+        slot, fresh, n = jnp.clip(slot, 0, cache.batch - 1), fresh & here, jnp.where(here, n, 0)
     one = kv.reset(kv.take(cache, slot[None]), fresh)
     passed = Passed(kv.with_experts(one, None), mark, cfg) if _has_mark(tokens.shape[1]) else None
     s, one, at_mark = _run(w, one, tokens, n, cfg, compute, drafter, record, passed)
     logits = transformer.head(transformer.last(s, n), w.head, cfg, compute)
     sampled, scores = sampling.sample(logits, params, one.length), _scores(w, s, targets, cfg, compute)
     state = {} if at_mark is None else snapshot.state_within(at_mark)
-    return sampled, logits, *scores, state, kv.put(cache, slot[None], one)
+    out = sampled, logits, *scores, state
+    if here is not None:
+        out = jax.tree.map(functools.partial(_from, here, compute=compute), out)
+    return *out, kv.put(cache, slot[None], one)
+
+
+def _from(here: Array, x: Array, compute: Compute) -> Array:
+    """x of the devices that are `here`, on all along the data axis."""
+    bits = lax.bitcast_convert_type(x, jnp.uint8) if x.dtype.itemsize == 1 else x  # not all types can be added
+    found = total(jnp.where(here, bits, jnp.zeros_like(bits)), compute.mesh, DATA)
+    return lax.bitcast_convert_type(found, x.dtype) if x.dtype.itemsize == 1 else found
 
 
 def _has_mark(tokens: int) -> bool:

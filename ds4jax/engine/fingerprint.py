@@ -60,7 +60,9 @@ def _begin_later(store: KVStore, files: list[GGUFFile]) -> None:
 
 
 def fingerprint(runner: ModelRunner) -> dict[str, str | int]:
-    """Config, metadata (its tokenizer included) and types of the model, numerics, devices, layout of snapshots.
+    """Config, metadata (its tokenizer included) and types of the model, numerics, kind of device, layout of snapshots.
+
+    Not the mesh: a sequence's state is the same on all, up to the order of sums.
 
     The content of the model's files is not in it: see `open_store`.
     """
@@ -72,7 +74,6 @@ def fingerprint(runner: ModelRunner) -> dict[str, str | int]:
         "kernels": settings.kernels,
         "drafter": type(runner.steps.drafter).__name__,
         "device": jax.devices()[0].device_kind,
-        "mesh": f"tp {settings.tp}, ep {settings.ep}",
         "layout": LAYOUT,
     }
 

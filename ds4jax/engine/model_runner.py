@@ -42,6 +42,9 @@ from ds4jax.model import cache as kv
 from ds4jax.model import residency, transformer, weights
 from ds4jax.model.cache import Cache
 from ds4jax.model.compute import Compute
+from ds4jax.model.spread import WHOLE, holder, over, spread
+from ds4jax.model.weights import Weights
+from ds4jax.ops.mhc import Streams
 from ds4jax.profile import choose
 from ds4jax.settings import Settings
 
@@ -164,9 +167,6 @@ class ModelRunner:
         if sizes:
             self.steps.get_all(self.steps.calls(sizes))
         self.stats = Stats(compile_seconds=self.steps.seconds)
-        self._empty = functools.partial(
-            kv.empty, self.cfg, settings.numerics, settings.dtype, sharding=self.steps.everywhere
-        )
         if isinstance(checkpoint, Synthetic):
             self.weights = weights.init_random(
                 self.steps.tree, self.cfg, checkpoint.seed, self._compute.mesh, self._place
@@ -186,7 +186,8 @@ class ModelRunner:
         """Empty every slot. A step that failed may have lost the cache, which was donated to it."""
         for name in ("cache", "_results"):  # what is left of them makes room first
             vars(self).pop(name, None)
-        self.cache = self._empty(self.batch, self.settings.ctx)
+        where = self.steps.compute.mesh and jax.tree.map(lambda x: x.sharding, self.steps.cache)
+        self.cache = self._empty(self.batch, where)
         if self.steps.slots:
             self.cache = kv.with_experts(self.cache, self._fill(self.weights.ffn.experts))
         self.lengths, self._sampling = [0] * self.batch, [Sampling()] * self.batch
@@ -206,6 +207,13 @@ class ModelRunner:
             return 0, 0
         found, lacked = np.asarray(self.cache.experts.counts).tolist()
         return found, lacked
+
+    def _holder(self, slot: int) -> tuple[Cache, int]:
+        """What of the cache is read for the sequence in a slot, and its slot there."""
+        return holder(self.cache, slot, self.steps.compute.mesh)
+
+    def _empty(self, batch: int, where: Any) -> Cache:
+        return kv.empty(self.cfg, self.settings.numerics, self.settings.dtype, batch, self.settings.ctx, where)
 
     @property
     def drafts(self) -> str:
@@ -233,7 +241,8 @@ class ModelRunner:
         for tokens in snapshot.rooms(self.settings.ctx):
             self.decode_block({}, 1)
             with self._enough_memory("snapshots"):
-                self.cache = snapshot.compile(self.cache, tokens)
+                firsts = range(0, self.batch, max(1, self.batch // self.settings.dp))
+                self.cache = snapshot.compile(self.cache, [self._holder(slot)[0] for slot in firsts], tokens)
         for rows in (1, self.batch):
             logits = np.zeros((rows, self.cfg.vocab_size), np.float32)
             self.choose(logits, [Sampling()] * rows, edits([None] * rows, self.cfg.vocab_size), [0] * rows)
@@ -329,7 +338,12 @@ class ModelRunner:
         )
 
     def _prepare(self, drafts: int, size: int) -> bool:
-        """Compile the decoding call of `size` sequences, with drafts unless 0; → whether it fits into memory."""
+        """Compile the decoding call of `size` sequences, with drafts unless 0; → whether it fits into memory.
+
+        Where devices have sequences of their own, every call computes all of them.
+        """
+        if self.settings.dp > 1:
+            return False
         steps = self.steps
         if drafts:
             args = speculate_args({}, {}, 1, self._sampling, size)
@@ -373,10 +387,14 @@ class ModelRunner:
         A step that finds all its buffers where they were runs as it was recorded; else it is first written anew.
         """
         leaves, tree = jax.tree.flatten(args)
+        places: list[Any] = [None] * len(leaves)
+        if self.steps.compute.mesh is not None:
+            given, _ = self.steps.places(step)
+            places = jax.tree.leaves(jax.tree.broadcast(tuple(given[1:]), args))
         before: list[tuple[Any, Any]] = self._arguments.get(step) or [(None, None)] * len(leaves)
         self._arguments[step] = [
-            (x, there if np.array_equal(x, old) else jax.device_put(x, self.steps.everywhere))
-            for x, (old, there) in zip(leaves, before, strict=True)
+            (x, there if np.array_equal(x, old) else jax.device_put(x, place))
+            for x, place, (old, there) in zip(leaves, places, before, strict=True)
         ]
         return jax.tree.unflatten(tree, [there for _, there in self._arguments[step]])
 
@@ -395,7 +413,7 @@ class ModelRunner:
         """
         check_prompt(tokens, self.cfg, self.settings.ctx + 1)
         chunk_streams, logits_of = _reading(self.cfg, self._compute)
-        cache = kv.with_experts(self._empty(1, self.settings.ctx), self.cache.experts)
+        cache = kv.with_experts(self._empty(1, self.steps.everywhere), self.cache.experts)
         for start in range(0, len(tokens), self.settings.prefill_chunk):
             padded, n = pad(tokens[start : start + self.settings.prefill_chunk])
             size = min(SCORED, padded.size)
@@ -412,10 +430,11 @@ class ModelRunner:
 
     def snapshot(self, slot: int) -> Cache:
         """The sequence in `slot` as it is now, for `restore`; no larger than its length needs."""
-        return kv.snapshot(self.cache, slot)
+        return kv.snapshot(*self._holder(slot))
 
     def restore(self, slot: int, saved: Cache, params: Sampling) -> None:
         """Put a snapshot into `slot`, in place of what was there; its next tokens are drawn as `params` say."""
+        saved = saved if self.steps.compute.mesh is None else jax.device_put(saved, self.steps.everywhere)
         self.cache = kv.restore(self.cache, slot, saved)
         self._sampling[slot], self.lengths[slot] = params, int(saved.length[0])
 
@@ -426,7 +445,9 @@ class ModelRunner:
         last. After the first piece the sequence may grow. at, state: copy its first `at` tokens, of which `self.state`
         gave `state`.
         """
-        pieces = snapshot.take(lambda: self.cache, slot, self.lengths[slot] if at is None else at, state)
+        _, number = self._holder(slot)
+        length = self.lengths[slot] if at is None else at
+        pieces = snapshot.take(lambda: self._holder(slot)[0], number, length, state)
         planes = None
         while planes is None:
             with self._enough_memory("take"):
@@ -439,7 +460,7 @@ class ModelRunner:
 
     def state(self, slot: int) -> Planes:
         """What a later `take` needs of the sequence in `slot` as it is now, of a multiple of 128 tokens."""
-        return snapshot.state(self.cache, slot)
+        return snapshot.state(*self._holder(slot))
 
     def fits(self, length: int, planes: Planes) -> bool:
         """Whether `put` takes these planes for a state of `length` tokens. From any thread."""
@@ -558,8 +579,16 @@ _choose = jax.jit(sampling.choose)
 def _reading(cfg: ModelConfig, compute: Compute) -> tuple[Callable, Callable]:
     """What `ModelRunner.logit_blocks` runs: from tokens to streams, and from these to a block of logits."""
     options, model = compiler_options("prefill", compute.implementations), {"cfg": cfg, "compute": compute}
-    streams = jax.jit(functools.partial(transformer.run, **model), donate_argnums=1, compiler_options=options)
-    return streams, jax.jit(functools.partial(block_logits, **model), static_argnums=3, compiler_options=options)
+    run = spread(functools.partial(transformer.run, **model), compute.mesh, cfg, [WHOLE] * 2, [WHOLE])
+
+    def logits(w: Weights, s: Streams, i: Array, size: int) -> Array:
+        of_block = functools.partial(block_logits, size=size, **model)
+        if compute.mesh is not None:
+            of_block = over(of_block, compute.mesh, (weights.partition(w, cfg), WHOLE, WHOLE), WHOLE)
+        return of_block(w, s, i)
+
+    streams = jax.jit(run, donate_argnums=1, compiler_options=options)
+    return streams, jax.jit(logits, static_argnums=3, compiler_options=options)
 
 
 def check_prompt(tokens: Sequence[int], cfg: ModelConfig, ctx: int, before: int = 0) -> None:

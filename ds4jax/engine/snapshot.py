@@ -8,7 +8,7 @@ of 128.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import jax
@@ -119,11 +119,15 @@ def rooms(ctx: int) -> list[int]:
     return [SMALLEST_ROOM << i for i in range((room(min(ctx, PIECE)) // SMALLEST_ROOM).bit_length())]
 
 
-def compile(cache: Cache, tokens: int) -> Cache:
-    """Compile `take`, `state` and `put` for pieces of that room; → `cache` (donated) as it was."""
-    slot, first = np.int32(0), _first(cache, 0, tokens)
-    state(cache, 0)
-    rest, rows = jax.device_get((_state(cache, slot, False), _rows(cache, slot, first, tokens)))
+def compile(cache: Cache, parts: Sequence[Cache], tokens: int) -> Cache:
+    """Compile `take`, `state` and `put` for pieces of that room; → `cache` (donated) as it was.
+
+    parts: of the cache, from which sequences are taken: itself, or on a mesh those that devices hold.
+    """
+    slot, first, rest, rows = np.int32(0), _first(cache, 0, tokens), {}, {}
+    for part in reversed(parts):
+        state(part, 0)
+        rest, rows = jax.device_get((_state(part, slot, False), _rows(part, slot, first, tokens)))
     for _ in range(2):  # where a step left the cache, and where another `put` did: JAX tells them apart
         cache = _put(_put(cache, slot, {}, rest), slot, first, rows)
     return cache

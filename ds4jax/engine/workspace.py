@@ -33,7 +33,7 @@ def predict(programs: CompiledSteps, ctx: int | None = None, batch: int | None =
     numerics, no kernels, several devices, no card.
     """
     card, settings, cfg = programs.card or cards.here(), programs.settings, programs.cfg
-    like = settings.numerics, settings.dtype, settings.kernels, settings.tp * settings.ep
+    like = settings.numerics, settings.dtype, settings.kernels, settings.devices
     same = (cfg.n_layers, cfg.embed_dim, cfg.n_heads, cfg.vocab_size, cfg.n_experts, cfg.n_mtp)
     expected = (FULL.n_layers, FULL.embed_dim, FULL.n_heads, FULL.vocab_size, FULL.n_experts, FULL.n_mtp)
     if card is None or like != ("official", "bfloat16", "pallas", 1) or same != expected:

@@ -94,6 +94,7 @@ def _load_drafter(drafter: Drafter, cfg: ModelConfig, mesh: jax.sharding.Mesh | 
 def _load[Tree: (Weights, Dspark)](
     tree: Tree, holder: Holder, mesh: jax.sharding.Mesh | None, progress: bool, on_host: bool = False
 ) -> Tree:
+    tree = tree if mesh is None else weights.even(tree, mesh)
     every, treedef = jax.tree.flatten(tree)
     specs = [spec for spec in every if not (on_host and residency.hosted(spec))]
     if mesh is None:
@@ -267,7 +268,8 @@ def _read(holder: Holder, shard: _Shard, slab: Bounds) -> list[list[jax.Array]]:
     rows = tuple((start + first, stop + first) for (start, stop), (first, _) in zip(slab, shard.rows, strict=True))
     structs, treedef = jax.tree.flatten(spec.struct())
     # Fresh memory for every slab: on a CPU, JAX may go on using it as it is.
-    planes = [np.empty((*(stop - start for start, stop in rows), p.shape[-1]), p.dtype) for p in structs]
+    fresh = np.zeros if spec.missing else np.empty
+    planes = [fresh((*(stop - start for start, stop in rows), p.shape[-1]), p.dtype) for p in structs]
     if spec.layered:
         for i, nth in enumerate(range(*rows[0])):
             _read_tensor(holder, spec, nth, rows[1:], jax.tree.unflatten(treedef, [plane[i] for plane in planes]))
@@ -288,10 +290,16 @@ def _repack(fmt: Any) -> Callable:
 
 
 def _read_tensor(holder: Holder, spec: WeightSpec, nth: int, rows: Bounds, out) -> None:
-    """Rows of the nth tensor of a weight into `out`, the weight's planes on the host."""
+    """Rows of the nth tensor of a weight into `out`, the weight's planes on the host. Of no expert nothing is read."""
     name = spec.tensors[nth].name
     file = holder(name)
     info = file.tensors[name]
+    if spec.missing:
+        (first, stop), *inner = rows
+        rows = ((first, max(first, min(stop, info.shape[0]))), *inner)
+        out = jax.tree.map(lambda plane: plane[: rows[0][1] - first], out)
+        if rows[0][1] == first:
+            return
     stride = info.nbytes // info.shape[0]
     span = (rows[0][0] * stride, rows[0][1] * stride) if rows else (0, info.nbytes)
     file.will_need(name, *span)

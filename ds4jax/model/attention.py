@@ -30,6 +30,7 @@ from ds4jax.numerics.precision import wide
 from ds4jax.ops import attend, compress, index, latent, topk
 from ds4jax.ops.linear import Product, product, products
 from ds4jax.ops.norm import Norm
+from ds4jax.sharding import TENSOR, total
 
 QUERIES = 1024  # scored at once, which bounds the scores in memory
 
@@ -151,10 +152,11 @@ def attention(
             query_blocks=compute.query_blocks, implementation=kernels["attend"],
         )  # fmt: skip
     with jax.named_scope("projections"):
-        o = o.reshape(len(h), cfg.o_groups, -1)
-        (o,) = products(o, [product(a.o_a)], groups=cfg.o_groups, implementation=kernels["linear"])
+        groups = a.o_a.n_out // cfg.o_lora_rank  # of this device
+        o = o.reshape(len(h), groups, -1)
+        (o,) = products(o, [product(a.o_a)], groups=groups, implementation=kernels["linear"])
         (y,) = products(o, [product(a.o_b)], implementation=kernels["linear"])
-    return y, cache
+    return total(y, compute.mesh, TENSOR), cache
 
 
 def _choose(

@@ -21,7 +21,8 @@ from ds4jax.ops import rope
 class Compute:
     """How to compute, as opposed to what: a static argument of every jitted step.
 
-    numerics: see `ds4jax.numerics.rows`. dtype: of activations. mesh: where the weights lie, None for one device.
+    numerics: see `ds4jax.numerics.rows`. dtype: of activations. mesh: of the devices that compute
+    together, None for one device: see `ds4jax.sharding`.
     query_blocks: how many blocks of queries attention takes at once; more are faster, and need more memory.
     kernels: the implementation of the ops, see `ds4jax.implementation`.
     """

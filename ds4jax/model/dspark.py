@@ -36,6 +36,7 @@ from ds4jax.ops import latent, mhc, ring, rope
 from ds4jax.ops.linear import linear, product, products
 from ds4jax.ops.norm import Norm, rms_norm
 from ds4jax.ops.weight import single
+from ds4jax.sharding import TENSOR, gathered
 
 Choose = Callable[[Float[Array, "B vocab"], int], Int32[Array, "B"]]
 """Called with logits and the number of the slot; returns the tokens drafted there."""
@@ -147,7 +148,7 @@ def base(
         norm(h.reshape(-1, h.shape[-1])), [product(out, wide(h.dtype))],
         implementation=compute.implementations["linear"],
     )  # fmt: skip
-    return U.reshape(*h.shape[:-1], -1)
+    return gathered(U, compute.mesh, TENSOR).reshape(*h.shape[:-1], -1)
 
 
 def after(

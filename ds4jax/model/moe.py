@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import jax
-from jaxtyping import Array, Float
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
 
 from ds4jax.config import ModelConfig
 from ds4jax.model.compute import Compute, Inputs, Tap
@@ -13,6 +14,7 @@ from ds4jax.numerics.precision import wide
 from ds4jax.ops.experts import Experts, experts, packs
 from ds4jax.ops.linear import gated, product, products
 from ds4jax.ops.route import route
+from ds4jax.sharding import EXPERT, TENSOR, parts, place, total
 
 
 def moe(
@@ -43,7 +45,22 @@ def moe(
     tap(layer, "routing", routing)
     with jax.named_scope("experts"):
         routed, ids = held.bring(routing.ids, h) if held else (routed, routing.ids)
-        return experts(
-            h, ids, routing.weight, routed, shared, clamp=clamp, packed=routing.packed, mesh=compute.mesh,
+        ids, shared = _here(ids, shared, routed, compute)
+        y = experts(
+            h, ids, routing.weight, routed, shared, clamp=clamp, packed=routing.packed,
             implementation=kernels["experts"],
         )  # fmt: skip
+    return total(y, compute.mesh, EXPERT, TENSOR)
+
+
+def _here(
+    ids: Int32[Array, "S k"], shared: Float[Array, "S E"], routed: Experts, compute: Compute
+) -> tuple[Int32[Array, "S k"], Float[Array, "S E"]]:
+    """The ids among the experts of this device, -1 for those of others; and its part of the shared expert, once."""
+    mesh = compute.mesh
+    if mesh is None or parts(mesh, "experts") == 1:
+        return ids, shared
+    held = routed.gate.planes[0].shape[1]
+    ids = ids - place(mesh, EXPERT, TENSOR) * held
+    ids = jnp.where((ids >= 0) & (ids < held), ids, -1)
+    return ids, shared if mesh.shape[EXPERT] == 1 else jnp.where(place(mesh, EXPERT) == 0, shared, 0)

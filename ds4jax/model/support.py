@@ -15,6 +15,7 @@ from ds4jax.implementation import OPS, Implementation, Kernels, Op
 from ds4jax.model import dspark, mtp, transformer
 from ds4jax.model.cache import Cache
 from ds4jax.model.compute import Compute
+from ds4jax.model.spread import FIRST, spread
 from ds4jax.model.weights import Weights
 from pallas_kernels.common import Unsupported, UnsupportedFormat
 
@@ -36,7 +37,8 @@ def unsupported(cfg: ModelConfig, weights: Weights, cache: Cache, compute: Compu
         kernels = str(Kernels().using(**others))
         alone = Compute(compute.numerics, compute.dtype, compute.mesh, compute.query_blocks, kernels)
         try:
-            jax.eval_shape(functools.partial(_step, cfg=cfg, compute=alone), weights, cache, ids, n)
+            step = functools.partial(_step, cfg=cfg, compute=alone)
+            jax.eval_shape(spread(step, compute.mesh, cfg, [FIRST] * 2, [FIRST] * 2), weights, cache, ids, n)
         except UnsupportedFormat as error:
             found[op] = str(error)
             if types := _replacements(weights, op, error.expected):
@@ -55,7 +57,7 @@ def _step(w: Weights, cache: Cache, tokens: jax.Array, n: jax.Array, *, cfg: Mod
         features = jnp.zeros((*tokens.shape, len(cfg.drafter.target_layers) * cfg.embed_dim), X.dtype)
         moved = dspark.write(w.dspark, moved, features, cache.length, n, cfg, compute)
         drafted.append(dspark.draft(w, w.dspark, moved, tokens[:, 0], n > 0, cfg, compute).logits)
-    return transformer.logits(w, X, cfg, compute), drafted
+    return transformer.logits(w, X, cfg, compute), drafted, moved
 
 
 def _replacements(weights: Weights, op: Op, takes: Sequence[str]) -> str:

@@ -107,7 +107,7 @@ def _block(cfg: ModelConfig, prefix: str, layer: int | None, ratio: int, hashed:
 def tensor_table(cfg: ModelConfig) -> list[TensorSpec]:
     """Every tensor of the main model, in file order (names and dims: ds4 and llama.cpp, arch ``deepseek4``)."""
     E, N = cfg.embed_dim, cfg.n_streams
-    out = [TensorSpec("embed", None, "token_embd.weight", (cfg.vocab_size, E), ("vocab", None))]
+    out = [TensorSpec("embed", None, "token_embd.weight", (cfg.vocab_size, E), (None, None))]
     for i, ratio in enumerate(cfg.compress_ratios):
         out += _block(cfg, f"blk.{i}", i, ratio, hashed=i < cfg.n_hash_layers)
     return [

@@ -18,13 +18,14 @@ from ds4jax.model.attention import attention
 from ds4jax.model.cache import Cache
 from ds4jax.model.compute import Compute, Inputs, Tap, inputs, no_tap
 from ds4jax.model.moe import moe
+from ds4jax.model.spread import FIRST, spread
 from ds4jax.model.weights import Head, HyperConnection, Weights
 from ds4jax.numerics.precision import wide
 from ds4jax.ops import mhc
 from ds4jax.ops.linear import product, products
 from ds4jax.ops.norm import Norm
 from ds4jax.ops.weight import Weight
-from pallas_kernels.common import Unsupported
+from ds4jax.sharding import TENSOR, gathered
 
 
 def boundary(s: mhc.Streams, hc: HyperConnection, norm: Weight, cfg: ModelConfig, compute: Compute) -> mhc.Boundary:
@@ -60,8 +61,6 @@ def run(
     tap: Tap = no_tap,
 ) -> tuple[mhc.Streams, Cache]:  # fmt: skip
     """`forward`, with the streams as the head takes them."""
-    if compute.mesh is not None and compute.implementations.any_pallas:
-        raise Unsupported(f"kernels {compute.kernels} on a mesh of {compute.mesh.size} devices, expected one device")
     given = inputs(tokens, n, cache.length, cfg, compute.dtype)
     held = None if cache.experts is None else residency.Held(w.ffn.experts, cache.experts)
     if held:
@@ -95,7 +94,7 @@ def head(s: mhc.Streams, w: Head, cfg: ModelConfig, compute: Compute) -> Float[A
     h = boundary(s, w.hc, w.norm, cfg, compute).h
     with jax.named_scope("head"):
         (y,) = products(h, [product(w.out, wide(h.dtype))], implementation=compute.implementations["linear"])
-    return y
+    return gathered(y, compute.mesh, TENSOR)
 
 
 def logits(
@@ -120,10 +119,13 @@ def prefill(
 
     Returns the logits at each sequence's last real token, or at all T positions. Where n is 0 the logits mean nothing.
     """
-    B, T = tokens.shape
-    s, cache = run(w, cache, tokens, n, cfg, compute)
-    lead = (B, T) if all_positions else (B,)
-    return head(s if all_positions else last(s, n), w.head, cfg, compute).reshape(*lead, -1), cache
+
+    def step(w: Weights, cache: Cache, tokens: Array, n: Array) -> tuple[Array, Cache]:
+        s, cache = run(w, cache, tokens, n, cfg, compute)
+        lead = tokens.shape if all_positions else n.shape
+        return head(s if all_positions else last(s, n), w.head, cfg, compute).reshape(*lead, -1), cache
+
+    return spread(step, compute.mesh, cfg, [FIRST, FIRST], [FIRST])(w, cache, tokens, n)
 
 
 def last(s: mhc.Streams, n: Int32[Array, "B"]) -> mhc.Streams:

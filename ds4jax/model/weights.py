@@ -239,6 +239,7 @@ class WeightSpec:
     format: Quantized subclass, or a numpy dtype for plain arrays (vectors and ids).
     shape, axes: logical shape and axis names; a layered family has a leading "layers" axis.
     tensors: the file's tensors, in the order of that axis.
+    missing: how many of the experts in `shape` no file has, see `even`.
     part: (i, n) for the i-th of n equal parts of the tensors' columns; `shape` is that of the part.
     """
 
@@ -247,6 +248,16 @@ class WeightSpec:
     axes: tuple[str | None, ...]
     tensors: tuple[TensorSpec, ...]
     part: tuple[int, int] = (0, 1)
+    missing: int = 0
+
+    def even(self, mesh: Mesh | AbstractMesh) -> WeightSpec:
+        """The spec with as many experts as a mesh divides evenly; the last ones are none, and no token goes to them."""
+        if "experts" not in self.axes:
+            return self
+        at = self.axes.index("experts")
+        missing = -self.shape[at] % sharding.parts(mesh, "experts")
+        shape = (*self.shape[:at], self.shape[at] + missing, *self.shape[at + 1 :])
+        return dataclasses.replace(self, shape=shape, missing=missing)
 
     @property
     def quantized(self) -> bool:
@@ -269,8 +280,17 @@ class WeightSpec:
         return self.format if isinstance(self.format, np.dtype) else self.format.stored or self.format
 
     def shardings(self, mesh: Mesh | AbstractMesh) -> Any:
-        """The same structure with a NamedSharding per plane (planes have the logical rank, so one spec serves all)."""
+        """The same structure with a NamedSharding per plane (planes have the logical rank, so one spec serves all).
+
+        Raises ConfigError if an axis cannot be shared out evenly, in whole blocks of the format.
+        """
         name = self.tensors[0].name
+        block = 1 if isinstance(self.format, np.dtype) else self.format.block
+        if self.shape[-1] % (blocks := sharding.parts(mesh, self.axes[-1]) * block):
+            raise ConfigError(
+                f"mesh {dict(mesh.shape)}: {name} has {self.shape[-1]} columns, not a multiple of {blocks}: each "
+                f"device takes whole blocks of {_format_name(self.format)}"
+            )
 
         def plane_sharding(plane: jax.ShapeDtypeStruct) -> NamedSharding:
             return sharding.named_sharding(mesh, self.axes, plane.shape, f"{name} as {_format_name(self.format)}")
@@ -283,6 +303,11 @@ class WeightSpec:
 
     def random(self, key: jax.Array, cfg: ModelConfig) -> Any:
         """A well-scaled random value: a forward pass neither vanishes nor explodes, and every part of it matters."""
+        if self.missing:
+            at = self.axes.index("experts")
+            shape = (*self.shape[:at], self.shape[at] - self.missing, *self.shape[at + 1 :])
+            some = dataclasses.replace(self, shape=shape, missing=0).random(key, cfg)
+            return jax.tree.map(lambda p: jnp.pad(p, [(0, self.missing * (i == at)) for i in range(p.ndim)]), some)
         spec = self.tensors[0]
         leaf = spec.family.rsplit(".", 1)[-1]
         if spec.kind == "ids":
@@ -391,6 +416,28 @@ def _build(cls: type, prefix: str, families: dict[str, list[TensorSpec]], types:
 def structs[Tree: (Weights, Dspark)](tree: Tree) -> Tree:
     """`abstract` → the same tree of `jax.ShapeDtypeStruct`s."""
     return jax.tree.map(lambda s: s.struct(), tree)
+
+
+def even[Tree: (Weights, Dspark)](tree: Tree, mesh: Mesh | AbstractMesh) -> Tree:
+    """`abstract` → the same tree for a mesh, of `WeightSpec.even`."""
+    return jax.tree.map(lambda s: s.even(mesh), tree)
+
+
+def partition[Tree: (Weights, Dspark)](w: Tree, cfg: ModelConfig) -> Tree:
+    """Where weights lie, as `shardings` says, of the weights themselves: the same tree of `PartitionSpec`s."""
+    tables = [tensor_table(cfg)]
+    tables += [mtp_table(cfg, "mtp")] if cfg.n_mtp else []
+    tables += [drafter_table(cfg, cfg.drafter)] if cfg.drafter else []
+    axes = {spec.family: spec.axes for table in tables for spec in table}
+    prefix = "dspark." if isinstance(w, Dspark) else ""
+
+    def of_matrix(path: tuple[Any, ...], matrix: Any) -> Any:
+        names = [key.name for key in path if isinstance(key, jax.tree_util.GetAttrKey)]
+        layered = "groups" in names
+        here = axes[prefix + ".".join(name for name in names if name != "groups")]
+        return jax.tree.map(lambda _: sharding.partition_spec((None, *here) if layered else here), matrix)
+
+    return jax.tree_util.tree_map_with_path(of_matrix, w, is_leaf=lambda x: isinstance(x, Quantized))
 
 
 def shardings[Tree: (Weights, Dspark)](tree: Tree, mesh: Mesh | AbstractMesh) -> Tree:

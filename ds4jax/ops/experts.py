@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int32
 
 from ds4jax.implementation import Implementation
@@ -20,7 +19,6 @@ from ds4jax.numerics.precision import matmul, wide
 from ds4jax.ops import tuned
 from ds4jax.ops.linear import layers, swiglu
 from ds4jax.ops.weight import Weight
-from ds4jax.sharding import RULES, partition_spec
 from pallas_kernels import experts as few
 from pallas_kernels import grouped_gemm
 from pallas_kernels.common import Unsupported
@@ -51,20 +49,16 @@ def experts(
     *,
     clamp: float,
     packed: Int32[Array, "S words units"] | None = None,
-    mesh: Mesh | None = None,
     implementation: Implementation = "xla",
 ) -> Float[Array, "S E"]:
     """h through its experts, in h's dtype.
 
-    ids: -1 where there is no token. plus: added to the sum, float32 at least. packed: h as `route` packs it. mesh:
-    where the experts are spread over the devices; XLA only. The kernels for many tokens multiply in bfloat16, those for
-    up to 32 in 16-bit fixed point; both add up in float32 and in a fixed order. Raises Unsupported.
+    ids: -1 where there is no token, or not that expert. plus: added to the sum, float32 at least. packed: h as `route`
+    packs it. The kernels for many tokens multiply in bfloat16, those for up to 32 in 16-bit fixed point; both add up in
+    float32 and in a fixed order. Raises Unsupported.
     """
     if implementation == "xla":
-        run = _formula if mesh is None else _sharded(mesh)
-        return (run(h, ids, weight, Experts(*(m.value for m in w)), clamp) + plus).astype(h.dtype)
-    if mesh is not None:
-        raise Unsupported(f"experts: found a mesh of {mesh.size} devices, expected one device")
+        return (_formula(h, ids, weight, Experts(*(m.value for m in w)), clamp) + plus).astype(h.dtype)
     gate, up, down = w
     if (gate.format, gate.nth) != (up.format, up.nth):
         found = " and ".join(f"{m.format}, number {m.nth} of its layers" for m in (gate, up))
@@ -90,14 +84,10 @@ def experts(
     )  # fmt: skip
 
 
-def _formula(x: Array, ids: Array, weight: Array, w: Any, clamp: float, first: Array | int = 0) -> Array:
-    """Σ_k weight_k · expert_{ids_k}(x) over the experts held in w, which are first, first + 1, …; (S, E), wide.
-
-    w: `Experts` of the matrices themselves, not of `Weight`s.
-    """
+def _formula(x: Array, ids: Array, weight: Array, w: Any, clamp: float) -> Array:
+    """Σ_k weight_k · expert_{ids_k}(x); (S, E), wide. w: `Experts` of the matrices themselves, not of `Weight`s."""
     (S, k), held, dtype = ids.shape, w.gate.shape[0], wide(x.dtype)
-    ids = ids - first
-    weight = jnp.where((ids >= 0) & (ids < held), weight, 0)
+    weight = jnp.where(ids >= 0, weight, 0)
     if S * k <= held:
         e = jax.tree.map(lambda p: p[jnp.clip(ids, 0, held - 1)], w)
         gate, up = (matmul("se,skfe->skf", x, m.dequantize(x.dtype)) for m in (e.gate, e.up))
@@ -121,23 +111,3 @@ def _formula(x: Array, ids: Array, weight: Array, w: Any, clamp: float, first: A
 
     numbered = w, jnp.arange(held, dtype=jnp.int32)
     return lax.scan(one, jnp.zeros(x.shape, dtype), numbered)[0]
-
-
-def _sharded(mesh: Mesh):
-    """`_formula` with the expert axis spread over the mesh: every device runs its own experts, then all add up."""
-    axes = RULES["experts"]
-
-    def run(x: Array, ids: Array, weight: Array, w: Any, clamp: float) -> Array:
-        def local(x, ids, weight, w):
-            first = lax.axis_index(axes) * w.gate.shape[0]
-            return lax.psum(_formula(x, ids, weight, w, clamp, first), axes)
-
-        everywhere = PartitionSpec()
-        by_expert = jax.tree.map(lambda _: partition_spec(("experts", None, None)), w)
-        # A Pallas call inside cannot say how its outputs vary over the mesh, so that check is off.
-        return jax.shard_map(
-            local, mesh=mesh, in_specs=(everywhere, everywhere, everywhere, by_expert), out_specs=everywhere,
-            check_vma=False,
-        )(x, ids, weight, w)  # fmt: skip
-
-    return run

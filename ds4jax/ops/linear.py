@@ -71,6 +71,7 @@ def products(
     do not take.
     """
     asked = [Product(p.matrices, p.dtype or x.dtype.name, p.clamp, p.exact) for p in asked]
+    x = x[:, 0] if x.ndim == 3 and groups == 1 else x
     if implementation == "xla":
         x = x if norm is None else norm(x)
         return [_formula(x, p, groups) for p in asked]

@@ -26,7 +26,6 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from jax import lax
-from jax.sharding import PartitionSpec
 
 from ds4jax import sharding
 from ds4jax.config import ModelConfig
@@ -41,6 +40,7 @@ from ds4jax.model import cache as kv
 from ds4jax.model import dspark, mtp, transformer
 from ds4jax.model.cache import Cache
 from ds4jax.model.compute import Compute, Tap
+from ds4jax.model.spread import WHOLE, spread
 from ds4jax.model.tensors import MtpLayout, drafter_table, mtp_table, tensor_table
 from ds4jax.model.transformer import bucket
 from ds4jax.model.weights import Dspark, SwiGLU, Weights
@@ -49,6 +49,7 @@ from ds4jax.numerics.precision import matmul
 from ds4jax.ops.linear import linear, swiglu
 from ds4jax.ops.weight import Weight, single
 from ds4jax.settings import Settings
+from ds4jax.sharding import EXPERT, TENSOR, gathered, place
 from ds4jax.terminal import counted, meter
 from ds4jax.tools import cli
 
@@ -100,7 +101,7 @@ def collect(
             (tokens, n), (following, n_head) = (_pad(text[s : s + piece], size) for s in (start, start + 1))
             n_head = np.minimum(n, n_head)  # the head has nothing to read with the last token of a text
             args = tokens, n, following, n_head, np.array([start == 0])
-            found, cache = _observe(w, d, cache, *args, cfg=cfg, compute=compute)
+            found, cache = _observe(dataclasses.replace(w, dspark=d), cache, *args, cfg=cfg, compute=compute)
             totals = found if totals is None else _add(totals, found)
     table = [(spec, spec.layer) for spec in tensor_table(cfg)]
     if d is not None:
@@ -135,7 +136,6 @@ def _add(a: Totals, b: Totals) -> Totals:
 @functools.partial(jax.jit, static_argnames=("cfg", "compute"), donate_argnames="cache")
 def _observe(
     w: Weights,
-    d: Dspark | None,
     cache: Cache,
     tokens: Array,
     n: Array,
@@ -150,7 +150,16 @@ def _observe(
 
     Sequences marked `fresh` (B,) are emptied first. With a drafter, `_drafted` takes the head's place.
     """
-    cache = kv.reset(cache, fresh)
+    step = spread(functools.partial(_step, cfg=cfg, compute=compute), compute.mesh, cfg, [WHOLE] * 5, [WHOLE])
+    return step(w, cache, tokens, n, following, n_head, fresh)
+
+
+def _step(
+    w: Weights, cache: Cache, tokens: Array, n: Array, following: Array, n_head: Array, fresh: Array, *,
+    cfg: ModelConfig, compute: Compute,
+) -> tuple[Totals, Cache]:  # fmt: skip
+    """`_observe` on one device, or on each of a mesh."""
+    d, cache = w.dspark, kv.reset(cache, fresh)
     totals: Totals = [{} for _ in range(cfg.stages.stop)]
     length = cache.length
     counting = _counting(totals, tokens, n, w, cfg, compute)
@@ -234,15 +243,18 @@ def _counting(totals: Totals, tokens: Array, n: Array, w: Weights, cfg: ModelCon
         found = totals[layer]
         if name != "routing":
             kept[name] = x() if callable(x) else x
-            found[name] = _sums(kept[name], real)
+            sums, counts = _sums(kept[name], real)
+            found[name] = gathered(sums, compute.mesh, TENSOR) if name == "shared" else sums, counts
             if name == "attention":
                 found["rows"] = found[name]
             return
         chosen = (x.ids[..., None] == jnp.arange(cfg.n_experts, dtype=x.ids.dtype)).any(1).astype(jnp.float32) * real
         found["routed"] = _sums(kept["ffn"], chosen)
         experts = jax.tree.map(lambda m: m.value, w.ffn.experts.at(layer), is_leaf=lambda m: isinstance(m, Weight))
-        run = _weighted if compute.mesh is None else functools.partial(_sharded_weighted, mesh=compute.mesh)
-        found["weighted"] = run(kept["ffn"], x.ids, x.weight * real, experts, cfg.clamp(layer)), found["routed"][1]
+        first = place(compute.mesh, EXPERT, TENSOR) * experts.gate.shape[0]
+        sums = _weighted(kept["ffn"], x.ids, x.weight * real, experts, cfg.clamp(layer), first)
+        sums = gathered(gathered(sums, compute.mesh, TENSOR, 0), compute.mesh, EXPERT, 0)[: cfg.n_experts]
+        found["weighted"] = sums, found["routed"][1]
 
     return tap
 
@@ -260,21 +272,6 @@ def _weighted(x: Array, ids: Array, weight: Array, w: SwiGLU, clamp: float, firs
         return None, (act * act).sum(0)
 
     return lax.scan(one, None, (w, first + jnp.arange(w.gate.shape[0], dtype=ids.dtype)))[1]
-
-
-def _sharded_weighted(x: Array, ids: Array, weight: Array, w: SwiGLU, clamp: float, mesh: jax.sharding.Mesh) -> Array:
-    """`_weighted` with the expert axis spread over the mesh."""
-    axes = sharding.RULES["experts"]
-
-    def local(x, ids, weight, w):
-        return _weighted(x, ids, weight, w, clamp, lax.axis_index(axes) * w.gate.shape[0])
-
-    everywhere = PartitionSpec()
-    by_expert = jax.tree.map(lambda _: sharding.partition_spec(("experts", None, None)), w)
-    return jax.shard_map(
-        local, mesh=mesh, in_specs=(everywhere, everywhere, everywhere, by_expert), out_specs=PartitionSpec(axes),
-        check_vma=False,
-    )(x, ids, weight, w)  # fmt: skip
 
 
 # ---- command line ----------------------------------------------------------------------------------------------------
@@ -318,7 +315,8 @@ def _read_text(path: Path) -> Imatrix:
     chunks = [(tokenizer.bos_id, *chunk) for chunk in itertools.islice(chunks, FLAGS.chunks)]
     if not chunks:
         raise Ds4Error(f"{path}: found no text")
-    mesh = sharding.make_mesh(settings.tp, settings.ep) if settings.tp * settings.ep > 1 else None
+    shape = settings.tp, settings.ep, settings.dp
+    mesh = sharding.make_mesh(*shape) if settings.devices > 1 else None
     cfg, d = checkpoint.cfg, None
     if FLAGS.drafter:
         d, cfg = load_drafter(resolve_model(dataclasses.replace(settings, model=FLAGS.drafter)), checkpoint, mesh)

@@ -83,7 +83,7 @@ COMPONENTS = {
 }
 ORDER = (
     "projections", "new rows", "compressors", "indexer", "attention", "router", "experts", "shared expert", "streams",
-    "head", "rest", "idle",
+    "head", "links", "rest", "idle",
 )  # fmt: skip
 
 # Beginnings of the names of kernels → component. Those of products are not here: see `product_names`.
@@ -99,6 +99,8 @@ KERNELS = {
     "pack_": "experts",
     "experts_": "experts",
     "hyper_": "streams",
+    "nccl": "links",
+    "all_reduce": "links",
 }
 # Families whose products are one call for few tokens (ds4jax/model/fused.py); its name has k and the sum of n.
 CALLS = (
@@ -128,7 +130,7 @@ LEEWAY = 1.1  # a limit may be beaten by as much: what lies in a cache is faster
 class Work:
     """What a step does with one weight, or with a part of the cache.
 
-    layer, shape: of a weight; None and () of a part of the cache.
+    layer, shape: of a weight, as the device has it; None and () of a part of the cache.
     """
 
     family: str
@@ -141,14 +143,38 @@ class Work:
 
 # ---- counting --------------------------------------------------------------------------------------------------------
 def count(programs: CompiledSteps, context: int, tokens: int, sequences: int) -> list[Work]:
-    """The work of a step that appends `tokens` to each of `sequences`, which have `context` tokens.
+    """The work of a step that appends `tokens` to each of `sequences`, which have `context` tokens; of one device.
 
     Weights are read once, of the routed experts as many as independent uniform choices touch, of tables the rows used;
     stored rows once per sequence, but in decoding only those seen; a compressor's open window is written and read once.
     Of activations only the streams count, read and written at every boundary; the others are small beside these, or
-    their products are bound by the tensor cores. FLOPs are those of matrix products.
+    their products are bound by the tensor cores. FLOPs are those of matrix products. On a mesh, links count what the
+    device sends of the sums, as a ring does it, and of the logits.
     """
-    return [*_weights(programs, tokens, sequences), *_cache(programs, context, tokens, sequences)]
+    if sequences % (dp := pieces(programs.compute.mesh, "sequences")) == 0:
+        sequences //= dp
+    works = [*_weights(programs, tokens, sequences), *_cache(programs, context, tokens, sequences)]
+    return [*works, *_links(programs, tokens, sequences)]
+
+
+def pieces(mesh: Any, *axes: str | None) -> int:
+    """Into how many pieces a mesh cuts an array with these logical axes."""
+    from ds4jax import sharding
+
+    return 1 if mesh is None else math.prod(sharding.parts(mesh, axis) for axis in axes)
+
+
+def _links(programs: CompiledSteps, tokens: int, sequences: int) -> Iterable[Work]:
+    import numpy as np
+
+    cfg, mesh = programs.cfg, programs.compute.mesh
+    tp = pieces(mesh, "heads")
+    sent = 2 * tokens * sequences * cfg.embed_dim * np.dtype(programs.compute.dtype).itemsize
+    for devices, name in ((tp, "attention"), (pieces(mesh, "experts"), "experts")):
+        for _ in range(cfg.n_layers if devices > 1 else 0):
+            yield Work(f"sum of {name}", "links", sent * (devices - 1) / devices)
+    if tp > 1:
+        yield Work("logits", "links", 4.0 * sequences * cfg.vocab_size * (tp - 1) / tp)
 
 
 def chooses(programs: CompiledSteps) -> bool:
@@ -161,15 +187,16 @@ def _weights(programs: CompiledSteps, tokens: int, sequences: int) -> Iterable[W
 
     cfg, S, choice = programs.cfg, tokens * sequences, ("csa.indexer.q_b", "csa.indexer.proj")
     for spec in jax.tree.leaves(programs.tree):  # a leaf is a stack
+        cut = pieces(programs.compute.mesh, *spec.axes)
         for t in spec.tensors:
             family = t.family
             if family.startswith("mtp.") or (t.layer or 0) >= cfg.n_layers:
                 continue
             if family in choice and not chooses(programs):
                 continue
-            parts = family.split(".")
-            component = next(c for i in range(len(parts), 0, -1) if (c := COMPONENTS.get(".".join(parts[:i]))))
-            nbytes, rows = spec.nbytes / len(spec.tensors), sequences if family.startswith("head.") else S
+            names = family.split(".")
+            component = next(c for i in range(len(names), 0, -1) if (c := COMPONENTS.get(".".join(names[:i]))))
+            nbytes, rows = spec.nbytes / len(spec.tensors) / cut, sequences if family.startswith("head.") else S
             if t.kind == "ids" or family == "embed":
                 nbytes *= min(1, S / t.shape[0])
             elif family.endswith(".ape"):
@@ -178,8 +205,9 @@ def _weights(programs: CompiledSteps, tokens: int, sequences: int) -> Iterable[W
                 share = cfg.n_experts_used / cfg.n_experts
                 nbytes, rows = nbytes * (1 - (1 - share) ** S), S * share
             product = t.kind == "matrix" and family != "embed" and not family.endswith(".ape")
-            flops = 2.0 * rows * math.prod(t.shape) if product else 0.0
-            yield Work(family, component, nbytes, flops, t.layer, t.shape)
+            flops = 2.0 * rows * math.prod(t.shape) / cut if product else 0.0
+            shape = tuple(n // pieces(programs.compute.mesh, a) for n, a in zip(t.shape, t.axes, strict=True))
+            yield Work(family, component, nbytes, flops, t.layer, shape)
 
 
 def _cache(programs: CompiledSteps, context: int, tokens: int, sequences: int) -> Iterable[Work]:
@@ -198,7 +226,7 @@ def _cache(programs: CompiledSteps, context: int, tokens: int, sequences: int) -
         seen = (at + 1) // ratio if ratio else 0 * at
         read = near + (np.minimum(seen, cfg.index_top_k) if ratio == CSA_RATIO and chooses(programs) else seen)
         rows = read.sum() if tokens == 1 else min(context, cfg.window) + tokens + seen[-1]
-        flops = 4.0 * cfg.n_heads * cfg.head_dim * read.sum()
+        flops = 4.0 * cfg.n_heads / pieces(programs.compute.mesh, "heads") * cfg.head_dim * read.sum()
         yield Work("rows", "attention", sequences * row * float(rows), sequences * flops)
         yield Work("rows", "new rows", sequences * row * float(min(tokens, cfg.window)))
         kinds = {CSA_RATIO: (cache.csa, cache.index), HCA_RATIO: (cache.hca,)}.get(ratio, ())
@@ -290,7 +318,7 @@ def kernel_times(trace: Path, steps: int) -> dict[str, float]:
     edges: list[tuple[float, int, str]] = []
     for path in trace.glob("**/*.xplane.pb"):
         for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
-            for line in plane.lines if "GPU" in plane.name else ():
+            for line in plane.lines if "GPU:0" in plane.name else ():
                 for event in line.events if line.name.startswith("Stream") else ():
                     edges.append((event.start_ns, 1, event.name))
                     edges.append((event.start_ns + event.duration_ns, -1, event.name))
