@@ -242,12 +242,12 @@ CASES = {
     "mhc, head": Case("mhc", functools.partial(boundary, head=True), ORDER),
     "linear": Case("linear", functools.partial(products, rows=3), ORDER),
     "linear, many rows": Case(
-        "linear", functools.partial(products, rows=40), {"SwiGLU": GATED, None: BFLOAT16}
+        "linear", functools.partial(products, rows=100), {"SwiGLU": GATED, None: BFLOAT16}
     ),
     "linear, two types": Case("linear", functools.partial(of_two_types, rows=3), ORDER),
     "linear, groups": Case("linear", functools.partial(grouped, rows=3, n=64), ORDER),
     # No multiple of a tile: such a product of many rows is XLA's.
-    "linear, left to XLA": Case("linear", functools.partial(grouped, rows=40, n=96), ORDER),
+    "linear, left to XLA": Case("linear", functools.partial(grouped, rows=100, n=96), ORDER),
     "latent": Case("latent", finish_latent, {"queries": HALF, "rope": HALF, None: 0}),
     "latent, 4 tokens": Case("latent", functools.partial(finish_latent, T=4), {"queries": HALF, "rope": HALF, None: 0}),
     "latent, 9 tokens": Case("latent", functools.partial(finish_latent, T=9), {"queries": HALF, None: 0}),

@@ -19,6 +19,9 @@ from ds4jax.settings import Settings
 from ds4jax.tools import markdown
 from ds4jax.tools.chat import FLAGS, Session
 
+# A terminal of its own takes a fork, after which the child runs another program at once.
+pytestmark = pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")
+
 
 @pytest.fixture
 def loop() -> Iterator[asyncio.Runner]:

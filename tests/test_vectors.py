@@ -280,6 +280,6 @@ def test_wrong_flags_are_one_line(run, tmp_path, capsys):
     assert "x: found no such folder" in run(tmp_path / "x")[2][0]
     assert "min_same: found 1.5, expected a number from 0 to 1" in run(tmp_path, "--min_same=1.5")[2][0]
     assert "max_gap: found -1.0, expected" in run(tmp_path, "--max_gap=-1")[2][0]
-    assert "found the argument 'b', expected only flags" in run(tmp_path, "b")[2][0]
+    assert "found a second argument 'b', expected one" in run(tmp_path, "b")[2][0]
     assert cli.run(tool.main, tool.FLAGS, None, [], tool.ARGUMENT) == 1
     assert "found no folder, expected ds4jax vectors DIR" in capsys.readouterr().err
