@@ -1,4 +1,4 @@
-"""What a terminal shows, and a log: dimmed text, and how far long work is, as a bar or as lines."""
+"""What a terminal shows, and a log: dimmed text, none that commands it, and how far long work is, as a bar or lines."""
 
 from __future__ import annotations
 
@@ -10,11 +10,9 @@ from typing import Any, Self
 
 from tqdm import tqdm
 
-DIM, PLAIN = "\x1b[2m", "\x1b[0m"
-"""What dims the text that follows, and what ends it."""
 EVERY = 10.0
 """Seconds from line to line."""
-
+_HARMLESS = {code: "␛" if code == 0x1B else "�" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
 
 type Progress = tqdm | Lines
 """What `meter` gives: `update(n)` counts up, `n` is the count; it ends with the block, or by `close`."""
@@ -46,6 +44,16 @@ def is_terminal(stream: Any) -> bool:
 def has_colours(stream: Any) -> bool:
     """Whether text in a stream may be coloured or dimmed: on a terminal, unless NO_COLOR is set."""
     return is_terminal(stream) and not os.environ.get("NO_COLOR")
+
+
+def dimming(stream: Any) -> tuple[str, str]:
+    """What dims the text that follows, and what ends it; nothing in a stream without colours."""
+    return ("\x1b[2m", "\x1b[0m") if has_colours(stream) else ("", "")
+
+
+def harmless(text: str) -> str:
+    """A text without control characters, by which it could command a terminal."""
+    return text.translate(_HARMLESS)
 
 
 class Lines:

@@ -1,5 +1,6 @@
 """ds4jax.tools.generate: its flags, streams, files and exits, on one small model."""
 
+import io
 import json
 import os
 import re
@@ -14,6 +15,7 @@ from small import CFG
 
 from ds4jax import paths
 from ds4jax.chat import template as chat
+from ds4jax.chat.parser import TextDelta, ThinkingDelta
 from ds4jax.engine import model_runner as engine
 from ds4jax.io import synthetic
 from ds4jax.io.tokenizer import Special, byte_tokenizer
@@ -101,12 +103,30 @@ def test_thoughts_are_no_part_of_the_answer(run, dumped, monkeypatch, tmp_path):
     status, out, err = run(*flags, "--show-thinking")
     assert out.strip() == answer and err.startswith(thought + "\n\n") and "</think>" not in out + err
     with monkeypatch.context() as terminal:
-        for name in "is_terminal", "has_colours":
-            terminal.setattr(generate, name, lambda _: True)
+        for name in "ds4jax.tools.generate.is_terminal", "ds4jax.terminal.has_colours":
+            terminal.setattr(name, lambda _: True)
         shown = run(*flags)[2]
     assert "\x1b[2m" in shown and re.sub(r"\x1b\[\dm", "", shown).startswith(thought + "\n\n")
     _, (result,), _ = job(run, tmp_path, [{"prompt": "Hello"}], *flags[:-1])
     assert (result["reasoning"], result["text"].strip(), result["tokens"]) == (thought, answer, ids)
+
+
+def test_a_model_does_not_command_the_terminal(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    generate.FLAGS.unparse_flags()
+    generate.FLAGS(["ds4jax", "--show_thinking"])
+    monkeypatch.setenv("NO_COLOR", "1")
+    for stream, thought, answer in (Terminal, "a␛[2J", "b␛[2J�2J"), (io.StringIO, "a\x1b[2J", "b\x1b[2J\x9b2J"):
+        out, err = stream(), stream()
+        monkeypatch.setattr(sys, "stdout", out)
+        monkeypatch.setattr(sys, "stderr", err)
+        output = generate._Output()
+        output.show([ThinkingDelta("a\x1b[2J"), TextDelta("b\x1b[2J\x9b2J")])
+        output.end()
+        assert (err.getvalue(), out.getvalue()) == (f"{thought}\n\n", f"{answer}\n")
 
 
 def test_a_seed_is_random_unless_given(run, tmp_path):

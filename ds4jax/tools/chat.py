@@ -39,9 +39,9 @@ from ds4jax.files import LARGE, read_small
 from ds4jax.paths import cache_dir
 from ds4jax.profile import MAX_EFFORT_CTX, THINK_MODES, effort_prefix
 from ds4jax.settings import Settings
-from ds4jax.terminal import DIM, PLAIN, has_colours, meter
+from ds4jax.terminal import dimming, harmless, meter
 from ds4jax.tools import cli
-from ds4jax.tools.markdown import Answer, harmless
+from ds4jax.tools.markdown import Answer
 from ds4jax.tools.prompting import Ask as AskUser
 from ds4jax.tools.prompting import asker, unquoted
 
@@ -355,7 +355,7 @@ class Session:
 
 def _note(text: str) -> None:
     """Say something that is no answer."""
-    dim, plain = (DIM, PLAIN) if has_colours(sys.stderr) else ("", "")
+    dim, plain = dimming(sys.stderr)
     print(f"{dim}{text}{plain}", file=sys.stderr)
 
 

@@ -34,7 +34,7 @@ from ds4jax.io.drafter import open_with_drafter
 from ds4jax.io.tokenizer import Special, StreamDecoder, Tokenizer
 from ds4jax.profile import MAX_EFFORT_CTX, choose, effort_prefix
 from ds4jax.settings import Settings
-from ds4jax.terminal import DIM, PLAIN, has_colours, is_terminal
+from ds4jax.terminal import dimming, harmless, is_terminal
 from ds4jax.tools import cli
 
 if TYPE_CHECKING:  # JAX takes a second to import, and must not run before `Settings.set_environment`
@@ -135,8 +135,7 @@ class _Output:
     def __init__(self):
         terminal = is_terminal(sys.stdout) and is_terminal(sys.stderr)
         self._shows_thoughts = terminal if FLAGS.show_thinking is None else FLAGS.show_thinking
-        self._dim, self._plain = (DIM, PLAIN) if has_colours(sys.stderr) else ("", "")
-        self._escape = "␛" if sys.stdout.isatty() else "\x1b"  # a model does not command the terminal
+        self._dimming = dimming(sys.stderr)
         self._thought = self._answered = False
 
     def show(self, events: Iterable[ParserEvent]) -> None:
@@ -145,7 +144,7 @@ class _Output:
                 case ThinkingDelta(text):
                     self._thought = True
                     if self._shows_thoughts:
-                        self._write(sys.stderr, f"{self._dim}{text}{self._plain}")
+                        self._write(sys.stderr, text, *self._dimming)
                 case TextDelta(text):
                     if self._thought and self._shows_thoughts and not self._answered:
                         sys.stderr.write("\n\n")
@@ -160,8 +159,10 @@ class _Output:
         """Whether there was a thought and nothing else."""
         return self._thought and not self._answered
 
-    def _write(self, stream: TextIO, text: str) -> None:
-        stream.write(text.replace("\x1b", self._escape) if stream is sys.stdout else text)
+    @staticmethod
+    def _write(stream: TextIO, text: str, before: str = "", after: str = "") -> None:
+        shown = harmless(text) if stream.isatty() else text  # a model does not command the terminal
+        stream.write(f"{before}{shown}{after}")
         stream.flush()
 
 

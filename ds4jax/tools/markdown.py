@@ -6,28 +6,22 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
-from ds4jax.terminal import DIM, PLAIN, has_colours
+from ds4jax.terminal import dimming, harmless, has_colours
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.live import Live
     from rich.markdown import Markdown
 
-_HARMLESS = {code: "␛" if code == 0x1B else "�" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
 _LEAST = 0.05
 """Seconds from drawing to drawing; and drawing takes a fifth of the time at most."""
-
-
-def harmless(text: str) -> str:
-    """A text without control characters, by which it could command a terminal."""
-    return text.translate(_HARMLESS)
 
 
 class Answer:
     """An answer that is being shown on stdout: `think` and `say` as it comes, then `end`."""
 
     def __init__(self):
-        self._dim, self._plain = (DIM, PLAIN) if has_colours(sys.stdout) else ("", "")
+        self._dim, self._plain = dimming(sys.stdout)
         self._thinks = False
         self._markdown = _MarkdownStream() if has_colours(sys.stdout) else None
 
