@@ -14,7 +14,6 @@ import asyncio
 import contextlib
 import dataclasses
 import queue
-import secrets
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ from typing import Any, Self
 
 from ds4jax.chat.parser import TextDelta, ThinkingDelta
 from ds4jax.engine.async_engine import AsyncEngine
-from ds4jax.engine.types import Sampling
+from ds4jax.engine.types import Sampling, seed_or_random
 from ds4jax.errors import Ds4Error
 from ds4jax.server.ask import Ask
 from ds4jax.server.conversation import Conversation, Logprob, start
@@ -215,27 +214,27 @@ class Model:
 
 
 _SAMPLING = {field.name for field in dataclasses.fields(Sampling)} - {"logit_bias"}
+_OTHERS = {"think", "max_tokens", "stop", "logprobs", "schema", "tools"}
 
 
 def _ask(how: dict[str, Any], **prompt: Any) -> Ask:
     """What to ask of the engine. how: the caller's arguments. Raises Ds4Error."""
-    given = {name: how[name] for name in _SAMPLING & how.keys()}
-    given["seed"] = secrets.randbits(32) if given.get("seed") is None else given["seed"]
-    rest = {name: value for name, value in how.items() if name not in _SAMPLING}
-    if unknown := rest.keys() - {"think", "max_tokens", "stop", "logprobs", "schema", "tools"}:
-        known = sorted(_SAMPLING | {"think", "max_tokens", "stop", "logprobs", "schema", "tools", "system"})
+    if unknown := how.keys() - _SAMPLING - _OTHERS:
+        known = sorted(_SAMPLING | _OTHERS | {"system"})
         raise Ds4Error(f"found the argument {min(unknown)!r}, expected some of {', '.join(known)}")
-    stop = rest.get("stop") or ()
+    sampling: dict[str, Any] = {name: how[name] for name in _SAMPLING & how.keys()}
+    sampling["seed"] = seed_or_random(sampling.get("seed"))
+    stop = how.get("stop") or ()
     return Ask(
         "",
         True,
-        Sampling(**given),
-        think=rest.get("think", "on"),
-        max_tokens=rest.get("max_tokens"),
+        Sampling(**sampling),
+        think=how.get("think", "on"),
+        max_tokens=how.get("max_tokens"),
         stop=(stop,) if isinstance(stop, str) else tuple(stop),
-        logprobs=rest.get("logprobs"),
-        form=rest.get("schema"),
-        tools=rest.get("tools"),
+        logprobs=how.get("logprobs"),
+        form=how.get("schema"),
+        tools=how.get("tools"),
         **prompt,
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import secrets
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
@@ -22,6 +23,11 @@ MAX_LOGPROBS = 20
 
 FinishReason = Literal["stop", "length"]
 """Why an answer is complete. stop: its last token ends it; length: max_tokens or the context ended it."""
+
+
+def seed_or_random(seed: int | None) -> int:
+    """A seed as it was given, or one that nobody foresees if none was."""
+    return secrets.randbits(32) if seed is None else seed
 
 
 # ---- requests --------------------------------------------------------------------------------------------------------
