@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import bisect
 import collections
+import itertools
 import os
 import time
 from pathlib import Path
@@ -24,6 +25,7 @@ _STATE = (
     *("waiting", "running", "prefilling", "decoding", "slots", "requests", "weights_bytes", "cache_bytes"),
     *("cache_use_percent", "prefix_bytes", "prefixes", "disk_prefixes"),
 )
+_HISTOGRAMS = {"first": "time_to_first_token_seconds", "gap": "inter_token_latency_seconds"}
 
 
 class History:
@@ -43,17 +45,14 @@ class History:
     def sample(self) -> None:
         """Take a sample."""
         found = self._engine.metrics()
-        now, tried, accepted = time.time(), 0, 0
-        for of_place in found.get("drafts_by_place", []):
-            tried, accepted = tried + of_place[0], accepted + of_place[1]
-        names = {"first": "time_to_first_token_seconds", "gap": "inter_token_latency_seconds"}
-        histograms = {key: found["histograms"].get(name) for key, name in names.items()}
+        now, places = time.time(), found.get("drafts_by_place", [])
+        histograms = {key: one for key, name in _HISTOGRAMS.items() if (one := found["histograms"].get(name))}
         counts = {
             "time": now,
             **{name: found.get(f"{name}_tokens", 0) for name in ("generated", "prefill", "prompt", "cached")},
-            **{name: list(one.counts) for name, one in histograms.items() if one},
-            "tried": tried,
-            "accepted": accepted,
+            **{name: list(one.counts) for name, one in histograms.items()},
+            "tried": sum(tried for tried, _ in places),
+            "accepted": sum(accepted for _, accepted in places),
         }
         last, first = (self._counts[i] if self._counts else counts for i in (-1, 0))
         seconds = now - last["time"] or EVERY
@@ -69,9 +68,8 @@ class History:
         if "accepted" not in sample and "drafts_by_place" in found:
             sample["accepted"] = None
         for name, one in histograms.items():
-            if one:
-                new = [n - m for n, m in zip(counts[name], first[name], strict=True)]
-                sample |= {f"{name}_p{p}": quantile(one, new, p / 100) for p in (50, 95)}
+            new = [n - m for n, m in zip(counts[name], first[name], strict=True)]
+            sample |= {f"{name}_p{p}": quantile(one, new, p / 100) for p in (50, 95)}
         self._counts.append(counts)
         self._samples.append(sample)
 
@@ -89,7 +87,7 @@ def quantile(histogram: Histogram, counts: list[int], q: float) -> float | None:
     bounds, rank = (0.0, *histogram.bounds), q * sum(counts)
     if not rank:
         return None
-    totals = [sum(counts[: i + 1]) for i in range(len(counts))]
+    totals = list(itertools.accumulate(counts))
     i = bisect.bisect_left(totals, rank)
     if i >= len(bounds) - 1:
         return bounds[-1]
