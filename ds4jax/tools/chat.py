@@ -42,8 +42,7 @@ from ds4jax.settings import Settings
 from ds4jax.terminal import dimming, harmless, meter
 from ds4jax.tools import cli
 from ds4jax.tools.markdown import Answer
-from ds4jax.tools.prompting import Ask as AskUser
-from ds4jax.tools.prompting import asker, unquoted
+from ds4jax.tools.prompting import AskUser, asker, unquoted
 
 if TYPE_CHECKING:  # JAX takes a second to import
     from ds4jax.engine.async_engine import AsyncEngine

@@ -28,14 +28,6 @@ from ds4jax.profile import THINK_MODES
 
 flags.disclaim_key_flags()  # --help lists what is defined here under the tool
 
-GROUPS = {
-    "Model": ("config", "model", "profile", "synthetic", "device"),
-    "Answers": ("think", "max_tokens", "ctx", "system"),
-    "Sampling": ("temperature", "top_k", "top_p", "min_p", "seed"),
-    "Computation": ("numerics", "kernels", "device_budget_gb", "draft", "draft_tokens"),
-}
-"""How --help groups the flags that several tools have; a tool's own come first."""
-
 
 def define_model(flag_values: flags.FlagValues) -> None:
     """Define --config and --model, which every tool has that runs or reads a model."""
@@ -275,6 +267,15 @@ def _spelled(argv: Iterable[str], flag_values: flags.FlagValues) -> list[str]:
             arg = f"--{plain}{equals}{value}"
         found.append(arg)
     return found
+
+
+GROUPS = {
+    "Model": ("config", "model", "profile", "synthetic", "device"),
+    "Answers": ("think", "max_tokens", "ctx", "system"),
+    "Sampling": SAMPLING,
+    "Computation": ("numerics", "kernels", "device_budget_gb", *DRAFTS),
+}
+"""How --help groups the flags that several tools have; a tool's own come first."""
 
 
 def _help(flag_values: flags.FlagValues) -> str:

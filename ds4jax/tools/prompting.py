@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 QUOTES = '"""'
 """Around a message of several lines."""
 
-type Ask = Callable[[str], str | None]
+type AskUser = Callable[[str], str | None]
 """Asks for a message, which begins with a text; → None at the end of the input. Ctrl-C raises KeyboardInterrupt."""
 
 
-def asker(history: Path, words: dict[str, tuple[str, ...]], paths: Iterable[str]) -> Ask:
+def asker(history: Path, words: dict[str, tuple[str, ...]], paths: Iterable[str]) -> AskUser:
     """How to ask: with line editing if the input and the output are a terminal, else line by line.
 
     history: a file of what was typed. words: commands, and what may follow each. paths: commands that a path follows.
@@ -55,7 +55,7 @@ def _plain(begin: str) -> str | None:
     return text
 
 
-def _edited(history: Path, words: dict[str, tuple[str, ...]], paths: frozenset[str]) -> Ask:
+def _edited(history: Path, words: dict[str, tuple[str, ...]], paths: frozenset[str]) -> AskUser:
     """prompt_toolkit: Enter sends, Alt+Enter or a pasted text begins a new line, Tab completes commands and paths."""
     from prompt_toolkit import PromptSession
     from prompt_toolkit.completion import Completer, PathCompleter, WordCompleter
