@@ -1,6 +1,6 @@
 // The page: which conversation is shown, how answers come into it, and what the buttons do.
 
-import {$, count, toast} from "./dom.js";
+import {$, count, toast, touch} from "./dom.js";
 import {Composer} from "./composer.js";
 import {List} from "./list.js";
 import {MessageView} from "./message.js";
@@ -10,7 +10,6 @@ import * as store from "./store.js";
 import {call, chunks} from "./stream.js";
 
 const WELCOME = "What would you like to know?";
-const touch = matchMedia("(pointer: coarse)"); // where the focus opens a keyboard
 const runs = new Map(); // conversation → the answer that is being written in it
 const problems = new Map(); // conversation → how its last message failed, until it is shown and dealt with
 let current = null,
@@ -53,15 +52,16 @@ function drawChat() {
   stick();
 }
 
+const offerTheEnd = () => ($("to-end").hidden = following || $("chat").hidden);
 function stick() {
   if (following) main.scrollTop = main.scrollHeight;
-  $("to-end").hidden = following || $("chat").hidden;
+  offerTheEnd();
 }
 main.addEventListener(
   "scroll",
   () => {
     following = main.scrollHeight - main.scrollTop - main.clientHeight < 60;
-    $("to-end").hidden = following || $("chat").hidden;
+    offerTheEnd();
   },
   {passive: true},
 );
@@ -80,7 +80,7 @@ function showProblem() {
   else composer.say(error.message, retry);
 }
 
-// ---- what is said to those who listen: new text, once a second at most ---------------------------------------------
+// ---- for screen readers: new text, once a second at most ------------------------------------------------------------
 let unheard = "",
   speaking = 0;
 function announce(text) {
@@ -105,7 +105,7 @@ function send(text) {
   list.add(conversation);
   if (!touch.matches) composer.input.focus();
   answer(conversation, null, error => {
-    // it goes back to where it was written
+    // the message goes back into the box, before what was typed there since
     store.take(conversation, sent);
     const later = conversation.draft;
     Object.assign(conversation, {
@@ -291,7 +291,7 @@ function frame() {
 }
 setInterval(() => {
   if (runs.has(current)) redraw(runs.get(current));
-}, 500); // seconds pass in silence, too
+}, 500); // also where no text comes: the line counts seconds
 
 // ---- what the buttons of messages do --------------------------------------------------------------------------------
 const actions = {

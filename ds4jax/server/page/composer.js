@@ -1,10 +1,9 @@
 // Where messages are written: it grows with the text, takes text files, keeps drafts, and says what went wrong.
 
-import {$, button, element} from "./dom.js";
+import {$, button, element, touch} from "./dom.js";
 import {setKey} from "./stream.js";
 
-const MOST = 2 ** 20; // characters of a file
-const touch = matchMedia("(pointer: coarse)");
+const MOST = 2 ** 20; // bytes of a file
 
 export class Composer {
   /** on: what the page does: send(text), stop(), changed(text, files). */

@@ -3,6 +3,9 @@
 /** The element with an id. */
 export const $ = id => document.getElementById(id);
 
+/** Whether fingers are what points here, and the focus opens a keyboard: see its `matches`. */
+export const touch = matchMedia("(pointer: coarse)");
+
 /** A new element. properties: of the element, or attributes where their name has a hyphen. */
 export function element(tag, properties = {}, ...children) {
   const node = document.createElement(tag);

@@ -216,13 +216,15 @@ const decoded = text =>
     : text;
 
 // ---- code -----------------------------------------------------------------------------------------------------------
+const languageOf = token => (token.lang ?? "").trim().split(/\s/)[0];
+
 function codeBlock(token, closed) {
   const code = element("code", {});
   const press = button("Copy", () => copy(code.textContent, press), {
     className: "small",
     "aria-label": "Copy the code",
   });
-  const language = (token.lang ?? "").trim().split(/\s/)[0];
+  const language = languageOf(token);
   const pre = element(
     "pre",
     {tabIndex: 0, dir: "ltr", role: "region", "aria-label": `Code${language && ` in ${language}`}`},
@@ -245,7 +247,7 @@ function fillCode(node, token, closed) {
   if (code.childNodes.length === 1 && code.firstChild.nodeType === Node.TEXT_NODE && text.startsWith(shown))
     code.firstChild.appendData(text.slice(shown.length));
   else if (text !== shown) code.textContent = text;
-  const language = (token.lang ?? "").trim().split(/\s/)[0].toLowerCase();
+  const language = languageOf(token).toLowerCase();
   if (language && text.length < (closed ? LONG_CODE : COLOUR_OPEN)) colour(code, text, language);
 }
 

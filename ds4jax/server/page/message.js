@@ -16,7 +16,7 @@ const words = text => text.trim().split(/\s+/).filter(Boolean).length;
 const percent = logprob => `${(100 * Math.exp(logprob)).toFixed(1)} %`;
 
 export class MessageView {
-  /** actions: what the page does when a button is pressed: edit, regenerate, resume, turn, results. */
+  /** actions: what the page does when a button is pressed: edit(view); regenerate, resume or turn(message). */
   constructor(conversation, message, actions, name) {
     Object.assign(this, {conversation, message, actions, parts: {}});
     this.node = element("article", {className: `message ${message.role}`});

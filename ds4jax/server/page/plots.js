@@ -31,7 +31,7 @@ let samples = [],
   cursor = null,
   figures = [];
 
-/** Show the state from now on, until `hide`. */
+/** Show the state, and again every two seconds until it is hidden. */
 export async function show() {
   clearTimeout(timer);
   if ($("status").hidden) return;

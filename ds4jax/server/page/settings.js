@@ -4,7 +4,6 @@ import {$} from "./dom.js";
 import {getKey, setKey} from "./stream.js";
 
 const NUMBERS = ["temperature", "top_p", "top_k", "min_p", "max_tokens", "seed"];
-const NAMES = ["effort", ...NUMBERS, "system", "tools", "logprobs"];
 const DEFAULTS = {
   effort: "high",
   temperature: "1",
@@ -27,9 +26,13 @@ export function last() {
   }
 }
 
+/** Values of all settings: the default where none of its type is given. */
 const known = values =>
   Object.fromEntries(
-    NAMES.map(name => [name, typeof values?.[name] === typeof DEFAULTS[name] ? values[name] : DEFAULTS[name]]),
+    Object.entries(DEFAULTS).map(([name, usual]) => {
+      const given = values?.[name];
+      return [name, typeof given === typeof usual ? given : usual];
+    }),
   );
 
 export class Settings {
@@ -49,7 +52,7 @@ export class Settings {
 
   get values() {
     return Object.fromEntries(
-      NAMES.map(name => {
+      Object.keys(DEFAULTS).map(name => {
         const field = this.fields[name];
         return [name, field.type === "checkbox" ? field.checked : field.value];
       }),

@@ -2,9 +2,10 @@
 //
 //   {id, title, named, created, updated, settings, draft, files, messages: {id: message}, leaf}
 //
-// A message is {id, parent, role, content} and what an answer has besides: reasoning_content, tool_calls, thought
-// (seconds), usage, note, cut (it did not come to its end), logprobs. `leaf` is the last message of the path that is
-// shown. Where the browser keeps nothing, conversations last as long as the page.
+// A message is {id, parent, role, content}. An answer may also have reasoning_content, thought (its seconds), tool_calls,
+// logprobs, note (the line below it), cut (it did not come to its end) and failed; the result of a tool has tool_call_id
+// and name. `leaf` is the id of the last message of the path that is shown. Where the browser keeps nothing,
+// conversations last as long as the page.
 
 const NAME = "ds4jax",
   STORE = "conversations";
@@ -75,10 +76,11 @@ export async function remove(conversation) {
 
 // ---- the tree -------------------------------------------------------------------------------------------------------
 
-/** The messages from the first one to `end`, by default the last one of the path that is shown. */
-export function path(conversation, end = conversation.leaf) {
-  const found = [];
-  for (let message = conversation.messages[end]; message; message = conversation.messages[message.parent])
+/** The messages of the path that is shown, from the first one on. */
+export function path(conversation) {
+  const found = [],
+    {messages, leaf} = conversation;
+  for (let message = messages[leaf]; message; message = messages[message.parent])
     found.push(message);
   return found.reverse();
 }
@@ -137,30 +139,30 @@ export function fromJson(text) {
   } catch {
     throw new Error("found no JSON, expected exported conversations");
   }
-  const text_ = x => typeof x === "string",
-    record = x => x !== null && typeof x === "object" && !Array.isArray(x);
+  const isText = x => typeof x === "string",
+    isRecord = x => x !== null && typeof x === "object" && !Array.isArray(x);
   const found = Array.isArray(value?.conversations) ? value.conversations : null;
   if (!found) throw new Error("found other JSON, expected exported conversations");
   return found.map((one, i) => {
     const wrong = what => new Error(`conversation ${i + 1}: found ${what}, expected an exported one`);
-    if (!record(one) || !record(one.messages)) throw wrong("no messages");
+    if (!isRecord(one) || !isRecord(one.messages)) throw wrong("no messages");
     const messages = {};
     for (const [id, message] of Object.entries(one.messages)) {
-      if (!record(message) || !["user", "assistant", "tool"].includes(message.role)) throw wrong("another role");
-      if (!text_(message.content ?? "")) throw wrong("a message without text");
+      if (!isRecord(message) || !["user", "assistant", "tool"].includes(message.role)) throw wrong("another role");
+      if (!isText(message.content ?? "")) throw wrong("a message without text");
       messages[id] = {...message, id, content: message.content ?? ""};
     }
     for (const start of Object.values(messages)) {
-      // every chain of parents ends, at a first message
+      // every chain of parents has to end at a first message
       let steps = 0;
       for (let at = start; at.parent !== null; at = messages[at.parent])
         if (!messages[at.parent] || ++steps > 100_000) throw wrong("a message after none");
     }
     const leaf = messages[one.leaf] ? one.leaf : (Object.keys(messages).at(-1) ?? null);
-    const settings = record(one.settings) ? one.settings : {};
+    const settings = isRecord(one.settings) ? one.settings : {};
     return {
       ...newConversation(settings),
-      title: text_(one.title) ? one.title : "Imported",
+      title: isText(one.title) ? one.title : "Imported",
       named: true,
       messages,
       leaf,
