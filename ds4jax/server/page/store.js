@@ -2,10 +2,10 @@
 //
 //   {id, title, named, created, updated, settings, draft, files, messages: {id: message}, leaf}
 //
-// A message is {id, parent, role, content}. An answer may also have reasoning_content, thought (its seconds), tool_calls,
-// logprobs, note (the line below it), cut (it did not come to its end) and failed; the result of a tool has tool_call_id
-// and name. `leaf` is the id of the last message of the path that is shown. Where the browser keeps nothing,
-// conversations last as long as the page.
+// A message is {id, parent, role, content}. An answer may also have reasoning_content, thought (its seconds),
+// tool_calls, logprobs, note (the line below it), cut (it did not come to its end) and failed; the result of a tool has
+// tool_call_id and name. `leaf` is the id of the last message of the path that is shown. Where the browser keeps
+// nothing, conversations last as long as the page.
 
 const NAME = "ds4jax",
   STORE = "conversations";
