@@ -80,7 +80,7 @@ class Model:
         """Load a model and compile its steps.
 
         model: a config's name or path (.toml), or a GGUF file (a path, or hf:OWNER/REPO/FILE) to run as `config` says.
-        batch: answers at once. settings: keys of a config that replace the file's, ctx=8192 for example.
+        batch: how many answers at once. settings: keys of a config that replace the file's, ctx=8192 for example.
         """
         if str(model) in names() or str(model).endswith(".toml"):
             loaded = Settings.load(model, **settings)
@@ -102,7 +102,7 @@ class Model:
         self._thread.start()
 
     def close(self) -> None:
-        """Give up the model and its memory. It answers no more."""
+        """Free the model's memory. It answers no more."""
         if self._thread.is_alive():
             self._wait(self.engine.close())
             self._loop.call_soon_threadsafe(self._loop.stop)
@@ -220,7 +220,7 @@ _OTHERS = {"think", "max_tokens", "stop", "logprobs", "schema", "tools"}
 def _ask(how: dict[str, Any], **prompt: Any) -> Ask:
     """What to ask of the engine. how: the caller's arguments. Raises Ds4Error."""
     if unknown := how.keys() - _SAMPLING - _OTHERS:
-        known = sorted(_SAMPLING | _OTHERS | {"system"})
+        known = sorted(_SAMPLING | _OTHERS | ({"system"} if "messages" in prompt else set()))
         raise Ds4Error(f"found the argument {min(unknown)!r}, expected some of {', '.join(known)}")
     sampling: dict[str, Any] = {name: how[name] for name in _SAMPLING & how.keys()}
     sampling["seed"] = seed_or_random(sampling.get("seed"))

@@ -1,4 +1,4 @@
-"""What a terminal shows, and a log: dimmed text, none that commands it, and how far long work is, as a bar or lines."""
+"""What is shown on a terminal, or in a log: dimmed text, text of others made harmless, the progress of long work."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ type Progress = tqdm | Lines
 def meter(total: float, what: str, unit: str, *, show: bool = True, delay: float = 0.0) -> Progress:
     """A bar on stderr, or lines if that is no terminal.
 
-    unit: "B" for bytes. delay: seconds before anything is shown; then nothing of it stays.
+    unit: "B" for bytes. delay: seconds before anything is shown; with one, the bar goes away at its end.
     """
     if not show or is_terminal(sys.stderr):
         scale = unit == "B"
@@ -30,14 +30,14 @@ def meter(total: float, what: str, unit: str, *, show: bool = True, delay: float
 
 
 def counted[T](items: Iterable[T], bar: Progress) -> Iterator[T]:
-    """The items; the bar counts each once the next is asked for."""
+    """The items; each is counted on the bar when the next one is asked for."""
     for item in items:
         yield item
         bar.update()
 
 
 def is_terminal(stream: Any) -> bool:
-    """Whether what is written to a stream may move the cursor: a terminal that can, TERM=dumb cannot."""
+    """Whether a stream is a terminal on which the cursor can be moved, as it cannot with TERM=dumb."""
     return stream.isatty() and os.environ.get("TERM", "dumb") != "dumb"
 
 
@@ -57,8 +57,10 @@ def harmless(text: str) -> str:
 
 
 class Lines:
-    """Lines on stderr, since carriage returns spoil a log: ``loading: 3.2 of 80.8 GiB``, every EVERY seconds
-    and, unless there was a delay, at the end."""
+    """Progress as lines on stderr, since carriage returns spoil a log.
+
+    ``loading: 3.2 of 80.8 MiB`` every EVERY seconds, and at the end unless there was a delay.
+    """
 
     def __init__(self, total: float, what: str, unit: str, delay: float):
         self.n, self._total, self._what, self._unit, self._delay = 0.0, total, what, unit, delay

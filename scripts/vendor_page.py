@@ -2,7 +2,7 @@
 
 LIBRARIES says which versions, and which of their files; beside them, ``vendor.json`` keeps versions, licences, npm's
 hash of every package and the hash of every file. A package whose hash is another than the one kept is refused. A test
-compares the files with their hashes. Needs npm, and nothing else in the project does.
+compares the files with their hashes. This needs npm; nothing else in the project does.
 """
 
 from __future__ import annotations
@@ -26,7 +26,11 @@ MANIFEST = FOLDER / "vendor.json"
 
 @dataclasses.dataclass(frozen=True)
 class Library:
-    """A package of npm. folder: of its files here. files: path in the package, or a pattern → path in the folder."""
+    """A package of npm.
+
+    folder: where its files go, below FOLDER. files: path in the package, or a pattern of paths → path in that folder;
+    where it ends in a slash, or is empty, files keep their names.
+    """
 
     package: str
     version: str

@@ -29,7 +29,7 @@ _HISTOGRAMS = {"first": "time_to_first_token_seconds", "gap": "inter_token_laten
 
 
 class History:
-    """Samples of an engine's metrics, one every EVERY seconds while `run` does."""
+    """Samples of an engine's metrics, one every EVERY seconds while `run` runs."""
 
     def __init__(self, engine: AsyncEngine, replay: Replay):
         self._engine, self._replay = engine, replay
@@ -74,15 +74,16 @@ class History:
         self._samples.append(sample)
 
     def since(self, moment: float, last: int | None = None) -> dict[str, Any]:
-        """The samples after a moment, in seconds since 1970, and the present one. last: so many of them at most."""
+        """The samples after a moment, and the time now, in seconds since 1970. last: only so many, the newest."""
         samples = [sample for sample in self._samples if sample["time"] > moment]
         return {"now": time.time(), "seconds": SECONDS, "samples": samples if last is None else samples[-last:]}
 
 
 def quantile(histogram: Histogram, counts: list[int], q: float) -> float | None:
-    """The value below which the share q of some observations is, taken as even within each bin; None without any.
+    """The value below which the share q of some observations lies, or None if there are none.
 
-    counts: of the bins of the histogram. Of those beyond its last bound, the bound is given.
+    counts: how many observations lie in each bin of the histogram, evenly as is assumed. Beyond the last bound, the
+    quantile is that bound.
     """
     bounds, rank = (0.0, *histogram.bounds), q * sum(counts)
     if not rank:
@@ -95,7 +96,7 @@ def quantile(histogram: Histogram, counts: list[int], q: float) -> float | None:
 
 
 def _resident_bytes() -> int | None:
-    """Of this process; None where the system does not tell."""
+    """The memory that this process has, in bytes; None where the system does not tell."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError, IndexError):

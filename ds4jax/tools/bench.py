@@ -163,12 +163,12 @@ def main() -> None:
 
 
 SPREAD = 0.14
-"""How much the logarithm of a rank counts beside a router's scores √softplus(x) of normal x, such that the six highest
-of 256 sums are as often of each rank as its power says."""
+"""What a rank's logarithm is multiplied with before it is added to an expert's score. The scores are √softplus(x) of
+normal x, and six of 256 experts are chosen; with this factor each is chosen about as often as Zipf's law says."""
 
 
 def skewed(route: Route, exponent: float, seed: int) -> Route:
-    """Routers that prefer some experts, others in each layer. Layers that route by token id have none."""
+    """A router that prefers some experts, in each layer other ones. Layers that route by token id stay as they are."""
     import jax
     import numpy as np
 

@@ -79,7 +79,7 @@ def main() -> int:
         session = Session(loop.run, settings, lambda settings: _open(settings), ask)
         session.greet()
         try:
-            with cli.interrupts(signal.default_int_handler):  # by which the loop knows that it is to cancel what runs
+            with cli.interrupts(signal.default_int_handler):  # with it, asyncio cancels what runs
                 while (line := session.ask()) is not None:
                     try:
                         if not session.enter(line):
@@ -87,7 +87,7 @@ def main() -> int:
                     except KeyboardInterrupt:
                         if not session.is_open:  # while it was being reopened
                             raise
-                        _note("(stopped)")  # and pressed again
+                        _note("(stopped)")  # Ctrl-C was pressed more than once
         finally:
             session.close()
     return 0
@@ -97,7 +97,7 @@ def _open(settings: Settings) -> AsyncEngine:
     settings.set_environment()
     from ds4jax.engine.async_engine import AsyncEngine
 
-    cli.watch_interrupts()  # line editing has taken its place
+    cli.watch_interrupts()  # again: line editing has put a pipe of its own there
     with cli.interrupts(cli.end_at_interrupt):
         return AsyncEngine.open(settings, max_seqs=1, kv_dir=FLAGS.kv_dir, progress=True)
 
@@ -154,7 +154,8 @@ class Session:
     def enter(self, line: str) -> bool:
         """Send a message or run a command; → whether to go on. Errors are printed."""
         text = unquoted(line)
-        command, _, rest = ("", "", "") if "\n" in text.strip() or text is not line else text.rstrip().partition(" ")
+        plain = "\n" in text.strip() or text is not line  # of several lines or quoted, and so no command
+        command, _, rest = ("", "", "") if plain else text.rstrip().partition(" ")
         try:
             match command, rest.strip():
                 case _ if not text.strip():

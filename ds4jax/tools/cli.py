@@ -213,7 +213,7 @@ def end_at_interrupt(number: int, frame: FrameType | None) -> None:
 
 @contextlib.contextmanager
 def interrupts(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
-    """Within, Ctrl-C is handled so."""
+    """Within the block, Ctrl-C calls `handler`, as `signal.signal` does."""
     before = signal.signal(signal.SIGINT, handler)
     try:
         yield
@@ -234,8 +234,8 @@ def watch_interrupts() -> None:
     """From now on a process that has not ended ENDING seconds after Ctrl-C is ended, whatever it does.
 
     Python's handlers wait while the main thread compiles or loads, for minutes perhaps; the number of the signal goes
-    into a pipe at once, and a thread reads it. Where a tool handles Ctrl-C itself, nothing is done. An event loop that
-    handles signals itself takes the pipe's place; called again, this takes it back.
+    into a pipe at once, and a thread reads it. It does nothing while a tool handles Ctrl-C in another way. An event
+    loop that handles signals puts a pipe of its own in place of this one; calling this again undoes that.
     """
     global _watched
     if threading.current_thread() is not threading.main_thread():

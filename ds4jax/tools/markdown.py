@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rich.markdown import Markdown
 
 _LEAST = 0.05
-"""Seconds from drawing to drawing; and drawing takes a fifth of the time at most."""
+"""Seconds from drawing to drawing, at least: more if drawing would take over a fifth of the time."""
 
 
 class Answer:
@@ -39,7 +39,7 @@ class Answer:
             print(end=harmless(text), flush=True)
 
     def end(self) -> None:
-        """Also after an interruption."""
+        """Show what is left of it; also to be called where it was interrupted."""
         if self._markdown and not self._thinks:
             self._markdown.end()
         else:
@@ -49,12 +49,12 @@ class Answer:
 class _MarkdownStream:
     """Markdown that grows: blocks that are complete are printed once, the last one is drawn anew as it grows.
 
-    Of a block that is higher than the terminal, its end is to be seen until it is complete.
+    While a block is higher than the terminal, only its end is drawn.
     """
 
     def __init__(self):
-        self._text = ""  # of blocks that are not printed
-        self._printed = False  # whether anything is
+        self._text = ""  # of the blocks that are not printed yet
+        self._printed = False  # whether any block is
         self._next = 0.0  # when to draw again
         self._console: Console | None = None
         self._live: Live | None = None

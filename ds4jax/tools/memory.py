@@ -27,7 +27,7 @@ flags.DEFINE_string(
     "routing_trace", None, "A file of --trace_routing: how often would its experts be on the device?", flag_values=FLAGS
 )
 flags.DEFINE_float(
-    "link_gb_s", 50.0, "GB/s that host memory is taken to give to the GPU.", lower_bound=0.001, flag_values=FLAGS
+    "link_gb_s", 50.0, "GB/s from host memory to the GPU that the plan expects.", lower_bound=0.001, flag_values=FLAGS
 )
 flags.DEFINE_bool("remote", False, "Read the header of the file on its server, and no more.", flag_values=FLAGS)
 flags.DEFINE_bool(

@@ -45,7 +45,7 @@ def unquoted(text: str) -> str:
 
 
 def _plain(begin: str) -> str | None:
-    """Read a line, or several in QUOTES. What the text would begin with is not to be edited here."""
+    """Read a line, or several in QUOTES. Without line editing, `begin` is not offered."""
     try:
         text = input("> " if sys.stdin.isatty() else "")
         while unfinished(text):
@@ -66,7 +66,7 @@ def _edited(history: Path, words: dict[str, tuple[str, ...]], paths: frozenset[s
     from prompt_toolkit.output.vt100 import Vt100_Output
 
     class Commands(Completer):
-        """Of commands at the beginning of a message, and of what follows them."""
+        """Completes a command at the beginning of a message, and what follows it."""
 
         def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterable[Completion]:
             command, space, rest = document.text_before_cursor.partition(" ")
@@ -107,7 +107,7 @@ def _edited(history: Path, words: dict[str, tuple[str, ...]], paths: frozenset[s
         completer=Commands(),
         complete_while_typing=False,
         key_bindings=keys,
-        # Terminals answer a question for the cursor among what is typed, and some not at all.
+        # Not to ask where the cursor is: the terminal's answer would come among what is typed, and from some never.
         output=Vt100_Output(sys.stdout, size, term=os.environ.get("TERM"), enable_cpr=False),
     )
 

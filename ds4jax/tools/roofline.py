@@ -143,13 +143,13 @@ class Work:
 
 # ---- counting --------------------------------------------------------------------------------------------------------
 def count(programs: CompiledSteps, context: int, tokens: int, sequences: int) -> list[Work]:
-    """The work of a step that appends `tokens` to each of `sequences`, which have `context` tokens; of one device.
+    """One device's work in a step that appends `tokens` to each of `sequences`, which have `context` tokens.
 
     Weights are read once, of the routed experts as many as independent uniform choices touch, of tables the rows used;
     stored rows once per sequence, but in decoding only those seen; a compressor's open window is written and read once.
     Of activations only the streams count, read and written at every boundary; the others are small beside these, or
-    their products are bound by the tensor cores. FLOPs are those of matrix products. On a mesh, links count what the
-    device sends of the sums, as a ring does it, and of the logits.
+    their products are bound by the tensor cores. FLOPs are those of matrix products. On a mesh, "links" has what the
+    device sends: for sums, which a ring of the devices makes, and for the logits.
     """
     if sequences % (dp := pieces(programs.compute.mesh, "sequences")) == 0:
         sequences //= dp
