@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -56,7 +55,7 @@ def test_log_probabilities_and_raw_prompts(model):
     m, engine = model
     answer = m.chat("Hi", logprobs=2, think="off")
     assert answer.logprobs[0].logprob == -0.5 and len(answer.logprobs[0].top) == 2
-    assert math.isclose(sum(len(one.text) for one in answer.logprobs), len(answer.text))
+    assert sum(len(one.text) for one in answer.logprobs) == len(answer.text)
     assert m.complete([65, 66], max_tokens=3).completion_tokens == 3 and list(engine.requests[-1].tokens) == [65, 66]
     assert m.complete("AB", max_tokens=1).finish == "length" and m.decode(m.encode("é")) == "é"
 
@@ -107,6 +106,8 @@ def test_what_is_wrong_is_said(model):
             m.decode([wrong])
     with pytest.raises(Ds4Error, match="found the argument 'temprature', expected some of"):
         m.chat("Hi", temprature=1)
+    with pytest.raises(Ds4Error, match="found the argument 'system', expected some of (?!.*system)"):
+        m.complete("Hi", system="Be brief.")
     with pytest.raises(Ds4Error, match="temperature: found -1"):
         m.chat("Hi", temperature=-1)
     with pytest.raises(Ds4Error, match="too long"):

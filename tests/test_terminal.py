@@ -137,18 +137,24 @@ def test_the_module_is_the_chat_and_imports_no_jax():
     subprocess.run([sys.executable, "-c", code], check=True, env=env)
 
 
+HERE = Path(__file__).parent
+
+
+def environment(cache: Path, **others: str) -> dict[str, str]:
+    """What `scripted_chat` runs in."""
+    return os.environ | {"PYTHONPATH": f"{HERE.parent}:{HERE}", "XDG_CACHE_HOME": str(cache)} | others
+
+
 PROMPT = ">[\x08 ]"  # as a terminal with line editing is sent it
 
 
 @pytest.fixture(scope="module")
 def chat(tmp_path_factory) -> Iterator[pexpect.spawn]:
     """A chat in a pseudo-terminal, with the answers of `scripted_chat`."""
-    here = Path(__file__).parent
-    env = os.environ | {"PYTHONPATH": f"{here.parent}:{here}", "XDG_CACHE_HOME": str(tmp_path_factory.mktemp("cache"))}
-    env |= {"TERM": "xterm-256color", "COLUMNS": "100", "LINES": "30"}
+    env = environment(tmp_path_factory.mktemp("cache"), TERM="xterm-256color", COLUMNS="100", LINES="30")
     env.pop("NO_COLOR", None)
     child = pexpect.spawn(
-        sys.executable, [str(here / "scripted_chat.py")], env=env, encoding="utf-8", timeout=20, dimensions=(30, 100)
+        sys.executable, [str(HERE / "scripted_chat.py")], env=env, encoding="utf-8", timeout=20, dimensions=(30, 100)
     )
     child.expect("ds4jax .* fake")
     child.expect(PROMPT)
@@ -245,11 +251,9 @@ def test_blocks_that_are_complete_are_printed_once():
 
 
 def test_no_colours_where_none_are_wanted(tmp_path):
-    here = Path(__file__).parent
-    env = os.environ | {"PYTHONPATH": f"{here.parent}:{here}", "XDG_CACHE_HOME": str(tmp_path), "TERM": "dumb"}
-    env["TERM"] = "dumb"
+    env = environment(tmp_path, TERM="dumb")
     shown, status = pexpect.run(
-        f"{sys.executable} {here}/scripted_chat.py",
+        f"{sys.executable} {HERE}/scripted_chat.py",
         env=env,
         events={"> ": "markdown\n", "tokens used.*> ": "\x03", "leaves\\)\r\n> ": "\x04"},
         withexitstatus=True,
@@ -257,7 +261,7 @@ def test_no_colours_where_none_are_wanted(tmp_path):
     )
     assert status == 0 and "\x1b" not in shown and "**bold**" in shown and "Some thought.\r\n\r\n#" in shown
     run = subprocess.run(
-        [sys.executable, here / "scripted_chat.py"],
+        [sys.executable, HERE / "scripted_chat.py"],
         input='"""\na\nb\n"""\n/save\n',
         capture_output=True,
         text=True,
