@@ -135,7 +135,7 @@ def prompt(engine: FakeEngine, i: int = -1) -> str:
     return engine.tokenizer.decode(engine.requests[i].tokens)
 
 
-# ---- what was broken -------------------------------------------------------------------------------------------------
+# ---- answers and failures --------------------------------------------------------------------------------------------
 def test_the_rest_of_an_answer_belongs_to_its_own_conversation(open_page):
     page = open_page(lambda said: "</think>" + (f"{said} " * 150 if "apple" in said else "Other."), delay=0.002)
     say(page, "apple")
@@ -471,9 +471,9 @@ def test_the_status_has_a_past_when_it_is_opened(open_page):
     assert page.is_visible("#composer")
 
 
-# ---- for everyone ----------------------------------------------------------------------------------------------------
+# ---- accessibility ---------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("how", [{}, {"color_scheme": "dark"}, PHONE], ids=["desktop", "dark", "phone"])
-def test_nothing_keeps_anyone_out(open_page, how):
+def test_the_page_is_accessible(open_page, how):
     from axe_playwright_python.sync_playwright import Axe
 
     page = open_page(RICH, **how)

@@ -60,7 +60,7 @@ flags.DEFINE_string(
 flags.DEFINE_string("out", None, "Where a batch job's results go, as JSON lines; by default stdout.", flag_values=FLAGS)
 flags.DEFINE_string("system", "", "The system prompt.", flag_values=FLAGS)
 flags.DEFINE_bool("raw", False, "Continue the prompt as it is, without the chat template.", flag_values=FLAGS)
-_text = "Thoughts on stderr; by default where it and stdout are a terminal."
+_text = "Print thoughts to stderr; by default if it and stdout are terminals."
 flags.DEFINE_bool("show_thinking", None, _text, flag_values=FLAGS)
 cli.define_answers(FLAGS)
 cli.define_sampling(FLAGS, seed=None)
