@@ -8,7 +8,6 @@ import json
 import logging
 import math
 import os
-import secrets
 import select
 import signal
 import stat
@@ -119,14 +118,9 @@ def define_sampling(flag_values: flags.FlagValues, seed: int | None = 0) -> None
 
 
 def define_seed(flag_values: flags.FlagValues, default: int | None = None) -> None:
-    """Define --seed. default: None is a random one, see `seed_or_random`."""
+    """Define --seed. default: None stands for a random one, which `engine.types.seed_or_random` gives."""
     text = "Of the random draws; by default a random one." if default is None else "Of the random draws."
     flags.DEFINE_integer("seed", default, text, 0, 2**32 - 1, flag_values=flag_values)
-
-
-def seed_or_random(seed: int | None) -> int:
-    """A seed, where None is one that nobody foresees."""
-    return secrets.randbits(32) if seed is None else seed
 
 
 def define_synthetic(flag_values: flags.FlagValues) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Annotated, Any, ClassVar, Literal, cast
 
@@ -12,7 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from ds4jax.chat import template
 from ds4jax.chat.calls import Calling
 from ds4jax.engine.form import Form, Pattern, quoted
-from ds4jax.engine.types import Sampling
+from ds4jax.engine.types import Sampling, seed_or_random
 from ds4jax.server.ask import Json
 from ds4jax.server.errors import ApiError
 
@@ -112,7 +111,7 @@ class Body(Options):
         numbers |= {"presence_penalty", "frequency_penalty", "repetition_penalty"}
         bias = tuple(_bias(id, value) for id, value in self.logit_bias.items())
         # Any integer is a seed to OpenAI; without one, answers differ.
-        seed = secrets.randbits(32) if self.seed is None else self.seed % 2**32
+        seed = seed_or_random(self.seed) % 2**32
         given = self.model_dump(include=numbers, exclude_unset=True)
         if given.get("top_k") == -1:
             given["top_k"] = 0
