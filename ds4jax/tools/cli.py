@@ -28,11 +28,15 @@ from ds4jax.profile import THINK_MODES
 
 flags.disclaim_key_flags()  # --help lists what is defined here under the tool
 
+DRAFTS = ("draft", "draft_tokens")
+"""The flags of `define_drafts`, which replace the keys of these names in a config."""
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed")
+"""The flags of `define_sampling`: parameters of `engine.types.Sampling`."""
 GROUPS = {
     "Model": ("config", "model", "profile", "synthetic", "device"),
     "Answers": ("think", "max_tokens", "ctx", "system"),
-    "Sampling": ("temperature", "top_k", "top_p", "min_p", "seed"),
-    "Computation": ("numerics", "kernels", "device_budget_gb", "draft", "draft_tokens"),
+    "Sampling": SAMPLING,
+    "Computation": ("numerics", "kernels", "device_budget_gb", *DRAFTS),
 }
 """How --help groups the flags that several tools have; a tool's own come first."""
 
@@ -72,10 +76,6 @@ def define_answers(flag_values: flags.FlagValues) -> None:
     flags.DEFINE_integer("ctx", None, text, flag_values=flag_values)
 
 
-DRAFTS = ("draft", "draft_tokens")
-"""The flags of `define_drafts`, which replace the keys of these names in a config."""
-
-
 def define_drafts(flag_values: flags.FlagValues) -> None:
     """Define the flags in DRAFTS, for tools that generate tokens or plan to."""
     text = (
@@ -100,10 +100,6 @@ def define_trace_routing(flag_values: flags.FlagValues) -> None:
     """Define --trace_routing, for tools that generate tokens."""
     text = "A file to record in which experts the tokens go to, for `ds4jax memory --routing_trace`."
     flags.DEFINE_string("trace_routing", None, text, flag_values=flag_values)
-
-
-SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed")
-"""The flags of `define_sampling`: parameters of `engine.types.Sampling`."""
 
 
 def define_sampling(flag_values: flags.FlagValues, seed: int | None = 0) -> None:
