@@ -33,7 +33,7 @@ HEAD = f"POST {PATH} HTTP/1.1\r\nHost: localhost\r\n".encode()
 
 PROGRAM = """
 import asyncio, logging, sys, time
-logging.basicConfig()  # as a library does before any tool begins
+logging.basicConfig()  # as a library may do when it is imported, before a tool begins
 sys.path.insert(0, "tests")
 from fake_engine import FakeEngine
 from ds4jax.server import tokens
@@ -322,7 +322,7 @@ def test_silent_connections_do_not_stall_others(limits, logged):
 
 
 def test_a_log_that_nobody_reads_stops_nobody():
-    """Each of these requests is a line of 1 kB, and a pipe takes 64."""
+    """Each of these requests is logged as a line of 1 kB, and a pipe holds 64 KiB."""
     fields = {f"{i}" * 40: 1 for i in range(20)}
     with process("(Options(), None, 0.0)", read=False) as (address, _, lines):
         with httpx.Client(base_url=f"http://{address[0]}:{address[1]}", timeout=5) as http:

@@ -1,4 +1,4 @@
-"""Whether and how the model thinks: the fields for it, under all names that clients have for them."""
+"""The fields that say whether and how much the model thinks, under all the names that clients use for them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Reasoning(base.Options):
 
 
 class Thinks(base.Body):
-    """The fields for thoughts of Chat Completions and Responses."""
+    """The fields by which Chat Completions and Responses say whether and how much the model thinks."""
 
     thinking: bool | Thinking | None = None
     think: bool | None = None
