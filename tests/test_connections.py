@@ -19,7 +19,7 @@ from typing import Any
 
 import httpx
 import pytest
-from fake_engine import FakeEngine, serving
+from fake_engine import FakeEngine, serving, wait_until_idle
 
 from ds4jax.errors import Ds4Error
 from ds4jax.server import bodies
@@ -210,7 +210,7 @@ def test_a_client_that_takes_nothing_is_dropped():
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_closes_its_side_has_left(stream):
-    """As behind nginx: from here, one that closes for sending alone looks like one that is gone."""
+    """As behind nginx: for the server, a client that will send no more looks like one that is gone."""
     engine = FakeEngine(lambda _: "word " * 1000, delay=0.01)
     with serving(engine) as url, connections(url, 1) as (sock,):
         body = json.dumps(HI | {"stream": stream}).encode()
@@ -220,9 +220,7 @@ def test_a_client_that_closes_its_side_has_left(stream):
             assert time.monotonic() < deadline
         sock.shutdown(socket.SHUT_WR)
         everything(sock)
-        while engine.running:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_until_idle(engine)
 
 
 def test_what_is_not_http_is_logged_seldom(engine, capfd):
