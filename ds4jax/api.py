@@ -14,7 +14,6 @@ import asyncio
 import contextlib
 import dataclasses
 import queue
-import secrets
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ from typing import Any, Self
 
 from ds4jax.chat.parser import TextDelta, ThinkingDelta
 from ds4jax.engine.async_engine import AsyncEngine
-from ds4jax.engine.types import Sampling
+from ds4jax.engine.types import Sampling, seed_or_random
 from ds4jax.errors import Ds4Error
 from ds4jax.server.ask import Ask
 from ds4jax.server.conversation import Conversation, Logprob, start
@@ -220,7 +219,7 @@ _SAMPLING = {field.name for field in dataclasses.fields(Sampling)} - {"logit_bia
 def _ask(how: dict[str, Any], **prompt: Any) -> Ask:
     """What to ask of the engine. how: the caller's arguments. Raises Ds4Error."""
     given = {name: how[name] for name in _SAMPLING & how.keys()}
-    given["seed"] = secrets.randbits(32) if given.get("seed") is None else given["seed"]
+    given["seed"] = seed_or_random(given.get("seed"))
     rest = {name: value for name, value in how.items() if name not in _SAMPLING}
     if unknown := rest.keys() - {"think", "max_tokens", "stop", "logprobs", "schema", "tools"}:
         known = sorted(_SAMPLING | {"think", "max_tokens", "stop", "logprobs", "schema", "tools", "system"})

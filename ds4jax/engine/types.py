@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import secrets
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
@@ -25,6 +26,11 @@ FinishReason = Literal["stop", "length"]
 
 
 # ---- requests --------------------------------------------------------------------------------------------------------
+def seed_or_random(seed: int | None) -> int:
+    """A seed for `Sampling`; in place of None, one that nobody can foresee."""
+    return secrets.randbits(32) if seed is None else seed
+
+
 @dataclasses.dataclass(frozen=True)
 class Sampling:
     """How one sequence chooses its tokens.

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import bisect
 import collections
-import os
+import itertools
+import resource
 import time
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,9 @@ _STATE = (
     *("waiting", "running", "prefilling", "decoding", "slots", "requests", "weights_bytes", "cache_bytes"),
     *("cache_use_percent", "prefix_bytes", "prefixes", "disk_prefixes"),
 )
+"""What of the engine's metrics is in a sample as it is."""
+_HISTOGRAMS = {"first": "time_to_first_token_seconds", "gap": "inter_token_latency_seconds"}
+"""The engine's histograms whose quantiles are in a sample, by their names there."""
 
 
 class History:
@@ -42,18 +46,16 @@ class History:
 
     def sample(self) -> None:
         """Take a sample."""
-        found = self._engine.metrics()
-        now, tried, accepted = time.time(), 0, 0
-        for of_place in found.get("drafts_by_place", []):
-            tried, accepted = tried + of_place[0], accepted + of_place[1]
-        names = {"first": "time_to_first_token_seconds", "gap": "inter_token_latency_seconds"}
-        histograms = {key: found["histograms"].get(name) for key, name in names.items()}
+        found, now = self._engine.metrics(), time.time()
+        drafts = found.get("drafts_by_place", [])
+        known = found["histograms"]
+        histograms: dict[str, Histogram] = {key: known[name] for key, name in _HISTOGRAMS.items() if name in known}
         counts = {
             "time": now,
             **{name: found.get(f"{name}_tokens", 0) for name in ("generated", "prefill", "prompt", "cached")},
-            **{name: list(one.counts) for name, one in histograms.items() if one},
-            "tried": tried,
-            "accepted": accepted,
+            **{name: list(one.counts) for name, one in histograms.items()},
+            "tried": sum(of_place[0] for of_place in drafts),
+            "accepted": sum(of_place[1] for of_place in drafts),
         }
         last, first = (self._counts[i] if self._counts else counts for i in (-1, 0))
         seconds = now - last["time"] or EVERY
@@ -69,27 +71,27 @@ class History:
         if "accepted" not in sample and "drafts_by_place" in found:
             sample["accepted"] = None
         for name, one in histograms.items():
-            if one:
-                new = [n - m for n, m in zip(counts[name], first[name], strict=True)]
-                sample |= {f"{name}_p{p}": quantile(one, new, p / 100) for p in (50, 95)}
+            new = [n - m for n, m in zip(counts[name], first[name], strict=True)]
+            sample |= {f"{name}_p{p}": quantile(one, new, p / 100) for p in (50, 95)}
         self._counts.append(counts)
         self._samples.append(sample)
 
     def since(self, moment: float, last: int | None = None) -> dict[str, Any]:
-        """The samples after a moment, in seconds since 1970, and the present one. last: so many of them at most."""
+        """Samples after a moment, in seconds since 1970, and the present time. last: at most this many, the newest."""
         samples = [sample for sample in self._samples if sample["time"] > moment]
         return {"now": time.time(), "seconds": SECONDS, "samples": samples if last is None else samples[-last:]}
 
 
 def quantile(histogram: Histogram, counts: list[int], q: float) -> float | None:
-    """The value below which the share q of some observations is, taken as even within each bin; None without any.
+    """The value that a share q of the observations lies below; None if there are no observations.
 
-    counts: of the bins of the histogram. Of those beyond its last bound, the bound is given.
+    counts: how many are in each bin of the histogram. Within a bin they are taken as evenly spread; for those above the
+    last bound, the result is that bound.
     """
     bounds, rank = (0.0, *histogram.bounds), q * sum(counts)
     if not rank:
         return None
-    totals = [sum(counts[: i + 1]) for i in range(len(counts))]
+    totals = list(itertools.accumulate(counts))
     i = bisect.bisect_left(totals, rank)
     if i >= len(bounds) - 1:
         return bounds[-1]
@@ -97,8 +99,8 @@ def quantile(histogram: Histogram, counts: list[int], q: float) -> float | None:
 
 
 def _resident_bytes() -> int | None:
-    """Of this process; None where the system does not tell."""
+    """Bytes of memory that this process occupies; None where the system does not tell."""
     try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     except (OSError, ValueError, IndexError):
         return None

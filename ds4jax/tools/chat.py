@@ -244,11 +244,11 @@ class Session:
 
     async def _answer(self, said: dict[str, Any]) -> None:
         """Print the answer as it comes; `said` becomes its message, even if this is cancelled."""
-        from ds4jax.engine.types import Sampling
+        from ds4jax.engine.types import Sampling, seed_or_random
         from ds4jax.server.ask import Ask
         from ds4jax.server.conversation import Tick, start
 
-        values: dict[str, Any] = self.values | {"seed": cli.seed_or_random(self.values["seed"])}
+        values: dict[str, Any] = self.values | {"seed": seed_or_random(self.values["seed"])}
         max_tokens = values.pop("max_tokens")
         ask = Ask("", True, Sampling(**values), self.messages, think=self.think, max_tokens=max_tokens)
         (talk,) = await start(self._engine, ask, tick=0.1)

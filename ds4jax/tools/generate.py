@@ -100,9 +100,9 @@ def main() -> int:
 
 # ---- one prompt ------------------------------------------------------------------------------------------------------
 def _stream(tokens: list[int], checkpoint: Checkpoint, tokenizer: Tokenizer, settings: Settings) -> int:
-    from ds4jax.engine.types import Token
+    from ds4jax.engine.types import Token, seed_or_random
 
-    seed = cli.seed_or_random(FLAGS.seed)
+    seed = seed_or_random(FLAGS.seed)
     request = _request(tokens, {"seed": seed}, checkpoint, tokenizer, settings)
     logprobs = Logprobs(Path(FLAGS.dump_logprobs), tokens, FLAGS.logprobs_top_k) if FLAGS.dump_logprobs else None
     decoder, read, output = StreamDecoder(tokenizer), _parser(tokenizer, tokens), _Output()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Annotated, Any, ClassVar, Literal, cast
 
@@ -12,7 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from ds4jax.chat import template
 from ds4jax.chat.calls import Calling
 from ds4jax.engine.form import Form, Pattern, quoted
-from ds4jax.engine.types import Sampling
+from ds4jax.engine.types import Sampling, seed_or_random
 from ds4jax.server.ask import Json
 from ds4jax.server.errors import ApiError
 
@@ -52,14 +51,14 @@ class Schema(BaseModel):
 
 
 class Options(Schema):
-    """An object that says how the reply is to be. Fields that are not known are kept, for `unknown`."""
+    """An object whose fields say what the reply is to be. Those that are not known are kept, for `unknown` to list."""
 
     model_config = ConfigDict(extra="allow")
     without_effect: ClassVar[frozenset[str]] = frozenset()  # names that clients send and that change no reply
 
 
 def unknown(options: Options, where: str = "") -> Iterator[tuple[str, Any]]:
-    """The fields that are not known, in `options` and in those within, by path; with their values."""
+    """The fields that are not known, in `options` and in the `Options` within it: their paths and values."""
     for name, value in (options.model_extra or {}).items():
         if name not in options.without_effect:
             yield where + name, value
@@ -112,7 +111,7 @@ class Body(Options):
         numbers |= {"presence_penalty", "frequency_penalty", "repetition_penalty"}
         bias = tuple(_bias(id, value) for id, value in self.logit_bias.items())
         # Any integer is a seed to OpenAI; without one, answers differ.
-        seed = secrets.randbits(32) if self.seed is None else self.seed % 2**32
+        seed = seed_or_random(self.seed) % 2**32
         given = self.model_dump(include=numbers, exclude_unset=True)
         if given.get("top_k") == -1:
             given["top_k"] = 0
@@ -196,9 +195,9 @@ class Structured(Options):
 
 
 class Choosing(Body):
-    """What Chat Completions and Completions have in common: choices, and all the fields for what these must be.
+    """The fields that Chat Completions and Completions share: how many choices there are, and what form each must have.
 
-    These fields are OpenAI's, vLLM's and llama.cpp's. return_token_ids, vLLM's: of prompt and answer.
+    They are OpenAI's, vLLM's and llama.cpp's. return_token_ids, of vLLM: for those of the prompt and the answer.
     """
 
     n: Answers = 1
