@@ -211,7 +211,7 @@ def _vector(shape: Shape, config: Config, fmt: str, tile: _Tile, token: Array, i
 
 
 class Operand(NamedTuple):
-    """How the tensor cores take x: dtype, and whether its columns are in `_narrow_order`."""
+    """How the tensor cores take x and a format's weights: dtype, and whether in the order of one-byte codes."""
 
     dtype: str
     narrow: bool
@@ -223,38 +223,30 @@ def _operand_of(fmt: str) -> Operand:
     return Operand(runs.dot, runs.narrow)
 
 
-def operand(x: Array, kind: Operand, weight: Array | None, eps: float | None) -> Array:
-    """x (…, k) as `dot` reads it: normed if there is an eps, times the norm's weight (k,) if there is one."""
-    if eps is not None:
-        x = rms_norm(x.astype(jnp.float32), eps)
-        x = x if weight is None else x * weight
-    x = x.astype(kind.dtype)
-    return _narrow_order(x) if kind.narrow else x
+def operand(x: Array, kind: Operand, weight: Array | None) -> Array:
+    """x (…, k), times the weight of its norm if there is one, as the tensor cores take it."""
+    x = x if weight is None else x.astype(jnp.float32) * weight
+    return _ordered(x.astype(kind.dtype), kind)
 
 
-def _narrow_order(a: Array) -> Array:
-    """Columns (…, k) in an order in which a thread has 8 neighbours, one-byte codes that it reads at once."""
-    return a.reshape(*a.shape[:-1], -1, 4, 4, 2).swapaxes(-3, -2).reshape(a.shape)
+def _ordered(a: Array, kind: Operand) -> Array:
+    """Columns (…, k): for one-byte codes such that a thread has 8 neighbours, which it reads at once."""
+    return a.reshape(*a.shape[:-1], -1, 4, 4, 2).swapaxes(-3, -2).reshape(a.shape) if kind.narrow else a
 
 
 def _dot(shape: Shape, config: Config, fmt: str, tile: _Tile, tokens: Array, interpret: bool):
     """Tensor cores, all tokens at once (their numbers (T,)): products (R, T) per matrix, Σ x² (T,) for a norm."""
     kind, n, rows = _operand_of(fmt), config.k_block, tile.row + lax.iota(jnp.int32, tile.rows)
 
-    def order(a):
-        return _narrow_order(a) if kind.narrow else a
-
     def load(columns):
         x, weight = tile.x(tokens[:, None], columns.reshape(1, -1)), tile.weight(columns.reshape(1, -1))
-        if _is_ready(shape):
-            return x
-        return order((x if weight is None else x.astype(jnp.float32) * weight).astype(kind.dtype))
+        return x if _is_ready(shape, "dot") else operand(x, kind, weight)
 
     def add(piece, columns, total):
         for codes, of_codes in zip(piece.codes, columns, strict=True):
             w = codes if piece.scale is None else codes * piece.scale[..., None]
             w = w if piece.minimum is None else w - piece.minimum[..., None]
-            w = order(w.reshape(tile.rows, -1).astype(kind.dtype))
+            w = _ordered(w.reshape(tile.rows, -1).astype(kind.dtype), kind)
             total += lax.dot_general(w, load(of_codes), (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
         return total
 
@@ -286,7 +278,7 @@ def _build(shape: Shape, config: Config, interpret: bool) -> Callable:
     tile_rows = [math.gcd(config.rows, n) for n in group_rows]
     programs = [out.n // rows for out, rows in zip(shape.outputs, tile_rows, strict=True)]
     padded, together = _padded(shape), _together(shape)
-    kinds = _operands(shape) if config.method == "dot" and _is_ready(shape) else []
+    kinds = _operands(shape) if _is_ready(shape, config.method) else []
 
     def kernel(layer, xs, weights, norm, *ys):
         program, split, block = (pl.program_id(i) for i in range(3))
@@ -417,9 +409,10 @@ def matmul(
         tuple((*planes, *_tables(out.fmt)) for planes in w) for out, w in zip(outputs, weights, strict=True)
     )
     xs = [x]
-    if config.method == "dot" and _is_ready(shape):
+    if _is_ready(shape, config.method):
         weight = None if norm is None else norm[common.entry(layer, len(weights))]
-        xs = [operand(x, kind, weight, norm_eps) for kind in _operands(shape)]
+        normed = x if norm_eps is None else rms_norm(x.astype(jnp.float32), norm_eps)
+        xs = [operand(normed, kind, weight) for kind in _operands(shape)]
         shape, norm = replace(shape, norm_eps=None, norm_weight=False), None
     ys = _build(shape, config, interpret)(layer, xs, weights, norm)
     return tuple(ys if config.splits == 1 else _combine(shape, config.splits, interpret)(ys))
@@ -479,8 +472,7 @@ def check(shape: Shape, config: Config) -> None:
         (config.splits, config.k_block),
         f"a divisor of {shape.k}",
     )
-    together = shape.norm_eps is not None and not (config.method == "dot" and _is_ready(shape))
-    _require(config.splits == 1 or not together, "splits", config.splits, "1 with a norm")
+    _require(config.splits == 1 or not _norms(shape, config.method), "splits", config.splits, "1 with a norm")
     if config.method == "vector":
         return
     _require(shape.x_dtype != "float32", "dtype of x", shape.x_dtype, "bfloat16 or float16 for dot")
@@ -494,7 +486,7 @@ def check(shape: Shape, config: Config) -> None:
 
 def shared_memory(shape: Shape, config: Config) -> int:
     """Bytes that a block of `dot` needs: num_stages − 1 tiles of everything it reads, and x once more in 16 bits."""
-    x, ready = _padded(shape) * config.k_block, _is_ready(shape)
+    x, ready = _padded(shape) * config.k_block, _is_ready(shape, "dot")
     norm = 4 * config.k_block if shape.norm_weight and not ready else 0
     tiles = []
     for out in shape.outputs:
@@ -504,9 +496,14 @@ def shared_memory(shape: Shape, config: Config) -> int:
     return (config.num_stages - 1) * (max(tiles) + 2 * x + norm) + again
 
 
-def _is_ready(shape: Shape) -> bool:
-    """Whether `dot` gets x as `operand` makes it."""
-    return shape.m > IN_KERNEL
+def _is_ready(shape: Shape, method: str) -> bool:
+    """Whether the kernel gets x as the tensor cores take it, from `operand`."""
+    return method == "dot" and shape.m > IN_KERNEL
+
+
+def _norms(shape: Shape, method: str) -> bool:
+    """Whether the kernel norms x, for which a program needs all its columns."""
+    return shape.norm_eps is not None and not _is_ready(shape, method)
 
 
 def _operands(shape: Shape) -> list[Operand]:
@@ -559,8 +556,8 @@ def _power_of_two(n: int) -> int:
 def default_config(shape: Shape) -> Config:
     """What is used without a tuned config: some blocks for each of 132 multiprocessors, 16 KiB or so for each block.
 
-    Of `dot` with few rows of x, one step is loaded at a time, by many blocks at once; with many, loads run ahead of
-    products (measured on an H200 for 16, 64 and 96 rows: benchmarks/LOG.md).
+    With few rows of x, a block of `dot` loads one step at a time; with many, its loads run ahead of its products. Which
+    is faster was measured on an H200 with 16, 64 and 96 rows: benchmarks/h200-2026-11-28-rows.
     """
     columns = _power_of_two(shape.k)
     if _takes_dot(shape) and shape.m > TOGETHER:
@@ -574,13 +571,20 @@ def default_config(shape: Shape) -> Config:
 
 
 def _default_dot(shape: Shape, columns: int) -> Config:
-    few, many = not _is_ready(shape), _padded(shape) > 64
-    rows, k_block, programs = (64, 256, 264) if few else (64, 128, 256) if not many else (128, 128, 128)
+    if not _is_ready(shape, "dot"):
+        rows, k_block, programs, num_warps, num_stages = 64, 256, 264, 4, 1
+    elif _padded(shape) <= 64:
+        rows, k_block, programs, num_warps, num_stages = 64, 128, 256, 4, 3
+    else:
+        rows, k_block, programs, num_warps, num_stages = 128, 128, 128, 8, 3
     k_block, splits = min(columns, max(k_block, _k_step(shape, "dot"))), 1
-    may_split = not few or shape.norm_eps is None
-    while may_split and _programs(shape, rows) * splits < programs and columns // splits > max(512, k_block):
+    while (
+        not _norms(shape, "dot")
+        and _programs(shape, rows) * splits < programs
+        and columns // splits > max(512, k_block)
+    ):
         splits *= 2
-    config = Config("dot", rows, k_block, 8 if many else 4, num_stages=1 if few else 3, splits=splits)
+    config = Config("dot", rows, k_block, num_warps, num_stages, splits)
     while config.num_stages > 1 and shared_memory(shape, config) > common.SHARED_MEMORY:
         config = replace(config, num_stages=config.num_stages - 1)
     return config
@@ -604,7 +608,7 @@ def configs(shape: Shape) -> list[Config]:
                 out.append(Config("vector", rows, k_block, num_warps))
     if shape.m >= 2 and _takes_dot(shape):
         k_blocks = [n for n in (64, 128, 256) if n % _k_step(shape, "dot") == 0]
-        every_split = (1, 2, 4, 8, 16) if shape.norm_eps is None or _is_ready(shape) else (1,)
+        every_split = (1,) if _norms(shape, "dot") else (1, 2, 4, 8, 16)
         tiles = itertools.product(((64, 4), (128, 4), (128, 8)), k_blocks, every_split, (1, 2, 3, 4))
         for (rows, num_warps), k_block, splits, num_stages in tiles:
             config = Config("dot", rows, k_block, num_warps, num_stages, splits=splits)

@@ -42,7 +42,7 @@ flags.DEFINE_integer("max_seqs", 4, "Slots of the server.", flag_values=FLAGS)
 flags.DEFINE_integer("requests", 24, "Different requests.", flag_values=FLAGS)
 flags.DEFINE_float("kill_every", 60.0, "Seconds, on average, until the process is killed; 0: never.", flag_values=FLAGS)
 flags.DEFINE_float(
-    "lost_after", 90.0, "Seconds after which a request without an end counts as lost; more where others compute, too.",
+    "lost_after", 90.0, "Seconds after which a request that has not ended counts as lost; more for a busy machine.",
     1.0, flag_values=FLAGS,
 )  # fmt: skip
 flags.DEFINE_integer("seed", 0, "Of the random choices.", flag_values=FLAGS)

@@ -54,7 +54,7 @@ def make_request(rng: random.Random) -> Ask:
 
 
 def is_short(ask: Ask) -> bool:
-    """Whether its prompt is a chunk at most, with any tokenizer."""
+    """Whether its prompt fits into one chunk, with any tokenizer."""
     return len(json.dumps(ask[1])) < 400
 
 
@@ -63,8 +63,8 @@ async def answer(
 ) -> tuple[str, ...] | None:
     """What a stream said, thoughts and text, once its last event is there.
 
-    give_up: seconds until it is disconnected; then None, unless it ended before. firsts: gets the seconds to the first
-    text. Raises RuntimeError for a stream that ends without its last event.
+    give_up: seconds until it is disconnected; then None, unless it ended before. firsts: a list to which the
+    seconds to its first text are added. Raises RuntimeError for a stream that ends without its last event.
     """
     path, body = ask
     said: list[str] = []
@@ -126,7 +126,8 @@ async def soak(url: str, *, seconds: float, streams: int, requests: int, seed: i
         if await answer(client, asks[0]) != alone[0]:
             raise RuntimeError("the same request, alone, was answered in two ways")
         counts: collections.Counter[str] = collections.Counter()
-        memory, firsts = [], list[float]()
+        memory: list[float] = []
+        firsts: list[float] = []
         start = time.monotonic()
 
         async def worker(rng: random.Random) -> None:

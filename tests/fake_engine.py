@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 from ds4jax.engine.counters import Histogram
@@ -137,3 +138,11 @@ def serving(engine, options: Options | None = None, limits: Limits | None = None
     finally:
         server.should_exit = True
         thread.join()
+
+
+def wait_until_idle(engine: FakeEngine) -> None:
+    """Wait until no stream of it runs. Fails after 10 s."""
+    deadline = time.monotonic() + 10
+    while engine.running:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

@@ -19,7 +19,7 @@ from typing import Any
 
 import httpx
 import pytest
-from fake_engine import FakeEngine, serving
+from fake_engine import FakeEngine, serving, wait_until_idle
 
 from ds4jax.errors import Ds4Error
 from ds4jax.server import bodies
@@ -33,7 +33,7 @@ HEAD = f"POST {PATH} HTTP/1.1\r\nHost: localhost\r\n".encode()
 
 PROGRAM = """
 import asyncio, logging, sys, time
-logging.basicConfig()  # as a library does before any tool begins
+logging.basicConfig()  # as a library may do when it is imported, before a tool begins
 sys.path.insert(0, "tests")
 from fake_engine import FakeEngine
 from ds4jax.server import tokens
@@ -210,7 +210,7 @@ def test_a_client_that_takes_nothing_is_dropped():
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_closes_its_side_has_left(stream):
-    """As behind nginx: from here, one that closes for sending alone looks like one that is gone."""
+    """As behind nginx: for the server, a client that will send no more looks like one that is gone."""
     engine = FakeEngine(lambda _: "word " * 1000, delay=0.01)
     with serving(engine) as url, connections(url, 1) as (sock,):
         body = json.dumps(HI | {"stream": stream}).encode()
@@ -220,9 +220,7 @@ def test_a_client_that_closes_its_side_has_left(stream):
             assert time.monotonic() < deadline
         sock.shutdown(socket.SHUT_WR)
         everything(sock)
-        while engine.running:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_until_idle(engine)
 
 
 def test_what_is_not_http_is_logged_seldom(engine, capfd):
@@ -322,7 +320,7 @@ def test_silent_connections_do_not_stall_others(limits, logged):
 
 
 def test_a_log_that_nobody_reads_stops_nobody():
-    """Each of these requests is a line of 1 kB, and a pipe takes 64."""
+    """Each of these requests is logged as a line of 1 kB, and a pipe holds 64 KiB."""
     fields = {f"{i}" * 40: 1 for i in range(20)}
     with process("(Options(), None, 0.0)", read=False) as (address, _, lines):
         with httpx.Client(base_url=f"http://{address[0]}:{address[1]}", timeout=5) as http:

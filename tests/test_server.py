@@ -14,7 +14,7 @@ import anthropic
 import httpx
 import openai
 import pytest
-from fake_engine import CALL, TOKENIZER, FakeEngine, ids, serving
+from fake_engine import CALL, TOKENIZER, FakeEngine, ids, serving, wait_until_idle
 
 from ds4jax.chat import calls
 from ds4jax.chat.calls import Calling
@@ -63,13 +63,6 @@ def sse(text: str) -> list[tuple[Any, Any]]:
             data = lines["data"]
             out.append((lines.get("event"), data if data == "[DONE]" else json.loads(data)))
     return out
-
-
-def wait_until_idle(engine: FakeEngine) -> None:
-    deadline = time.monotonic() + 10
-    while engine.running:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 # ---- Chat Completions ------------------------------------------------------------------------------------------------
@@ -1078,13 +1071,14 @@ STREAMS = {  # a body, what the first event says, a sign of life
 def test_who_asks_is_told_how_much_of_a_prompt_is_read():
     body = {"messages": [{"role": "user", "content": "Hi"}], "stream": True, "return_progress": True}
     with clients("</think>x", Options(keep_alive=0.05), chunks=3, delay=0.15, cached=1) as (_, _, http, _):
-        lines = http.post("/v1/chat/completions", json=body).text.splitlines()
+        reply = http.post("/v1/chat/completions", json=body)
+    lines = reply.text.splitlines()
     chunks = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
     reports = [chunk["prompt_progress"] for chunk in chunks if "prompt_progress" in chunk]
     assert reports and all(not chunk["choices"] for chunk in chunks if "prompt_progress" in chunk)
     assert all(one["cache"] <= 1 and 0 <= one["processed"] < one["total"] for one in reports)
     assert [one["processed"] for one in reports] == sorted(one["processed"] for one in reports)
-    assert reports[-1]["processed"] > 0 and "warning" not in lines
+    assert reports[-1]["processed"] > 0 and "warning" not in reply.headers
 
 
 @pytest.mark.parametrize("path", STREAMS)

@@ -1,4 +1,4 @@
-"""Of any answer, each API's stream says what its whole object says; log-probabilities and token ids spell it."""
+"""Whatever the model answers, each API's stream says the same as its object, and log-probabilities and ids spell it."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ PIECES += [CALL, f"\n\n{CALL}", CALL[:-30], CALL.replace("</｜DSML｜tool_calls
 
 
 def answer(rng: random.Random) -> str:
-    """What the model says: a thought, or none, and pieces of all kinds; it may not come to an end by itself."""
+    """What the model says: a thought or none, and some of PIECES; perhaps without the token that ends an answer."""
     thought = rng.choice(["", "Hm.</think>", "é</think>", "never ends "])
     return thought + "".join(rng.choices(PIECES, k=rng.randrange(6))) + rng.choice(["", "", "…"])
 
 
 def stops(rng: random.Random, said: str) -> list[str]:
-    """Stop strings that come, at the ends too, and such that nearly come."""
+    """Stop strings: some occur in the answer, also at its end, others only begin to."""
     at = rng.randrange(len(said) + 1)
     some = [said[at : at + rng.randrange(1, 5)], said[-2:], said[-1:] + "!", "STOP", "€"]
     return [text for text in rng.sample(some, rng.randrange(3)) if text]
 
 
 def joined(parts: list[dict[str, Any]]) -> dict[str, Any]:
-    """The parts of a choice of a stream as the choice of a whole object; calls without ids."""
+    """What the parts of a choice in a stream say together, or an object's choice alone; calls without their ids."""
     out: dict[str, Any] = {"text": "", "thought": "", "calls": [], "ids": [], "logprobs": [], "finish": None}
     for part in parts:
         assert out["finish"] is None, "nothing follows the last part"
@@ -56,7 +56,7 @@ def joined(parts: list[dict[str, Any]]) -> dict[str, Any]:
         out["thought"] += said.get("reasoning") or ""
         for call in said.get("tool_calls") or []:
             if "id" in call:
-                out["calls"].append(call["function"] | {})
+                out["calls"].append(dict(call["function"]))
             else:
                 out["calls"][call["index"]]["arguments"] += call["function"]["arguments"]
         out["ids"] += part.get("token_ids", [])
@@ -64,7 +64,7 @@ def joined(parts: list[dict[str, Any]]) -> dict[str, Any]:
         out["logprobs"] += [t["bytes"] for t in logprobs.get("content", [])]
         out["logprobs"] += zip(logprobs.get("tokens", []), logprobs.get("text_offset", []), strict=True)
         out["finish"] = part["finish_reason"]
-    # Of a call that was cut there is only a beginning in a stream.
+    # A call that was cut has only its beginning in a stream; such calls are not compared.
     out["calls"] = [call for call in out["calls"] if call["arguments"].endswith("}") and is_json(call["arguments"])]
     return out
 
@@ -106,17 +106,15 @@ def choices_agree(http, path: str, body: dict[str, Any], said: str) -> None:
 
 
 def check_spelling(text: str, tokens: list[Any], calls: list[Any]) -> None:
-    """A stop string may cut the last token. What comes after a call is not among them."""
+    """The tokens with log-probabilities spell the text. A stop string may cut the last one; a call ends them."""
     spelled = b"".join(map(bytes, tokens)).decode("utf-8", "replace")
     before = b"".join(map(bytes, tokens[:-1])).decode("utf-8", "ignore")
     assert spelled.startswith(text) and len(before) <= len(text) or calls and text.startswith(spelled), (text, spelled)
 
 
 def messages_agree(http, body: dict[str, Any]) -> None:
-    whole, events = (
-        http.post("/v1/messages", json=body),
-        sse(http.post("/v1/messages", json=body | {"stream": True}).text),
-    )
+    whole = http.post("/v1/messages", json=body)
+    events = sse(http.post("/v1/messages", json=body | {"stream": True}).text)
     if whole.status_code == 500:
         assert events[-1][0] == "error" and events[-1][1] == whole.json()
         return
@@ -131,7 +129,7 @@ def messages_agree(http, body: dict[str, Any]) -> None:
                 blocks.append(data["content_block"] | ({"input": ""} if "input" in data["content_block"] else {}))
                 is_open = True
             case "content_block_delta":
-                kind, text = [value for value in data["delta"].values()]
+                kind, text = data["delta"].values()
                 key = kind.removesuffix("_delta").removesuffix("_json")
                 blocks[-1][key] += text
             case "content_block_stop":
@@ -143,9 +141,8 @@ def messages_agree(http, body: dict[str, Any]) -> None:
     done, last = whole.json(), events[-2][1]
     assert events[0][1]["message"].keys() == done.keys()
     assert [block | {"id": 0} for block in blocks] == [block | {"id": 0} for block in done["content"]]
-    assert (
-        last["delta"] == {key: done[key] for key in ("stop_reason", "stop_sequence")} and last["usage"] == done["usage"]
-    )
+    assert last["delta"] == {key: done[key] for key in ("stop_reason", "stop_sequence")}
+    assert last["usage"] == done["usage"]
 
 
 def without_ids(value: Any) -> Any:

@@ -94,7 +94,7 @@ class AsyncEngine:
         compile_cache.keep_compilations()
         model, sizes = model_runner.open_model(settings, synthetic), serving_sizes(settings)
         record = Writer(trace_routing, model.cfg) if trace_routing else None
-        # For a GPU a size takes longer to compile than anybody wants to wait for the first token.
+        # For a GPU every size takes long to compile: it starts with the largest, which serves all prompts.
         first = sizes[-1:] if jax.default_backend() == "gpu" else sizes
         runner = model_runner.ModelRunner(model, settings, max_seqs, progress, first, record=record)
         runner.compile()

@@ -40,7 +40,7 @@ from ds4jax.model import residency, support, transformer, verify, weights
 from ds4jax.model.cache import Cache
 from ds4jax.model.compute import Compute, Tap, no_tap
 from ds4jax.model.drafting import Drafter, drafter_of
-from ds4jax.model.passed import Passed
+from ds4jax.model.mark import AtMark
 from ds4jax.model.spread import FIRST, SECOND, THIRD, WHOLE, partition, placed, spread
 from ds4jax.numerics import rows as numerics
 from ds4jax.numerics.precision import wide
@@ -344,8 +344,8 @@ def prefill_step(
 
     slot: () int32. fresh: (1,) bool, whether to empty the slot first. tokens: (1, T) int32, of which the first n (1,)
     are real. params: `sampling.Batch` of one. targets: (T,) int32, the tokens that really follow each one, or -1 where
-    nobody asks how likely they are. mark: (1,) int32, a number of the tokens after which the state is wanted, too; then
-    the length is a multiple of 128, and T as well. batch: sequences on all devices, if each of a mesh holds some of
+    nobody asks how likely they are. mark: (1,) int32, after how many of these tokens the state is wanted as well; the
+    sequence's length must be a multiple of 128 there. batch: sequences on all devices, if each of a mesh holds some of
     them.
 
     → sampled (1,) int32; logits (1, vocab) of the last real token; `sampling.logprobs` of the targets (T, …), nothing
@@ -357,11 +357,11 @@ def prefill_step(
         here = (slot >= 0) & (slot < cache.batch)
         slot, fresh, n = jnp.clip(slot, 0, cache.batch - 1), fresh & here, jnp.where(here, n, 0)
     one = kv.reset(kv.take(cache, slot[None]), fresh)
-    passed = Passed(kv.with_experts(one, None), mark, cfg) if _has_mark(tokens.shape[1]) else None
-    s, one, at_mark = _run(w, one, tokens, n, cfg, compute, drafter, record, passed)
+    at_mark = AtMark(kv.with_experts(one, None), mark, cfg) if _has_mark(tokens.shape[1]) else None
+    s, one, marked = _run(w, one, tokens, n, cfg, compute, drafter, record, at_mark)
     logits = transformer.head(transformer.last(s, n), w.head, cfg, compute)
     sampled, scores = sampling.sample(logits, params, one.length), _scores(w, s, targets, cfg, compute)
-    state = {} if at_mark is None else snapshot.state_within(at_mark)
+    state = {} if marked is None else snapshot.state_within(marked)
     out = sampled, logits, *scores, state
     if here is not None:
         out = jax.tree.map(functools.partial(_from, here, compute=compute), out)
@@ -376,24 +376,24 @@ def _from(here: Array, x: Array, compute: Compute) -> Array:
 
 
 def _has_mark(tokens: int) -> bool:
-    """Whether a chunk padded to so many tokens tells of its state at a mark."""
+    """Whether prefill of a chunk padded to so many tokens returns the state at a mark."""
     return tokens % ALIGN == 0
 
 
 def _run(
     w, cache: Cache, tokens, n, cfg: ModelConfig, compute: Compute, drafter: Drafter | None, record: Record | None,
-    passed: Passed | None = None,
+    at_mark: AtMark | None = None,
 ):  # fmt: skip
-    """`transformer.run`, and after it the drafter → streams, cache, and the cache of `passed`."""
+    """`transformer.run`, and after it the drafter → streams, cache, and the cache at the mark or None."""
     seen: Any = drafter.tap(cfg) if drafter else no_tap
-    with _recorded(record, seen, passed or no_tap) as tap:
+    with _recorded(record, seen, at_mark or no_tap) as tap:
         s, moved = transformer.run(w, cache, tokens, n, cfg, compute, tap)
-    at_mark = passed and passed.cache
+    marked = at_mark and at_mark.cache
     if drafter:
         moved = drafter.follow(w, moved, seen, tokens, cache.length, n, cfg, compute)
-    if drafter and passed:
-        at_mark = drafter.follow(w, passed.cache, seen, tokens, cache.length, passed.n, cfg, compute)
-    return s, moved, at_mark
+    if drafter and at_mark:
+        marked = drafter.follow(w, at_mark.cache, seen, tokens, cache.length, at_mark.n, cfg, compute)
+    return s, moved, marked
 
 
 @contextlib.contextmanager

@@ -61,7 +61,7 @@ class Counters:
         )
         self._path, self._trace = trace, None
         if trace:
-            try:  # without waiting for who reads a pipe, then or later
+            try:  # O_NONBLOCK: if it is a pipe, neither opening nor writing waits for its reader
                 self._trace = os.open(trace, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK, 0o666)
             except OSError as error:
                 raise Ds4Error(f"trace: {trace} cannot be written: {error.strerror}") from None

@@ -46,6 +46,7 @@ class Grammar:
             text = _source(form)
         except Exception as error:  # the reader of GBNF raises these
             raise GrammarError(f"{name}: {' '.join(str(error).split())}") from None
+        # log_level=0: it must not write to stderr itself, where a pipe that nobody reads would block it.
         self.start = llguidance.LLMatcher(vocabulary.native, text, log_level=0, limits=_LIMITS)
         if not self.start.is_error():
             self.start.compute_bitmask()  # finds out whether there is any answer

@@ -29,14 +29,18 @@ MAX_NODES, MAX_DEPTH, MAX_REFERENCES = 100_000, 128, 1000  # of a schema
 KEPT = 32  # the most grammars that are remembered
 
 PATIENCE = 4
-"""How often the seconds of its limit may pass while a grammar compiles, where others keep the processor from it."""
+"""How many times `Limits.seconds` a grammar may take if other processes hold the processor most of the time."""
 _START_SECONDS = 60.0  # to import and to read the vocabulary
 _STACK = 4 << 20  # bytes: less than the threads have that compile what has passed
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What compiling one grammar may take. seconds: of which it computes at least half. bytes: of memory."""
+    """What compiling one grammar may take.
+
+    seconds: by the clock; up to PATIENCE times as many, while the processor has worked on it for at most half of
+    `seconds`. bytes: of memory.
+    """
 
     seconds: float = 2.0
     bytes: int = 512 << 20

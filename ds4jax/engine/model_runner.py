@@ -59,8 +59,8 @@ class Sampled:
     """One sampled token, and the logits it was sampled from (still on the device until asked for).
 
     batch_logits: (B, vocab), of which `row` is this token's; None for tokens inside a block. scores: after a prefill
-    with targets, what `sampling.logprobs` says of them. state: after one with a mark, what `ModelRunner.state` would
-    have said there.
+    with targets, what `sampling.logprobs` says of them. state: after a prefill with a mark, what `ModelRunner.state`
+    would have given at the mark.
     """
 
     token: int
@@ -255,7 +255,7 @@ class ModelRunner:
         missing = set(sizes) - self.steps.prefill_sizes
         self._later |= missing
 
-        def compile() -> None:
+        def work() -> None:
             for size in sorted(missing, reverse=True):
                 try:
                     *_, (name, args) = self.steps.calls([size])
@@ -264,7 +264,7 @@ class ModelRunner:
                 except Exception as error:  # larger ones still serve
                     sys.stderr.write(f"prefill: no program for {size} tokens: {error}\n")
 
-        thread = threading.Thread(target=compile, name="chunk-sizes", daemon=True)
+        thread = threading.Thread(target=work, name="chunk-sizes", daemon=True)
         thread.start()
         return thread
 
@@ -282,7 +282,7 @@ class ModelRunner:
 
         append: continue the sequence that is there instead. sizes: what chunks are padded to, ascending, or buckets.
         targets: the token after each of the first len(targets) tokens; `Sampled.scores` says how likely each is.
-        mark: for `Sampled.state` after so many of the tokens, of which there are no more then than one chunk takes.
+        mark: after how many of the tokens `Sampled.state` is wanted, all of them in one chunk then; 0 for nowhere.
         Raises Ds4Error unless there are 1 to ctx - 1 tokens (with those that are there), all in the vocabulary.
         """
         before = self.lengths[slot] if append else 0

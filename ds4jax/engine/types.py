@@ -25,12 +25,12 @@ FinishReason = Literal["stop", "length"]
 """Why an answer is complete. stop: its last token ends it; length: max_tokens or the context ended it."""
 
 
+# ---- requests --------------------------------------------------------------------------------------------------------
 def seed_or_random(seed: int | None) -> int:
-    """A seed as it was given, or one that nobody foresees if none was."""
+    """A seed for `Sampling`; in place of None, one that nobody can foresee."""
     return secrets.randbits(32) if seed is None else seed
 
 
-# ---- requests --------------------------------------------------------------------------------------------------------
 @dataclasses.dataclass(frozen=True)
 class Sampling:
     """How one sequence chooses its tokens.

@@ -106,14 +106,12 @@ def prepare(
         for (kind, c), z, g in zip(families.items(), rest[::2], rest[1::2], strict=False):
             is_index = kind == "index"
             fed.append(compress.Compressor(z, g, c.ape, Norm(c.norm, cfg.norm_eps), key if is_index else row, is_index))
-        states = [getattr(cache, kind) for kind in families]
+        tap(layer, "compressors", dict(zip(families, fed, strict=True)))
         with jax.named_scope("compressors"):
             moved = compress.compress(
-                fed, states, cache.length, inputs.n, inputs.angles[ratio],
+                fed, [getattr(cache, kind) for kind in families], cache.length, inputs.n, inputs.angles[ratio],
                 nth_of_ratio(cfg, layer), ratio=ratio, numerics=compute.numerics, implementation=kernels["compress"],
             )  # fmt: skip
-        of_kind, length = list(zip(families, fed, states, strict=True)), cache.length
-        tap(layer, "compressors", lambda: {k: compress.fed(c, length, ratio, s.z.dtype) for k, c, s in of_kind})
         cache = dataclasses.replace(cache, **dict(zip(families, moved, strict=True)))
     return Prepared(made, index_queries, rest[-1].reshape(B, T, -1) if choose else None), cache
 

@@ -21,10 +21,9 @@ from ds4jax.ops import rope
 class Compute:
     """How to compute, as opposed to what: a static argument of every jitted step.
 
-    numerics: see `ds4jax.numerics.rows`. dtype: of activations. mesh: of the devices that compute
-    together, None for one device: see `ds4jax.sharding`.
-    query_blocks: how many blocks of queries attention takes at once; more are faster, and need more memory.
-    kernels: the implementation of the ops, see `ds4jax.implementation`.
+    numerics: see `ds4jax.numerics.rows`. dtype: of activations. mesh: of the devices that compute together, see
+    `ds4jax.sharding`; None for one device. query_blocks: how many blocks of queries attention takes at once; more are
+    faster, and need more memory. kernels: the implementation of the ops, see `ds4jax.implementation`.
     """
 
     numerics: Numerics = "official"
@@ -77,8 +76,9 @@ Tap = Callable[[int, str, Any], None]
 """Called in the pass with a layer, the name of a value, and the value, or a function that computes it:
 ``attention`` (S, E) and ``ffn`` (S, E), the normed inputs of the sub-layers; ``query`` (S, Rq), the normed latent of
 the queries; ``shared`` (S, F), the shared expert's activations; ``routing``, a `Routing`; ``streams`` (S, N, E), the
-streams after the layer; ``window``, of more than SPARE tokens, their rows in the window, planes (B, T, ·);
-``compressors``, by kind, what the rings of z and g are fed."""
+streams after the layer; ``window``, planes (B, T, ·), the new tokens' rows of the
+window, if there are more than SPARE tokens; ``compressors``, by kind, each a `Compressor` with the
+projections that it is fed."""
 
 
 def no_tap(layer: int, name: str, value: Any) -> None:

@@ -44,7 +44,7 @@ from ds4jax.server.stored import Stored
 
 _LOG = logging.getLogger(__name__)
 
-PROGRESS = 0.25  # seconds between two reports on the prompt, to those who ask for them
+PROGRESS = 0.25  # seconds from report to report on how much of a prompt is computed, for clients that ask for these
 MAX_COMPLETION = 393216  # tokens: the longest answer that the model was trained for
 
 
@@ -87,7 +87,7 @@ APIS = {
     "/v1/responses": Api(responses.read, ResponsesReply),
 }
 
-MODELS = "/v1", "", "/beta", "/anthropic/v1"  # where /models is, too
+MODELS = "/v1", "", "/beta", "/anthropic/v1"  # each with /models behind it is a path of the list of models
 
 
 def _aliases(path: str) -> list[str]:
@@ -156,7 +156,7 @@ class _Server:
 
     @contextlib.asynccontextmanager
     async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
-        """While the server runs, its state is sampled."""
+        """Sample the engine's metrics while the server runs."""
         sampling = asyncio.create_task(self.history.run())
         yield
         sampling.cancel()
@@ -201,7 +201,7 @@ class _Server:
             self.metrics.request(path, status)
 
     def _tick(self, ask: Ask) -> float:
-        """Seconds between signs of life."""
+        """Seconds from one sign of life to the next."""
         return min(PROGRESS, self.options.keep_alive) if ask.progress else self.options.keep_alive
 
     def _model_of(self, ask: Ask) -> str:
@@ -356,7 +356,7 @@ class _Server:
         return Response(self.metrics.text(), media_type=prometheus_client.CONTENT_TYPE_PLAIN_0_0_4)
 
     async def show_history(self, request: Request) -> Response:
-        """Samples of the last minutes; ``since``, a time in seconds, leaves out older ones, ``last`` all but some."""
+        """Samples of the last minutes; ``since``: those after it, in seconds since 1970; ``last``: at most so many."""
         try:
             given = {key: float(value) for key, value in request.query_params.items() if key in ("since", "last")}
             last = given.get("last")

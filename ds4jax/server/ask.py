@@ -29,11 +29,12 @@ class Ask:
     logprobs: None, or how many of the likeliest tokens to report beside each token of the text.
     other_prompts: to be continued too; n: how many answers to each prompt; echo_prompt: whether these begin with the
         prompt (Completions; n in Chat Completions, too).
-    include_usage: a last chunk with the usage; token_ids: those of prompt and answer are reported (Chat Completions,
-        Completions). progress: chunks that say how much of the prompt is computed (Chat Completions). summary: thoughts
-        are shown.
+    include_usage: whether a last chunk has the usage; token_ids: whether the reply has those of prompt and answer (both
+        in Chat Completions and Completions). progress: whether chunks say how much of the prompt is computed (Chat
+        Completions). summary: whether thoughts are shown.
     echo: fields that Responses repeats in its answer. keep: the input that is to be kept with it, or None.
-    ignored: fields of the body that nothing here knows, which may have been meant to change the reply; their values.
+    ignored: fields of the body that are not known here, by their paths, and which may have been meant to change the
+        reply; with their values.
     client: the name of the key that came with it, or "".
     """
 

@@ -34,7 +34,7 @@ MOST_REFUSED = 64  # refused connections that are kept a moment
 MOST_AT_ONCE = 16 << 10
 """Bytes taken of a connection before it is another's turn. A body in chunks of one byte costs 0.1 ms for each."""
 QUIET = 60.0
-"""Seconds in which uvicorn logs the same words once. It has a line for everything that is not HTTP, from whoever."""
+"""Seconds in which the same warning of uvicorn is logged once. Anyone can cause one by sending what is not HTTP."""
 LAST_SECONDS = 2.0  # that clients have at the end to take what was written for them
 
 
@@ -74,7 +74,7 @@ def most_connections(wanted: int | None = None) -> int:
 
 
 class _Seldom(logging.Filter):
-    """Lets each of uvicorn's warnings, of which there are few, pass once in QUIET seconds."""
+    """Lets each warning pass once in QUIET seconds, and all errors; uvicorn has only a few different ones."""
 
     def __init__(self):
         super().__init__()

@@ -6,7 +6,7 @@ import asyncio
 import bisect
 import collections
 import itertools
-import os
+import resource
 import time
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,13 @@ _STATE = (
     *("waiting", "running", "prefilling", "decoding", "slots", "requests", "weights_bytes", "cache_bytes"),
     *("cache_use_percent", "prefix_bytes", "prefixes", "disk_prefixes"),
 )
+"""What of the engine's metrics is in a sample as it is."""
 _HISTOGRAMS = {"first": "time_to_first_token_seconds", "gap": "inter_token_latency_seconds"}
+"""The engine's histograms whose quantiles are in a sample, by their names there."""
 
 
 class History:
-    """Samples of an engine's metrics, one every EVERY seconds while `run` runs."""
+    """Samples of an engine's metrics, one every EVERY seconds while `run` does."""
 
     def __init__(self, engine: AsyncEngine, replay: Replay):
         self._engine, self._replay = engine, replay
@@ -44,15 +46,16 @@ class History:
 
     def sample(self) -> None:
         """Take a sample."""
-        found = self._engine.metrics()
-        now, places = time.time(), found.get("drafts_by_place", [])
-        histograms = {key: one for key, name in _HISTOGRAMS.items() if (one := found["histograms"].get(name))}
+        found, now = self._engine.metrics(), time.time()
+        drafts = found.get("drafts_by_place", [])
+        known = found["histograms"]
+        histograms: dict[str, Histogram] = {key: known[name] for key, name in _HISTOGRAMS.items() if name in known}
         counts = {
             "time": now,
             **{name: found.get(f"{name}_tokens", 0) for name in ("generated", "prefill", "prompt", "cached")},
             **{name: list(one.counts) for name, one in histograms.items()},
-            "tried": sum(tried for tried, _ in places),
-            "accepted": sum(accepted for _, accepted in places),
+            "tried": sum(of_place[0] for of_place in drafts),
+            "accepted": sum(of_place[1] for of_place in drafts),
         }
         last, first = (self._counts[i] if self._counts else counts for i in (-1, 0))
         seconds = now - last["time"] or EVERY
@@ -74,16 +77,16 @@ class History:
         self._samples.append(sample)
 
     def since(self, moment: float, last: int | None = None) -> dict[str, Any]:
-        """The samples after a moment, and the time now, in seconds since 1970. last: only so many, the newest."""
+        """Samples after a moment, in seconds since 1970, and the present time. last: at most this many, the newest."""
         samples = [sample for sample in self._samples if sample["time"] > moment]
         return {"now": time.time(), "seconds": SECONDS, "samples": samples if last is None else samples[-last:]}
 
 
 def quantile(histogram: Histogram, counts: list[int], q: float) -> float | None:
-    """The value below which the share q of some observations lies, or None if there are none.
+    """The value that a share q of the observations lies below; None if there are no observations.
 
-    counts: how many observations lie in each bin of the histogram, evenly as is assumed. Beyond the last bound, the
-    quantile is that bound.
+    counts: how many are in each bin of the histogram. Within a bin they are taken as evenly spread; for those above the
+    last bound, the result is that bound.
     """
     bounds, rank = (0.0, *histogram.bounds), q * sum(counts)
     if not rank:
@@ -96,8 +99,8 @@ def quantile(histogram: Histogram, counts: list[int], q: float) -> float | None:
 
 
 def _resident_bytes() -> int | None:
-    """The memory that this process has, in bytes; None where the system does not tell."""
+    """Bytes of memory that this process occupies; None where the system does not tell."""
     try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     except (OSError, ValueError, IndexError):
         return None

@@ -1,7 +1,7 @@
 """The chat page: the files in ``page/``, as they are, each with its hash as ETag.
 
-The policy lets the page load and call nothing but this server, run no code but that of its files, and make no HTML of
-text: only the sanitizer may (trusted-types).
+Their Content-Security-Policy allows the page to load from this server and call it, and no other; to run the code in its
+files, and no other; and to turn text into HTML through the sanitizer alone (trusted types).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class _File:
 
 
 class Page:
-    """Answers for the files of the page, which are read once."""
+    """The files of the page, read once, and the answers to requests for them."""
 
     def __init__(self):
         self._files: dict[str, _File] = {}

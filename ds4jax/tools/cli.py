@@ -28,6 +28,18 @@ from ds4jax.profile import THINK_MODES
 
 flags.disclaim_key_flags()  # --help lists what is defined here under the tool
 
+DRAFTS = ("draft", "draft_tokens")
+"""The flags of `define_drafts`, which replace the keys of these names in a config."""
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed")
+"""The flags of `define_sampling`: parameters of `engine.types.Sampling`."""
+GROUPS = {
+    "Model": ("config", "model", "profile", "synthetic", "device"),
+    "Answers": ("think", "max_tokens", "ctx", "system"),
+    "Sampling": SAMPLING,
+    "Computation": ("numerics", "kernels", "device_budget_gb", *DRAFTS),
+}
+"""How --help groups the flags that several tools have; a tool's own come first."""
+
 
 def define_model(flag_values: flags.FlagValues) -> None:
     """Define --config and --model, which every tool has that runs or reads a model."""
@@ -64,10 +76,6 @@ def define_answers(flag_values: flags.FlagValues) -> None:
     flags.DEFINE_integer("ctx", None, text, flag_values=flag_values)
 
 
-DRAFTS = ("draft", "draft_tokens")
-"""The flags of `define_drafts`, which replace the keys of these names in a config."""
-
-
 def define_drafts(flag_values: flags.FlagValues) -> None:
     """Define the flags in DRAFTS, for tools that generate tokens or plan to."""
     text = (
@@ -94,10 +102,6 @@ def define_trace_routing(flag_values: flags.FlagValues) -> None:
     flags.DEFINE_string("trace_routing", None, text, flag_values=flag_values)
 
 
-SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed")
-"""The flags of `define_sampling`: parameters of `engine.types.Sampling`."""
-
-
 def define_sampling(flag_values: flags.FlagValues, seed: int | None = 0) -> None:
     """Define the flags in SAMPLING. seed: the default."""
     flags.DEFINE_float("temperature", 1.0, "0 takes the likeliest token.", flag_values=flag_values)
@@ -110,7 +114,7 @@ def define_sampling(flag_values: flags.FlagValues, seed: int | None = 0) -> None
 
 
 def define_seed(flag_values: flags.FlagValues, default: int | None = None) -> None:
-    """Define --seed. default: None is a random one, see `engine.types.seed_or_random`."""
+    """Define --seed. default: None stands for a random one, which `engine.types.seed_or_random` gives."""
     text = "Of the random draws; by default a random one." if default is None else "Of the random draws."
     flags.DEFINE_integer("seed", default, text, 0, 2**32 - 1, flag_values=flag_values)
 
@@ -141,11 +145,11 @@ def write_json(path: Path, value: Any) -> None:
 
 
 PAUSE = 0.1
-"""Seconds that a writer waits once for a pipe that takes nothing."""
+"""Seconds that a write waits for room in a pipe; after a wait in vain, writes do not wait until there is room again."""
 
 
 class Lossy:
-    """A text stream that loses what cannot be written: it is closed, the disk is full, or the reader of a pipe stopped.
+    """A text stream that drops what cannot be written: it is closed, the disk is full, or nobody reads the pipe.
 
     `close` does nothing: a logging handler that holds it, as absl's does, would close the process's own stderr.
     """
@@ -163,7 +167,7 @@ class Lossy:
         return len(text)
 
     def _pass(self, pipe: int, data: bytes) -> None:
-        """Write as much as the pipe has room for, in pieces that it takes as a whole."""
+        """Write as much as the pipe has room for; a piece of PIPE_BUF bytes fits as a whole or not at all."""
         for i in range(0, len(data), select.PIPE_BUF):
             if not select.select([], [pipe], [], 0 if self._stalled else PAUSE)[1]:
                 self._stalled = True
@@ -183,7 +187,7 @@ class Lossy:
 
 
 def _log_to(stream: TextIO, instead_of: TextIO) -> None:
-    """Let the log go to another stream, where a library has set it up already."""
+    """Redirect the log to another stream, if a library has set up a handler for it already."""
     for handler in logging.root.handlers:
         if isinstance(handler, logging.StreamHandler) and handler.stream is instead_of:
             handler.setStream(stream)
@@ -199,7 +203,7 @@ def _pipe(stream: TextIO) -> int | None:
 
 
 _interrupted = False
-_watched: int | None = None  # the end of a pipe to which the system writes the numbers of signals
+_watched: int | None = None  # the write end of a pipe, into which the numbers of signals go
 ENDING = 1.0
 """Seconds from Ctrl-C to the end of the process, whatever it does."""
 
@@ -213,7 +217,7 @@ def end_at_interrupt(number: int, frame: FrameType | None) -> None:
 
 @contextlib.contextmanager
 def interrupts(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
-    """Within the block, Ctrl-C calls `handler`, as `signal.signal` does."""
+    """While the block runs, `handler` handles Ctrl-C."""
     before = signal.signal(signal.SIGINT, handler)
     try:
         yield
@@ -231,11 +235,12 @@ def check_interrupt() -> None:
 
 
 def watch_interrupts() -> None:
-    """From now on a process that has not ended ENDING seconds after Ctrl-C is ended, whatever it does.
+    """From now on, end the process ENDING seconds after Ctrl-C if it has not ended by then, whatever it does.
 
-    Python's handlers wait while the main thread compiles or loads, for minutes perhaps; the number of the signal goes
-    into a pipe at once, and a thread reads it. It does nothing while a tool handles Ctrl-C in another way. An event
-    loop that handles signals puts a pipe of its own in place of this one; calling this again undoes that.
+    Python calls its handlers only between steps of the main thread, which may compile or load for minutes. The number
+    of the signal goes into a pipe at once, and a thread reads it. It does nothing where the handler is not
+    `end_at_interrupt`. Only one pipe can get the numbers: after code that sets its own (an event loop, line editing),
+    call this again.
     """
     global _watched
     if threading.current_thread() is not threading.main_thread():
@@ -257,7 +262,7 @@ def _end_after_interrupt(pipe: int) -> None:
 
 
 def _spelled(argv: Iterable[str], flag_values: flags.FlagValues) -> list[str]:
-    """Arguments with underscores in the names of flags, as absl has them: --max-tokens is --max_tokens."""
+    """The arguments with the flags' names as absl has them, with underscores: --max_tokens for --max-tokens."""
     found, flags_end = [], False
     for arg in argv:
         flags_end |= arg == "--"
@@ -267,15 +272,6 @@ def _spelled(argv: Iterable[str], flag_values: flags.FlagValues) -> list[str]:
             arg = f"--{plain}{equals}{value}"
         found.append(arg)
     return found
-
-
-GROUPS = {
-    "Model": ("config", "model", "profile", "synthetic", "device"),
-    "Answers": ("think", "max_tokens", "ctx", "system"),
-    "Sampling": SAMPLING,
-    "Computation": ("numerics", "kernels", "device_budget_gb", *DRAFTS),
-}
-"""How --help groups the flags that several tools have; a tool's own come first."""
 
 
 def _help(flag_values: flags.FlagValues) -> str:
@@ -307,8 +303,8 @@ def run(
 
     flag_values: the tool's own set of flags, so that several tools can be imported into one process.
     usage: what --help prints before the flags. argv: arguments without the program's name, by default the process's;
-    names of flags may have hyphens for underscores.
-    argument: the flag that an argument without a name stands for, wherever it is, if the tool takes one.
+    names of flags may have hyphens in place of underscores.
+    argument: the flag that an argument without a name stands for, before or after flags, if the tool takes one.
     """
     argv = _spelled(sys.argv[1:] if argv is None else argv, flag_values)
     flag_values.unparse_flags()

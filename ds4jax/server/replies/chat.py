@@ -59,7 +59,10 @@ class ChatChoice(Choice):
 
 
 class ChatReply(ChoicesReply):
-    """With token ids, those of the prompt are in the object, in a stream in the first chunk of each choice."""
+    """An answer of Chat Completions.
+
+    If token ids are asked for, those of the prompt are in the object; in a stream, in the first chunk of each choice.
+    """
 
     id_start, kind, chunk_kind, choice = "chatcmpl-", "chat.completion", "chat.completion.chunk", ChatChoice
 

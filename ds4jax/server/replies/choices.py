@@ -29,7 +29,7 @@ class Choice:
     def part(
         self, logprobs: Any, finish: Finish | None = None, tokens: Sequence[int] = (), **said: Any
     ) -> dict[str, Any]:
-        """tokens: the ids that were sampled for it, whether or not they show."""
+        """The JSON of a part. tokens: the ids that were sampled for it, also those that add nothing to the text."""
         ids = {"token_ids": tokens} if self.ask.token_ids else {}
         reason = finish and ("stop" if finish.reason in ("stop_sequence", "error") else finish.reason)
         return {"index": self._index, **said, "logprobs": logprobs, "finish_reason": reason} | ids

@@ -14,7 +14,7 @@ from ds4jax.server.replies.choices import Choice, ChoicesReply
 class CompletionChoice(Choice):
     """An answer of Completions; the prompt comes first if it was asked for, in a stream with the first token.
 
-    With token ids, those of the prompt are in the choice, in a stream in its first part.
+    If token ids are asked for, those of the prompt are in the choice; in a stream, in its first part.
     """
 
     def __init__(self, conversation: Conversation, index: int):

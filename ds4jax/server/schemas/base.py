@@ -51,14 +51,14 @@ class Schema(BaseModel):
 
 
 class Options(Schema):
-    """An object that says how the reply is to be. Fields that are not known are kept, for `unknown`."""
+    """An object whose fields say what the reply is to be. Those that are not known are kept, for `unknown` to list."""
 
     model_config = ConfigDict(extra="allow")
     without_effect: ClassVar[frozenset[str]] = frozenset()  # names that clients send and that change no reply
 
 
 def unknown(options: Options, where: str = "") -> Iterator[tuple[str, Any]]:
-    """The fields that are not known, in `options` and in those within, by path; with their values."""
+    """The fields that are not known, in `options` and in the `Options` within it: their paths and values."""
     for name, value in (options.model_extra or {}).items():
         if name not in options.without_effect:
             yield where + name, value
@@ -195,9 +195,9 @@ class Structured(Options):
 
 
 class Choosing(Body):
-    """What Chat Completions and Completions have in common: choices, and all the fields for what these must be.
+    """The fields that Chat Completions and Completions share: how many choices there are, and what form each must have.
 
-    These fields are OpenAI's, vLLM's and llama.cpp's. return_token_ids, vLLM's: of prompt and answer.
+    They are OpenAI's, vLLM's and llama.cpp's. return_token_ids, of vLLM: for those of the prompt and the answer.
     """
 
     n: Answers = 1

@@ -101,7 +101,7 @@ class OutputConfig(base.Options):
 
 
 class Thinking(thinking.Thinking):
-    """display: "omitted" leaves of thoughts only that there was one."""
+    """display: with "omitted", the reply says that there was a thought, and not what it was."""
 
     display: Literal["summarized", "omitted"] = "summarized"
 
@@ -140,9 +140,9 @@ class Messages(base.Body):
         return new or old
 
     def thinks(self) -> str:
-        """The value of `Ask.think`: an effort beside disabled thoughts is not one of thinking, as with Anthropic.
+        """The value of `Ask.think`. As with Anthropic, an effort does not turn on thoughts that are disabled.
 
-        Raises ApiError for an effort of none beside thoughts.
+        Raises ApiError for an effort of "none" where thinking is enabled.
         """
         switch, effort = self.thinking and self.thinking.on, self.output_config.effort
         if switch and effort == "none":

@@ -1,4 +1,4 @@
-"""Whether and how the model thinks: the fields for it, under all names that clients have for them."""
+"""The fields that say whether and how much the model thinks, under all the names that clients use for them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Reasoning(base.Options):
 
 
 class Thinks(base.Body):
-    """The fields for thoughts of Chat Completions and Responses."""
+    """The fields by which Chat Completions and Responses say whether and how much the model thinks."""
 
     thinking: bool | Thinking | None = None
     think: bool | None = None
@@ -65,24 +65,22 @@ class Thinks(base.Body):
             "chat_template_kwargs.enable_thinking": self.chat_template_kwargs.enable_thinking,
             "reasoning.enabled": self.reasoning.enabled,
         }
-        switch, effort = _agreed(switches), _agreed(efforts)
+        (switched, switch), (where, effort) = _agreed(switches), _agreed(efforts)
         if effort is not None and switch is (effort == "none"):
-            where = next(name for name, value in efforts.items() if value is not None)
-            switched = next(name for name, value in switches.items() if value is not None)
             expected = "an effort: the model is to think" if switch else '"none": the model is not to think'
             raise base.wrong(where, effort, f"{expected}, as {switched} says")
         return think(switch, effort)
 
     def budget(self) -> int | None:
         """The value of `Ask.budget`. Raises ApiError if the fields for it contradict each other."""
-        return _agreed(
-            {
-                "thinking.budget_tokens": self.thinking.budget_tokens if isinstance(self.thinking, Thinking) else None,
-                "reasoning.max_tokens": self.reasoning.max_tokens,
-                "thinking_token_budget": self.thinking_token_budget,
-                "thinking_budget_tokens": self.thinking_budget_tokens,
-            }
-        )
+        budgets = {
+            "thinking.budget_tokens": self.thinking.budget_tokens if isinstance(self.thinking, Thinking) else None,
+            "reasoning.max_tokens": self.reasoning.max_tokens,
+            "thinking_token_budget": self.thinking_token_budget,
+            "thinking_budget_tokens": self.thinking_budget_tokens,
+        }
+        _, budget = _agreed(budgets)
+        return budget
 
 
 def think(switch: bool | None, effort: Effort | None) -> str:
@@ -94,10 +92,10 @@ def think(switch: bool | None, effort: Effort | None) -> str:
     return EFFORTS[effort]
 
 
-def _agreed[T](said: dict[str, T | None]) -> T | None:
-    """What the fields that are given say. Raises ApiError unless it is one thing."""
-    given = [(name, value) for name, value in said.items() if value is not None]
-    for name, value in given:
-        if value != given[0][1]:
-            raise base.wrong(name, value, f"{json.dumps(given[0][1])}, which {given[0][0]} says")
-    return given[0][1] if given else None
+def _agreed[T](said: dict[str, T | None]) -> tuple[str, T | None]:
+    """The first field that is given, and its value; ("", None) if none is. Raises ApiError if another one differs."""
+    first, expected = next(((name, value) for name, value in said.items() if value is not None), ("", None))
+    for name, value in said.items():
+        if value is not None and value != expected:
+            raise base.wrong(name, value, f"{json.dumps(expected)}, which {first} says")
+    return first, expected

@@ -1,7 +1,7 @@
-"""The state of sequences in the middle of a pass: what their rings hold after some of its tokens.
+"""The state of sequences at a mark: after some of the tokens of a pass, which goes on to later ones.
 
-A ring keeps the last rows alone, so the state at an earlier token cannot be read from it when the pass has ended. The
-compressed rows can: more are added, and none is changed.
+A ring keeps only its last rows, so when a pass has ended, the rings no longer tell of an earlier token. Compressed rows
+do: a pass adds to them, and changes none.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from jaxtyping import Array, Int32
 from ds4jax.config import ModelConfig
 from ds4jax.model.attention import nth_of_ratio
 from ds4jax.model.cache import Cache
-from ds4jax.ops import ring
+from ds4jax.ops import compress, ring
 
 
-class Passed:
-    """A tap that stores the first n tokens of a pass of more than SPARE in the rings of `cache`, as it is before them.
+class AtMark:
+    """A tap of a pass of more than SPARE tokens, which stores the first n of them in rings of its own.
 
-    Afterwards `cache` has the length of that state, and its rings; its compressed rows are those before the pass.
+    Attributes: n; cache. `cache` is given as it is before the pass, and after it has the length and the rings of the
+    state at the mark. Its compressed rows stay those from before the pass.
     """
 
     def __init__(self, cache: Cache, n: Int32[Array, "B"], cfg: ModelConfig):
@@ -33,7 +34,8 @@ class Passed:
             self.cache = dataclasses.replace(self.cache, window=rings)
         if name == "compressors":
             nth = nth_of_ratio(self._cfg, layer)
-            for kind, fed in value().items():
+            for kind, compressor in value.items():
                 kept = getattr(self.cache, kind)
+                fed = compress.fed(compressor, self._length, self._cfg.ratio(layer), kept.z.dtype)
                 rings = ring.store(fed, {"z": kept.z, "g": kept.g}, nth, self._length, self.n)
                 self.cache = dataclasses.replace(self.cache, **{kind: dataclasses.replace(kept, **rings)})
