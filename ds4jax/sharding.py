@@ -54,9 +54,9 @@ def partition_spec(axes: tuple[str | None, ...]) -> PartitionSpec:
     return PartitionSpec(*(RULES.get(axis or "") for axis in axes))
 
 
-def parts(mesh: Mesh | AbstractMesh, axis: str | None) -> int:
-    """Into how many parts a logical axis is cut."""
-    return math.prod(mesh.shape[a] for a in RULES.get(axis or "", ()))
+def parts(mesh: Mesh | AbstractMesh | None, *axes: str | None) -> int:
+    """Into how many parts a mesh cuts an array along logical axes: 1 without a mesh."""
+    return 1 if mesh is None else math.prod(mesh.shape[a] for axis in axes for a in RULES.get(axis or "", ()))
 
 
 def named_sharding(

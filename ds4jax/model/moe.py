@@ -58,9 +58,9 @@ def _here(
 ) -> tuple[Int32[Array, "S k"], Float[Array, "S E"]]:
     """The ids among the experts of this device, -1 for those of others; and its part of the shared expert, once."""
     mesh = compute.mesh
-    if mesh is None or parts(mesh, "experts") == 1:
+    if parts(mesh, "experts") == 1:
         return ids, shared
     held = routed.gate.planes[0].shape[1]
     ids = ids - place(mesh, EXPERT, TENSOR) * held
     ids = jnp.where((ids >= 0) & (ids < held), ids, -1)
-    return ids, shared if mesh.shape[EXPERT] == 1 else jnp.where(place(mesh, EXPERT) == 0, shared, 0)
+    return ids, jnp.where(place(mesh, EXPERT) == 0, shared, 0)

@@ -151,26 +151,23 @@ def count(programs: CompiledSteps, context: int, tokens: int, sequences: int) ->
     their products are bound by the tensor cores. FLOPs are those of matrix products. On a mesh, "links" has what the
     device sends: for sums, which a ring of the devices makes, and for the logits.
     """
-    if sequences % (dp := pieces(programs.compute.mesh, "sequences")) == 0:
+    from ds4jax.sharding import parts
+
+    if sequences % (dp := parts(programs.compute.mesh, "sequences")) == 0:
         sequences //= dp
     works = [*_weights(programs, tokens, sequences), *_cache(programs, context, tokens, sequences)]
     return [*works, *_links(programs, tokens, sequences)]
 
 
-def pieces(mesh: Any, *axes: str | None) -> int:
-    """Into how many pieces a mesh cuts an array with these logical axes."""
-    from ds4jax import sharding
-
-    return 1 if mesh is None else math.prod(sharding.parts(mesh, axis) for axis in axes)
-
-
 def _links(programs: CompiledSteps, tokens: int, sequences: int) -> Iterable[Work]:
     import numpy as np
 
+    from ds4jax.sharding import parts
+
     cfg, mesh = programs.cfg, programs.compute.mesh
-    tp = pieces(mesh, "heads")
+    tp = parts(mesh, "heads")
     sent = 2 * tokens * sequences * cfg.embed_dim * np.dtype(programs.compute.dtype).itemsize
-    for devices, name in ((tp, "attention"), (pieces(mesh, "experts"), "experts")):
+    for devices, name in ((tp, "attention"), (parts(mesh, "experts"), "experts")):
         for _ in range(cfg.n_layers if devices > 1 else 0):
             yield Work(f"sum of {name}", "links", sent * (devices - 1) / devices)
     if tp > 1:
@@ -185,9 +182,12 @@ def chooses(programs: CompiledSteps) -> bool:
 def _weights(programs: CompiledSteps, tokens: int, sequences: int) -> Iterable[Work]:
     import jax
 
+    from ds4jax.sharding import parts
+
     cfg, S, choice = programs.cfg, tokens * sequences, ("csa.indexer.q_b", "csa.indexer.proj")
+    mesh = programs.compute.mesh
     for spec in jax.tree.leaves(programs.tree):  # a leaf is a stack
-        cut = pieces(programs.compute.mesh, *spec.axes)
+        cut = parts(mesh, *spec.axes)
         for t in spec.tensors:
             family = t.family
             if family.startswith("mtp.") or (t.layer or 0) >= cfg.n_layers:
@@ -206,12 +206,14 @@ def _weights(programs: CompiledSteps, tokens: int, sequences: int) -> Iterable[W
                 nbytes, rows = nbytes * (1 - (1 - share) ** S), S * share
             product = t.kind == "matrix" and family != "embed" and not family.endswith(".ape")
             flops = 2.0 * rows * math.prod(t.shape) / cut if product else 0.0
-            shape = tuple(n // pieces(programs.compute.mesh, a) for n, a in zip(t.shape, t.axes, strict=True))
+            shape = tuple(n // parts(mesh, a) for n, a in zip(t.shape, t.axes, strict=True))
             yield Work(family, component, nbytes, flops, t.layer, shape)
 
 
 def _cache(programs: CompiledSteps, context: int, tokens: int, sequences: int) -> Iterable[Work]:
     import numpy as np
+
+    from ds4jax.sharding import parts
 
     cfg, cache = programs.cfg, programs.cache
     at = context + np.arange(tokens)  # positions of the new tokens
@@ -226,7 +228,7 @@ def _cache(programs: CompiledSteps, context: int, tokens: int, sequences: int) -
         seen = (at + 1) // ratio if ratio else 0 * at
         read = near + (np.minimum(seen, cfg.index_top_k) if ratio == CSA_RATIO and chooses(programs) else seen)
         rows = read.sum() if tokens == 1 else min(context, cfg.window) + tokens + seen[-1]
-        flops = 4.0 * cfg.n_heads / pieces(programs.compute.mesh, "heads") * cfg.head_dim * read.sum()
+        flops = 4.0 * cfg.n_heads / parts(programs.compute.mesh, "heads") * cfg.head_dim * read.sum()
         yield Work("rows", "attention", sequences * row * float(rows), sequences * flops)
         yield Work("rows", "new rows", sequences * row * float(min(tokens, cfg.window)))
         kinds = {CSA_RATIO: (cache.csa, cache.index), HCA_RATIO: (cache.hca,)}.get(ratio, ())
