@@ -254,10 +254,18 @@ class WeightSpec:
         """The spec with as many experts as a mesh divides evenly; the last ones are none, and no token goes to them."""
         if "experts" not in self.axes:
             return self
-        at = self.axes.index("experts")
-        missing = -self.shape[at] % sharding.parts(mesh, "experts")
-        shape = (*self.shape[:at], self.shape[at] + missing, *self.shape[at + 1 :])
+        in_files = self.shape[self.axes.index("experts")] - self.missing
+        return self._with_missing(-in_files % sharding.parts(mesh, "experts"))
+
+    def _with_missing(self, missing: int) -> WeightSpec:
+        """The same experts of files, and so many more that no file has."""
+        added = self._along_experts(missing - self.missing)
+        shape = tuple(n + more for n, more in zip(self.shape, added, strict=True))
         return dataclasses.replace(self, shape=shape, missing=missing)
+
+    def _along_experts(self, n: int) -> tuple[int, ...]:
+        """For each axis: n along the experts, 0 along others."""
+        return tuple(n if axis == "experts" else 0 for axis in self.axes)
 
     @property
     def quantized(self) -> bool:
@@ -304,10 +312,8 @@ class WeightSpec:
     def random(self, key: jax.Array, cfg: ModelConfig) -> Any:
         """A well-scaled random value: a forward pass neither vanishes nor explodes, and every part of it matters."""
         if self.missing:
-            at = self.axes.index("experts")
-            shape = (*self.shape[:at], self.shape[at] - self.missing, *self.shape[at + 1 :])
-            some = dataclasses.replace(self, shape=shape, missing=0).random(key, cfg)
-            return jax.tree.map(lambda p: jnp.pad(p, [(0, self.missing * (i == at)) for i in range(p.ndim)]), some)
+            added = [(0, n) for n in self._along_experts(self.missing)]
+            return jax.tree.map(lambda p: jnp.pad(p, added), self._with_missing(0).random(key, cfg))
         spec = self.tensors[0]
         leaf = spec.family.rsplit(".", 1)[-1]
         if spec.kind == "ids":
