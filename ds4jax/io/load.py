@@ -118,9 +118,8 @@ def _to_host(holder: Holder, spec: WeightSpec, pool: ThreadPoolExecutor, advance
     row_bytes = sum(p.shape[-1] * p.dtype.itemsize for p in planes)
 
     def read(slab: Bounds) -> None:
-        for nth in range(*slab[0]):
-            at = (nth, *(slice(*bounds) for bounds in slab[1:]))
-            _read_tensor(holder, spec, nth, slab[1:], jax.tree.unflatten(treedef, [plane[at] for plane in made]))
+        at = tuple(slice(*bounds) for bounds in slab)
+        _read_rows(holder, spec, slab, jax.tree.unflatten(treedef, [plane[at] for plane in made]))
 
     slabs = list(_slabs(planes[0].shape[:-1], row_bytes))
     for _ in pool.map(read, slabs):
@@ -270,11 +269,7 @@ def _read(holder: Holder, shard: _Shard, slab: Bounds) -> list[list[jax.Array]]:
     # Fresh memory for every slab: on a CPU, JAX may go on using it as it is.
     fresh = np.zeros if spec.missing else np.empty
     planes = [fresh((*(stop - start for start, stop in rows), p.shape[-1]), p.dtype) for p in structs]
-    if spec.layered:
-        for i, nth in enumerate(range(*rows[0])):
-            _read_tensor(holder, spec, nth, rows[1:], jax.tree.unflatten(treedef, [plane[i] for plane in planes]))
-    else:
-        _read_tensor(holder, spec, 0, rows, jax.tree.unflatten(treedef, planes))
+    _read_rows(holder, spec, rows, jax.tree.unflatten(treedef, planes))
     if spec != shard.spec:
         whole = [jax.device_put(jax.tree.unflatten(treedef, planes), device) for device in shard.devices]
         made = (jax.tree.leaves(_repack(shard.spec.format)(w)) for w in whole)
@@ -287,6 +282,14 @@ def _read(holder: Holder, shard: _Shard, slab: Bounds) -> list[list[jax.Array]]:
 def _repack(fmt: Any) -> Callable:
     """The `repack` of a wide format, compiled: it runs on the device, where the fewer bytes of the file go."""
     return jax.jit(fmt.repack)
+
+
+def _read_rows(holder: Holder, spec: WeightSpec, rows: Bounds, out) -> None:
+    """Rows of a weight into `out`, its planes on the host; those of a layered one lie in several tensors."""
+    if not spec.layered:
+        return _read_tensor(holder, spec, 0, rows, out)
+    for i, nth in enumerate(range(*rows[0])):
+        _read_tensor(holder, spec, nth, rows[1:], jax.tree.map(lambda plane, i=i: plane[i], out))
 
 
 def _read_tensor(holder: Holder, spec: WeightSpec, nth: int, rows: Bounds, out) -> None:
