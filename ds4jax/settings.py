@@ -44,8 +44,8 @@ class Settings:
     dtype: of the activations, ``float32`` or ``bfloat16``. Weights stay as the file has them.
     kernels: ``pallas``, kernels for NVIDIA GPUs (numerics official), or ``xla``, none; an op apart from the others as
         in ``pallas,attend=xla``, see `implementation`.
-    tp, ep, dp: the device mesh, tp × ep × dp devices, see `ds4jax.sharding`: tp share all large matrices, ep the routed
-        experts alone, and dp the sequences, if they can be shared out evenly.
+    tp, ep, dp: the device mesh, tp × ep × dp devices, see `ds4jax.sharding`. Along tp they share all large matrices,
+        along ep the routed experts alone, and along dp the sequences, if these can be shared out evenly.
     prefill_chunk: tokens per prefill call. More are faster and need more memory for activations.
     memory_fraction: the part of each GPU's memory that JAX may take (XLA_CLIENT_MEM_FRACTION).
     preallocate: whether to take it all at the start (XLA_PYTHON_CLIENT_PREALLOCATE).
@@ -53,8 +53,8 @@ class Settings:
         codes, which take half as much again and are faster in kernels; ``auto``, wide with kernels for several
         sequences if all fits.
     device_budget_gb: GiB of the GPU's memory that may be used. As many routed experts as that allows are kept there;
-        the others are brought in from host memory when they are needed, see `model.residency`. 0: all that JAX may
-        take, with everything in it. One device only.
+        the others are brought in from host memory when they are needed, see `model.residency`. 0: no budget; all
+        experts are kept on the GPU. One device only.
     device: the GPU that the config is for, see `engine.cards`, or ``here``, whatever is there. Only plans depend on it.
     draft: whose drafts the model verifies, several tokens at once: a GGUF file with a DSpark drafter or an MTP head;
         ``auto``, the drafter beside the model (``NAME-dspark.gguf``), else the model's own MTP head, if there is one;

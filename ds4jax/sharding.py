@@ -5,9 +5,9 @@ A step runs on every device as on one alone, each with its part of the weights a
     dp   sequences: the cache; the weights are whole in every part
     ep   routed experts
     tp   routed experts, too; attention by heads and output groups, the shared expert by its width, the output matrix
-         by tokens
+         by vocabulary
 
-Routed experts are spread one by one: a half of each would be too narrow for the kernels that read few of them.
+Each routed expert is whole on one device: a part of its width would be too narrow for the kernels of few tokens.
 What a layer adds to the streams is summed over the devices, once after attention and once after the experts.
 """
 

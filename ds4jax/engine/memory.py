@@ -35,12 +35,12 @@ _GIB = 2**30
 class Plan:
     """Bytes on each device.
 
-    device: its kind. limit: what JAX may take of it, or `budget` (GiB), if that is less; None where neither says (a
-    CPU). ctx, batch: of the cache. weights: those that are always there. workspace: what the calls of each step need
-    beside weights and cache; empty if that is not known. wide: whether experts are, see `Settings.expert_layout`.
-    origin: where the workspace is from. programs: the compiled code. The driver keeps it outside of what JAX may take.
-    residents: slots for routed experts that are in host memory, where they take `host`; slots: how many there are, and
-    how many experts.
+    device: its kind. limit: what JAX may take of it, or `budget` (GiB; 0: none), if that is less; None where there is
+    no budget and JAX does not say (a CPU). ctx, batch: of the cache. weights: those that are always there. workspace:
+    what the calls of each step need beside weights and cache; empty if that is not known. wide: whether experts are,
+    see `Settings.expert_layout`. origin: where the workspace is from. programs: the compiled code. The driver keeps it
+    outside of what JAX may take. residents: slots for routed experts, where all of these are in host memory and take
+    `host` of it. slots: how many slots there are, and how many routed experts.
     """
 
     device: str
@@ -69,7 +69,7 @@ class Plan:
 
     @property
     def _limited(self) -> str:
-        """By what."""
+        """What sets the limit."""
         if self.limit is None:
             return "JAX does not say here"
         budget = self.limit == int(self.budget * _GIB)
@@ -132,8 +132,9 @@ def steps(
 def _within_budget(asked: CompiledSteps, sizes: Iterable[int], compiled: bool) -> CompiledSteps:
     """`asked`, or, where that does not fit, the same with slots for as many routed experts as do.
 
-    The workspace is not known before they are compiled, and their number not before the workspace. So they are compiled
-    for a guess, and compiled again if it was wrong by more than a fiftieth of the budget.
+    How many slots there is room for depends on the workspace, which is known only once the steps are compiled for some
+    number of slots. So they are compiled for a guess. If that does not fit, or leaves a fiftieth of the budget, the
+    number is corrected, and they are compiled again.
     """
     if compiled and plan(asked).fits:
         asked.compile_largest(sizes)
@@ -141,8 +142,7 @@ def _within_budget(asked: CompiledSteps, sizes: Iterable[int], compiled: bool) -
     if found.limit is None or found.fits:
         return asked
     always = found.total - residency.on_host(tree) + residency.whole_layer(tree, cfg)
-    expected = max(workspace.predict(asked).values(), default=found.limit // 16)
-    unknown = 0 if found.workspace else expected
+    unknown = 0 if found.workspace else max(workspace.predict(asked).values(), default=found.limit // 16)
     least = residency.least(tree, cfg)
     held = asked.with_slots(residency.slots_in(tree, cfg, max(found.limit - always - unknown, least)))
     if compiled and plan(held).fits:
@@ -177,7 +177,7 @@ def plan(programs: CompiledSteps) -> Plan:
         kind, limit = device.device_kind, (device.memory_stats() or {}).get("bytes_limit")
         origin = "compiled here" if needs else "not compiled"
     else:
-        kind, limit = card.kind, int(card.memory * programs.settings.memory_fraction)
+        kind, limit = card.kind, int(card.memory * settings.memory_fraction)
         drafts = ", without that of drafts" if programs.drafter else ""
         origin = f"compiled here for {card.name}" if needs else f"from {workspace.SOURCE}{drafts}"
         needs = needs or workspace.predict(programs)

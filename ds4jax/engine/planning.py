@@ -24,7 +24,7 @@ from ds4jax.settings import Settings
 
 MOST_BATCH = 1024
 LINK = 50e9
-"""Bytes per second that pinned host memory is taken to give through 16 lanes of PCIe 5.0, whose limit is 64e9."""
+"""Assumed bytes per second from pinned host memory through 16 lanes of PCIe 5.0, whose limit is 64e9."""
 Source = Checkpoint | Synthetic
 
 
@@ -73,7 +73,7 @@ def steps(source: Source, settings: Settings, compiled: bool = False) -> Compile
 def describe(programs: CompiledSteps, trace: Trace | None = None, link: float = LINK) -> str:
     """The plan as a table, what fits besides, and, with experts in host memory, how fast that is.
 
-    trace: of the model's routing. link: bytes per second that host memory is taken to give.
+    trace: of the model's routing. link: assumed bytes per second from host memory.
     """
     found = memory.plan(programs)
     lines, limit = [str(found)], found.limit
@@ -99,10 +99,10 @@ def describe(programs: CompiledSteps, trace: Trace | None = None, link: float = 
 
 
 def _speeds(programs: CompiledSteps, found: Plan, trace: Trace | None, link: float) -> list[str]:
-    """Lines of the plan: how many experts of a decoded token are on the device, and how many tokens that allows.
+    """Lines of the plan: how many experts of a decoded token are on the device, and how many tokens a second follow.
 
-    A token takes no less time than to read its weights from the device's memory, and those that it lacks from the
-    host's, one after the other.
+    A token takes at least the time to read all its weights from the device's memory, and before that the experts that
+    are not there from the host's.
     """
     some, every = found.slots
     cfg, used = programs.cfg, programs.cfg.n_layers * programs.cfg.n_experts_used
@@ -170,7 +170,7 @@ def _total(programs: CompiledSteps, found: Plan) -> Callable[[int, int], int]:
 
 
 def _least(programs: CompiledSteps, found: Plan) -> int:
-    """Bytes of the fewest slots for routed experts, of a plan that has any."""
+    """Bytes of the fewest slots for routed experts that a plan with slots can have; 0 for one without."""
     return residency.least(programs.tree, programs.cfg) if found.slots[1] else 0
 
 

@@ -1,8 +1,8 @@
 """Which experts the tokens of a run went to: recorded by the steps, kept in a file, replayed for a plan.
 
-The file is a line of JSON (version, layers, experts, used: of a token), then the passes, one after the other: the rows
-of the call and how many of them are tokens, two little-endian uint32, then the experts of these tokens, int16 (tokens,
-layers, used).
+The file is a line of JSON (version, layers, experts, and used: the experts of a token), then the passes, one after the
+other: the rows of the call and how many of them are tokens, two little-endian uint32, then the experts of these tokens,
+int16 (tokens, layers, used).
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ class Recording:
             self._ids.append(value.ids)
 
     def write(self) -> None:
-        """Within the step, after its pass. A pass needs the cache of the one before, so calls come in their order."""
+        """Give the pass to `record`, within the step. Passes come in order: each needs the cache of the one before."""
         io_callback(self._record, None, jnp.stack(self._ids))
 
 
 class Writer:
-    """A `Record` that writes a file, whole passes at any time; it stops, with a warning, where it cannot.
+    """A `Record` that appends every pass to a file at once; if that fails, it warns and writes no more.
 
     Raises Ds4Error if the file cannot be made.
     """
@@ -80,9 +80,11 @@ class Writer:
 
 @dataclasses.dataclass(frozen=True)
 class Trace:
-    """A file that was read. passes: the rows of each call, and int16 (tokens, layers, used)."""
+    """A file that was read.
 
-    layers: int
+    experts: of a layer. used: of a token. passes: the rows of each call, and int16 (tokens, layers, used).
+    """
+
     experts: int
     used: int
     passes: list[tuple[int, np.ndarray]]
@@ -117,13 +119,16 @@ class Trace:
             at += size
         if not passes:
             raise Ds4Error(f"{path}: found no pass, expected one at least")
-        return cls(cfg.n_layers, cfg.n_experts, cfg.n_experts_used, passes)
+        return cls(cfg.n_experts, cfg.n_experts_used, passes)
 
 
 @dataclasses.dataclass(frozen=True)
 class Replay:
-    """What a trace would have asked of slots. tokens: of passes of few; found, lacked: experts of these. streamed: the
-    experts that passes of many tokens read from host memory; chunks: how many there were."""
+    """What a trace would have asked of slots.
+
+    tokens: of all passes of few tokens; found, lacked: the experts that these found in slots, and did not. chunks: how
+    many passes of many tokens there were; streamed: the experts that these read from host memory.
+    """
 
     tokens: int
     found: int
@@ -133,12 +138,12 @@ class Replay:
 
     @property
     def hit_rate(self) -> float:
-        """Of the passes of few tokens."""
+        """The share of experts that passes of few tokens found in slots."""
         return self.found / max(1, self.found + self.lacked)
 
 
 def replay(trace: Trace, layers: Sequence[tuple[int, ...]], slots: Sequence[int]) -> Replay:
-    """A trace once more: what `model.residency` does, in numpy. layers, slots: of each pool."""
+    """What slots would have found of a trace, by what `model.residency` does, in numpy. layers, slots: of each pool."""
     few = [all(takes_few(rows, trace.used, trace.experts, n) for n in slots) for rows, _ in trace.passes]
     pools = [_replay_pool(trace, of, n) for of, n in zip(layers, slots, strict=True)]
     found, lacked, streamed = map(sum, zip(*pools, strict=True))

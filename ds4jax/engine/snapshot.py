@@ -122,10 +122,10 @@ def rooms(ctx: int) -> list[int]:
 def compile(cache: Cache, parts: Sequence[Cache], tokens: int) -> Cache:
     """Compile `take`, `state` and `put` for pieces of that room; → `cache` (donated) as it was.
 
-    parts: of the cache, from which sequences are taken: itself, or on a mesh those that devices hold.
+    parts: what sequences are taken from: the cache itself, or on a mesh what each device holds of it.
     """
     slot, first, rest, rows = np.int32(0), _first(cache, 0, tokens), {}, {}
-    for part in reversed(parts):
+    for part in reversed(parts):  # the first comes last: slot 0 is put back from there
         state(part, 0)
         rest, rows = jax.device_get((_state(part, slot, False), _rows(part, slot, first, tokens)))
     for _ in range(2):  # where a step left the cache, and where another `put` did: JAX tells them apart
@@ -189,7 +189,7 @@ def _put(cache: Cache, slot: jax.Array, first: dict[str, jax.Array], planes: dic
 
 # ---- leaves ----------------------------------------------------------------------------------------------------------
 def _leaves(cache: Cache) -> list[tuple[str, jax.Array]]:
-    """By name. Experts are no sequence's."""
+    """What a cache has of sequences, by name: all but experts."""
     leaves = jax.tree_util.tree_leaves_with_path(with_experts(cache, None))
     return [(_name(path), x) for path, x in leaves]
 

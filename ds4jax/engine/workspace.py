@@ -29,8 +29,8 @@ SOURCE = f"{CONFIG_DIR.name}/{PATH.name}"
 def predict(programs: CompiledSteps, ctx: int | None = None, batch: int | None = None) -> dict[str, int]:
     """Bytes that each step needs beside weights and cache, with another ctx or batch if given.
 
-    On this machine's card, if the steps are for no other. Empty where the formula does not hold: another shape, other
-    numerics, no kernels, several devices, no card.
+    The card is the one that the steps are for, or else this machine's. Empty where the formula does not hold: another
+    shape, other numerics, no kernels, several devices, no card.
     """
     card, settings, cfg = programs.card or cards.here(), programs.settings, programs.cfg
     like = settings.numerics, settings.dtype, settings.kernels, settings.devices

@@ -293,7 +293,7 @@ def _read_rows(holder: Holder, spec: WeightSpec, rows: Bounds, out) -> None:
 
 
 def _read_tensor(holder: Holder, spec: WeightSpec, nth: int, rows: Bounds, out) -> None:
-    """Rows of the nth tensor of a weight into `out`, the weight's planes on the host. Of no expert nothing is read."""
+    """Rows of the nth tensor of a weight into `out`, its planes on the host. Experts that no file has are left out."""
     name = spec.tensors[nth].name
     file = holder(name)
     info = file.tensors[name]

@@ -38,8 +38,9 @@ HALF_LIFE = 256
 class Pool:
     """Slots for the experts of some layers, see `Kind`.
 
-    experts: `SwiGLU` of matrices (slots, ·, ·). slot: which one holds an expert, -1 if none does. holds: the number of
-    the expert in each slot, layer by layer, -1 if it is empty. layers: the model's layer numbers.
+    experts: `SwiGLU` of matrices (slots, ·, ·). slot: which one holds an expert, -1 if none does. holds: the expert in
+    each slot, numbered through all layers, -1 if it is empty. worth: of each expert, as above. layers: the model's
+    layer numbers.
     """
 
     experts: SwiGLU
@@ -62,8 +63,8 @@ class Residents:
 class Kind:
     """Layers that share a pool: their matrices lie in the same stacks, and so are of the same types.
 
-    All slots together stay as small as a stack, since kernels address them likewise. matrices: the stacks, of gate, up
-    and down.
+    Kernels address all slots together as they address a stack, and there are no more slots than experts in one.
+    matrices: the stacks, of gate, up and down.
     """
 
     layers: tuple[int, ...]
@@ -71,7 +72,7 @@ class Kind:
 
     @property
     def nbytes(self) -> int:
-        """Of one expert."""
+        """Bytes of one expert."""
         return sum(m.nbytes // (m.shape[0] * m.shape[1]) for m in self.matrices)
 
 
@@ -88,7 +89,7 @@ def _families(experts: SwiGLU) -> tuple[Stack, Stack, Stack]:
 
 
 def hosted(spec: WeightSpec) -> bool:
-    """Whether a leaf of `weights.abstract` is one of those in host memory."""
+    """Whether a leaf of `weights.abstract` has routed experts, which belong in host memory."""
     return spec.tensors[0].family.startswith("ffn.experts.")
 
 
@@ -118,18 +119,18 @@ def whole_layer(tree: Weights, cfg: ModelConfig) -> int:
 
 
 def least(tree: Weights, cfg: ModelConfig) -> int:
-    """Bytes of residents with which every layer has room for the experts of a token: what `slots_in` takes at least."""
+    """The fewest bytes that `slots_in` takes: with them every layer has room for the experts of a token."""
     scarce = min(len(kind.layers) for kind in kinds(tree, cfg)) * cfg.n_experts
     return -(-total(tree, cfg) * cfg.n_experts_used // scarce) + _besides(cfg)
 
 
 def _besides(cfg: ModelConfig) -> int:
-    """Bytes at most of what residents have besides the slots' experts."""
+    """Bytes, at most, of all that `Residents` have beside experts: the tables and the counters."""
     return 12 * cfg.n_layers * cfg.n_experts + 12
 
 
 def slots_in(tree: Weights, cfg: ModelConfig, nbytes: int) -> tuple[int, ...]:
-    """How many slots each of `kinds` gets of residents of so many bytes: the same part of its experts, at most all."""
+    """How many slots each of `kinds` gets of so many bytes for residents: the same part of its experts, at most all."""
     part = min(1.0, (nbytes - _besides(cfg)) / total(tree, cfg))
     return tuple(max(1, int(part * len(kind.layers) * cfg.n_experts)) for kind in kinds(tree, cfg))
 
@@ -153,7 +154,7 @@ def abstract(tree: Weights, cfg: ModelConfig, slots: Sequence[int]) -> Residents
 
 
 def fill(of: Residents, host: SwiGLU) -> Residents:
-    """Residents of the shapes `of`: the first experts of every layer, as many of each. Within a larger program."""
+    """Residents of the shapes `of` that hold as many of the first experts of every layer. Within a larger program."""
 
     def pool(p: Pool) -> Pool:
         n_layers, n = p.slot.shape
@@ -173,7 +174,7 @@ def fill(of: Residents, host: SwiGLU) -> Residents:
 
 
 def _copied(host: SwiGLU, layer: int, to: SwiGLU, experts: Array, places: Array, count: Array | int) -> SwiGLU:
-    """Matrices `to` (places, ·, ·) with the first `count` of some experts of a layer, from host memory, in `places`."""
+    """Matrices `to` (slots, ·, ·) after the first `count` of a layer's `experts` were copied to `places` in them."""
 
     def one(i: Array, to: SwiGLU) -> SwiGLU:
         def copy(weight: Weight, matrix: Any) -> Any:
@@ -198,9 +199,9 @@ def takes_few(rows: int, used: int, experts: int, slots: int) -> bool:
 
 
 class Held:
-    """The routed experts of one pass, in place of the weights' own: what it brings in is kept for `residents`.
+    """The routed experts of one pass, in place of the weights' own. What the pass brings in, `residents` gives.
 
-    host: the stacks in host memory.
+    host: the stacks in host memory. before: the residents before the pass.
     """
 
     def __init__(self, host: SwiGLU, before: Residents):
@@ -219,11 +220,11 @@ class Held:
 
 @dataclasses.dataclass
 class LayerHeld:
-    """A layer of `Held`. gate, up, down: the matrices in the slots."""
+    """A layer of `Held`. number: of its pool."""
 
     held: Held
     layer: int
-    number: int  # of its pool
+    number: int
 
     @property
     def _pool(self) -> Pool:
@@ -235,10 +236,10 @@ class LayerHeld:
         return _experts(self._pool.experts)
 
     def bring(self, ids: Int32[Array, "S k"], h: Float[Array, "S E"]) -> tuple[Experts, Int32[Array, "S k"]]:
-        """Have the experts `ids` of the tokens on the device; → matrices, and the tokens' numbers among them.
+        """Bring the tokens' experts `ids` to the device; → matrices, and the experts' numbers among them (S, k).
 
-        ids: -1 where there is no token. h: the experts' input. Nothing is brought before it is there, so that the slots
-        can stay in place: what the layers before read of them has been read.
+        ids: -1 where there is no token. h: the experts' input. Nothing is brought before h is computed: by then the
+        layers before have read what they need of the slots, which may therefore be overwritten in place.
         """
         ids, _ = lax.optimization_barrier((ids, h))
         (S, k), n = ids.shape, self._pool.slot.shape[1]
@@ -250,7 +251,7 @@ class LayerHeld:
         return jnp.zeros((n + 1,), jnp.int32).at[jnp.where(ids < 0, n, ids)].add(1)[:n]
 
     def _used(self, times: Array) -> Array:
-        """What the experts of all layers are worth after this use."""
+        """What the experts of all the pool's layers are worth after this use."""
         pool, now = self._pool, self.held._before.passes.astype(jnp.float32) / HALF_LIFE
         own = pool.layers.index(self.layer)
         before = pool.worth[own]
@@ -258,7 +259,7 @@ class LayerHeld:
         return pool.worth.at[own].set(jnp.where(times > 0, jnp.logaddexp2(before, now + uses), before))
 
     def _whole(self, ids: Array) -> tuple[Experts, Array]:
-        """All experts of the layer that a token goes to, each in its own place; others are any."""
+        """The layer's matrices: every expert that a token goes to at its own number; at other numbers, any."""
         pool, own = self._pool, self._pool.layers.index(self.layer)
         row = pool.slot[own]
         times = self._times(ids, len(row))
@@ -271,7 +272,7 @@ class LayerHeld:
         return _experts(experts), ids
 
     def _into_slots(self, ids: Array) -> tuple[Experts, Array]:
-        """The slots, after those experts that are in none have taken others' places."""
+        """The slots, once the experts that were in none have taken the places of those that are worth least."""
         pool, own = self._pool, self._pool.layers.index(self.layer)
         (n_layers, n), most = pool.slot.shape, min(ids.size, self._pool.slot.shape[1])
         times = self._times(ids, n)

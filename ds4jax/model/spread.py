@@ -48,7 +48,7 @@ def over(f: Callable, mesh: Mesh | AbstractMesh, given: Any, found: Any) -> Call
 
 
 def placed(specs: Sequence[Any], cache: Cache, mesh: Mesh | AbstractMesh) -> Sequence[Any]:
-    """The specs of arrays with one entry for each sequence of a cache: as they are if those are shared out."""
+    """The specs of arrays with one entry for each sequence of a cache: WHOLE, unless the sequences are shared out."""
     if _split(cache, mesh):
         return specs
     return jax.tree.map(lambda _: WHOLE, specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
@@ -62,9 +62,9 @@ def partition(cache: Cache, mesh: Mesh | AbstractMesh) -> Any:
 
 
 def holder(cache: Cache, slot: int, mesh: Mesh | None) -> tuple[Cache, int]:
-    """The part of a cache that one device holds with the sequence in a slot, and its slot there: to read from.
+    """What to read the sequence in a slot from: the part of the cache on a device that has it, and its slot there.
 
-    Were it read from the whole cache, XLA would gather that first.
+    If it were read from the whole cache, XLA would gather that first.
     """
     if mesh is None:
         return cache, slot

@@ -251,7 +251,7 @@ class WeightSpec:
     missing: int = 0
 
     def even(self, mesh: Mesh | AbstractMesh) -> WeightSpec:
-        """The spec with as many experts as a mesh divides evenly; the last ones are none, and no token goes to them."""
+        """The spec with empty experts added, to which no token goes, so that a mesh divides them evenly."""
         if "experts" not in self.axes:
             return self
         in_files = self.shape[self.axes.index("experts")] - self.missing
@@ -430,7 +430,7 @@ def even[Tree: (Weights, Dspark)](tree: Tree, mesh: Mesh | AbstractMesh) -> Tree
 
 
 def partition[Tree: (Weights, Dspark)](w: Tree, cfg: ModelConfig) -> Tree:
-    """Where weights lie, as `shardings` says, of the weights themselves: the same tree of `PartitionSpec`s."""
+    """Where weights lie on a mesh, what `shardings` says, from the weights themselves: a tree of `PartitionSpec`s."""
     tables = [tensor_table(cfg)]
     tables += [mtp_table(cfg, "mtp")] if cfg.n_mtp else []
     tables += [drafter_table(cfg, cfg.drafter)] if cfg.drafter else []

@@ -53,9 +53,9 @@ def experts(
 ) -> Float[Array, "S E"]:
     """h through its experts, in h's dtype.
 
-    ids: -1 where there is no token, or not that expert. plus: added to the sum, float32 at least. packed: h as `route`
-    packs it. The kernels for many tokens multiply in bfloat16, those for up to 32 in 16-bit fixed point; both add up in
-    float32 and in a fixed order. Raises Unsupported.
+    ids: -1 where there is no token, or the expert is on another device. plus: added to the sum, float32 at least.
+    packed: h as `route` packs it. The kernels for many tokens multiply in bfloat16, those for up to 32 in 16-bit fixed
+    point; both add up in float32 and in a fixed order. Raises Unsupported.
     """
     if implementation == "xla":
         return (_formula(h, ids, weight, Experts(*(m.value for m in w)), clamp) + plus).astype(h.dtype)

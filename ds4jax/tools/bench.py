@@ -58,8 +58,8 @@ flags.DEFINE_list(
     "place, 0.83,0.73,…; by default as the model says.", flag_values=FLAGS,
 )  # fmt: skip
 flags.DEFINE_float(
-    "skew", 0.0, "Make some experts popular: one is used as often as its rank to the power of minus this says (Zipf's "
-    "law). For random weights, which use all alike.", 0.0, 4.0, flag_values=FLAGS,
+    "skew", 0.0, "Make some experts popular: that of rank n is used in proportion to 1 / n to this power (Zipf's law). "
+    "For random weights, which use all alike.", 0.0, 4.0, flag_values=FLAGS,
 )  # fmt: skip
 flags.DEFINE_integer("ctx_start", 2048, "The first frontier.", flag_values=FLAGS)
 flags.DEFINE_integer("ctx_max", 28672, "The last frontier.", flag_values=FLAGS)

@@ -315,8 +315,7 @@ def _read_text(path: Path) -> Imatrix:
     chunks = [(tokenizer.bos_id, *chunk) for chunk in itertools.islice(chunks, FLAGS.chunks)]
     if not chunks:
         raise Ds4Error(f"{path}: found no text")
-    shape = settings.tp, settings.ep, settings.dp
-    mesh = sharding.make_mesh(*shape) if settings.devices > 1 else None
+    mesh = sharding.make_mesh(settings.tp, settings.ep, settings.dp) if settings.devices > 1 else None
     cfg, d = checkpoint.cfg, None
     if FLAGS.drafter:
         d, cfg = load_drafter(resolve_model(dataclasses.replace(settings, model=FLAGS.drafter)), checkpoint, mesh)

@@ -24,7 +24,7 @@ flags.DEFINE_integer("ctx", None, "Tokens that one sequence can hold; by default
 flags.DEFINE_integer("batch", None, "Sequences at once; by default the config's.", flag_values=FLAGS)
 flags.DEFINE_integer("prefill_chunk", None, "Tokens per prefill call; by default the config's.", flag_values=FLAGS)
 flags.DEFINE_string(
-    "routing_trace", None, "A file of --trace_routing: how often would its experts be on the device?", flag_values=FLAGS
+    "routing_trace", None, "From --trace_routing: tells how often its experts would be in the GPU.", flag_values=FLAGS
 )
 flags.DEFINE_float(
     "link_gb_s", 50.0, "GB/s from host memory to the GPU that the plan expects.", lower_bound=0.001, flag_values=FLAGS
