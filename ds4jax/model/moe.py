@@ -56,7 +56,10 @@ def moe(
 def _here(
     ids: Int32[Array, "S k"], shared: Float[Array, "S E"], routed: Experts, compute: Compute
 ) -> tuple[Int32[Array, "S k"], Float[Array, "S E"]]:
-    """The ids among the experts of this device, -1 for those of others; and its part of the shared expert, once."""
+    """The ids' numbers among the experts of this device, -1 for those of others; and its part of the shared expert.
+
+    Devices along ep have the same part, which is to be added once: the first one's stays, the others' are 0.
+    """
     mesh = compute.mesh
     if parts(mesh, "experts") == 1:
         return ids, shared

@@ -311,7 +311,7 @@ def attribute(
 
 
 def kernel_times(trace: Path, steps: int) -> dict[str, float]:
-    """Seconds per step of every kernel and copy on the GPU, from what the profiler left in a folder.
+    """Seconds per step of every kernel and copy on the first GPU, from what the profiler left in a folder.
 
     Kernels that run side by side share that time equally, so that all of them take as long as the GPU was busy.
     """
