@@ -38,9 +38,9 @@ def tokens(batch, length, seed=0, cfg=ODD):
     return np.random.default_rng(seed).integers(0, cfg.vocab_size, (batch, length)).astype(np.int32)
 
 
-def run(model, compute, ids, chunk, cfg=ODD, place=None):
+def run(model, compute, ids, chunk, cfg=ODD, empty=kv.empty):
     """Logits (B, S, vocab) of ids (B, S), `chunk` tokens at a time."""
-    cache = (kv.empty if place is None else place)(cfg, compute.numerics, compute.dtype, len(ids), 512)
+    cache = empty(cfg, compute.numerics, compute.dtype, len(ids), 512)
     out, size = [], bucket(chunk, 512)
     for start in range(0, ids.shape[1], chunk):
         part = ids[:, start : start + chunk]
