@@ -122,6 +122,19 @@ def test_skewed_routers_choose_by_zipfs_law():
     assert -1.15 < slope < -0.85 and 0.6 < chosen[rank <= 43].sum() / chosen.sum() < 0.7
 
 
+def test_the_flag_for_skew_replaces_the_routers(small, run, monkeypatch):
+    made = []
+
+    def skewed(route, exponent, seed):
+        assert (exponent, seed) == (1.5, 7)
+        made.append(dataclasses.replace(route))  # the same, so that the runner serves the other tests, too
+        return made[0]
+
+    monkeypatch.setattr(bench, "skewed", skewed)
+    assert run("--skew=1.5", "--seed=7")[0] == 0
+    assert small.weights.route is made[0]
+
+
 def test_frontiers():
     assert bench.frontiers(2048, 28672, 2) == [2048, 4096, 8192, 16384, 28672]
     assert bench.frontiers(2048, 8192, 2) == [2048, 4096, 8192]

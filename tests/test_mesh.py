@@ -225,3 +225,11 @@ def test_a_mesh_shares_out_weights_and_sequences():
         assert a.shape == b.shape and a.sharding.shard_shape(a.shape)[1] == 2
     q_b = jax.tree.leaves(spread.weights.attn.q_b)[0]
     assert q_b.sharding.shard_shape(q_b.shape)[1] == q_b.shape[1] // 2
+
+
+def test_ep_shares_out_experts_alone():
+    settings = Settings("none", ctx=256, ep=4)
+    cut = CompiledSteps(synthetic.Synthetic(CFG, synthetic.RECIPES["q8"]), settings).weights
+    for tree, parts in ((cut.ffn.experts, 4), (cut.ffn.shared, 1), (cut.attn, 1), (cut.head, 1)):
+        for x in jax.tree.leaves(tree):
+            assert np.prod(x.sharding.shard_shape(x.shape)) * parts == np.prod(x.shape)

@@ -27,6 +27,7 @@ from ds4jax.io import published, remote, synthetic
 from ds4jax.io.checkpoint import open_checkpoint
 from ds4jax.settings import Settings, names
 from ds4jax.tools import cli
+from ds4jax.tools import memory as memory_tool
 
 RTX = Settings.load("rtx_pro_6000")
 
@@ -102,6 +103,7 @@ def test_a_trace_tells_how_often_experts_are_there(run, tmp_path):
     assert speeds[1] == pytest.approx(1 / (read / 1792e9 + moved / 25), rel=0.02) and speeds[1] > speeds[0]
     assert status == 0 and "chunks             1  of prompts in the trace: " in out
     path.write_bytes(b"{}" + path.read_bytes())
+    assert memory_tool.FLAGS["link_gb_s"].default == planning.LINK / 1e9
     status, _, err = run("--config=gpu24", f"--routing_trace={path}")
     assert status == 1 and "expected a trace of the model's experts: {'version': 1, 'layers': 43" in err
 

@@ -1,6 +1,7 @@
 """Routed experts in host memory: what is said is the same bit for bit, the slots hold what they should, and no more."""
 
 import dataclasses
+import socket
 import types
 
 import jax
@@ -8,16 +9,18 @@ import numpy as np
 import pytest
 import small
 
-from ds4jax.engine import memory
+from ds4jax.__main__ import main
+from ds4jax.engine import compile_cache, memory, model_runner
 from ds4jax.engine.compiled_steps import CompiledSteps
 from ds4jax.engine.model_runner import ModelRunner
 from ds4jax.engine.routing_trace import Trace, Writer, replay
 from ds4jax.engine.types import Sampling
-from ds4jax.errors import ConfigError
+from ds4jax.errors import ConfigError, Ds4Error
 from ds4jax.io import synthetic
 from ds4jax.io.checkpoint import open_checkpoint
 from ds4jax.model import residency
 from ds4jax.settings import Settings
+from ds4jax.tools import serve
 
 CFG = dataclasses.replace(small.CFG, compress_ratios=(0, 0))  # a layer that routes by id, and one by score
 SETTINGS = Settings("none", ctx=512, batch=2, prefill_chunk=32)
@@ -97,6 +100,52 @@ def test_a_trace_replayed_finds_what_the_run_found(held, tmp_path):
     assert (found.found, found.lacked) == held.brought and found.chunks == 2 and found.streamed > 0
     path.write_bytes(path.read_bytes()[:-1])
     assert len(Trace.read(path, CFG).passes) == len(trace.passes) - 1
+
+
+@pytest.fixture
+def tool(monkeypatch, capsys):
+    """Runs a tool that cannot open its model; → what it says of that."""
+    monkeypatch.setattr(compile_cache, "keep_compilations", lambda: None)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        monkeypatch.setattr(serve, "bind", lambda host, port: listener)
+
+        def call(name, *argv):
+            assert main([name, "--config=tiny", *argv]) == 1
+            return capsys.readouterr().err
+
+        yield call
+
+
+@pytest.mark.parametrize("argv", [("generate", "Hello"), ("serve",)], ids=lambda argv: argv[0])
+def test_the_flag_for_a_trace_gives_the_runner_a_writer(argv, tool, monkeypatch, tmp_path):
+    path, read = tmp_path / "routing.trace", []
+
+    def runner(source, *_, record, **__):
+        ids = np.zeros((source.cfg.n_layers, 3, source.cfg.n_experts_used), np.int32)
+        record(ids)
+        read.extend(Trace.read(path, source.cfg).passes)
+        raise Ds4Error("that is enough")
+
+    monkeypatch.setattr(model_runner, "ModelRunner", runner)
+    assert "that is enough" in tool(*argv, f"--trace_routing={path}") and [rows for rows, _ in read] == [3]
+
+
+def test_what_a_runner_records_its_steps_record(monkeypatch):
+    def record(ids):
+        pass
+
+    for nbytes in (0, memory.plan(CompiledSteps(MODEL, SETTINGS)).total - 10**6):
+        assert memory.steps(MODEL, budget(nbytes), compiled=False, record=record)._record is record
+
+    def steps(*_, record, **__):
+        given.append(record)
+        raise Ds4Error("that is enough")
+
+    given = []
+    monkeypatch.setattr(memory, "steps", steps)
+    with pytest.raises(Ds4Error, match="that is enough"):
+        ModelRunner(MODEL, SETTINGS, record=record)
+    assert given == [record]
 
 
 @pytest.mark.slow
@@ -214,6 +263,11 @@ def test_a_budget_that_is_too_small_is_refused_with_the_plan(compiled):
 def test_what_goes_with_no_budget(changes, message):
     with pytest.raises(ConfigError, match=f"device_budget_gb: .*{message}"):
         dataclasses.replace(SETTINGS, **changes)
+
+
+@pytest.mark.parametrize("argv", [("generate", "Hello"), ("chat",), ("serve",), ("bench",), ("memory",)])
+def test_the_flag_for_a_budget_is_obeyed(argv, tool):
+    assert "device_budget_gb: found 0.00 GiB, expected at least 0." in tool(*argv, "--device_budget_gb=1e-6")
 
 
 def test_an_mtp_head_is_left_in_host_memory_and_drafts_nothing():

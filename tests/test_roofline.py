@@ -200,6 +200,7 @@ def test_a_trace_is_read(tmp_path, monkeypatch):
     gpu = [line("Stream #7(Compute)", ("topk", 1000, 2000), ("topk", 2000, 5000), ("latent", 4800, 5300)),
            line("Stream #8(Compute)", ("router", 4900, 4990)), line("XLA Ops", ("topk", 0, 9))]  # fmt: skip
     planes = [types.SimpleNamespace(name="/device:GPU:0", lines=gpu),
+              types.SimpleNamespace(name="/device:GPU:1", lines=gpu),
               types.SimpleNamespace(name="/host:CPU", lines=[line("Stream", ("python", 0, 5))])]  # fmt: skip
     fake = types.SimpleNamespace(from_file=lambda path: types.SimpleNamespace(planes=planes))
     monkeypatch.setattr(jax.profiler, "ProfileData", fake)
@@ -295,6 +296,7 @@ def test_without_a_gpu_it_counts(capsys, tmp_path):
         (["--room=2000"], "room: found 2000, expected at least 2112"),
         (["--csv=/nowhere/f.csv"], "csv: found /nowhere/f.csv, expected a file in an existing directory"),
         (["--plot=f.png"], "plot: found nothing to show, expected a GPU"),
+        (["--config=gpu24"], "device_budget_gb: found 22, expected 0: all weights are read from the device"),
     ],
 )
 def test_refusals(capsys, flags, problem):

@@ -44,6 +44,7 @@ def test_what_each_machine_needs():
     assert Settings.load("rtx_pro_6000").memory_fraction == 0.95
     assert not Settings.load("spark").preallocate
     assert [Settings.load(name).devices for name in ("h200", "h100x2", "rtx_pro_6000x4")] == [1, 2, 4]
+    assert Settings("tiny", tp=2, ep=3, dp=4).devices == 24
     assert Settings.load("tiny").dtype == "float32"
 
 
@@ -62,6 +63,7 @@ def test_a_path_is_read_and_overrides_win(tmp_path):
         ('model = "tiny"\nctx = 10.0', "ctx: found 10.0, expected a value of type int"),
         ('model = "tiny"\ntp = true', "tp: found True, expected a value of type int"),
         ('model = "tiny"\nctx = 1', "ctx: found 1, expected 2 to 16777216"),
+        ('model = "tiny"\ndp = 0', "dp: found 0, expected 1 to 1024"),
         ('model = "tiny"\nprefill_chunk = 0', "prefill_chunk: found 0, expected 1 to 1048576"),
         ('model = "tiny"\npreallocate = 1', "preallocate: found 1, expected a value of type bool"),
         ('model = "tiny"\nmemory_fraction = 1.5', "memory_fraction: found 1.5, expected a number above 0, at most 1"),
