@@ -200,7 +200,7 @@ def test_a_trace_is_read(tmp_path, monkeypatch):
     gpu = [line("Stream #7(Compute)", ("topk", 1000, 2000), ("topk", 2000, 5000), ("latent", 4800, 5300)),
            line("Stream #8(Compute)", ("router", 4900, 4990)), line("XLA Ops", ("topk", 0, 9))]  # fmt: skip
     planes = [types.SimpleNamespace(name="/device:GPU:0", lines=gpu),
-              types.SimpleNamespace(name="/device:GPU:1", lines=gpu),
+              types.SimpleNamespace(name="/device:GPU:1", lines=[line("Stream #7", ("sum", 0, 9000))]),
               types.SimpleNamespace(name="/host:CPU", lines=[line("Stream", ("python", 0, 5))])]  # fmt: skip
     fake = types.SimpleNamespace(from_file=lambda path: types.SimpleNamespace(planes=planes))
     monkeypatch.setattr(jax.profiler, "ProfileData", fake)
