@@ -99,7 +99,7 @@ def describe(programs: CompiledSteps, trace: Trace | None = None, link: float = 
 
 
 def _speeds(programs: CompiledSteps, found: Plan, trace: Trace | None, link: float) -> list[str]:
-    """Lines of the plan: how many experts of a decoded token are on the device, and how many tokens a second follow.
+    """Lines of the plan: how many experts of a decoded token are on the device, and how fast decoding can then be.
 
     A token takes at least the time to read all its weights from the device's memory, and before that the experts that
     are not there from the host's.
