@@ -346,6 +346,6 @@ def test_a_pipe_is_read_to_its_end():
 def test_flags_that_are_written_of_are_there(path):
     text = path.read_text("utf-8")
     if path.name == "README.md":
-        text = text.partition("## Chat and serve")[2].partition("Coding agents")[0]
+        text = text.partition("## Chat and serve")[2].partition("### Agents")[0]
     written = set(re.findall(r"--([a-z]+_[a-z_]+)", text))
     assert written and written <= set(serve.FLAGS)
