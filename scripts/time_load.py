@@ -3,6 +3,7 @@
     python scripts/time_load.py --folder /dev/shm                    # needs 81 GiB there, and a GPU that holds them
     python scripts/time_load.py --folder /dev/shm --first_token      # and the start of a program to its first token
     python scripts/time_load.py --folder /tmp --layers 1 --config tiny       # 3.4 GiB, anywhere
+    python scripts/time_load.py --folder /tmp --layers 1 --config tiny --checkpoint     # and as a checkpoint, as much again
 
 Writes the file first, if it is not there, as `python -m ds4jax.synthetic` does. Where /dev/shm is too small for it,
 `mount -o remount,size=90g /dev/shm` lets it grow. Host memory is that of the process beyond its start, page-locked
@@ -42,6 +43,7 @@ flags.DEFINE_integer("layers", FULL.n_layers, "Layers of the model.", flag_value
 flags.DEFINE_integer("check", 12, "Number of tensors to compare with the file, chosen at random.", flag_values=FLAGS)
 flags.DEFINE_integer("slab_mib", None, "Another size of `load.SLAB_BYTES`.", flag_values=FLAGS)
 flags.DEFINE_integer("in_flight", None, "Another `load.IN_FLIGHT`.", flag_values=FLAGS)
+flags.DEFINE_bool("checkpoint", False, "Also make a checkpoint of the file, and time its loading.", flag_values=FLAGS)
 flags.DEFINE_bool("first_token", False, "Also time the whole start of a program.", flag_values=FLAGS)
 
 
@@ -62,26 +64,34 @@ def main() -> int:
     import jax  # not before its environment is set, nor while another process needs the device
 
     from ds4jax.io import load
+    from ds4jax.io.checkpoint import open_checkpoint
+    from ds4jax.io.pack import pack
 
+    folder = path.with_suffix("")
+    if FLAGS.checkpoint:
+        start = time.perf_counter()
+        pack(open_checkpoint(path), folder, progress=True)
+        print(f"{folder}: made, or found, in {time.perf_counter() - start:.1f} s", flush=True)
     load.SLAB_BYTES = FLAGS.slab_mib * 2**20 if FLAGS.slab_mib else load.SLAB_BYTES
     load.IN_FLIGHT = FLAGS.in_flight or load.IN_FLIGHT
     device = jax.devices()[0]
     print(f"{device.device_kind}, {os.cpu_count()} cores; {load.IN_FLIGHT} slabs of {load.SLAB_BYTES >> 20} MiB")
     transfer_alone(load.SLAB_BYTES, load.IN_FLIGHT)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    values, checkpoint, nbytes = None, None, 0
-    for _ in range(2):
-        values = None  # the device has no room for two
-        start, cpu = time.perf_counter(), time.process_time()
-        values, checkpoint = load.load(path, progress=True)
-        taken, cpu = time.perf_counter() - start, time.process_time() - cpu
-        nbytes = sum(x.nbytes for x in jax.tree.leaves(values))
-        report("load", nbytes, taken, f", {cpu:.1f} s of CPU")
+    values, nbytes = None, 0
+    for source in [path, folder] if FLAGS.checkpoint else [path]:
+        for _ in range(2):
+            values = None  # the device has no room for two
+            start, cpu = time.perf_counter(), time.process_time()
+            values, _ = load.load(source, progress=True)
+            taken, cpu = time.perf_counter() - start, time.process_time() - cpu
+            nbytes = sum(x.nbytes for x in jax.tree.leaves(values))
+            report(f"load {source.name}", nbytes, taken, f", {cpu:.1f} s of CPU")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
     print(f"host memory at most {peak / GIB:.2f} GiB above the start")
     if stats := device.memory_stats():
         print(f"device memory at most {(stats['peak_bytes_in_use'] - nbytes) / GIB:.2f} GiB above the weights")
-    return check(values, checkpoint)
+    return check(values, open_checkpoint(path))
 
 
 def report(what: str, nbytes: int, seconds: float, more: str = "") -> None:

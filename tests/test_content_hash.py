@@ -7,8 +7,8 @@ import threading
 
 import pytest
 
-from ds4jax.engine import content_hash as module
-from ds4jax.engine.content_hash import Changed, compute, lookup
+from ds4jax.io import content_hash as module
+from ds4jax.io.content_hash import Changed, compute, lookup
 
 
 @pytest.fixture(autouse=True)

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from small import CFG, write
 
 from ds4jax import files
-from ds4jax.engine import content_hash, kv_file
 from ds4jax.engine import fingerprint as module
+from ds4jax.engine import kv_file
 from ds4jax.engine import snapshot as snapshots
 from ds4jax.engine.async_engine import AsyncEngine
 from ds4jax.engine.fingerprint import fingerprint, open_store
@@ -25,7 +25,7 @@ from ds4jax.engine.kv_store import KVStore
 from ds4jax.engine.model_runner import ModelRunner
 from ds4jax.engine.prefix_cache import TAIL, PrefixCache, Snapshot, positions
 from ds4jax.engine.types import ALIGN, Finished, Prefilled, Request, Sampling, Started, Token
-from ds4jax.io import synthetic
+from ds4jax.io import content_hash, synthetic
 from ds4jax.io.checkpoint import open_checkpoint
 from ds4jax.io.tokenizer import byte_tokenizer
 from ds4jax.settings import Settings

@@ -12,11 +12,11 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from ds4jax.engine import content_hash
 from ds4jax.engine.kv_store import KVStore
 from ds4jax.engine.model_runner import ModelRunner
 from ds4jax.engine.snapshot import LAYOUT
 from ds4jax.errors import Ds4Error
+from ds4jax.io import content_hash
 from ds4jax.io.gguf import GGUFFile
 from ds4jax.io.synthetic import Synthetic
 from ds4jax.model.tensors import tensor_table
@@ -32,7 +32,7 @@ def open_store(folder: str | Path, budget_bytes: int, runner: ModelRunner) -> KV
     """
     files, store = _files(runner), KVStore(folder, budget_bytes, fingerprint(runner), None, runner.fits)
     with _unused_if_it_fails(store):
-        hashes = [content_hash.lookup(file.path, file.status) for file in files]
+        hashes = [file.content or content_hash.lookup(file.path, file.status) for file in files]
         if None not in hashes:
             store.begin(" ".join(map(str, hashes)))
         else:
@@ -54,7 +54,8 @@ def _begin_later(store: KVStore, files: list[GGUFFile]) -> None:
     size = sum(file.status.st_size for file in files) / 1e9
     log.warning("%s: prefixes on disk are used once the model's %.1f GB have been read for a hash", store.folder, size)
     with _unused_if_it_fails(store):
-        store.begin(" ".join(content_hash.compute(file.path, file.status, lambda: store.closed) for file in files))
+        hashes = (file.content or content_hash.compute(file.path, file.status, lambda: store.closed) for file in files)
+        store.begin(" ".join(hashes))
         if store.ready:
             log.warning("%s: %d prefixes on disk are in use from now on", store.folder, len(store))
 
@@ -86,6 +87,9 @@ def content(runner: ModelRunner) -> str:
     said = []
     for file in _files(runner):
         status = file.status
+        if file.content:
+            said.append(file.content)
+            continue
         large = status.st_size > content_hash.AT_ONCE
         said.append(f"{status.st_size} {status.st_mtime_ns}" if large else content_hash.compute(file.path, status))
     return ", ".join(said)

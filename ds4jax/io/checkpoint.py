@@ -13,6 +13,7 @@ from ds4jax.config import ARCHITECTURE, DrafterConfig, ModelConfig, other
 from ds4jax.errors import GGUFError, show
 from ds4jax.io import dialect, split
 from ds4jax.io.gguf import TYPES, GGUFFile
+from ds4jax.io.packed import PackedFile
 from ds4jax.model.tensors import Kind, MtpLayout, TensorSpec, mtp_layout, mtp_table, tensor_table
 from ds4jax.profile import sign_of_0731
 
@@ -65,7 +66,7 @@ class Checkpoint:
         """The file that has tensor `name`."""
         return self.mtp_file if self.mtp_file and name in self.mtp_file.tensors else self.file
 
-    def with_mtp(self, path: str | os.PathLike) -> Checkpoint:
+    def with_mtp(self, path: str | os.PathLike | GGUFFile) -> Checkpoint:
         """This main model with the MTP head in a file of its own.
 
         Raises GGUFError as `open_mtp` does, for a second head, or if the main model came without one.
@@ -124,7 +125,10 @@ def _checkpoint(file: GGUFFile, cfg: ModelConfig, table: Sequence[TensorSpec], m
 @contextlib.contextmanager
 def opened(path: str | os.PathLike | GGUFFile) -> Iterator[GGUFFile]:
     """An open file with its tensors' full names. An error in the block closes it, and names it."""
-    file = path if isinstance(path, GGUFFile) else split.open_file(path)
+    if isinstance(path, GGUFFile):
+        file = path
+    else:
+        file = PackedFile.open_folder(path) if os.path.isdir(path) else split.open_file(path)
     try:
         file.tensors = dialect.full_names(file.tensors)
         yield file
@@ -145,8 +149,8 @@ def check_architecture(file: GGUFFile, *expected: str) -> None:
 def open_checkpoint(path: str | os.PathLike | GGUFFile) -> Checkpoint:
     """Opens a main model, with or without an MTP head in the same file, and checks all but the weights' values.
 
-    path: of the file, or of any part of a split one; or an open file. Raises GGUFError naming the key or tensor, what
-    was found and what was expected.
+    path: of the file, of any part of a split one, or of a folder of `ds4jax checkpoint`; or an open file. Raises
+    GGUFError naming the key or tensor, what was found and what was expected.
     """
     with opened(path) as file:
         in_mtp = [name.startswith("mtp.") for name in file.tensors]
@@ -168,7 +172,7 @@ def open_checkpoint(path: str | os.PathLike | GGUFFile) -> Checkpoint:
         return dataclasses.replace(checkpoint, left_out=tuple(sorted(all_tensors.keys() - file.tensors.keys())))
 
 
-def open_mtp(path: str | os.PathLike, cfg: ModelConfig) -> Checkpoint:
+def open_mtp(path: str | os.PathLike | GGUFFile, cfg: ModelConfig) -> Checkpoint:
     """Opens a file that holds only the MTP head of the main model `cfg`, and checks it likewise.
 
     It is ``mtp.0.*``, or llama.cpp's sidecar: one block after the layers of `cfg`, with ``nextn.*``. What the file says

@@ -29,6 +29,7 @@ from ds4jax.formats.quantize import quantize
 from ds4jax.io import gguf, hf, recipes, regguf
 from ds4jax.io.gguf import Layout, TensorData, TensorInfo
 from ds4jax.io.imatrix import Entry, Imatrix
+from ds4jax.io.packed import MANIFEST
 from ds4jax.io.recipes import Recipe, Type
 from ds4jax.model.tensors import TensorSpec
 from ds4jax.terminal import meter
@@ -64,6 +65,10 @@ def convert(
     has no importances, and a bar, on stderr. The same arguments give the same bytes on the same kind of device. Raises
     Ds4Error; all that can be known to be wrong before reading the weights' values is known before anything is written.
     """
+    if (Path(source) / MANIFEST).exists():
+        raise Ds4Error(
+            f"{source}: found a folder of `ds4jax checkpoint`, expected a Hugging Face checkpoint or a GGUF file"
+        )
     sources = (regguf if Path(source).is_file() else hf).open_sources(source, draft)
     outs = [Path(out), Path(draft_out or drafter_path(out))][: len(sources)]
     if draft_out and len(sources) < 2:

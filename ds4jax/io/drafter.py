@@ -31,6 +31,7 @@ from ds4jax.io.checkpoint import (
 )
 from ds4jax.io.download import resolve_model
 from ds4jax.io.gguf import GGUFFile, Typed
+from ds4jax.io.packed import PackedFile
 from ds4jax.model.tensors import drafter_table
 from ds4jax.settings import Settings
 
@@ -78,7 +79,7 @@ _ORIGINS = {
 }
 
 
-def open_drafter(path: str | os.PathLike, main: Checkpoint) -> Drafter:
+def open_drafter(path: str | os.PathLike | GGUFFile, main: Checkpoint) -> Drafter:
     """Opens the drafter of the model `main`, in any dialect, and checks all but the weights' values.
 
     Raises GGUFError naming the key or tensor, what was found and what was expected: another kind of file, such as an
@@ -119,8 +120,13 @@ def open_with_drafter(settings: Settings) -> Checkpoint:
 def with_drafter(main: Checkpoint, draft: str, path: Path | None = None) -> Checkpoint:
     """A model with what drafts for it, as `Settings.draft` says. An MTP head in its own file is there already.
 
-    path: the model's, by default as it was opened. Raises Ds4Error as `open_drafter` and `open_mtp` do.
+    path: the model's, by default as it was opened. A folder of `ds4jax checkpoint` has its drafter, or a head from a
+    file of its own, in it. Raises Ds4Error as `open_drafter` and `open_mtp` do.
     """
+    if draft == "auto" and isinstance(main.file, PackedFile):
+        if "mtp" in main.file.roles:
+            return main.with_mtp(main.file.beside("mtp"))
+        return _drafting(main, main.file.beside("drafter")) if "drafter" in main.file.roles else main
     beside = beside_model(path or Path(main.file.path))
     if draft == "off" or draft == "auto" and not beside.is_file():
         return main
@@ -132,7 +138,12 @@ def with_drafter(main: Checkpoint, draft: str, path: Path | None = None) -> Chec
         file.close()
     if is_mtp and draft != "auto":
         return main.with_mtp(chosen)
-    drafter = open_drafter(chosen, main)
+    return _drafting(main, chosen)
+
+
+def _drafting(main: Checkpoint, file: Path | GGUFFile) -> Checkpoint:
+    """A model with the DSpark drafter in a file."""
+    drafter = open_drafter(file, main)
     return dataclasses.replace(main, cfg=dataclasses.replace(main.cfg, drafter=drafter.cfg), drafter=drafter)
 
 

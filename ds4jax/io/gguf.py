@@ -261,10 +261,11 @@ class GGUFFile:
     parts: the files that it consists of: itself.
     metadata: key → int, float, bool, str, list[str] or, for arrays of numbers, a numpy array of their type.
     tensors: name → TensorInfo, in file order. Who opens a file may replace them, under other names for example.
-    has_data: whether the tensors can be read, too.
+    has_data: whether the tensors can be read, too. content: a hash of all of it, where that is known without reading.
     """
 
     has_data = True
+    content: str | None = None
 
     def __init__(self, path: Path, buf: mmap.mmap, status: os.stat_result):
         header = Header(buf, len(buf))

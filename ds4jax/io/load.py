@@ -1,10 +1,10 @@
-"""Loading: a GGUF file's weights go to the devices slab by slab, never the whole model through host memory.
+"""Loading: a model's weights go from its file to the devices slab by slab, never all of them through host memory.
 
 The tree of `weights.abstract` says what to read and where it goes. Threads read file pages and split them into planes,
-which JAX then copies to the devices. A slab has at most SLAB_BYTES; IN_FLIGHT of them are
-being read, split or transferred at a time, each by one thread and then by JAX. A shard that is larger is allocated
-first, and its slabs are written into it on its device. Once a slab is split, its file pages are given back to the
-system.
+or read the planes of a folder of `ds4jax checkpoint`; JAX then copies them to the devices. A slab has at most
+SLAB_BYTES; IN_FLIGHT of them are being read, split or transferred at a time, each by one thread and then by JAX. A
+shard that is larger is allocated first, and its slabs are written into it on its device. Once a slab is split, its file
+pages are given back to the system.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from ds4jax.io.checkpoint import Checkpoint, Drafter, open_checkpoint
 from ds4jax.io.dialect import without_images_note
 from ds4jax.io.drafter import open_drafter
 from ds4jax.io.gguf import GGUFFile
+from ds4jax.io.packed import PackedFile
 from ds4jax.model import residency, weights
 from ds4jax.model.weights import Dspark, Weights, WeightSpec
 from ds4jax.terminal import meter
@@ -303,6 +304,8 @@ def _read_tensor(holder: Holder, spec: WeightSpec, nth: int, rows: Bounds, out) 
         out = jax.tree.map(lambda plane: plane[: rows[0][1] - first], out)
         if rows[0][1] == first:
             return
+    if isinstance(file, PackedFile):
+        return file.read(name, rows, vars(out) if spec.quantized else {"values": out}, spec.part)
     stride = info.nbytes // info.shape[0]
     span = (rows[0][0] * stride, rows[0][1] * stride) if rows else (0, info.nbytes)
     file.will_need(name, *span)
