@@ -79,7 +79,8 @@ class Model:
     ):
         """Load a model and compile its steps.
 
-        model: a config's name or path (.toml), or a GGUF file (a path, or hf:OWNER/REPO/FILE) to run as `config` says.
+        model: a config's name or path (.toml), or a GGUF file (a path, hf:OWNER/REPO/FILE, or a folder of
+            ``ds4jax checkpoint``) to run as `config` says.
         batch: how many answers at once. settings: keys of a config that replace the file's, ctx=8192 for example.
         """
         if str(model) in names() or str(model).endswith(".toml"):

@@ -34,7 +34,7 @@ class Settings:
     """How to run a model. All keys of a config file; only `model` must be given.
 
     model: ``tiny`` or ``tiny_q2`` (embedded), ``hf:OWNER/REPO/FILE`` (see `io.download`) or the path of a GGUF file
-        (from the current directory).
+        or of a folder of ``ds4jax checkpoint`` (from the current directory).
     ctx: tokens that one sequence can hold, prompt and answer together.
     batch: sequences that a batch job decodes together; each has its own cache of `ctx` tokens.
     max_tokens: the longest answer, unless a request says otherwise.

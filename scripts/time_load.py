@@ -3,7 +3,7 @@
     python scripts/time_load.py --folder /dev/shm                    # needs 81 GiB there, and a GPU that holds them
     python scripts/time_load.py --folder /dev/shm --first_token      # and the start of a program to its first token
     python scripts/time_load.py --folder /tmp --layers 1 --config tiny       # 3.4 GiB, anywhere
-    python scripts/time_load.py --folder /tmp --layers 1 --config tiny --checkpoint     # and as a checkpoint, as much again
+    python scripts/time_load.py --folder /tmp --layers 1 --config tiny --checkpoint      # and as a checkpoint, too
 
 Writes the file first, if it is not there, as `python -m ds4jax.synthetic` does. Where /dev/shm is too small for it,
 `mount -o remount,size=90g /dev/shm` lets it grow. Host memory is that of the process beyond its start, page-locked

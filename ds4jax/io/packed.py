@@ -4,10 +4,11 @@
     headers/NAME      what a GGUF file has before its tensors, byte for byte: metadata, shapes and types
     ROLE/GROUP/       an Orbax checkpoint {tensor: {plane: array}}, which Orbax alone can restore, too
 
-ROLE is model, mtp (a head from a file of its own) or drafter. A group has the tensors of a layer, or the routed
-experts of one kind in a layer. Each expert is a chunk of its own, and a large matrix is cut into some eight, so that a
-device's part is read without the others'. Reading goes through tensorstore, as Orbax itself does; Orbax's own restore
-would give whole tensors, each beside the stack that it belongs to. `io.pack` writes such folders.
+ROLE is model, mtp (a head from a file of its own) or drafter. A group has the tensors of a layer, or one tensor: a
+layer's routed experts of one kind, or one that is in no layer. Each expert is a chunk of its own, and a large matrix is
+cut into some eight, so that a device's part is read without the others'. Reading goes through tensorstore, as Orbax
+itself does; Orbax's own restore would give whole tensors, each beside the stack that it belongs to. `io.pack` writes
+such folders.
 """
 
 from __future__ import annotations
@@ -238,10 +239,13 @@ def open_plane(group: Path, tensor: str, plane: str, context: Any) -> Any:
 
 
 def shared() -> Any:
-    """What planes of unchanging folders share: a cache for the trees that say where chunks are, none for chunks."""
+    """What planes of unchanging folders share: a cache for the trees that say where chunks are, none for chunks.
+
+    Files are mapped, so that a chunk is copied once, from where it lies to where it goes.
+    """
     import tensorstore as ts
 
-    return ts.Context({"cache_pool#ocdbt": {"total_bytes_limit": 100_000_000}})
+    return ts.Context({"cache_pool#ocdbt": {"total_bytes_limit": 100_000_000}, "file_io_mode": {"mode": "memmap"}})
 
 
 def _header(path: Path, size: int) -> Header:

@@ -44,7 +44,7 @@ GROUPS = {
 def define_model(flag_values: flags.FlagValues) -> None:
     """Define --config and --model, which every tool has that runs or reads a model."""
     flags.DEFINE_string("config", "tiny", "Name of a config, or path of a TOML file.", flag_values=flag_values)
-    text = "Instead of the config's model: a GGUF file, or hf:OWNER/REPO/FILE."
+    text = "Instead of the config's model: a GGUF file, hf:OWNER/REPO/FILE, or a folder of ds4jax checkpoint."
     flags.DEFINE_string("model", None, text, flag_values=flag_values)
 
 
