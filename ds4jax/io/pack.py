@@ -163,8 +163,8 @@ def _groups(file: GGUFFile) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for name, info in file.tensors.items():
         layer = re.match(r"(?:blk|mtp)\.\d+(?=\.)", name)
-        alone = not layer or len(info.shape) == 3
-        found.setdefault(name.removesuffix(".weight") if alone else layer[0], []).append(name)
+        group = layer[0] if layer and len(info.shape) < 3 else name.removesuffix(".weight")
+        found.setdefault(group, []).append(name)
     return found
 
 
