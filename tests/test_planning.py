@@ -198,6 +198,11 @@ def test_several_devices_need_not_be_here(run):
     assert status == 0 and 53 < float(rows(out)["weights"][0]) < 54  # half of the wide experts, and what is whole
     assert " ".join(rows(out)["workspace"]) == "? not known without compiling"
     assert " ".join(rows(out)["fits"]) == "yes without the workspace"
+    assert re.search(r"\nlink +a token  0\.96 MB in 87 messages; 86 sums of 8 KiB take 1\.19 ms, by benchmarks/", out)
+    assert re.search(r"\n +a chunk  1,443\.10 MB in 87 messages; 86 sums of 16,384 KiB take 7\.86 ms, by ", out)
+    _, out, _ = run("--config=h200x4")
+    assert "messages; the time of 86 sums of 8 KiB has not been measured\n" in out
+    assert "link" not in rows(run("--config=h200")[1])
 
 
 @pytest.mark.parametrize("change", [{"numerics": "plain", "kernels": "xla"}, {"dtype": "float32"}, {"kernels": "xla"}])

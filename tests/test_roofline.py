@@ -5,7 +5,11 @@ import csv
 import dataclasses
 import functools
 import inspect
+import json
+import re
+import statistics
 import types
+from collections import defaultdict
 from pathlib import Path
 
 import jax
@@ -13,7 +17,7 @@ import jax.numpy as jnp
 import pytest
 from small import CFG
 
-from ds4jax.engine import compiled_steps, model_runner
+from ds4jax.engine import cards, compiled_steps, links, model_runner
 from ds4jax.errors import ConfigError
 from ds4jax.io.synthetic import BASE, FULL, RECIPES, Synthetic
 from ds4jax.model import transformer, weights
@@ -326,3 +330,39 @@ def test_two_devices_share_the_work(full):
     *layers, logits = (w.nbytes for w in two if w.component == "links")
     assert "links" not in alone and layers == [2 * FULL.embed_dim] * 2 * FULL.n_layers
     assert logits == 2 * FULL.vocab_size
+
+
+def test_devices_that_are_not_here_are_counted(capsys):
+    """Of the config's card and mesh."""
+    status, out, err = call(capsys, "--config=h200x2", "--synthetic=full")
+    assert status == 0 and "only bytes and FLOPs, those of H200, nothing is measured" in err
+    assert out.splitlines()[-1].startswith("each device sends 0.96 MB in 87 messages; 86 sums of 8 KiB take 1.19 ms")
+
+
+def test_times_of_sums_are_the_medians_that_were_measured():
+    """Of four runs of what by now is one way."""
+    table = json.loads(links.PATH.read_text())
+    lines = (links.PATH.parent.parent / table["source"]).read_text()
+    found = defaultdict(list)
+    for kib, us in re.findall(r"sum, .*: (\d+) KiB ([\d.]+) us", lines):
+        found[int(kib) * 2**10].append(float(us))
+    assert table["sums"]["H200"]["2"] == [[size, statistics.median(us)] for size, us in sorted(found.items())]
+
+
+def test_times_of_sums_between_those_measured():
+    h200 = cards.find("H200")
+    times = [links.seconds(h200, 2, n) for n in (1, 8192, 12288, 2**24, 2**25)]
+    slope = (91.45 - 19.65) / (2**24 - 2**19)
+    assert times == pytest.approx([13.8e-6, 13.8e-6, 13.375e-6, 91.45e-6, (91.45 + slope * 2**24) * 1e-6])
+    assert links.seconds(h200, 4, 8192) is None and links.seconds(cards.find("H100"), 2, 8192) is None
+
+
+def test_sums_of_data_parallel_groups():
+    """Each has its share of the sequences; experts are added over ep alone, if tp is 1."""
+    settings = Settings.load("h200", ctx=4096, batch=4, ep=2, dp=2)
+    programs = compiled_steps.CompiledSteps(Synthetic(FULL, RECIPES["q2"]), settings, card=cards.find("H200"))
+    (experts,) = links.exchanges(programs, 1, 4)
+    assert (experts.what, experts.devices, experts.nbytes, experts.count) == ("experts", 2, 2 * 4096 * 2, 43)
+    assert "43 sums of 16 KiB" in links.describe(programs, 1, 4)
+    only_dp = compiled_steps.CompiledSteps(programs.source, Settings.load("h200", ctx=4096, dp=2), card=programs.card)
+    assert links.describe(only_dp, 1, 4) == "0.00 MB in 0 messages"

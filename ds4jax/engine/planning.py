@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ds4jax.config import HCA_RATIO
-from ds4jax.engine import cards, memory, workspace
+from ds4jax.engine import cards, links, memory, workspace
 from ds4jax.engine.compiled_steps import CompiledSteps
 from ds4jax.engine.memory import Plan
 from ds4jax.engine.model_runner import open_model, with_drafter
@@ -93,6 +93,12 @@ def describe(programs: CompiledSteps, trace: Trace | None = None, link: float = 
             total = found.total - found.residents + _least(programs, found)
             fits = "yes" if total + more <= limit else "no"
             lines.append(f"drafter    {fits:>9}  {more / 2**30:.2f} GiB more: its weights and its rings")
+    if programs.settings.devices > 1:
+        chunk = programs.settings.prefill_chunk
+        lines += [
+            f"link       {'a token':>9}  {links.describe(programs, 1, 1)}",
+            f"           {'a chunk':>9}  {links.describe(programs, chunk, 1)}",
+        ]
     if found.slots[1]:
         lines += _speeds(programs, found, trace, link)
     return "\n".join(lines)

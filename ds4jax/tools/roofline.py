@@ -151,27 +151,13 @@ def count(programs: CompiledSteps, context: int, tokens: int, sequences: int) ->
     their products are bound by the tensor cores. FLOPs are those of matrix products. On a mesh, "links" has what the
     device sends: for sums, which a ring of the devices makes, and for the logits.
     """
+    from ds4jax.engine import links
     from ds4jax.sharding import parts
 
+    sent = [Work(e.what, "links", e.sent) for e in links.exchanges(programs, tokens, sequences) for _ in range(e.count)]
     if sequences % (dp := parts(programs.compute.mesh, "sequences")) == 0:
         sequences //= dp
-    works = [*_weights(programs, tokens, sequences), *_cache(programs, context, tokens, sequences)]
-    return [*works, *_links(programs, tokens, sequences)]
-
-
-def _links(programs: CompiledSteps, tokens: int, sequences: int) -> Iterable[Work]:
-    import numpy as np
-
-    from ds4jax.sharding import parts
-
-    cfg, mesh = programs.cfg, programs.compute.mesh
-    tp = parts(mesh, "heads")
-    sent = 2 * tokens * sequences * cfg.embed_dim * np.dtype(programs.compute.dtype).itemsize
-    for devices, name in ((tp, "attention"), (parts(mesh, "experts"), "experts")):
-        for _ in range(cfg.n_layers if devices > 1 else 0):
-            yield Work(f"sum of {name}", "links", sent * (devices - 1) / devices)
-    if tp > 1:
-        yield Work("logits", "links", 4.0 * sequences * cfg.vocab_size * (tp - 1) / tp)
+    return [*_weights(programs, tokens, sequences), *_cache(programs, context, tokens, sequences), *sent]
 
 
 def chooses(programs: CompiledSteps) -> bool:
@@ -514,7 +500,7 @@ def main() -> None:
     settings.set_environment()
     import jax
 
-    from ds4jax.engine import compile_cache, memory, model_runner
+    from ds4jax.engine import cards, compile_cache, memory, model_runner
     from ds4jax.engine.compiled_steps import BLOCK
     from ds4jax.tools import limits
 
@@ -525,13 +511,13 @@ def main() -> None:
     settings = dataclasses.replace(settings, ctx=room)
     source, tokens = model_runner.open_model(settings, FLAGS.synthetic), FLAGS.prefill or 1
     if jax.default_backend() != "gpu":
-        print(
-            f"no GPU here, {jax.devices()[0].device_kind}: only bytes and FLOPs, nothing is measured", file=sys.stderr
-        )
+        kind, card = jax.devices()[0].device_kind, None if settings.device == "here" else cards.find(settings.device)
+        of = f", those of {card.name}" if card else ""
+        print(f"no GPU here, {kind}: only bytes and FLOPs{of}, nothing is measured", file=sys.stderr)
         if FLAGS.plot:
             raise ConfigError("plot: found nothing to show, expected a GPU to measure on")
-        found = rows(count(memory.steps(source, settings), context, tokens, FLAGS.batch))
-        _report(found)
+        programs = memory.steps(source, settings, card=card, compiled=False)
+        _report(rows(count(programs, context, tokens, FLAGS.batch)), programs, tokens)
         return
     device = limits.measure()
     print(f"{device.name}: {device.bandwidth / 1e9:.0f} GB/s, {device.rate / 1e12:.1f} TFLOP/s", file=sys.stderr)
@@ -546,7 +532,7 @@ def main() -> None:
     n = tokens * FLAGS.batch
     title = f"{device.name}, {what} after {context} tokens: {n / seconds:.1f} tokens/s, limit {n / found[-1].limit:.1f}"
     print(title)
-    _report(found)
+    _report(found, loaded.steps, tokens)
     unknown = {name: t for name, t in times.items() if set(attribute({name: t}, works, scoped)) == {"rest"}}
     print(
         "longest of the rest: " + ", ".join(f"{name} {t * 1e3:.4f} ms" for name, t in Counter(unknown).most_common(8))
@@ -555,9 +541,13 @@ def main() -> None:
         plot(Path(FLAGS.plot), found, title)
 
 
-def _report(found: list[Row]) -> None:
+def _report(found: list[Row], programs: CompiledSteps, tokens: int) -> None:
+    from ds4jax.engine import links
+
     cells = table(found)
     print(text(cells))
+    if programs.settings.devices > 1:
+        print(f"each device sends {links.describe(programs, tokens, FLAGS.batch)}")
     if FLAGS.csv:
         partial = Path(f"{FLAGS.csv}.{os.getpid()}")
         with open(partial, "w", encoding="utf-8", newline="") as file:
