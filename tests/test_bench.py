@@ -54,7 +54,7 @@ def run(runners, monkeypatch, capsys):
             runners[settings] = RUNNER(model, settings)
         return runners[settings]
 
-    monkeypatch.setattr(engine, "open_model", lambda settings, shape: MODEL)
+    monkeypatch.setattr(engine, "open_model", lambda settings, *_: MODEL)
     monkeypatch.setattr(engine, "ModelRunner", runner)
     monkeypatch.setattr(compile_cache, "keep_compilations", lambda: None)
 

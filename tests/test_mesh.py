@@ -18,7 +18,7 @@ from ds4jax.engine.model_runner import ModelRunner
 from ds4jax.engine.types import Sampling
 from ds4jax.errors import ConfigError
 from ds4jax.io import load, synthetic
-from ds4jax.io.recipes import Type
+from ds4jax.io.recipes import RANDOM_RECIPES, Type
 from ds4jax.model import cache as kv
 from ds4jax.model import support, weights
 from ds4jax.model.compute import Compute
@@ -106,10 +106,12 @@ KERNEL = dataclasses.replace(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shape", [(2, 1, 1), (1, 3, 1), (2, 1, 2)])
-def test_kernels_on_a_mesh(shape):
+@pytest.mark.parametrize(
+    "shape, recipe", [((2, 1, 1), "q2"), ((1, 3, 1), "q2"), ((2, 1, 2), "q2"), ((2, 1, 1), "official")]
+)
+def test_kernels_on_a_mesh(shape, recipe):
     """Up to 32 tokens; 1e-5 to 4e-5 in the median, as of the goldens, see `test_goldens_kernels`."""
-    tree, mesh = weights.abstract(KERNEL, synthetic.RECIPES["q2"]), sharding.make_mesh(*shape)
+    tree, mesh = weights.abstract(KERNEL, RANDOM_RECIPES[recipe]), sharding.make_mesh(*shape)
     one, ids = weights.init_random(tree, KERNEL, seed=5), tokens(2, 3, seed=4, cfg=KERNEL)
     compute = Compute("official", "float32", kernels="pallas_interpret")
     expected = run(one, compute, ids, 1, KERNEL)

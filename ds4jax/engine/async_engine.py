@@ -65,6 +65,7 @@ class AsyncEngine:
         settings: Settings,
         *,
         synthetic: str | None = None,
+        recipe: str = "q2",
         max_seqs: int | None = None,
         kv_dir: str | Path | None = None,
         kv_budget_bytes: int = 16 << 30,
@@ -74,7 +75,7 @@ class AsyncEngine:
         progress: bool = False,
         **limits: Any,
     ) -> Self:
-        """Load the model of `settings`, or a synthetic one (see `model_runner.open_model`), and compile its steps.
+        """Load the model of `settings`, or a synthetic one in the types of a recipe, and compile its steps.
 
         max_seqs: sequences at once, by default the settings' batch. kv_dir: a folder for prefixes, for this engine
         alone, of at most kv_budget_bytes. prefix_budget_bytes: of memory, for prefixes. trace: a file to which a JSON
@@ -92,7 +93,7 @@ class AsyncEngine:
         from ds4jax.engine.routing_trace import Writer
 
         compile_cache.keep_compilations()
-        model, sizes = model_runner.open_model(settings, synthetic), serving_sizes(settings)
+        model, sizes = model_runner.open_model(settings, synthetic, recipe), serving_sizes(settings)
         record = Writer(trace_routing, model.cfg) if trace_routing else None
         # For a GPU every size takes long to compile: it starts with the largest, which serves all prompts.
         first = sizes[-1:] if jax.default_backend() == "gpu" else sizes

@@ -36,7 +36,8 @@ from ds4jax.errors import ConfigError, Ds4Error
 from ds4jax.io.checkpoint import Checkpoint
 from ds4jax.io.drafter import open_with_drafter
 from ds4jax.io.load import load
-from ds4jax.io.synthetic import RECIPES, Synthetic, synthetic_config
+from ds4jax.io.recipes import RANDOM_RECIPES
+from ds4jax.io.synthetic import Synthetic, synthetic_config
 from ds4jax.io.tokenizer import Tokenizer, byte_tokenizer
 from ds4jax.model import cache as kv
 from ds4jax.model import residency, transformer, weights
@@ -100,11 +101,14 @@ class Stats:
         return seconds
 
 
-def open_model(settings: Settings, synthetic: str | None = None) -> Checkpoint | Synthetic:
-    """The model file of `settings`, or one of `synthetic.SHAPES` in the published q2 file's types. Raises Ds4Error."""
+def open_model(settings: Settings, synthetic: str | None = None, recipe: str = "q2") -> Checkpoint | Synthetic:
+    """The model file of `settings`, or one of `synthetic.SHAPES` in the types of a recipe. Raises Ds4Error.
+
+    recipe: one of `recipes.RANDOM_RECIPES`.
+    """
     if synthetic is None:
         return open_with_drafter(settings)
-    return with_drafter(Synthetic(synthetic_config(synthetic), RECIPES["q2"]), settings)
+    return with_drafter(Synthetic(synthetic_config(synthetic), RANDOM_RECIPES[recipe]), settings)
 
 
 def with_drafter(model: Synthetic, settings: Settings) -> Synthetic:

@@ -28,23 +28,28 @@ LINK = 50e9
 Source = Checkpoint | Synthetic
 
 
-def shapes(settings: Settings, synthetic: str | None = None, from_server: bool | None = False) -> tuple[Source, str]:
+def shapes(
+    settings: Settings, synthetic: str | None = None, from_server: bool | None = False, recipe: str = "q2"
+) -> tuple[Source, str]:
     """The tensors' shapes and types, drafter included, and a line that says where they are from.
 
     They are from the file on this machine; if it is not there, from what is known of it (`io.published`). Of a model
     that is named by an address, they are from the header of the file on its server.
-    from_server: so they are of one named hf:OWNER/REPO/FILE; None: only if nothing else tells. Raises Ds4Error.
+    from_server: so they are of one named hf:OWNER/REPO/FILE; None: only if nothing else tells. recipe: of a synthetic
+    model, see `open_model`. Raises Ds4Error.
     """
-    source, origin = _shapes(settings, synthetic, from_server)
+    source, origin = _shapes(settings, synthetic, from_server, recipe)
     if isinstance(source, Synthetic):
         drafts = synthetic or settings.draft != "auto" or _takes_drafter(source, settings)
         return with_drafter(source, settings) if drafts else source, origin
     return checkpoint_with_drafter(source, settings.draft), origin
 
 
-def _shapes(settings: Settings, synthetic: str | None, from_server: bool | None) -> tuple[Source, str]:
+def _shapes(
+    settings: Settings, synthetic: str | None, from_server: bool | None, recipe: str = "q2"
+) -> tuple[Source, str]:
     if synthetic:
-        return open_model(settings, synthetic), f"shapes: {synthetic}, in the q2 file's types"
+        return open_model(settings, synthetic, recipe), f"shapes: {synthetic}, in the types of {recipe}"
     if remote.is_url(settings.model):
         return open_checkpoint(remote.open_url(settings.model)), f"shapes: the header of {settings.model}"
     if from_server:

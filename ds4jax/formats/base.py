@@ -11,14 +11,14 @@ from __future__ import annotations
 import math
 from typing import Any, ClassVar, Self
 
-import gguf
 import jax
 import jax.numpy as jnp
 import numpy as np
-from gguf import GGMLQuantizationType as GGMLType
 from jax import lax
 
+from ds4jax.unfiled import sizes
 from pallas_kernels import formats as kernels
+from pallas_kernels.numerics.scale import BIAS
 
 Array = jax.Array
 
@@ -26,14 +26,14 @@ Array = jax.Array
 class Quantized:
     """Base of all formats. A value has logical `shape` (..., out, in) and logical dtype float32.
 
-    ggml_type: the file's type. block: weights per block. block_bytes: bytes per block in the file.
+    ggml_type: the file's type, or one that no file has. block: weights per block. block_bytes: their bytes in the file.
     planes: name → (dtype, bytes per block); the order is the order of the pytree leaves.
     largest: the largest magnitude of a weight for which every scale fits the file.
     stored: the format that files hold, of one that is made of it by `repack`, with the same weights; or None.
     for_matmul, for_experts, for_grouped_gemm: what these kernels need, None if the format is not for them.
     """
 
-    ggml_type: ClassVar[GGMLType]
+    ggml_type: ClassVar[Any]  # GGMLQuantizationType or Unfiled
     block: ClassVar[int]
     block_bytes: ClassVar[int]
     planes: ClassVar[dict[str, tuple[Any, int]]]
@@ -46,7 +46,7 @@ class Quantized:
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         if "planes" in cls.__dict__:
-            cls.block, cls.block_bytes = gguf.GGML_QUANT_SIZES[cls.ggml_type]
+            cls.block, cls.block_bytes = sizes(cls.ggml_type)
             cls.planes = {name: (np.dtype(dtype), nbytes) for name, (dtype, nbytes) in cls.planes.items()}
 
     # ---- what a format defines -------------------------------------------------------------------------------------
@@ -221,6 +221,14 @@ def random_bits(key: Array, shape: tuple[int, ...], dtype) -> Array:
 def random_scales(key: Array, shape: tuple[int, ...], rms: float) -> Array:
     """float32 scales of root mean square `rms`, no two alike: uniform between a half and three halves of one value."""
     return jax.random.uniform(key, shape, jnp.float32, 0.5, 1.5) * (rms / math.sqrt(13 / 12))
+
+
+def random_exponents(key: Array, shape: tuple[int, ...], rms: float) -> Array:
+    """uint8, biased by 127: of two neighbouring powers of two, each as often as makes their mean square rms²."""
+    mantissa, exponent = math.frexp(rms)
+    # rms² = 4^(exponent − 1) · (1 − p) + 4^exponent · p
+    larger = jax.random.bernoulli(key, (4 * mantissa**2 - 1) / 3, shape)
+    return jnp.where(larger, BIAS + exponent, BIAS - 1 + exponent).astype(jnp.uint8)
 
 
 def mean_square(levels: int) -> float:

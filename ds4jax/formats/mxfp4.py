@@ -12,7 +12,7 @@ from flax import struct
 from gguf import GGMLQuantizationType as GGMLType
 from jax import lax
 
-from ds4jax.formats.base import Quantized, random_bits, unpack, words_of
+from ds4jax.formats.base import Quantized, random_bits, random_exponents, unpack, words_of
 from ds4jax.formats.search import INVERTIBLE, error_weights, normalized, search
 from pallas_kernels.formats import runs
 from pallas_kernels.formats.dots import OneScale, signed_bytes
@@ -115,13 +115,9 @@ class MXFP4(Quantized):
 
     @classmethod
     def random(cls, key, shape, std):
-        """Of two neighbouring exponents, each as often as makes the mean square of the weights std²."""
         of_e, of_q = jax.random.split(key)
         shapes = cls.plane_shapes(shape)
-        mantissa, exponent = math.frexp(std / math.sqrt(np.mean(np.square(e2m1.VALUES))))
-        # (std / rms of the codes)² = 4^(exponent − 1) · (1 − p) + 4^exponent · p
-        larger = jax.random.bernoulli(of_e, (4 * mantissa**2 - 1) / 3, shapes["e"])
-        e = jnp.where(larger, 127 + exponent, 126 + exponent).astype(jnp.uint8)
+        e = random_exponents(of_e, shapes["e"], std / math.sqrt(np.mean(np.square(e2m1.VALUES))))
         return cls(e=e, q=random_bits(of_q, shapes["q"], np.uint32))
 
     @staticmethod

@@ -11,6 +11,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from ds4jax.errors import ConfigError
 from ds4jax.model.tensors import TensorSpec
+from ds4jax.unfiled import AnyType, Unfiled, sizes
 
 Type = GGMLQuantizationType
 Recipe = Callable[[TensorSpec], Type]
@@ -19,9 +20,9 @@ Recipe = Callable[[TensorSpec], Type]
 MATRIX_TYPES = (Type.F32, Type.F16, Type.BF16, Type.Q8_0, Type.Q4_K, Type.Q2_K, Type.IQ2_XXS, Type.MXFP4)
 
 
-def fits(spec: TensorSpec, qtype: Type) -> bool:
+def fits(spec: TensorSpec, qtype: AnyType) -> bool:
     """Whether the rows of a tensor are whole blocks of a type."""
-    return spec.shape[-1] % GGML_QUANT_SIZES[qtype][0] == 0
+    return spec.shape[-1] % sizes(qtype)[0] == 0
 
 
 _Q2, _Q4, _MXFP4 = (Type.IQ2_XXS, Type.Q2_K), (Type.Q4_K, Type.Q4_K), (Type.MXFP4, Type.MXFP4)
@@ -58,6 +59,28 @@ RECIPES: dict[str, Recipe] = {
     "q4": _published(_Q4, _Q4),
     "mxfp4": _published(_MXFP4, _MXFP4, mtp=_MXFP4),
 }
+
+
+_E4M3 = ("attn.q_a", "attn.q_b", "attn.kv", "attn.o_a", "attn.o_b")
+
+
+def _official(spec: TensorSpec) -> AnyType:
+    """The types of DeepSeek's own checkpoint: MXFP4 experts, E4M3 in attention and in the shared expert, else BF16.
+
+    Matrices of the streams are F32 there.
+    """
+    if spec.role.startswith("ffn.experts."):
+        return Type.MXFP4
+    if spec.role in _E4M3 or spec.role.startswith("ffn.shared."):
+        return Unfiled.E4M3
+    return Type.F32 if ".hc." in spec.role else Type.BF16
+
+
+RANDOM_RECIPES: dict[str, Callable[[TensorSpec], AnyType]] = {
+    **{name: RECIPES[name] for name in ("q2", "q2-q4", "q4", "mxfp4")},
+    "official": _official,
+}
+"""Those of the published files, and of the checkpoint that they were made from, which no file can have."""
 
 
 def parse_types(pairs: Iterable[str]) -> dict[str, Type]:

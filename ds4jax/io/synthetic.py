@@ -29,6 +29,7 @@ from ds4jax.io.recipes import MATRIX_TYPES, Recipe, Type, fits
 from ds4jax.io.tokenizer import byte_tokenizer
 from ds4jax.model.tensors import TensorSpec, model_table
 from ds4jax.terminal import meter
+from ds4jax.unfiled import AnyType, Unfiled
 
 # DeepSeek-V4-Flash. Of this size, weights are made on a device, see `Synthetic`, or repeat themselves.
 FULL = ModelConfig(
@@ -122,15 +123,15 @@ class Synthetic:
     """
 
     cfg: ModelConfig
-    recipe: Recipe
+    recipe: Callable[[TensorSpec], AnyType]
     seed: int = 0
 
-    def types(self, spec: TensorSpec) -> Type:
+    def types(self, spec: TensorSpec) -> AnyType:
         """The type that a tensor is stored in."""
         return storage_type(spec, self.recipe)
 
     @property
-    def drafter_types(self) -> Callable[[TensorSpec], Type] | None:
+    def drafter_types(self) -> Callable[[TensorSpec], AnyType] | None:
         """`types`, if there is a drafter."""
         return self.types if self.cfg.drafter else None
 
@@ -171,7 +172,7 @@ def _mixed_experts(spec: TensorSpec) -> Type:
 RECIPES: dict[str, Recipe] = {**recipes.RECIPES, "mixed": _mixed, "mixed_experts": _mixed_experts}
 
 
-def storage_type(spec: TensorSpec, types: Recipe) -> Type:
+def storage_type[T: AnyType](spec: TensorSpec, types: Callable[[TensorSpec], T]) -> T | Type:
     """The type `spec` is stored in: `types` decides for matrices; F16 where a row is not a whole number of blocks."""
     if spec.kind != "matrix":
         return Type.F32 if spec.kind == "vector" else Type.I32
@@ -339,6 +340,8 @@ def write_repeating(path: str | Path, model: Synthetic, progress: bool = False) 
     counting, tensors = threading.Lock(), []
     for spec in model_table(cfg):
         qtype = model.types(spec)
+        if isinstance(qtype, Unfiled):
+            raise ConfigError(f"recipe: found {qtype.name} for {spec.name}, expected types that GGUF files have")
         tensors.append((spec.name, TensorData(spec.shape, qtype, functools.partial(pieces, spec, qtype))))
     about = {"general.name": "random weights", "general.quantization_version": 2}
     metadata = {**cfg.to_metadata(), **about, **byte_tokenizer(cfg.vocab_size).to_metadata()}

@@ -23,9 +23,10 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from ds4jax import sharding
 from ds4jax.config import ModelConfig
 from ds4jax.errors import ConfigError, GGUFError
-from ds4jax.formats import FORMATS, WIDE, Quantized
+from ds4jax.formats import FORMATS, UNFILED, WIDE, Quantized
 from ds4jax.model.tensors import TensorSpec, drafter_table, mtp_layout, mtp_table, tensor_table
 from ds4jax.ops.weight import Weight, single
+from ds4jax.unfiled import AnyType
 
 Leaf = Any  # Stack of Quantized or Array; after `.at(layer)`, Weight; in `abstract`, WeightSpec
 
@@ -333,7 +334,7 @@ def _format_name(fmt: type[Quantized] | np.dtype) -> str:
     return fmt.name if isinstance(fmt, np.dtype) else fmt.ggml_type.name
 
 
-Types = Mapping[str, GGMLType] | Callable[[TensorSpec], GGMLType]
+Types = Mapping[str, GGMLType] | Callable[[TensorSpec], AnyType]
 
 
 def abstract(cfg: ModelConfig, types: Types, drafter: Types | None = None, wide: bool = False) -> Weights:
@@ -376,7 +377,7 @@ def _build(cls: type, prefix: str, families: dict[str, list[TensorSpec]], types:
     def fmt(spec: TensorSpec) -> type[Quantized] | np.dtype:
         if spec.kind != "matrix":
             return np.dtype(np.float32 if spec.kind == "vector" else np.int32)
-        found = FORMATS[types(spec) if callable(types) else types[spec.name]]
+        found = (FORMATS | UNFILED)[types(spec) if callable(types) else types[spec.name]]
         return WIDE.get(found, found) if wide and spec.family.startswith("ffn.experts.") else found
 
     def group(specs: list[TensorSpec]) -> WeightSpec:

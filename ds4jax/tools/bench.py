@@ -136,7 +136,7 @@ def main() -> None:
     start = time.perf_counter()
     prefills = () if FLAGS.fill else chunks(points, settings.prefill_chunk)
     sizes = chunk_sizes(prefills, settings.prefill_chunk)
-    source = model_runner.open_model(settings, FLAGS.synthetic)
+    source = model_runner.open_model(settings, FLAGS.synthetic, FLAGS.recipe)
     forced: dict[str, Any] = {"acceptance": acceptance} if acceptance else {}
     loaded = model_runner.ModelRunner(source, settings, progress=True, sizes=sizes, **forced)
     if FLAGS.skew:

@@ -33,7 +33,7 @@ DRAFTS = ("draft", "draft_tokens")
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed")
 """The flags of `define_sampling`: parameters of `engine.types.Sampling`."""
 GROUPS = {
-    "Model": ("config", "model", "profile", "synthetic", "device"),
+    "Model": ("config", "model", "profile", "synthetic", "recipe", "device"),
     "Answers": ("think", "max_tokens", "ctx", "system"),
     "Sampling": SAMPLING,
     "Computation": ("numerics", "kernels", "device_budget_gb", *DRAFTS),
@@ -120,10 +120,13 @@ def define_seed(flag_values: flags.FlagValues, default: int | None = None) -> No
 
 
 def define_synthetic(flag_values: flags.FlagValues) -> None:
-    """Define --synthetic, for tools whose model need not be a file."""
+    """Define --synthetic and --recipe, for tools whose model need not be a file."""
+    from ds4jax.io.recipes import RANDOM_RECIPES
     from ds4jax.io.synthetic import SHAPES
 
-    text = "Instead of a model file: random weights of this shape, in the q2 file's types; full is DeepSeek-V4-Flash."
+    text = "The types of --synthetic's matrices: a published file's, or official: MXFP4 experts, most else E4M3."
+    flags.DEFINE_enum("recipe", "q2", list(RANDOM_RECIPES), text, flag_values=flag_values)
+    text = "Instead of a model file: random weights of this shape; full is DeepSeek-V4-Flash."
     flags.DEFINE_enum("synthetic", None, list(SHAPES), text, flag_values=flag_values)
 
 

@@ -44,7 +44,7 @@ def main() -> int:
     from ds4jax.engine import compile_cache, memory, planning
     from ds4jax.engine.routing_trace import Trace
 
-    source, origin = planning.shapes(settings, FLAGS.synthetic, FLAGS.remote)
+    source, origin = planning.shapes(settings, FLAGS.synthetic, FLAGS.remote, FLAGS.recipe)
     print(origin, flush=True)
     if settings.device == "here":
         compile_cache.keep_compilations()

@@ -509,7 +509,7 @@ def main() -> None:
     if room < need:
         raise ConfigError(f"room: found {room}, expected at least {need}")
     settings = dataclasses.replace(settings, ctx=room)
-    source, tokens = model_runner.open_model(settings, FLAGS.synthetic), FLAGS.prefill or 1
+    source, tokens = model_runner.open_model(settings, FLAGS.synthetic, FLAGS.recipe), FLAGS.prefill or 1
     if jax.default_backend() != "gpu":
         kind, card = jax.devices()[0].device_kind, None if settings.device == "here" else cards.find(settings.device)
         of = f", those of {card.name}" if card else ""

@@ -144,6 +144,7 @@ def main() -> int:
     engine = AsyncEngine.open(
         settings,
         synthetic=FLAGS.synthetic,
+        recipe=FLAGS.recipe,
         max_seqs=FLAGS.max_seqs,
         kv_dir=FLAGS.kv_dir,
         kv_budget_bytes=prefixes,
