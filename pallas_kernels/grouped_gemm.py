@@ -419,27 +419,46 @@ def down(
 
 
 def experts(
-    x: Array, ids: Array, weight: Array, gate: Planes, up: Planes, down_: Planes, *, fmts: tuple[str, str],
-    clamp: float, n_experts: int | None = None, first: tuple[int, int] = (0, 0),
+    x: Array, ids: Array, weight: Array, gate: Planes, up: Planes, down_: Planes, *, fmts: tuple[str, str, str],
+    clamp: float, n_experts: int | None = None, first: tuple[int, int, int] = (0, 0, 0),
     config: common.Choice[Config, Shape] | None = None, interpret: bool = False,
 ) -> Array:  # fmt: skip
     """Σ over the slots of weight · expert(x), bfloat16 (S, E).
 
     x: bfloat16 (S, E). ids: int32 (S, slots); an expert outside 0 … n_experts - 1 adds nothing. weight: float32
-    (S, slots). fmts: of gate and up, and of down. n_experts, first: of the planes' matrices (by default all of
-    them), and which is the first, again of gate and up, and of down.
+    (S, slots). fmts: of gate, up and down. n_experts, first: of the planes' matrices (by default all of them), and
+    which is the first of each. Where gate and up differ in these, each has a kernel of its own, and the rest is XLA's.
     """
     n_experts, n = n_experts or gate[0].shape[0], gate[0].shape[1]
     (s, k), slots = x.shape, ids.shape[1]
-    shapes = Shape("gate_up", s, n, k, fmts[0], n_experts, slots), Shape("down", s, k, n, fmts[1], n_experts, slots)
-    configs: list[Config] = [common.choose(config or default_config, shape) for shape in shapes]
+
+    def choose(kind: Kind, n: int, k: int, fmt: str) -> Config:
+        return common.choose(config or default_config, Shape(kind, s, n, k, fmt, n_experts, slots))
+
     routing = route(ids, n_experts)
-    columns = arrange(jnp.arange(n, dtype=jnp.int32), fmts[1])  # as `down` wants them
-    h = gate_up(
-        x, weight, routing, gate, up, fmt=fmts[0], clamp=clamp, columns=columns, dtype=_tiles(fmts[1]).dtype,
-        first=first[0], config=configs[0], interpret=interpret,
-    )  # fmt: skip
-    return down(h, ids, routing, down_, fmt=fmts[1], first=first[1], config=configs[1], interpret=interpret)
+    columns = arrange(jnp.arange(n, dtype=jnp.int32), fmts[2])  # as `down` wants them
+    dtype = _tiles(fmts[2]).dtype
+    if (fmts[0], first[0]) == (fmts[1], first[1]):
+        h = gate_up(
+            x, weight, routing, gate, up, fmt=fmts[0], clamp=clamp, columns=columns, dtype=dtype, first=first[0],
+            config=choose("gate_up", n, k, fmts[0]), interpret=interpret,
+        )  # fmt: skip
+    else:
+        places = jnp.arange(ids.size, dtype=jnp.int32)
+        made = []
+        for planes, fmt, at in zip((gate, up), fmts, first, strict=False):
+            tile = choose("down", n, k, fmt)  # of one matrix, too
+            tiles = tile_map(routing.counts, ids.size, tile.bm, at)
+            made.append(
+                _multiply(
+                    _operand(x, fmt), tiles, routing.order // slots, places, (planes,), fmt, columns=columns,
+                    dtype=jnp.float32, config=tile, interpret=interpret,
+                )
+            )  # fmt: skip
+        h = (swiglu(made[0], made[1], clamp) * weight.reshape(-1)[routing.order][:, None]).astype(dtype)
+    return down(
+        h, ids, routing, down_, fmt=fmts[2], first=first[2], config=choose("down", k, n, fmts[2]), interpret=interpret
+    )
 
 
 def linear(

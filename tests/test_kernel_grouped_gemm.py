@@ -132,7 +132,7 @@ def test_experts_are_the_models():
     weight = weight * 3
     first = 3  # of the eight experts that ids mean, the planes hold 3 to 7
     ids = ids + jnp.arange(40, dtype=jnp.int32)[:, None] % 4
-    fmts = "IQ2_XXS", "Q2_K"
+    fmts = "IQ2_XXS", "IQ2_XXS", "Q2_K"
     out = gg.experts(x, ids - first, weight, gate, up, down, fmts=fmts, clamp=1.5, config=CONFIG, interpret=True)
     held = jnp.where((ids >= first) & (ids < 8), ids - first, -1)
     expected = in_xla(x, held, weight, gate, up, down, 1.5)
@@ -258,7 +258,7 @@ def test_layer_of_experts_on_the_gpu():
     shape = SHAPES["gate_up_iq2_xxs_2048"]
     x, ids, weight, gate, up = jax.jit(shape.inputs)(jax.random.key(0))
     _, _, down = jax.jit(SHAPES["down_q2_k_2048"].inputs)(jax.random.key(1))
-    run = jax.jit(functools.partial(gg.experts, fmts=("IQ2_XXS", "Q2_K"), clamp=10.0))
+    run = jax.jit(functools.partial(gg.experts, fmts=("IQ2_XXS", "IQ2_XXS", "Q2_K"), clamp=10.0))
     out = run(x, ids, weight, gate, up, down)
     expected = jax.jit(functools.partial(in_xla, clamp=10.0))(x, ids, weight, gate, up, down)
     # Three roundings of weights, and of h, of each pair's result and of the sum.

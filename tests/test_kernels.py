@@ -222,9 +222,9 @@ def test_prefill_lowers_for_gpus():
 
 
 # ---- formats that kernels read and nothing writes --------------------------------------------------------------------
-ROLES = [  # gate and up have one format
+ROLES = [
     *(f"attn.{name}" for name in ("q_a", "q_b", "kv", "o_a", "o_b")), "ffn.shared.down", "ffn.experts.down",
-    "ffn.shared.gate ffn.shared.up", "ffn.experts.gate ffn.experts.up", "head.out",
+    "ffn.shared.gate ffn.shared.up", "ffn.experts.gate", "ffn.experts.up", "head.out",
 ]  # fmt: skip
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ds4jax.formats import F16, Q8_0
+from ds4jax.formats import F16, MXFP4, Q8_0, Quantized
 from ds4jax.implementation import OPS
 from ds4jax.numerics.rows import Fp4Row, Fp8Row
 from ds4jax.ops import attend, compress, experts, index, latent, linear, mhc, ring, rope, route, topk
@@ -192,9 +192,10 @@ def routing(r, implementation, by_token):
     return {"ids": found.ids, "weight": found.weight[ints(0, 1, 3, 4)]}
 
 
-def through_experts(r, implementation, S):
-    """One row is no token. Activations of about 2, so that the clamp is met."""
-    w = experts.Experts(*(r.matrix(Q8_0, EXPERTS, E, E) for _ in range(3)))
+def through_experts(r, implementation, S, up: type[Quantized] = Q8_0, up_nth=0):
+    """One row is no token. Activations of about 2, so that the clamp is met. up, up_nth: type and layer of up."""
+    w = experts.Experts(*(r.matrix(fmt, EXPERTS, E, E) for fmt in (Q8_0, up, Q8_0)))
+    w = w._replace(up=w.up._replace(nth=up_nth))
     h, plus, k = 2 * r.normal(S, E).astype(jnp.bfloat16).astype(jnp.float32), r.normal(S, E) / 8, 3
     logits, bias, real = (
         r.normal(S, EXPERTS),
@@ -202,7 +203,8 @@ def through_experts(r, implementation, S):
         (jnp.arange(S) != 1).astype(jnp.int32),
     )
     fmt = experts.packs(S, w, implementation)
-    assert (fmt is None) == (S > 32 or implementation == "xla")
+    apart = up is not Q8_0 or up_nth > 0
+    assert (fmt is None) == (S > 32 or implementation == "xla" or apart)
     ids, weight, packed = route.route(
         logits, bias, None, real, k=k, norm=True, scale=1.5, pack=None if fmt is None else (h, fmt),
         implementation="xla" if fmt is None else implementation,
@@ -272,6 +274,9 @@ CASES = {
     "experts": Case("experts", functools.partial(through_experts, S=3), FIXED),
     "experts, one token": Case("experts", functools.partial(through_experts, S=1), FIXED),
     "experts, many tokens": Case("experts", functools.partial(through_experts, S=40), THREE),
+    "experts, two types": Case("experts", functools.partial(through_experts, S=1, up=MXFP4), FIXED),
+    "experts, two layers of stacks": Case("experts", functools.partial(through_experts, S=12, up_nth=1), FIXED),
+    "experts, many tokens, two types": Case("experts", functools.partial(through_experts, S=40, up=MXFP4), THREE),
 }  # fmt: skip
 
 

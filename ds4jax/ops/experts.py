@@ -21,7 +21,6 @@ from ds4jax.ops.linear import layers, swiglu
 from ds4jax.ops.weight import Weight
 from pallas_kernels import experts as few
 from pallas_kernels import grouped_gemm
-from pallas_kernels.common import Unsupported
 
 # With more activations than this, experts are taken one after the other.
 DENSE_BYTES = 2**28
@@ -37,7 +36,13 @@ class Experts(NamedTuple):
 
 def packs(tokens: int, experts: Experts, implementation: Implementation) -> str | None:
     """The format that `experts` wants the activations packed for, or None: it takes them as they are."""
-    return experts.gate.format if implementation != "xla" and tokens <= few.MAX_TOKENS else None
+    packed = implementation != "xla" and tokens <= few.MAX_TOKENS and not _apart(experts)
+    return experts.gate.format if packed else None
+
+
+def _apart(w: Experts) -> bool:
+    """Whether gate and up have a kernel each: they are of different types, or in stacks of different layers."""
+    return (w.gate.format, w.gate.nth) != (w.up.format, w.up.nth)
 
 
 def experts(
@@ -59,29 +64,34 @@ def experts(
     """
     if implementation == "xla":
         return (_formula(h, ids, weight, Experts(*(m.value for m in w)), clamp) + plus).astype(h.dtype)
-    gate, up, down = w
-    if (gate.format, gate.nth) != (up.format, up.nth):
-        found = " and ".join(f"{m.format}, number {m.nth} of its layers" for m in (gate, up))
-        raise Unsupported(f"experts' gate and up: found {found}, expected the same type for both in every layer")
-    interpret, n = implementation == "pallas_interpret", gate.planes[0].shape[1]
+    interpret, n = implementation == "pallas_interpret", w.gate.planes[0].shape[1]
     # A stack of layers of experts is a longer list of experts.
-    flat = [tuple(p.reshape(-1, *p.shape[2:]) for p in m.planes) for m in w]
-    first = gate.nth * n, down.nth * n
+    gate, up, down = flat = [tuple(p.reshape(-1, *p.shape[2:]) for p in m.planes) for m in w]
+    fmts, first = (w.gate.format, w.up.format, w.down.format), (w.gate.nth * n, w.up.nth * n, w.down.nth * n)
     if len(h) > few.MAX_TOKENS:
         routed = grouped_gemm.experts(
-            h.astype(jnp.bfloat16), ids, weight, *flat, fmts=(gate.format, down.format), clamp=clamp, n_experts=n,
-            first=first, config=tuned.tiles(grouped_gemm), interpret=interpret,
+            h.astype(jnp.bfloat16), ids, weight, *flat, fmts=fmts, clamp=clamp, n_experts=n, first=first,
+            config=tuned.tiles(grouped_gemm), interpret=interpret,
         )  # fmt: skip
         return (routed.astype(jnp.float32) + plus).astype(h.dtype)
-    config = tuned.tiles(few)
-    act = few.gate_up(
-        h if packed is None else packed, ids, weight, *flat[:2], fmt=gate.format, clamp=clamp, first=layers(first[0]),
-        config=config, interpret=interpret,
-    )  # fmt: skip
-    return few.down(
-        act, ids, flat[2], plus, fmt=down.format, first=layers(first[1]), dtype=h.dtype, config=config,
-        interpret=interpret,
-    )  # fmt: skip
+    tiles = {"config": tuned.tiles(few), "interpret": interpret}
+    if _apart(w):
+        parts = zip((gate, up), fmts, first, strict=False)
+        made = [_by_pair(h, ids, planes, fmt=fmt, first=layers(at), **tiles) for planes, fmt, at in parts]
+        act = swiglu(made[0], made[1], clamp) * jnp.where(ids >= 0, weight, 0).reshape(-1, 1)
+    else:
+        act = few.gate_up(
+            h if packed is None else packed, ids, weight, gate, up, fmt=fmts[0], clamp=clamp, first=layers(first[0]),
+            **tiles,
+        )  # fmt: skip
+    return few.down(act, ids, down, plus, fmt=fmts[2], first=layers(first[2]), dtype=h.dtype, **tiles)
+
+
+def _by_pair(h: Float[Array, "S E"], ids: Int32[Array, "S k"], planes: Any, **options: Any) -> Float[Array, "pairs F"]:
+    """Each token times one matrix of each of its experts, by `few.down` as for a token with a single expert."""
+    x, ids = jnp.repeat(h, ids.shape[1], axis=0), ids.reshape(-1, 1)
+    parts = [slice(i, i + few.MAX_TOKENS) for i in range(0, len(x), few.MAX_TOKENS)]
+    return jnp.concatenate([few.down(x[part], ids[part], planes, **options) for part in parts])
 
 
 def _formula(x: Array, ids: Array, weight: Array, w: Any, clamp: float) -> Array:
