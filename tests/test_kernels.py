@@ -272,7 +272,7 @@ def test_a_prompt_through_the_kernels_of_many_formats(monkeypatch):
         for compute in (XLA, Compute(kernels=kernels))
     )
     error = errors(found, expected)
-    assert 1e-4 < np.median(error) < 0.015 and error.max() < 0.03
+    assert 2e-5 < np.median(error) < 0.015 and error.max() < 0.03
 
 
 # ---- on a GPU --------------------------------------------------------------------------------------------------------
