@@ -274,11 +274,16 @@ def test_a_comparison_needs_a_whole_run_of_the_same_tokens(run, tmp_path):
     journal.write_text(lines.replace('"window": 1', '"window": 2'))
     assert f"error: {journal}: found another record for window 1" in run(compare, "--windows=2")[2][-1]
     journal.write_text(lines)
-    (tmp_path / "a" / "distributions" / "000001.npy").write_bytes(b"\x93NUMPY")
-    assert "000001.npy: not a file of distributions" in run(compare, "--windows=2")[2][-1]
-    np.save(tmp_path / "a" / "distributions" / "000001.npy", np.zeros((2, 3), np.float32))
+    saved = tmp_path / "a" / "distributions" / "000001.npy"
+    whole = np.load(saved)
+    for cut in (b"", b"\x93NUMPY", saved.read_bytes()[:-1]):
+        saved.write_bytes(cut)
+        assert "000001.npy: not a file of distributions" in run(compare, "--windows=2")[2][-1]
+    np.save(saved, np.zeros((2, 3), np.float32))
     assert "000001.npy: found float32 (2, 3), expected" in run(compare, "--windows=2")[2][-1]
-    (tmp_path / "a" / "distributions" / "000001.npy").unlink()
+    np.save(saved, np.where(whole == 0, np.nan, whole))
+    assert "a: found numbers in window 1 that are not finite" in run(compare, "--windows=2")[2][-1]
+    saved.unlink()
     assert "000001.npy: cannot be read: No such file" in run(compare, "--windows=2")[2][-1]
 
 
@@ -288,7 +293,7 @@ def test_a_full_disk_is_noticed_before(run, tmp_path, monkeypatch):
     monkeypatch.setattr(library.shutil, "disk_usage", lambda path: usage)
     monkeypatch.setattr(ModelRunner, "logit_blocks", lambda self, tokens: pytest.fail("it was read"))
     status, _, err = run(f"--save_logits={tmp_path}/a")
-    assert status == 1 and "found 0.00 GB free, expected 0.00 GB for the distributions of" in err[-1]
+    assert status == 1 and "found 1e-06 GB free, expected " in err[-1] and " GB for the distributions of" in err[-1]
     assert "over 384 (float32); --precision float16 takes half" in err[-1]
 
 

@@ -141,7 +141,7 @@ class Distributions:
         if free < need:
             half = "; --precision float16 takes half" if self.precision == "float32" else ""
             raise Ds4Error(
-                f"{self.folder}: found {free / 1e9:.2f} GB free, expected {need / 1e9:.2f} GB for the distributions of "
+                f"{self.folder}: found {free / 1e9:.3g} GB free, expected {need / 1e9:.3g} GB for the distributions of "
                 f"{sum(window.scored for window in windows)} tokens over {self.vocab} ({self.precision}){half}"
             )
 
@@ -168,7 +168,7 @@ class Distributions:
         """Those of a window: (scored, vocab), mapped. Raises Ds4Error if they are not there."""
         path = self._path(number)
         try:
-            rows = np.load(path, mmap_mode="r", allow_pickle=False)
+            rows = np.lib.format.open_memmap(path, mode="r")
         except OSError as error:
             raise Ds4Error(f"{path}: cannot be read: {error.strerror}; was --save_logits interrupted?") from None
         except ValueError as error:
@@ -223,7 +223,7 @@ def read(
 
     A record: window (its number); of every scored token nats (what it cost), top (id of the likeliest), and with a
     reference kl, the Kullback-Leibler divergence Σ p ln(p / q) of this model's distribution q from the reference's p.
-    Raises Ds4Error for logits that are not finite.
+    Raises Ds4Error for logits, or distributions of a reference, that are not finite.
     """
     names = ("nats", "top", *(["kl"] if reference else []))
     _check_records(journal, windows, names)
@@ -239,6 +239,8 @@ def read(
             save.write(number, window.scored, parts)
         if not all(map(math.isfinite, found["nats"])):
             raise Ds4Error(f"window {number}: found logits that are not finite; a damaged model?")
+        if reference is not None and not all(map(math.isfinite, found["kl"])):
+            raise Ds4Error(f"{reference.distributions.folder}: found numbers in window {number} that are not finite")
         journal.add({"window": number, **found})
         yield journal.records[-1]
 
