@@ -93,8 +93,10 @@ def test_transformers(run, golden):
     """The golden's logits agree to 1e-4 relative; some 1e-8 nats of divergence, and 1e-4 of a log-probability."""
     folder, files = golden
     status, out, err = run(folder, *STRICT)
-    assert (status, err) == (0, []) and len(out) == 1 + len(files) == 4
-    rows = {name: values for name, *values in (line.split() for line in out[1:])}
+    assert (status, err) == (0, []) and len(out) == 2 + len(files) == 5
+    bounds = "100% of all steps the same, gap at most 0 nats, KL at most 1e-06 nats"
+    assert out[-1] == f"10 of 10 steps the same; bounds: {bounds}"
+    rows = {name: values for name, *values in (line.split() for line in out[1:-1])}
     assert rows["greedy"] == ["130", "8", "of", "8", "0.0000", "-", "-"]
     for t in (128, 129):
         prompt, same, _, steps, gap, kl, off = rows[f"one-{t}"]
@@ -198,7 +200,7 @@ def test_the_layouts_of_ds4(run, written, steps):
     status, out, err = run(written, *STRICT)
     assert (status, err) == (0, [])
     n = str(len(tokens))
-    assert [line.split() for line in out[1:]] == [
+    assert [line.split() for line in out[1:-1]] == [
         ["case", n, "3", "of", "3", "0.0000", "0.0000", "0.0000"],
         ["other", n, "3", "of", "3", "0.0000", "0.0000", "0.0000"],
         ["sure", n, "1", "of", "1", "0.0000", "-", "-"],
@@ -217,6 +219,15 @@ def test_control_tokens_as_the_api_spells_them(written):
     assert vector.steps == (vectors.Step(TOKENIZER.eos_id, {TOKENIZER.eos_id: -0.5}),)
 
 
+def test_ds4s_own_logits_are_left_out(written, caplog):
+    """In ds4's folder they lie beside the reference's vectors: by rank, id and logit."""
+    lines = "# ds4-local-golden-v1", "case a plain 4096 30 prompts/p.txt 1", "top 0 65 17.25"
+    (written / "local-golden.vec").write_text("\n".join(lines))
+    with pytest.raises(Ds4Error, match="found no vectors"):
+        vectors.read_vectors(written, TOKENIZER)
+    assert "local-golden.vec: left out: logits of one of ds4's builds" in caplog.text
+
+
 def test_files_of_the_same_name_in_two_folders(tmp_path):
     for folder, token in (("x", 65), ("y", 66)):
         (tmp_path / folder).mkdir()
@@ -233,11 +244,35 @@ def test_files_of_the_same_name_in_two_folders(tmp_path):
         ("a.json", "{}", "a.json: found the keys [], expected prompt or prompt_tokens, and steps"),
         ("a.json", '{"prompt": "x", "steps": [{"token": 1}]}', "a.json: found another layout than a vector's"),
         ("a.json", '{"prompt_tokens": [1], "steps": [{"id": 1}]}', "found another layout than a vector's: KeyError"),
-        ("a.json", '{"prompt_tokens": [1e999], "steps": []}', "found another layout than a vector's: OverflowError"),
+        (
+            "a.json",
+            '{"prompt_tokens": [1e999], "steps": []}',
+            "a.json prompt_tokens: found token id inf, expected 0 to",
+        ),
+        (
+            "a.json",
+            '{"prompt_tokens": [true], "steps": []}',
+            "a.json prompt_tokens: found token id True, expected 0 to",
+        ),
+        (
+            "a.json",
+            '{"prompt_tokens": [1], "steps": [{"id": 1.5, "logprob": -1, "top": []}]}',
+            "a.json step 0: found token id 1.5, expected 0 to 511",
+        ),
         ("a.vec", "step 0 61 1", "a.vec line 1: found 'step 0 61 1', expected case"),
         ("a.vec", "case a 1 1 prompts/p.txt\nstep 1 61 1", "a.vec line 2: found"),
         ("a.vec", "case a 1 1 prompts/p.txt\nstep 0 6x 1", "a.vec line 2: found"),
         ("a.vec", "case a 1 1 prompts/p.txt\ntop 61 -1", "a.vec line 2: found"),
+        (
+            "a.vec",
+            "case a 1 1 prompts/p.txt\nstep 0 61 2\ntop 61 -1\nend",
+            "a.vec line 4: found 'end', expected 1 more of top",
+        ),
+        (
+            "a.vec",
+            "case a 1 1 prompts/p.txt\nstep 0 61 1\ntop 61 -1\ntop 62 -1\nend",
+            "a.vec line 4: found 'top 62 -1', expected case, step, top and end, in this order",
+        ),
         ("a.vec", "case a 1 1 prompts/p.txt\nstep 0 ff00 1", r"line 2: found no token b'\xff\x00' in the vocabulary"),
         ("a.vec", "case a 1 1 prompts/p.txt\nstep 0 61 1", "a.vec: found no end of case a"),
         ("a.vec", "case a 1 1 prompts/q.txt\nend", "q.txt: cannot be read: No such file"),
@@ -266,7 +301,7 @@ def test_files_of_the_same_name_in_two_folders(tmp_path):
         (
             "a.json",
             '{"prompt_tokens": [512], "steps": [{"id": 1, "logprob": 0, "top": []}]}',
-            "a.json: found token id 512, expected 0 to 511",
+            "a.json prompt_tokens: found token id 512, expected 0 to 511",
         ),
     ],
 )

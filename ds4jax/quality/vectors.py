@@ -3,7 +3,8 @@
 Three layouts are read. No JAX here but in `replay`.
 
 ds4's text (``*.vec``): lines ``case ID CTX STEPS PROMPT_FILE``, ``step INDEX TOKEN_IN_HEX NUMBER_OF_TOPS``,
-``top TOKEN_IN_HEX LOGPROB`` and ``end``; a token is its bytes, the prompt a user's message with thinking off.
+``top TOKEN_IN_HEX LOGPROB`` and ``end``; a token is its bytes, the prompt a user's message with thinking off. What ds4
+calls ``local-golden.vec`` has another layout and is left out.
 
 ds4's JSON (schema ``ds4-official-logprobs-v1``): ``prompt``, ``request`` (``messages``, ``thinking``), ``usage`` and
 ``steps`` of ``token`` (``text``, ``bytes``), ``logprob`` and ``top_logprobs``.
@@ -15,6 +16,7 @@ and ``top`` (id, logit, logprob).
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -30,6 +32,7 @@ from ds4jax.quality.inputs import parse_json, read_input
 if TYPE_CHECKING:
     from ds4jax.engine.model_runner import ModelRunner
 
+log = logging.getLogger(__name__)
 _NOT_TOLD = -1000.0
 """DeepSeek's API says -9999 where it does not tell; float32 log-probabilities of a model are not that low."""
 _ROUNDED = 1e-3  # what certainty may come to in few digits
@@ -102,6 +105,13 @@ class _Reader:
             raise Ds4Error(f"{where}: found no token {show(data)} in the vocabulary; vectors of another one?")
         return id
 
+    def id(self, value: Any, where: str) -> int:
+        """A token id from JSON. Raises Ds4Error if it is none of the vocabulary."""
+        n = self._tokenizer.vocab_size
+        if type(value) is not int or not 0 <= value < n:
+            raise Ds4Error(f"{where}: found token id {show(value)}, expected 0 to {n - 1}")
+        return value
+
     def prompt(self, messages: Sequence[Mapping[str, Any]], think: str) -> list[int]:
         if self._raw:
             return self._tokenizer.encode_raw("\n".join(str(message.get("content")) for message in messages))
@@ -127,18 +137,13 @@ class _Reader:
             raise Ds4Error(f"{path}: found another layout than a vector's: {type(error).__name__} {error}") from None
 
     def _own(self, path: Path, value: dict[str, Any]) -> Vector:
-        steps = [
-            self.step(
-                int(step["id"]),
-                [*((int(i), float(p)) for i, _, p in step["top"]), (step["id"], step["logprob"])],
-                f"{path} step {number}",
-            )
-            for number, step in enumerate(value["steps"])
-        ]
-        tokens, n = [int(i) for i in value["prompt_tokens"]], self._tokenizer.vocab_size
-        for id in [*tokens, *(id for step in steps for id in (step.token, *step.logprobs))]:
-            if not 0 <= id < n:
-                raise Ds4Error(f"{path}: found token id {id}, expected 0 to {n - 1}")
+        steps = []
+        for number, step in enumerate(value["steps"]):
+            where = f"{path} step {number}"
+            listed = [(self.id(i, where), float(p)) for i, _, p in step["top"]]
+            own = self.id(step["id"], where)
+            steps.append(self.step(own, [*listed, (own, float(step["logprob"]))], where))
+        tokens = [self.id(i, f"{path} prompt_tokens") for i in value["prompt_tokens"]]
         return Vector(str(value.get("id", path.stem)), tokens, tuple(steps))
 
     def _official(self, path: Path, value: dict[str, Any]) -> Vector:
@@ -162,8 +167,12 @@ class _Reader:
     # ds4's text
     def vec_file(self, path: Path) -> Iterable[Vector]:
         cases: list[tuple[str, Path, list[tuple[int, list[tuple[int, float]]]]]] = []
-        is_open = False
-        for number, line in enumerate(read_input(path).decode("utf-8", "replace").splitlines(), 1):
+        is_open, missing = False, 0  # missing: tops of the last step that are still to come
+        lines = read_input(path).decode("utf-8", "replace").splitlines()
+        if lines and "ds4-local-golden" in lines[0]:
+            log.warning("%s: left out: logits of one of ds4's builds by rank, not the probabilities of tokens", path)
+            return
+        for number, line in enumerate(lines, 1):
             where = f"{path} line {number}"
             try:
                 match line.split():
@@ -174,18 +183,19 @@ class _Reader:
                     case ["case", name, _, _, *words] if words and not is_open:
                         cases.append((name, _beside(path, " ".join(words)), []))
                         is_open = True
-                    case ["step", index, token, _] if is_open and int(index) == len(cases[-1][2]):
+                    case ["step", index, token, tops] if is_open and not missing and int(index) == len(cases[-1][2]):
                         cases[-1][2].append((self.token(bytes.fromhex(token), where), []))
-                    case ["top", token, logprob] if is_open and cases[-1][2]:
+                        missing = int(tops)
+                    case ["top", token, logprob] if missing > 0:
                         cases[-1][2][-1][1].append((self.token(bytes.fromhex(token), where), float(logprob)))
-                    case ["end"] if is_open:
+                        missing -= 1
+                    case ["end"] if is_open and not missing:
                         is_open = False
                     case _:
                         raise ValueError
             except ValueError:
-                raise Ds4Error(
-                    f"{where}: found {show(line)}, expected case, step, top and end, in this order"
-                ) from None
+                expected = f"{missing} more of top" if missing > 0 else "case, step, top and end, in this order"
+                raise Ds4Error(f"{where}: found {show(line)}, expected {expected}") from None
         if is_open:
             raise Ds4Error(f"{path}: found no end of case {cases[-1][0]}; a file that was cut off?")
         for name, prompt, steps in cases:

@@ -86,6 +86,11 @@ def main() -> int:
         same = f"{found[-1].same} of {len(vector.steps)}"
         print(f"{vector.name:<{width}} {len(vector.tokens):>7} {same:>9} {' '.join(told)}", flush=True)
         cli.check_interrupt()
+    same, steps = sum(one.same for one in found), sum(len(one.vector.steps) for one in found)
+    print(
+        f"{same} of {steps} steps the same; bounds: {FLAGS.min_same:.0%} of all steps the same, gap at most "
+        f"{FLAGS.max_gap:g} nats, KL at most {FLAGS.max_kl:g} nats"
+    )
     problems = _beyond(found)
     for problem in problems:
         print(f"beyond bounds: {problem}", file=sys.stderr)
