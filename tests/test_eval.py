@@ -67,16 +67,18 @@ def test_choices_are_shown(tmp_path):
         ({"exact": "a"}, "expected either prompt, perhaps with system and choices, or messages"),
         ({"prompt": "x", "messages": [], "exact": "a"}, "expected either prompt"),
         ({"messages": [{"role": "robot"}], "exact": "a"}, "messages[0].role: found 'robot'"),
-        ({"prompt": "x", "regex": "(", "id": 1}, "regex: found '(', which does not compile"),
+        ({"prompt": "x", "regex": "("}, "regex: found '(', which does not compile"),
         ({"prompt": "x", "answer": "a"}, "found the key 'answer', expected some of prompt"),
-        ({"prompt": 1, "exact": "a"}, "prompt: found 1, expected another type"),
+        ({"prompt": 1, "exact": "a"}, "prompt: found 1, expected a string"),
         ({"prompt": "x", "exact": []}, "exact: found [], expected strings"),
         ({"prompt": "x", "exact": [1]}, "exact: found [1], expected strings"),
+        ({"prompt": "x", "exact": " "}, "exact: found [' '], expected strings that are not empty"),
+        ({"prompt": "x", "exact": "a", "id": 1}, "id: found 1, expected another than that of"),
         ({"prompt": "x", "choices": ["a"], "choice": "B"}, "choice: found 'B', expected a letter from A to A"),
         ({"prompt": "x", "choices": ["a"] * 27, "choice": "B"}, "choices: found 27, expected at most 26"),
         ({"prompt": "x", "exact": "a", "task": "\ud800"}, "not JSON: 'utf-8' codec can't encode character"),
         ({"prompt": "x", "exact": "a", "samples": 0}, "samples: found 0, expected at least 1"),
-        ({"prompt": "x", "exact": "a", "max_tokens": True}, "max_tokens: found True, expected another type"),
+        ({"prompt": "x", "exact": "a", "max_tokens": True}, "max_tokens: found True, expected a whole number"),
         ({"prompt": "x", "exact": "a", "think": "hard"}, "think: found 'hard', expected one of off"),
     ],
 )
@@ -209,6 +211,9 @@ def test_an_interrupted_run_goes_on_and_takes_more_samples(run, tmp_path, monkey
     assert run(*flags, "--samples=2")[0] == 0 and len(calls) == before  # there is nothing left to do
     status, _, err = run(*flags, "--temperature=0.5")
     assert status == 1 and "transcript.jsonl: temperature: found 1.0, expected 0.5" in err
+    with open(tmp_path / "out" / "transcript.jsonl", "a") as file:
+        file.write('{"question": 1}\n')
+    assert "transcript.jsonl: found the record {'question': 1}; a damaged journal?" in run(*flags)[2]
 
 
 @pytest.mark.parametrize(

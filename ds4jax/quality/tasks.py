@@ -41,6 +41,11 @@ _KEYS: dict[str, Any] = {
     "prompt": str, "system": str, "messages": list, "exact": str | list, "regex": str, "choice": str, "choices": list,
     "id": str | int, "task": str, "think": str, "max_tokens": int, "samples": int,
 }  # fmt: skip
+_TYPES = {
+    str: "a string", list: "a list", int: "a whole number", str | list: "a string or a list of strings",
+    str | int: "a string or a whole number",
+}  # fmt: skip
+_RECORDED = {"question", "sample", "task", "right", "finish_reason", "tokens"}  # what a report needs of a record
 _PRONOUN = r"I(?:['’]|\s+(?!is\b)[a-z])"
 
 
@@ -83,12 +88,17 @@ class Question:
 # ---- reading ---------------------------------------------------------------------------------------------------------
 def read_questions(path: Path) -> list[Question]:
     """The questions of a file. Raises Ds4Error naming the first line that is wrong."""
-    questions = []
+    questions: list[Question] = []
+    places: dict[tuple[str, str | int], str] = {}
     for where, line in parse_lines(path, read_input(path)):
         try:
-            questions.append(_question(line, len(questions) + 1, path.stem))
+            question = _question(line, len(questions) + 1, path.stem)
         except Ds4Error as error:
             raise Ds4Error(f"{where}: {error}") from None
+        first = places.setdefault((question.task, question.id), where)
+        if first != where:
+            raise Ds4Error(f"{where}: id: found {show(question.id)}, expected another than that of {first}")
+        questions.append(question)
     if not questions:
         raise Ds4Error(f"{path}: found no questions")
     return questions
@@ -105,7 +115,7 @@ def _question(line: Mapping[str, Any], number: int, task: str) -> Question:
         if key not in _KEYS:
             raise Ds4Error(f"found the key {key!r}, expected some of {', '.join(_KEYS)}")
         if not isinstance(value, _KEYS[key]) or isinstance(value, bool):
-            raise Ds4Error(f"{key}: found {show(value)}, expected another type of value")
+            raise Ds4Error(f"{key}: found {show(value)}, expected {_TYPES[_KEYS[key]]}")
     if ("prompt" in line) == ("messages" in line) or ("messages" in line and line.keys() & {"system", "choices"}):
         raise Ds4Error("expected either prompt, perhaps with system and choices, or messages")
     if not line.keys() & {"exact", "regex", "choice"} or ("choice" in line and line.keys() & {"exact", "regex"}):
@@ -120,8 +130,8 @@ def _question(line: Mapping[str, Any], number: int, task: str) -> Question:
     if len(choices) > len(string.ascii_uppercase):
         raise Ds4Error(f"choices: found {len(choices)}, expected at most {len(string.ascii_uppercase)}")
     for key, texts in (("exact", exact), ("choices", choices)):
-        if (key in line and not texts) or not all(isinstance(text, str) for text in texts):
-            raise Ds4Error(f"{key}: found {show(texts)}, expected strings")
+        if (key in line and not texts) or not all(isinstance(text, str) and text.strip() for text in texts):
+            raise Ds4Error(f"{key}: found {show(texts)}, expected strings that are not empty")
     try:
         regex = re.compile(line["regex"]) if "regex" in line else None
     except (re.error, RecursionError, OverflowError) as error:
@@ -173,6 +183,8 @@ def ask(engine: Engine, questions: Sequence[Question], how: How, journal: Journa
     from ds4jax.engine.types import Failed, Finished, Request, Token
 
     wanted = set(how.runs(questions))
+    if damaged := [record for record in journal.records if not _RECORDED <= record.keys()]:
+        raise Ds4Error(f"{journal.path}: found the record {show(damaged[0])}; a damaged journal?")
     old = [record for record in journal.records if (record.get("question"), record.get("sample")) in wanted]
     yield from old
     wanted -= {(record["question"], record["sample"]) for record in old}
