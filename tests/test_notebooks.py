@@ -9,8 +9,6 @@ from nbclient import NotebookClient
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.ipynb"))
-# Run at every change. The others are slow: they compile interpreted kernels, quantizers, or the model more than once.
-FAST = {"indexer", "mhc"}
 MODEL = 'model = "tiny"  #'  # how the one line begins that is changed for another model
 
 
@@ -26,8 +24,8 @@ def test_results_are_stored(name):
     assert [output for output in outputs if "image/png" in output.get("data", {})]
 
 
-@pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in NAMES])
+@pytest.mark.parametrize("name", NAMES)
 def test_notebook_runs(name):
-    """Raises CellExecutionError if a cell does."""
+    """Raises CellExecutionError if a cell does. The six take 100 s of processor time, most of it compiling."""
     notebook = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
     NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(FOLDER)}}).execute()
