@@ -39,7 +39,8 @@ class Card:
 
     def named(self, text: str) -> bool:
         """Whether a name is this card's, however it is spelled; the driver's name will do. GH200 is no H200."""
-        return bool(re.search(rf"(?<![a-z0-9]){self.name.lower()}(?![a-z0-9])", text.lower().replace("_", " ")))
+        name = self.name.lower().replace(" ", "[ _-]?")
+        return bool(re.search(rf"(?<![a-z0-9]){name}(?![a-z0-9])", text.lower()))
 
     def here(self) -> bool:
         """Whether this machine has one."""
