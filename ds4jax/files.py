@@ -23,18 +23,20 @@ def read_small(path: str | os.PathLike, limit: int = SMALL) -> bytes:
     return data
 
 
-def write_whole(path: Path, pieces: Iterable[bytes | memoryview], mtime_ns: int | None = None) -> None:
-    """Make a file of the pieces, for its owner only, in place of what was there; or leave no trace.
+def write_whole(
+    path: Path, pieces: Iterable[bytes | memoryview], mtime_ns: int | None = None, mode: int = 0o600
+) -> None:
+    """Make a file of the pieces, by default for its owner only, in place of what was there; or leave no trace.
 
     Until it is complete it has the name of `path` with ``.tmp`` behind it, which only a killed process leaves. What has
     that name is replaced; a link is not followed.
-    mtime_ns: its time of modification, nanoseconds since 1970. Raises OSError; then `path` is as it was, unless only
-    the folder could not be synced.
+    mtime_ns: its time of modification, nanoseconds since 1970. mode: less the umask. Raises OSError; then `path`
+    is as it was, unless only the folder could not be synced.
     """
     tmp = path.with_name(f"{path.name}.tmp")
     try:
         tmp.unlink(missing_ok=True)
-        with open(os.open(tmp, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as f:
+        with open(os.open(tmp, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as f:
             f.writelines(pieces)
             f.flush()
             if mtime_ns is not None:

@@ -25,6 +25,8 @@ from ds4jax import sharding
 from ds4jax.__main__ import main
 from ds4jax.engine import fingerprint
 from ds4jax.engine.memory import steps
+from ds4jax.engine.model_runner import ModelRunner
+from ds4jax.engine.types import Sampling
 from ds4jax.errors import Ds4Error, GGUFError
 from ds4jax.formats import FORMATS
 from ds4jax.io import content_hash, convert, load, pack, packed, synthetic
@@ -154,6 +156,27 @@ def test_the_manifest_says_what_every_array_is(gguf, made):
         said = tensors[name]["planes"][plane]
         assert said == pack._described(value) and said["nbytes"] == value.nbytes
         assert said["dtype"] == str(value.dtype) and said["shape"] == list(value.shape)
+
+
+def test_whoever_may_read_the_folder_may_read_all_of_it(made):
+    umask = os.umask(0)
+    os.umask(umask)
+    modes = {path.stat().st_mode & 0o777 for path in made.rglob("*") if path.is_file()}
+    assert modes == {0o666 & ~umask}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [{}, {"ep": 3}, {"tp": 2, "dp": 2}], ids=str)
+def test_the_engine_says_the_same(mesh, tmp_path):
+    pack.pack(open_checkpoint(embedded_model("tiny")), tmp_path / "packed")
+    said = []
+    for model in ("tiny", str(tmp_path / "packed")):
+        runner = ModelRunner.load(dataclasses.replace(Settings.load("tiny", ctx=256, **mesh), model=model))
+        tokens = runner.tokenizer.encode_text("The quick brown fox jumps over the lazy dog.")
+        first = runner.prefill(0, tokens, Sampling(temperature=0.0))
+        said.append((first.logits, [first.token, *runner.decode_block({0: first.token}, 8).tokens()[0]]))
+    np.testing.assert_array_equal(said[0][0], said[1][0])
+    assert said[0][1] == said[1][1]
 
 
 # ---- drafters, heads, parts ------------------------------------------------------------------------------------------
@@ -412,7 +435,8 @@ def test_what_was_written_is_compared(gguf, tmp_path, monkeypatch):
 
 
 # ---- the tool --------------------------------------------------------------------------------------------------------
-def test_the_tool(gguf, tmp_path, capsys):
+def test_the_tool(gguf, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")  # as the tool does for its process
     folder = tmp_path / "packed"
     for _ in range(2):  # the second time, it is there already
         assert main(["checkpoint", str(gguf), "--out", str(folder)]) == 0

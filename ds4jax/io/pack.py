@@ -153,7 +153,7 @@ def _headers(files: dict[str, GGUFFile], folder: Path) -> dict[str, dict[str, An
             end = min((t.offset for t in plain.tensors.values()), default=part.status.st_size)
         with open(part.path, "rb") as file:
             data = file.read(end)
-        write_whole(folder / name, [data])
+        write_whole(folder / name, [data], mode=0o666)
         found[name] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     return found
 
@@ -200,16 +200,22 @@ def _write(file: GGUFFile, names: list[str], place: Path, bar: Progress) -> dict
     logging.getLogger("absl").setLevel(logging.ERROR)  # it warns of small chunks
     with ocp.PyTreeCheckpointer(use_zarr3=True, use_compression=False) as checkpointer:
         checkpointer.save(place, tree, save_args=chunks)
-    tensors, context = {}, shared()
-    for tensor, planes in tree.items():
-        for plane, written in planes.items():
-            if not np.array_equal(_bytes(open_plane(place, tensor, plane, context).read().result()), _bytes(written)):
-                raise GGUFError(f"{place}: tensor {show(tensor)}: found another plane {plane!r} than was written")
-        tensors[tensor] = {"group": place.name, "planes": {plane: _described(x) for plane, x in planes.items()}}
+    context = shared()
+
+    def described(tensor: str, plane: str, written: np.ndarray) -> dict[str, Any]:
+        found = open_plane(place, tensor, plane, context).read().result()
+        if not np.array_equal(_bytes(found), _bytes(written)):
+            raise GGUFError(f"{place}: tensor {show(tensor)}: found another plane {plane!r} than was written")
+        return _described(written)
+
+    every = [(tensor, plane, x) for tensor, planes in tree.items() for plane, x in planes.items()]
     paths = sorted(path for path in place.rglob("*") if path.is_file())
     for part in {path.parent for path in paths}:
         sync_folder(part)
+    tensors: dict[str, dict[str, Any]] = {tensor: {"group": place.name, "planes": {}} for tensor in tree}
     with ThreadPoolExecutor() as pool:
+        for (tensor, plane, _), about in zip(every, pool.map(lambda one: described(*one), every), strict=True):
+            tensors[tensor]["planes"][plane] = about
         digests = list(pool.map(sha256, paths))
     root = place.parent.parent
     found = {

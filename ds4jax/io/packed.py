@@ -56,7 +56,7 @@ class Manifest:
     def write(self, folder: Path) -> None:
         """Make the folder a complete one. Raises OSError."""
         said = {"version": VERSION, **dataclasses.asdict(self)}
-        write_whole(folder / MANIFEST, [json.dumps({"sha256": _digest(said), **said}, indent=1).encode()])
+        write_whole(folder / MANIFEST, [json.dumps({"sha256": _digest(said), **said}, indent=1).encode()], mode=0o666)
 
     @classmethod
     def read(cls, folder: Path) -> Self:
