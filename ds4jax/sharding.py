@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 
 import jax
+import numpy as np
 from jax import lax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -72,6 +73,14 @@ def named_sharding(
 def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """The sharding of what every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def put(x: np.ndarray | np.generic, where: jax.sharding.Sharding | None) -> jax.Array:
+    """An array of the host on the devices; where these belong to several processes, every one must have the same."""
+    if where is None or where.is_fully_addressable:
+        return jax.device_put(x, where)
+    # `device_put` would first let all processes compare what they have.
+    return jax.make_array_from_callback(x.shape, where, lambda index: np.asarray(x[index]), dtype=x.dtype)
 
 
 # ---- in the program of one device ------------------------------------------------------------------------------------

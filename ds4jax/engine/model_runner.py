@@ -9,12 +9,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Self
+from typing import Any, Concatenate, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ds4jax import sharding
 from ds4jax.config import ModelConfig
 from ds4jax.engine import memory, sampling, snapshot
 from ds4jax.engine.call_sizes import CallSizes
@@ -123,15 +124,38 @@ def _steps_worth_a_call(seconds: float, most: int) -> int:
     return max(1, min(most, round(BLOCK_SECONDS / seconds) if seconds else 1))
 
 
+TOGETHER: set[str] = set()
+"""The names of the methods that are `together`."""
+
+
+def together[**P, R](method: Callable[Concatenate[ModelRunner, P], R]) -> Callable[Concatenate[ModelRunner, P], R]:
+    """A method that starts a program of all devices: the runners of other processes are told to do the same first."""
+
+    @functools.wraps(method)
+    def run(self: ModelRunner, *args: P.args, **kwargs: P.kwargs) -> R:
+        if self.tell is not None:
+            self.tell(method.__name__, args, kwargs)
+        return method(self, *args, **kwargs)
+
+    TOGETHER.add(method.__name__)
+    return run
+
+
 class ModelRunner:
     """A model on its devices with a cache of `batch` sequences, each in a slot of its own.
 
     `prefill` starts a sequence in a slot and samples its first token; `decode` appends one token to each of some
     sequences and samples the next. Every shape is compiled once, when first used, and can then only run as compiled.
 
+    Where the devices belong to several processes, each has a runner, and all have to call the same methods in the same
+    order, but for those that only read: `take`, `state`, `choose`, `fits`.
+
     Attributes: settings, cfg (of the model), checkpoint (the open file), profile (its release), steps, plan (of
-    memory), weights, cache, batch, lengths (tokens in each slot's cache), stats.
+    memory), weights, cache, batch, lengths (tokens in each slot's cache), stats, tell (called with the name and the
+    arguments of every call of a method in TOGETHER, unless it is None).
     """
+
+    tell: Callable[[str, tuple, dict[str, Any]], None] | None = None
 
     @classmethod
     def load(cls, settings: Settings, batch: int | None = None, progress: bool = False) -> Self:
@@ -236,6 +260,7 @@ class ModelRunner:
             return byte_tokenizer(self.cfg.vocab_size)
         return Tokenizer.from_metadata(self.checkpoint.file.metadata)
 
+    @together
     def clear(self, slot: int) -> None:
         """Empty a slot whose state is not finite: its rows would harm the next sequence in it."""
         self.cache, self.lengths[slot] = kv.clear(self.cache, slot), 0
@@ -272,6 +297,7 @@ class ModelRunner:
         thread.start()
         return thread
 
+    @together
     def prefill(
         self,
         slot: int,
@@ -321,6 +347,7 @@ class ModelRunner:
         block = self.decode_block(tokens, 1)
         return {slot: Sampled(token, block.batch_logits, slot) for slot, (token,) in block.tokens().items()}
 
+    @together
     def decode_block(self, tokens: Mapping[int, int | None], n: int) -> Block:
         """Append n tokens, 1 to BLOCK, to the sequence of each given slot: its token, then what was sampled from it.
 
@@ -344,9 +371,10 @@ class ModelRunner:
     def _prepare(self, drafts: int, size: int) -> bool:
         """Compile the decoding call of `size` sequences, with drafts unless 0; → whether it fits into memory.
 
-        Where devices have sequences of their own, every call computes all of them.
+        Where devices have sequences of their own, every call computes all of them; so it does where several processes
+        would have to compile at once.
         """
-        if self.settings.dp > 1:
+        if self.settings.dp > 1 or jax.process_count() > 1:
             return False
         steps = self.steps
         if drafts:
@@ -357,6 +385,7 @@ class ModelRunner:
         need = memory.needed(steps, steps.prepare(name, *args))
         return dataclasses.replace(self.plan, workspace={name: need}).fits
 
+    @together
     def speculate(self, tokens: Mapping[int, int | None], room: Mapping[int, int], n: int, rounds: int) -> Rounds:
         """Append to the sequence of each given slot in rounds of n drafts, ROUNDS at most: see `speculate_step`.
 
@@ -397,7 +426,7 @@ class ModelRunner:
             places = jax.tree.leaves(jax.tree.broadcast(tuple(given[1:]), args))
         before: list[tuple[Any, Any]] = self._arguments.get(step) or [(None, None)] * len(leaves)
         self._arguments[step] = [
-            (x, there if np.array_equal(x, old) else jax.device_put(x, place))
+            (x, there if np.array_equal(x, old) else sharding.put(x, place))
             for x, place, (old, there) in zip(leaves, places, before, strict=True)
         ]
         return jax.tree.unflatten(tree, [there for _, there in self._arguments[step]])
@@ -472,6 +501,7 @@ class ModelRunner:
         cache = kv.abstract(self.cfg, settings.numerics, settings.dtype, self.batch, settings.ctx)
         return snapshot.fits(cache, length, planes)
 
+    @together
     def put(self, slot: int, planes: Planes, params: Sampling) -> None:
         """Put a state from `take` into `slot`, in place of what was there; see `restore`."""
         with self._enough_memory("put"):
@@ -485,7 +515,12 @@ class ModelRunner:
         changes: Sequence[sampling.Edits],
         position: Sequence[int],
     ) -> tuple[np.ndarray, ...]:
-        """`sampling.choose` for logits (B, vocab) with these edits made in turn, with numpy results."""
+        """`sampling.choose` for logits (B, vocab) with these edits made in turn, with numpy results.
+
+        It runs on one device of this process, where others have the rest.
+        """
+        if isinstance(logits, Array) and not logits.is_fully_addressable:
+            logits = logits.addressable_data(0)
         edited = functools.reduce(_edited, changes, logits)
         return jax.device_get(_choose(logits, edited, sampling.batch(params), np.array(position, np.int32)))
 

@@ -104,7 +104,9 @@ def _load[Tree: (Weights, Dspark)](
     else:  # refuses what does not divide before anything is read
         shardings = [jax.tree.leaves(spec.shardings(mesh)) for spec in specs]
     shards = [_shards(spec, planes) for spec, planes in zip(specs, shardings, strict=True)]
-    with meter(weights.nbytes(tree), "loading", "B", show=progress) as bar:
+    size = sum(shard.nbytes for of_leaf in shards for shard in of_leaf)
+    size += sum(spec.nbytes for spec in every if spec not in specs)
+    with meter(size, "loading", "B", show=progress) as bar:
         _stream(holder, [shard for of_leaf in shards for shard in of_leaf], bar.update)
         leaves = {parts[0]: _leaf(*parts) for parts in zip(specs, shardings, shards, strict=True)}
         with ThreadPoolExecutor(IN_FLIGHT) as pool:

@@ -64,12 +64,13 @@ def partition(cache: Cache, mesh: Mesh | AbstractMesh) -> Any:
 def holder(cache: Cache, slot: int, mesh: Mesh | None) -> tuple[Cache, int]:
     """What to read the sequence in a slot from: the part of the cache on a device that has it, and its slot there.
 
-    If it were read from the whole cache, XLA would gather that first.
+    If it were read from the whole cache, XLA would gather that first. The device is one of this process, which has to
+    have one that holds the sequence.
     """
     if mesh is None:
         return cache, slot
     held = cache.batch // (parts(mesh, "sequences") if _split(cache, mesh) else 1)
-    device = mesh.devices[slot // held, 0, 0]
+    device = next(d for d in mesh.devices[slot // held].flat if d.process_index == jax.process_index())
 
     def here(x: jax.Array) -> jax.Array:
         return next(shard.data for shard in x.addressable_shards if shard.device == device)
