@@ -14,6 +14,7 @@ What a layer adds to the streams is summed over the devices, once after attentio
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import numpy as np
@@ -79,8 +80,12 @@ def put(x: np.ndarray | np.generic, where: jax.sharding.Sharding | None) -> jax.
     """An array of the host on the devices; where these belong to several processes, every one must have the same."""
     if where is None or where.is_fully_addressable:
         return jax.device_put(x, where)
+
     # `device_put` would first let all processes compare what they have.
-    return jax.make_array_from_callback(x.shape, where, lambda index: np.asarray(x[index]), dtype=x.dtype)
+    def part(index: Any) -> np.ndarray:
+        return np.asarray(x[index])
+
+    return jax.make_array_from_callback(x.shape, where, part, dtype=x.dtype)
 
 
 # ---- in the program of one device ------------------------------------------------------------------------------------

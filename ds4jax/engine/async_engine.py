@@ -36,9 +36,12 @@ if TYPE_CHECKING:
     from ds4jax.engine.engine import Engine
     from ds4jax.engine.grammar import Grammar
     from ds4jax.engine.grammar_compiler import GrammarCompiler
+    from ds4jax.engine.hosts import Leader
     from ds4jax.engine.kv_store import KVStore
     from ds4jax.engine.model_runner import ModelRunner
     from ds4jax.engine.prefix_cache import PrefixCache
+    from ds4jax.io.checkpoint import Checkpoint
+    from ds4jax.io.synthetic import Synthetic
     from ds4jax.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -73,6 +76,8 @@ class AsyncEngine:
         trace: str | Path | None = None,
         trace_routing: str | Path | None = None,
         progress: bool = False,
+        model: Checkpoint | Synthetic | None = None,
+        hosts: Leader | None = None,
         **limits: Any,
     ) -> Self:
         """Load the model of `settings`, or a synthetic one in the types of a recipe, and compile its steps.
@@ -80,30 +85,27 @@ class AsyncEngine:
         max_seqs: sequences at once, by default the settings' batch. kv_dir: a folder for prefixes, for this engine
         alone, of at most kv_budget_bytes. prefix_budget_bytes: of memory, for prefixes. trace: a file to which a JSON
         line is appended for every request that ends. trace_routing: a file for the experts of every token. progress:
-        report loading and compilation on stderr. limits: of requests, see `AsyncEngine`.
+        report loading and compilation on stderr. model: where it is open already. hosts: other processes that
+        have some of its devices. limits: of requests, see `AsyncEngine`.
         Raises Ds4Error for what cannot be loaded or does not fit into memory.
         """
         settings.set_environment()
-        import jax
-
-        from ds4jax.engine import compile_cache, model_runner
-        from ds4jax.engine.chunks import serving_sizes
-        from ds4jax.engine.fingerprint import open_store
+        from ds4jax.engine import model_runner
+        from ds4jax.engine.fingerprint import of_runners, open_store
         from ds4jax.engine.prefix_cache import PrefixCache
         from ds4jax.engine.routing_trace import Writer
 
-        compile_cache.keep_compilations()
-        model, sizes = model_runner.open_model(settings, synthetic, recipe), serving_sizes(settings)
+        model = model or model_runner.open_model(settings, synthetic, recipe)
         record = Writer(trace_routing, model.cfg) if trace_routing else None
-        # For a GPU every size takes long to compile: it starts with the largest, which serves all prompts.
-        first = sizes[-1:] if jax.default_backend() == "gpu" else sizes
-        runner = model_runner.ModelRunner(model, settings, max_seqs, progress, first, record=record)
-        runner.compile()
-        runner.compile_later(sizes)
+        runner = model_runner.serving_runner(model, settings, max_seqs, progress, record)
         heap.trim()
         store = open_store(kv_dir, kv_budget_bytes, runner) if kv_dir else None
+        if hosts:
+            hosts.ready(of_runners(runner))
+            runner.tell = hosts.tell
         name = f"synthetic-{synthetic}" if synthetic else Path(settings.model).stem
-        return cls(runner, PrefixCache(prefix_budget_bytes, store), name=name, trace=trace, **limits)
+        cache = PrefixCache(prefix_budget_bytes, store)
+        return cls(runner, cache, name=name, trace=trace, hosts=hosts, **limits)
 
     def __init__(
         self,
@@ -117,13 +119,14 @@ class AsyncEngine:
         running_per_client: int | None = None,
         patience: float = math.inf,
         gap: float = math.inf,
+        hosts: Leader | None = None,
     ):
         """Start the thread. The runner and the prefix cache are from now on its own.
 
         name: of the model, for clients. trace: see `open`. max_waiting: the most requests without a slot, of all
         clients; waiting_per_client, running_per_client: the most of one client without a slot, and with one. patience:
         seconds after which a request without a slot fails. gap: seconds from token to token of an answer that chunks of
-        prompts are cut to keep.
+        prompts are cut to keep. hosts: other processes, whose runners do the same; a step that fails ends all of them.
         """
         import jax
 
@@ -143,6 +146,9 @@ class AsyncEngine:
             patience=patience,
             gap=gap,
         )
+        self._hosts = hosts
+        if hosts:
+            hosts.save = self.abandon
         self._max_waiting, self._waiting_per_client = max_waiting, waiting_per_client
         self._refusal: Ds4Error | None = None  # why no request is accepted any more
         self._deadline: float | None = None  # when the thread ends
@@ -236,6 +242,8 @@ class AsyncEngine:
             self._refusal = self._refusal or Stopping("the server is stopping")
         self._commands.put(Stop(time.perf_counter() + grace))
         await asyncio.to_thread(self._thread.join, grace + CLOSING)
+        if self._hosts:
+            await asyncio.to_thread(self._hosts.stop)
         if self._thread.is_alive():
             return log.error("the engine does not end; what it computed is not saved. It is at\n%s", self.stack())
         if (cache := self._engine.prefix_cache) is not None:
@@ -243,6 +251,16 @@ class AsyncEngine:
         if self._grammars is not None:
             await asyncio.to_thread(self._grammars.close)
         self._engine.counters.close()
+
+    def abandon(self, why: str) -> None:
+        """The process is about to end while the thread may hang: tell the readers, and write prefixes to disk."""
+        error = EngineFailed(f"the model cannot run any more: {why}")
+        with self._lock:
+            self._refusal = error
+        for seq in list(self._engine.scheduler):
+            seq.emit(Failed(error))
+        if (cache := self._engine.prefix_cache) is not None:
+            cache.close(save=True)
 
     def slots(self) -> list[Sequence | None]:
         """See `Engine.slots`."""
@@ -274,6 +292,8 @@ class AsyncEngine:
                     seconds = time.perf_counter() - began - (self._engine.runner.steps.seconds - compiled)
                     self._longest_step = max(self._longest_step, seconds)
                 except Exception as failure:
+                    if self._hosts:  # they cannot be made to agree again
+                        self._hosts.fail(failure)
                     failures += 1
                     if failures == MAX_FAILURES:
                         raise

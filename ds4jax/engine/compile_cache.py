@@ -32,14 +32,20 @@ KEPT = 48  # files; those used longest ago go first
 log = logging.getLogger(__name__)
 
 
-@functools.cache
-def _surroundings() -> bytes:
-    """A hash of what every program depends on."""
+def sources() -> bytes:
+    """A hash of the sources of this package and of the kernels, and of their tuned tiles."""
     digest = hashlib.sha256()
     folders = [(Path(package.__path__[0]), "*.py") for package in (ds4jax, pallas_kernels)]
     for folder, pattern in [*folders, (CONFIG_DIR / "tuned", "*.json")]:
         for path in sorted(folder.rglob(pattern)):
             digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.digest()
+
+
+@functools.cache
+def _surroundings() -> bytes:
+    """A hash of what every program depends on."""
+    digest = hashlib.sha256(sources())
     device = jax.devices()[0]
     facts = jax.__version__, device.device_kind, jax.device_count(), device.client.platform_version
     flags = os.environ.get("XLA_FLAGS", ""), jax.config.jax_enable_x64, jax.config.jax_default_matmul_precision
@@ -50,6 +56,8 @@ def _surroundings() -> bytes:
 def _path(what: Any) -> Path | None:
     folder = jax.config.jax_compilation_cache_dir
     if not folder or jax.default_backend() != "gpu":  # jaxlib 0.11 cannot run what it has read back for a CPU
+        return None
+    if jax.process_count() > 1:
         return None
     return Path(folder) / "steps" / hashlib.sha256(_surroundings() + repr(what).encode()).hexdigest()
 
@@ -92,7 +100,13 @@ def save(what: Any, program: jax.stages.Compiled) -> None:
 
 
 def keep_compilations() -> None:
-    """Let JAX keep compiled programs in the user's cache, for a quicker next start, unless it has been told where."""
+    """Let JAX keep compiled programs in the user's cache, for a quicker next start, unless it has been told where.
+
+    Not those of several processes for GPUs: these search for the fastest products together, and would wait in vain for
+    one that has found the program on its disk.
+    """
+    if jax.distributed.is_initialized() and jax.default_backend() == "gpu":
+        return jax.config.update("jax_enable_compilation_cache", False)
     if jax.config.jax_compilation_cache_dir is None:
         try:
             jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))

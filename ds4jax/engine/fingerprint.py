@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import logging
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
+import jaxlib.version
 import numpy as np
 
+import ds4jax
+from ds4jax.engine import compile_cache
 from ds4jax.engine.kv_store import KVStore
 from ds4jax.engine.model_runner import ModelRunner
 from ds4jax.engine.snapshot import LAYOUT
 from ds4jax.errors import Ds4Error
 from ds4jax.io import content_hash
+from ds4jax.io.checkpoint import Checkpoint
 from ds4jax.io.gguf import GGUFFile
 from ds4jax.io.synthetic import Synthetic
 from ds4jax.model.tensors import tensor_table
+from ds4jax.settings import Settings
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +38,7 @@ def open_store(folder: str | Path, budget_bytes: int, runner: ModelRunner) -> KV
     It is ready at once if the content of the model's files is known, which takes reading all of them once; else they
     are read in the background, and it is ready then. If one of them has changed since it was loaded, it stays unused.
     """
-    files, store = _files(runner), KVStore(folder, budget_bytes, fingerprint(runner), None, runner.fits)
+    files, store = _files(runner.checkpoint), KVStore(folder, budget_bytes, fingerprint(runner), None, runner.fits)
     with _unused_if_it_fails(store):
         hashes = [file.content or content_hash.lookup(file.path, file.status) for file in files]
         if None not in hashes:
@@ -69,7 +77,7 @@ def fingerprint(runner: ModelRunner) -> dict[str, str | int]:
     """
     settings = runner.settings
     return {
-        "model": _model(runner),
+        "model": _model(runner.checkpoint),
         "numerics": settings.numerics,
         "dtype": settings.dtype,
         "kernels": settings.kernels,
@@ -85,7 +93,7 @@ def content(runner: ModelRunner) -> str:
     Reading a large one whole would take minutes. Raises Ds4Error if a file has changed since it was opened.
     """
     said = []
-    for file in _files(runner):
+    for file in _files(runner.checkpoint):
         status = file.status
         if file.content:
             said.append(file.content)
@@ -95,10 +103,40 @@ def content(runner: ModelRunner) -> str:
     return ", ".join(said)
 
 
-def _model(runner: ModelRunner) -> str:
-    digest, source = hashlib.blake2b(repr(runner.cfg).encode(), digest_size=16), runner.checkpoint
+def of_hosts(settings: Settings, source: Checkpoint | Synthetic, batch: int | None) -> dict[str, Any]:
+    """What all processes of one server must have alike, by names that a user knows, before a device is used.
+
+    batch: number of slots, or None. The model's files may have other names and times elsewhere; of a large one, pieces
+    are compared.
+    """
+    given = dataclasses.asdict(settings)
+    for key in ("model", "draft"):  # places of files
+        del given[key]
+    content = " ".join(file.content or content_hash.sample(file.path, file.status) for file in _files(source))
+    return {
+        "ds4jax": f"{ds4jax.__version__}, sources {compile_cache.sources().hex()[:12]}",
+        "jax": f"{jax.__version__}, jaxlib {jaxlib.version.__version__}",
+        "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
+        **given,
+        "max_seqs": settings.batch if batch is None else batch,
+        "the model file's content": hashlib.sha256(f"{_model(source)} {content}".encode()).hexdigest()[:16],
+    }
+
+
+def of_runners(runner: ModelRunner) -> dict[str, Any]:
+    """What all processes of one server must have alike once the model is loaded."""
+    return {
+        "the kind of device": jax.local_devices()[0].device_kind,
+        "experts in the wide layout": runner.steps.wide,
+        "drafts": runner.steps.draft_counts[-1] if runner.steps.draft_counts else 0,
+        "lengths of chunks": str(sorted(runner.steps.prefill_sizes)),
+    }
+
+
+def _model(source: Checkpoint | Synthetic) -> str:
+    digest = hashlib.blake2b(repr(source.cfg).encode(), digest_size=16)
     if isinstance(source, Synthetic):
-        types = [(spec.name, int(source.types(spec))) for spec in tensor_table(runner.cfg)]
+        types = [(spec.name, int(source.types(spec))) for spec in tensor_table(source.cfg)]
         digest.update(repr((types, source.seed)).encode())
         return digest.hexdigest()
     for key, value in sorted(source.file.metadata.items()):
@@ -109,9 +147,8 @@ def _model(runner: ModelRunner) -> str:
     return digest.hexdigest()
 
 
-def _files(runner: ModelRunner) -> list[GGUFFile]:
-    """What the model was loaded from; a synthetic one, which its seed describes, from nothing."""
-    source = runner.checkpoint
+def _files(source: Checkpoint | Synthetic) -> list[GGUFFile]:
+    """What a model is loaded from; a synthetic one, which its seed describes, from nothing."""
     if isinstance(source, Synthetic):
         return []
     files = source.file, source.mtp_file, source.drafter.file if source.drafter else None

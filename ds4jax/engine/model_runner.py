@@ -17,9 +17,9 @@ import numpy as np
 
 from ds4jax import sharding
 from ds4jax.config import ModelConfig
-from ds4jax.engine import memory, sampling, snapshot
+from ds4jax.engine import compile_cache, memory, sampling, snapshot
 from ds4jax.engine.call_sizes import CallSizes
-from ds4jax.engine.chunks import pad
+from ds4jax.engine.chunks import pad, serving_sizes
 from ds4jax.engine.compiled_steps import (
     BLOCK,
     ROUNDS,
@@ -110,6 +110,27 @@ def open_model(settings: Settings, synthetic: str | None = None, recipe: str = "
     if synthetic is None:
         return open_with_drafter(settings)
     return with_drafter(Synthetic(synthetic_config(synthetic), RANDOM_RECIPES[recipe]), settings)
+
+
+def serving_runner(
+    model: Checkpoint | Synthetic,
+    settings: Settings,
+    batch: int | None = None,
+    progress: bool = False,
+    record: Record | None = None,
+) -> ModelRunner:
+    """A model with what a server runs compiled; on GPUs, which take long, but for smaller chunks, which come later.
+
+    Several processes compile all at the start. The arguments are those of `ModelRunner`.
+    """
+    compile_cache.keep_compilations()
+    sizes = serving_sizes(settings)
+    later = jax.default_backend() == "gpu" and jax.process_count() == 1
+    # The largest serves all prompts.
+    runner = ModelRunner(model, settings, batch, progress, sizes[-1:] if later else sizes, record=record)
+    runner.compile()
+    runner.compile_later(sizes)
+    return runner
 
 
 def with_drafter(model: Synthetic, settings: Settings) -> Synthetic:

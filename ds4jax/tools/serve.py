@@ -26,6 +26,9 @@ from ds4jax.tools import cli
 
 if TYPE_CHECKING:  # JAX takes a second to import
     from ds4jax.engine.async_engine import AsyncEngine
+    from ds4jax.engine.hosts import Leader
+    from ds4jax.io.checkpoint import Checkpoint
+    from ds4jax.io.synthetic import Synthetic
     from ds4jax.server.access import Keys
     from ds4jax.server.app import Options
     from ds4jax.server.connections import Limits, Server
@@ -100,8 +103,17 @@ flags.DEFINE_float("keep_alive", 10.0, "Seconds of silence before a stream says 
 flags.DEFINE_float("grace", 30.0, "Seconds that running answers have once asked to stop.", 0.0, flag_values=FLAGS)
 
 
-def main() -> int:
-    """Run the server as FLAGS say, until it is told to stop; → exit status. Raises Ds4Error."""
+def settings() -> Settings:
+    """The settings that FLAGS say. Raises ConfigError."""
+    overrides = {key: FLAGS[key].value for key in ("model", "ctx", "profile", "device_budget_gb", *cli.DRAFTS)}
+    return Settings.load(FLAGS.config, **overrides)
+
+
+def main(model: Checkpoint | Synthetic | None = None, hosts: Leader | None = None) -> int:
+    """Run the server as FLAGS say, until it is told to stop; → exit status. Raises Ds4Error.
+
+    model: where it is open already. hosts: other processes that have some of its devices.
+    """
     keys, origins = _keys(), ("*",) if FLAGS.cors else tuple(FLAGS.cors_origins)
     for origin in origins:
         if not _ORIGIN.fullmatch(origin):
@@ -109,9 +121,8 @@ def main() -> int:
     for host in FLAGS.allowed_hosts or ():
         if not _HOST.fullmatch(host):
             raise ConfigError(f"allowed_hosts: found {host!r}, expected the name of a host without a port, or *.NAME")
-    overrides = {key: FLAGS[key].value for key in ("model", "ctx", "profile", "device_budget_gb", *cli.DRAFTS)}
-    settings = Settings.load(FLAGS.config, **overrides)
-    settings.set_environment()
+    chosen = settings()
+    chosen.set_environment()
     from ds4jax.engine.async_engine import AsyncEngine
     from ds4jax.server.app import Options
     from ds4jax.server.connections import Limits, most_connections
@@ -142,7 +153,7 @@ def main() -> int:
     )
     prefixes, turns = split_budget(int(FLAGS.kv_budget_gb * 2**30))
     engine = AsyncEngine.open(
-        settings,
+        chosen,
         synthetic=FLAGS.synthetic,
         recipe=FLAGS.recipe,
         max_seqs=FLAGS.max_seqs,
@@ -152,6 +163,8 @@ def main() -> int:
         trace=FLAGS.trace,
         trace_routing=FLAGS.trace_routing,
         progress=True,
+        model=model,
+        hosts=hosts,
         max_waiting=FLAGS.max_waiting,
         waiting_per_client=FLAGS.max_waiting_per_key,
         running_per_client=FLAGS.max_seqs_per_key,
