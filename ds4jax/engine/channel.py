@@ -13,7 +13,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from ds4jax.engine import messages
@@ -156,14 +156,21 @@ def listen(host: str, port: int) -> socket.socket:
     """A socket that listens at an address. Raises OSError."""
     (family, *_, where), *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     sock = socket.socket(family, socket.SOCK_STREAM)
-    try:
+    with closed_by_errors(sock):
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(where)
         sock.listen(64)
+    return sock
+
+
+@contextlib.contextmanager
+def closed_by_errors(sock: socket.socket) -> Iterator[None]:
+    """An exception inside closes a socket."""
+    try:
+        yield
     except BaseException:
         sock.close()
         raise
-    return sock
 
 
 def pipe(one: socket.socket, other: socket.socket) -> None:

@@ -100,8 +100,9 @@ def join(place: Place, facts: Facts, patience: Patience) -> Iterator[Leader | Fo
 
 
 def check_secret(sock: socket.socket, secret: bytes) -> None:
-    """Raises ConfigError if others than this machine can reach a socket, and there is no secret."""
+    """Raises ConfigError, and closes the socket, if others than this machine can reach it, and there is no secret."""
     if not secret and not ipaddress.ip_address(sock.getsockname()[0]).is_loopback:
+        sock.close()
         raise ConfigError(f"{SECRET}: found nothing, expected the same secret in the environment of every process")
 
 
@@ -342,7 +343,7 @@ class Leader(_Member):
             missing = [n for n in range(1, self.place.processes) if n not in self._others]
             if missing:
                 who = "process " + ", ".join(map(str, missing))
-                self._end(f"{who}: not there after {self._patience.join:.0f} s (expected at {self.place.address})")
+                self._end(f"{who}: not there after {self._patience.join:g} s (expected at {self.place.address})")
         for other in list(self._others.values()):
             if why := self._silent(other.connection, now, awake):
                 self._end(f"{other}: {why}: it hangs, or its host does")
@@ -396,12 +397,13 @@ class Follower(_Member):
         self._initialize_jax(channel.address(here.getsockname()))
 
     def _connect(self, hello: Any) -> socket.socket:
-        deadline, patience = time.monotonic() + self._patience.join, f"{self._patience.join:.0f} s"
+        deadline, patience = time.monotonic() + self._patience.join, f"{self._patience.join:g} s"
         while True:
             try:
                 sock = socket.create_connection((self.place.host, self.place.port), timeout=channel.GREETING)
                 check_secret(sock, self._secret)
-                channel.introduce(sock, self._secret, hello)
+                with channel.closed_by_errors(sock):
+                    channel.introduce(sock, self._secret, hello)
                 return sock
             except Refused as error:
                 raise Ds4Error(f"process 0 at {self.place.address}: {error} ({SECRET})") from None

@@ -114,4 +114,7 @@ def _value(plain: Any, data: bytearray, at: int) -> tuple[Any, int]:
     dtype, count = np.dtype(getattr(ml_dtypes, name, name)), math.prod(shape)
     if dtype.hasobject:
         raise ValueError(f"found an array of {name}")
-    return np.frombuffer(data, dtype, count, at).reshape(shape), at + dtype.itemsize * count
+    end = at + dtype.itemsize * count
+    if end > len(data):
+        raise ValueError(f"an array that ends at byte {end} of {len(data)}")
+    return np.frombuffer(data, np.uint8)[at:end].view(dtype).reshape(shape), end
