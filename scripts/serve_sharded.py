@@ -64,7 +64,7 @@ def main() -> int:
     import jax
 
     from ds4jax.engine import hosts
-    from ds4jax.engine.fingerprint import of_hosts, of_runners
+    from ds4jax.engine.fingerprint import of_hosts, of_runner
     from ds4jax.engine.model_runner import open_model, serving_runner
 
     model = open_model(settings, FLAGS.synthetic)
@@ -76,8 +76,10 @@ def main() -> int:
             raise ConfigError(f"mesh: {mesh} is for {settings.devices} devices, the processes have {found} together")
         if isinstance(joined, hosts.Leader):
             return serve.main(model, joined)
-        runner = serving_runner(model, settings, FLAGS.max_seqs, progress=True)
-        joined.ready(of_runners(runner))
+        runner = serving_runner(
+            model, settings, FLAGS.max_seqs, progress=True, loaded=lambda runner: joined.meet(of_runner(runner))
+        )
+        joined.meet({})
         joined.follow(runner)
         return 0
 

@@ -22,9 +22,9 @@ def main(coordinator, processes, number):
     place = Place(host, int(port), int(number), int(processes))
     with hosts.join(place, {"a": 1}, Patience(join=60.0, silence=4.0)) as joined:
         if not isinstance(joined, Leader):
-            joined.ready({"b": 2})
+            joined.meet({"b": 2})
             return joined.follow(Runner())
-        joined.ready({"b": 2})
+        joined.meet({"b": 2})
         print("serving nothing at http://nowhere", file=sys.stderr, flush=True)
         while True:
             joined.tell("clear", (0,), {})

@@ -187,7 +187,7 @@ def follow(runner, monkeypatch):
     monkeypatch.setattr(signal, "signal", lambda *_: None)  # which is for the main thread
 
     def work(member):
-        member.ready({})
+        member.meet({})
         member.follow(runner)
         member._connection.close(1.0)
 
@@ -195,7 +195,7 @@ def follow(runner, monkeypatch):
 
 
 def lead(member):
-    member.ready({})
+    member.meet({})
     member.tell("prefill", (1, [2, 3], Sampling(seed=4)), {"append": True})
 
 

@@ -91,17 +91,20 @@ class AsyncEngine:
         """
         settings.set_environment()
         from ds4jax.engine import model_runner
-        from ds4jax.engine.fingerprint import of_runners, open_store
+        from ds4jax.engine.fingerprint import of_runner, open_store
         from ds4jax.engine.prefix_cache import PrefixCache
         from ds4jax.engine.routing_trace import Writer
 
         model = model or model_runner.open_model(settings, synthetic, recipe)
         record = Writer(trace_routing, model.cfg) if trace_routing else None
-        runner = model_runner.serving_runner(model, settings, max_seqs, progress, record)
+        meet = hosts.meet if hosts else lambda facts: None
+        runner = model_runner.serving_runner(
+            model, settings, max_seqs, progress, record, loaded=lambda runner: meet(of_runner(runner))
+        )
         heap.trim()
         store = open_store(kv_dir, kv_budget_bytes, runner) if kv_dir else None
         if hosts:
-            hosts.ready(of_runners(runner))
+            meet({})
             runner.tell = hosts.tell
         name = f"synthetic-{synthetic}" if synthetic else Path(settings.model).stem
         cache = PrefixCache(prefix_budget_bytes, store)

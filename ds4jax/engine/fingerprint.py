@@ -123,7 +123,7 @@ def of_hosts(settings: Settings, source: Checkpoint | Synthetic, batch: int | No
     }
 
 
-def of_runners(runner: ModelRunner) -> dict[str, Any]:
+def of_runner(runner: ModelRunner) -> dict[str, Any]:
     """What all processes of one server must have alike once the model is loaded."""
     return {
         "the kind of device": jax.local_devices()[0].device_kind,

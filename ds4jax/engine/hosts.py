@@ -174,13 +174,13 @@ def _wait_for_ever() -> NoReturn:
 @dataclasses.dataclass
 class _Other:
     """What process 0 knows of another. told: name and time of the calls that it has not finished; done: how many it
-    has."""
+    has. facts: what it has come to `meet` with, if it waits there."""
 
     number: int
     connection: Connection
     told: collections.deque[tuple[str, float]] = dataclasses.field(default_factory=collections.deque)
     done: int = 0
-    ready: Facts | None = None
+    facts: Facts | None = None
 
     def __str__(self) -> str:
         return f"process {self.number} at {self.connection.peer}"
@@ -216,12 +216,15 @@ class Leader(_Member):
             other.connection.send({"start": True})
         self._initialize_jax(f"127.0.0.1:{self._jax_port}")
 
-    def ready(self, facts: Facts) -> None:
-        """Wait until the others have loaded the model, too. facts: that can be known only now."""
-        self._until(lambda: all(other.ready is not None for other in self._others.values()))
+    def meet(self, facts: Facts) -> None:
+        """Wait until the others have come as far. facts: what must agree, of what is known by now."""
+        self._until(lambda: all(other.facts is not None for other in self._others.values()))
         for other in self._others.values():
-            if problem := differs(other.ready or {}, facts):
+            if problem := differs(other.facts or {}, facts):
                 self._end(f"{other}: {problem}")
+            other.facts = None
+        for other in self._others.values():
+            other.connection.send({"met": True})
 
     def _until(self, condition: Callable[[], bool]) -> None:
         with self._changed:
@@ -316,9 +319,9 @@ class Leader(_Member):
                 while other.done < done:
                     other.told.popleft()
                     other.done += 1
-            case {"ready": facts}:
+            case {"meet": facts}:
                 with self._changed:
-                    other.ready = facts
+                    other.facts = facts
                     self._changed.notify_all()
             case {"failed": str(why)}:
                 self._suspect(other.number, f"{other}: {why}")
@@ -382,7 +385,7 @@ class Follower(_Member):
         self._calls: queue.SimpleQueue[tuple[str, list, dict] | None] = queue.SimpleQueue()
         self._running: collections.deque[Any] = collections.deque()  # results of calls, the oldest first; None: ended
         self._done = 0
-        self._started = threading.Event()
+        self._started, self._met = threading.Event(), threading.Semaphore(0)
 
     def start(self) -> None:
         """Find process 0, wait for the others, and let JAX find all."""
@@ -420,9 +423,11 @@ class Follower(_Member):
             with contextlib.suppress(Ds4Error):
                 channel.pipe(sock, self._connect({"for": "jax"}))
 
-    def ready(self, facts: Facts) -> None:
-        """The model is loaded. facts: see `Leader.ready`."""
-        self._connection.send({"ready": facts})
+    def meet(self, facts: Facts) -> None:
+        """See `Leader.meet`."""
+        self._connection.send({"meet": facts})
+        while not self._met.acquire(timeout=1.0):
+            pass
 
     def follow(self, runner: ModelRunner) -> None:
         """Do what process 0 says, until it says that this is all."""
@@ -459,6 +464,8 @@ class Follower(_Member):
                 self._calls.put((name, args, kwargs))
             case {"start": _}:
                 self._started.set()
+            case {"met": _}:
+                self._met.release()
             case {"stop": _}:
                 self._over = True
                 self._calls.put(None)

@@ -118,16 +118,19 @@ def serving_runner(
     batch: int | None = None,
     progress: bool = False,
     record: Record | None = None,
+    loaded: Callable[[ModelRunner], object] = lambda runner: None,
 ) -> ModelRunner:
     """A model with what a server runs compiled; on GPUs, which take long, but for smaller chunks, which come later.
 
-    Several processes compile all at the start. The arguments are those of `ModelRunner`.
+    Several processes compile all at the start. loaded: called before the first program runs on several devices, for
+    which those of other processes would wait in vain for a while. The other arguments are those of `ModelRunner`.
     """
     compile_cache.keep_compilations()
     sizes = serving_sizes(settings)
     later = jax.default_backend() == "gpu" and jax.process_count() == 1
     # The largest serves all prompts.
     runner = ModelRunner(model, settings, batch, progress, sizes[-1:] if later else sizes, record=record)
+    loaded(runner)
     runner.compile()
     runner.compile_later(sizes)
     return runner
