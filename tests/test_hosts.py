@@ -40,7 +40,7 @@ def folder(tmp_path_factory):
 def config(folder):
     """Writes a config of a small model on a mesh."""
     path = folder / "model.gguf"
-    write_synthetic(path, ONE_LAYER, 3, RECIPES["q8"], byte_tokenizer().to_metadata())
+    write_synthetic(path, ONE_LAYER, 3, RECIPES["f32"], byte_tokenizer().to_metadata())
 
     def write(**mesh):
         name = "-".join(f"{axis}{n}" for axis, n in mesh.items())
