@@ -20,7 +20,7 @@ def config(tmp_path, text):
 
 
 def test_the_configs_are_there():
-    several = "h100x2", "h200x2", "h200x4", "rtx_pro_6000x2", "rtx_pro_6000x4"
+    several = "h100x2", "h200x2", "h200x4", "rtx_pro_6000x2", "rtx_pro_6000x4", "sparkx2"
     one = "gpu24", "gpu32", "gpu48", "h100", "h200", "rtx_pro_6000", "spark", "tiny", "tiny_q2"
     assert settings.names() == sorted([*several, *one])
 
