@@ -82,8 +82,12 @@ def test_two_processes_and_then_four(folder, config, alone):
         text, cached = complete(url, PROMPT)
         assert text == alone[0] and cached >= 128
         assert asked(url) == alone
-        four.hurt(3, signal.SIGSTOP)
-        assert four.all_end(but=[3]) == [1, 1, 1]
+        with ThreadPoolExecutor() as pool:
+            four.hurt(3, signal.SIGSTOP)
+            answer = pool.submit(complete, url, PROMPTS[1])
+            assert four.all_end(but=[3]) == [1, 1, 1]
+            with pytest.raises(AssertionError, match="one of its processes is lost"):
+                answer.result()
         (error,) = four.errors(0)
         assert error.startswith("process 3 at 127.0.0.1:") and "no sign of life" in error
         assert four.errors(1) == four.errors(2) == [error]

@@ -425,7 +425,7 @@ def test_without_a_thread_to_hash_in_the_store_is_unused(runner, tmp_path, caplo
 def test_a_store_that_was_closed_meanwhile_is_not_said_to_be_in_use(runner, tmp_path, caplog, monkeypatch):
     store = KVStore(tmp_path / "kv", 1 << 30, fingerprint(runner), None)
     monkeypatch.setattr(content_hash, "compute", lambda *_: store.close() or "")
-    module._begin_later(store, module._files(runner))
+    module._begin_later(store, module._files(runner.checkpoint))
     assert store.closed and "have been read for a hash" in caplog.text and "in use from now on" not in caplog.text
 
 

@@ -51,6 +51,8 @@ STALLED = 60.0
 """A step hangs if it takes more seconds than this, and ten times longer than any before."""
 STALLED_COMPILING = 1800.0
 """A step that is being compiled hangs if it takes more seconds than this."""
+TELLING = 0.5
+"""Seconds in which readers hear that the process is about to end."""
 CLOSING = 60.0
 """Seconds after the grace in which the last step must end."""
 
@@ -255,15 +257,16 @@ class AsyncEngine:
             await asyncio.to_thread(self._grammars.close)
         self._engine.counters.close()
 
-    def abandon(self, why: str) -> None:
+    def abandon(self) -> None:
         """The process is about to end while the thread may hang: tell the readers, and write prefixes to disk."""
-        error = EngineFailed(f"the model cannot run any more: {why}")
+        error = Stopping("the server is stopping: one of its processes is lost")
         with self._lock:
             self._refusal = error
         for seq in list(self._engine.scheduler):
             seq.emit(Failed(error))
         if (cache := self._engine.prefix_cache) is not None:
             cache.close(save=True)
+        time.sleep(TELLING)
 
     def slots(self) -> list[Sequence | None]:
         """See `Engine.slots`."""

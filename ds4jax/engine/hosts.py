@@ -101,9 +101,23 @@ def join(place: Place, facts: Facts, patience: Patience) -> Iterator[Leader | Fo
 
 def check_secret(sock: socket.socket, secret: bytes) -> None:
     """Raises ConfigError, and closes the socket, if others than this machine can reach it, and there is no secret."""
-    if not secret and not ipaddress.ip_address(sock.getsockname()[0]).is_loopback:
+    if not secret and not _local(sock):
         sock.close()
         raise ConfigError(f"{SECRET}: found nothing, expected the same secret in the environment of every process")
+
+
+def _local(sock: socket.socket) -> bool:
+    """Whether only this machine can reach a socket."""
+    return ipaddress.ip_address(sock.getsockname()[0]).is_loopback
+
+
+def _is_name(host: str) -> bool:
+    """Whether a host is given by its name, not by its address."""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return True
+    return False
 
 
 def differs(found: Facts, expected: Facts) -> str:
@@ -173,13 +187,14 @@ def _wait_for_ever() -> NoReturn:
 # ---- process 0 -------------------------------------------------------------------------------------------------------
 @dataclasses.dataclass
 class _Other:
-    """What process 0 knows of another. told: name and time of the calls that it has not finished; done: how many it
-    has. facts: what it has come to `meet` with, if it waits there."""
+    """What process 0 knows of another. told: name and time of the calls that it has not finished. done: how many it
+    has; since: when it finished the last. facts: what it has come to `meet` with, if it waits there."""
 
     number: int
     connection: Connection
     told: collections.deque[tuple[str, float]] = dataclasses.field(default_factory=collections.deque)
     done: int = 0
+    since: float = 0.0
     facts: Facts | None = None
 
     def __str__(self) -> str:
@@ -198,9 +213,11 @@ class Leader(_Member):
         except OSError as error:
             raise Ds4Error(f"coordinator: {place.address}: cannot listen there: {error.strerror or error}") from None
         check_secret(self._socket, secret)
+        if place.host != "localhost" and _is_name(place.host) and _local(self._socket):
+            log.warning("coordinator: %s is this machine's loopback here, which other hosts do not reach", place.host)
         with channel.listen("127.0.0.1", 0) as free:
             self._jax_port = free.getsockname()[1]
-        self.save: Callable[[str], object] = lambda message: None
+        self.save: Callable[[], object] = lambda: None
         self._others: dict[int, _Other] = {}
         self._changed = threading.Condition()
         self._suspected: tuple[str, int, float] | None = None  # a message, of which process, and when it came
@@ -261,7 +278,14 @@ class Leader(_Member):
 
     def _last_words(self, message: str) -> None:
         self._tell_the_end(message)
-        saving = threading.Thread(target=self.save, args=[message], daemon=True)
+
+        def save() -> None:
+            try:
+                self.save()
+            except Exception as error:
+                log.warning("prefixes are not saved: %s", _one_line(error))
+
+        saving = threading.Thread(target=save, daemon=True)
         saving.start()
         saving.join(SAVING)
 
@@ -318,7 +342,7 @@ class Leader(_Member):
             case {"done": int(done)}:
                 while other.done < done:
                     other.told.popleft()
-                    other.done += 1
+                    other.done, other.since = other.done + 1, time.monotonic()
             case {"meet": facts}:
                 with self._changed:
                     other.facts = facts
@@ -351,7 +375,7 @@ class Leader(_Member):
             if why := self._silent(other.connection, now, awake):
                 self._end(f"{other}: {why}: it hangs, or its host does")
             name, began = next(iter(other.told), ("", now))
-            if (seconds := now - max(began, awake)) > self._patience.step and not other.connection.writes:
+            if (seconds := now - max(began, awake, other.since)) > self._patience.step and not other.connection.writes:
                 self._end(f"{other}: {name} has not ended after {seconds:.0f} s")
         if self._suspected and now - self._suspected[2] > SUSPECTED:
             self._end(self._suspected[0])
@@ -420,7 +444,7 @@ class Follower(_Member):
         """Pass on what JAX of this process has to say to that of process 0."""
         while True:
             sock, _ = here.accept()
-            with contextlib.suppress(Ds4Error):
+            with contextlib.suppress(Ds4Error), channel.closed_by_errors(sock):
                 channel.pipe(sock, self._connect({"for": "jax"}))
 
     def meet(self, facts: Facts) -> None:
