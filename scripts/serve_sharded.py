@@ -67,8 +67,8 @@ def main() -> int:
     from ds4jax.engine.fingerprint import of_hosts, of_runner
     from ds4jax.engine.model_runner import open_model, serving_runner
 
-    model = open_model(settings, FLAGS.synthetic)
-    facts = {**of_hosts(settings, model, FLAGS.max_seqs), "synthetic": FLAGS.synthetic or ""}
+    model = open_model(settings, FLAGS.synthetic, FLAGS.recipe)
+    facts = of_hosts(settings, model, FLAGS.max_seqs)
     patience = hosts.Patience(FLAGS.join_timeout, FLAGS.silence_timeout, FLAGS.step_timeout)
     with hosts.join(where, facts, patience) as joined:
         if (found := jax.device_count()) != settings.devices:
