@@ -107,8 +107,11 @@ class Shape:
 
     @property
     def key(self) -> Shape:
-        """Of calls that share a tuned config, see `common.Choice`: any number of layers, and any limit."""
-        return replace(self, stack=0 if self.kind == "linear" else self.stack, clamp=0.0)
+        """Of calls that share a tuned config, see `common.Choice`: any stack, and any limit.
+
+        A device that has half of the experts meets as many rows of each as one that has all.
+        """
+        return replace(self, stack=0, clamp=0.0)
 
     @property
     def static(self) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from ds4jax.model.compute import Compute
 from ds4jax.ops import tuned
 from ds4jax.ops.check import formula
 from ds4jax.settings import CONFIG_DIR
-from pallas_kernels import common, hyper, indexer, matmul, mla, topk
+from pallas_kernels import common, grouped_gemm, hyper, indexer, matmul, mla, topk
 
 SMALL = topk.Shape(4, 64, 60, k=8)
 
@@ -103,6 +103,8 @@ def test_calls_that_share_a_config():
 
     assert same(matmul, "q_b/1", layers=43) and same(matmul, "q_b/1", m=2) and not same(matmul, "q_b/1", m=3)
     assert same(hyper, "16", layers=43) and not same(hyper, "16", tokens=8) and not same(hyper, "1", first=True)
+    # Two devices with half of the experts each take the tiles of one with all: an expert has as many rows.
+    assert same(grouped_gemm, "gate_up_iq2_xxs_2048", stack=128) and not same(grouped_gemm, "down_q2_k_512", m=2048)
     # A capacity counts, but only roughly; where in it the sequence ends is not known to the program.
     assert same(indexer, "decode 28k", keys=7200, position=5) and not same(indexer, "decode 28k", keys=16384)
     assert same(topk, "decode 28k", n=8192, visible=600) and not same(topk, "decode 28k", n=4096)
