@@ -137,6 +137,12 @@ def test_metadata_round_trip_and_numpy_arrays():
     assert again.encode_raw("the tokens of it") == tokenizer.encode_raw("the tokens of it")
 
 
+def test_llama_cpps_other_name_of_the_patterns():
+    metadata = byte_tokenizer().to_metadata()
+    other = Tokenizer.from_metadata(metadata | {"tokenizer.ggml.pre": "deepseek-v3"})
+    assert other.to_metadata() == metadata
+
+
 MISSING = object()
 
 

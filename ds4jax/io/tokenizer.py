@@ -36,6 +36,7 @@ class Special(enum.Enum):
 
 
 _MODEL, _PRE = "gpt2", "joyai-llm"  # tokenizer.ggml.model and .pre: the only kind read here
+_SAME_PRE = "deepseek-v3"  # llama.cpp's other name for the same patterns, which it once gave to this vocabulary, too
 _NORMAL, _CONTROL = 1, 3  # values of tokenizer.ggml.token_type (llama.cpp's llama_token_type)
 
 # What "joyai-llm" stands for: each pattern isolates its matches within the pieces the previous one left.
@@ -145,9 +146,10 @@ class Tokenizer:
                 raise GGUFError(f"metadata key {name}: found {_describe(value)}, expected {what}")
             return value
 
-        for key, expected in (("ggml.model", _MODEL), ("ggml.pre", _PRE)):
-            if (found := get(key, str)) != expected:
-                raise GGUFError(f"metadata key tokenizer.{key}: found {found!r}, expected {expected!r}")
+        for key, known in (("ggml.model", (_MODEL,)), ("ggml.pre", (_PRE, _SAME_PRE))):
+            if (found := get(key, str)) not in known:
+                expected = " or ".join(map(repr, known))
+                raise GGUFError(f"metadata key tokenizer.{key}: found {found!r}, expected {expected}")
         return cls(
             get("ggml.tokens", str, many=True),
             get("ggml.merges", str, many=True),
