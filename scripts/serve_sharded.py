@@ -42,7 +42,7 @@ flags.DEFINE_string(
 flags.DEFINE_integer("num_processes", None, "How many processes there are.", 2, 4096, flag_values=FLAGS)
 flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.", 0, 4095, flag_values=FLAGS)
 flags.DEFINE_float(
-    "join_timeout", 25.0, "Seconds from the start of a process until all have come.", 1.0, 1e6, flag_values=FLAGS
+    "join_timeout", 20.0, "Seconds that a process waits for the others at the start.", 1.0, 1e6, flag_values=FLAGS
 )
 flags.DEFINE_float(
     "silence_timeout", 12.0, "Seconds without a sign of life of a process, after which all end.", 2.0, 1e6,

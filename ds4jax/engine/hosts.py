@@ -73,7 +73,7 @@ class Patience:
     """Seconds after which all processes end: join: until all have come. silence: without a sign of life of one.
     step: that one needs for one call."""
 
-    join: float = 25.0
+    join: float = 20.0
     silence: float = 12.0
     step: float = 20.0
 
