@@ -49,7 +49,8 @@ class Group:
         for number in range(processes) if of is None else of:
             place = f"--coordinator={self.coordinator}", f"--num_processes={processes}", f"--process_id={number}"
             script = str(ROOT / "scripts/serve_sharded.py")
-            self.start(number, [script, f"--config={config}", "--port=0", *place, *flags])
+            patience = "--join_timeout=120", "--step_timeout=60"  # of a busy machine
+            self.start(number, [script, f"--config={config}", "--port=0", *place, *patience, *flags])
 
     def _output(self, number: int) -> Path:
         return self.folder / f"output-{self.coordinator.rpartition(':')[2]}-{number}"
