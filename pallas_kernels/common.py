@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, cast
@@ -97,6 +98,17 @@ def let_dependents_start(ref: Any, threads: int) -> None:
     )
     at = ref.at[(*(0,) * (len(ref.shape) - 1), nothing)]
     plgpu.store(at, jnp.zeros((threads,), ref.dtype), mask=nothing != 0)
+
+
+def device_kind() -> str:
+    """Of the device that a program is being compiled for: one that JAX was told to assume, or else the first here."""
+    assumed = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.devices()[0].device_kind if assumed is None else assumed.device_kind
+
+
+def is_hopper() -> bool:
+    """Whether that is an H100 or H200: its tensor cores read operands from shared memory, others' from registers."""
+    return re.search(r"\bG?H\d", device_kind()) is not None
 
 
 def choose[C, S](config: Choice[C, S], shape: S) -> C:

@@ -206,7 +206,9 @@ def default_config(shape: Shape) -> Config:
         splits = next((s for s in fitting if blocks * s >= 264), fitting[-1])
         return Config(64, 4, 2, splits)
     rows = shape.m * shape.slots / shape.stack
-    return Config(32, 8) if rows <= 8 else Config(64, 8) if rows <= 32 else Config(128, 16)
+    if rows <= 32:
+        return Config(32 if rows <= 8 else 64, 8)
+    return Config(128, 16 if common.is_hopper() else 8)  # other GPUs lack the registers for 16
 
 
 # ---- formats -------------------------------------------------------------------------------------------------------

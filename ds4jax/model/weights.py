@@ -30,7 +30,8 @@ from ds4jax.unfiled import AnyType
 
 Leaf = Any  # Stack of Quantized or Array; after `.at(layer)`, Weight; in `abstract`, WeightSpec
 
-# A stack stays below 2^31 bytes, so that 32-bit element offsets reach all of it; larger layers stand alone.
+# A stack stays below 2^31 bytes, so that 32-bit element offsets reach all of it. Layers that do not fit in one stand
+# alone: the code of a kernel names the length of its stack, and XLA compiles equal code once.
 MAX_STACK_BYTES = 2**31 - 1
 
 
@@ -402,8 +403,8 @@ def _build(cls: type, prefix: str, families: dict[str, list[TensorSpec]], types:
         groups = []
         for _, same in itertools.groupby(sorted(specs, key=lambda s: _format_name(fmt(s))), fmt):
             same = list(same)
-            per_stack = min(max(1, MAX_STACK_BYTES // group(same[:1]).nbytes), len(same))
-            groups += [group(list(chunk)) for chunk in itertools.batched(same, per_stack)]
+            in_one = group(same).nbytes <= MAX_STACK_BYTES
+            groups += [group(list(chunk)) for chunk in itertools.batched(same, len(same) if in_one else 1)]
         return Stack(tuple(groups), tuple(tuple(s.layer for s in g.tensors) for g in groups))
 
     def build(cls: type, prefix: str) -> Any:

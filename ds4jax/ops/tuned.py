@@ -17,22 +17,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import jax
-
 from ds4jax.errors import ConfigError
 from ds4jax.files import read_small
 from ds4jax.settings import CONFIG_DIR
+from pallas_kernels.common import device_kind
 
 
 def path_of(device_kind: str) -> Path:
     """Where the tuned configs of a device kind are, if there are any."""
     return CONFIG_DIR / "tuned" / f"{device_kind.lower().replace(' ', '_')}.json"
-
-
-def device_kind() -> str:
-    """Of the device that a program is being compiled for: one that JAX was told to assume, or else the first here."""
-    assumed = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.devices()[0].device_kind if assumed is None else assumed.device_kind
 
 
 def config_for(module_name: str, shape: Any) -> Any:
