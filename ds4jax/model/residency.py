@@ -130,9 +130,18 @@ def _besides(cfg: ModelConfig) -> int:
 
 
 def slots_in(tree: Weights, cfg: ModelConfig, nbytes: int) -> tuple[int, ...]:
-    """How many slots each of `kinds` gets of so many bytes for residents: the same part of its experts, at most all."""
-    part = min(1.0, (nbytes - _besides(cfg)) / total(tree, cfg))
-    return tuple(max(1, int(part * len(kind.layers) * cfg.n_experts)) for kind in kinds(tree, cfg))
+    """How many slots each of `kinds` gets of so many bytes for residents: the same part of its experts, at most all.
+
+    What is left by rounding down goes to the first kinds, a slot each.
+    """
+    left, found = nbytes - _besides(cfg), kinds(tree, cfg)
+    part = min(1.0, left / total(tree, cfg))
+    slots = [max(1, int(part * len(kind.layers) * cfg.n_experts)) for kind in found]
+    left -= sum(n * kind.nbytes for n, kind in zip(slots, found, strict=True))
+    for i, kind in enumerate(found):
+        if slots[i] < len(kind.layers) * cfg.n_experts and kind.nbytes <= left:
+            slots[i], left = slots[i] + 1, left - kind.nbytes
+    return tuple(slots)
 
 
 def abstract(tree: Weights, cfg: ModelConfig, slots: Sequence[int]) -> Residents:
