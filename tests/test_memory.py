@@ -105,7 +105,7 @@ class Fake:
 
     def __init__(self, ctx, batch, fixed=0):
         self.ctx, self.batch, self.fixed, self.compiled, self.card, self.can_compile = ctx, batch, fixed, {}, None, True
-        self.settings, self.wide = types.SimpleNamespace(ctx=ctx, device_budget_gb=0), False
+        self.settings, self.wide = types.SimpleNamespace(ctx=ctx, device_budget_gb=0, devices=1), False
         self.slots, self.cfg = (), CFG
         self.device_weights = self.weights = jax.ShapeDtypeStruct((1000,), np.uint8)
         self.cache = jax.ShapeDtypeStruct((batch, ctx, 10), np.uint8)
@@ -209,7 +209,7 @@ def test_the_table(run):
     size = "--ctx=32768", "--batch=1"
     status, out, err = run("--synthetic=full", "--config=h200", *size, "--nocompile", "--device=here")
     assert (status, err) == (0, "")
-    assert out.startswith("shapes: full, in the q2 file's types\nGiB on each device (cpu)\n")
+    assert out.startswith("shapes: full, in the types of q2\nGiB on each device (cpu)\n")
     table = dict(line.split(maxsplit=1) for line in out.splitlines()[2:])
     assert table["weights"] == "80.759"
     assert table["cache"].endswith("batch 1, ctx 32768")
