@@ -197,14 +197,20 @@ class _Other:
     since: float = 0.0
     facts: Facts | None = None
 
+    @property
+    def oldest(self) -> tuple[str, float] | None:
+        """The first call that it has not finished. Thread-safe."""
+        try:
+            return self.told[0]
+        except IndexError:
+            return None
+
     def __str__(self) -> str:
         return f"process {self.number} at {self.connection.peer}"
 
 
 class Leader(_Member):
     """Process 0. save: called before the process ends because of another, for what is worth keeping."""
-
-    leads = True
 
     def __init__(self, place: Place, facts: Facts, patience: Patience, secret: bytes):
         super().__init__(place, facts, patience, secret)
@@ -374,7 +380,7 @@ class Leader(_Member):
         for other in list(self._others.values()):
             if why := self._silent(other.connection, now, awake):
                 self._end(f"{other}: {why}: it hangs, or its host does")
-            name, began = next(iter(other.told), ("", now))
+            name, began = other.oldest or ("", now)
             if (seconds := now - max(began, awake, other.since)) > self._patience.step and not other.connection.writes:
                 self._end(f"{other}: {name} has not ended after {seconds:.0f} s")
         if self._suspected and now - self._suspected[2] > SUSPECTED:
@@ -401,8 +407,6 @@ def _one_line(error: BaseException) -> str:
 # ---- the others ------------------------------------------------------------------------------------------------------
 class Follower(_Member):
     """Any process but 0."""
-
-    leads = False
 
     def __init__(self, place: Place, facts: Facts, patience: Patience, secret: bytes):
         super().__init__(place, facts, patience, secret)
