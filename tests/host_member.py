@@ -20,7 +20,7 @@ class Runner(ModelRunner):
 def main(coordinator, processes, number):
     host, port = coordinator.split(":")
     place = Place(host, int(port), int(number), int(processes))
-    with hosts.join(place, {"a": 1}, Patience(join=60.0, silence=4.0)) as joined:
+    with hosts.join(place, {"a": 1}, Patience(join=120.0, silence=20.0)) as joined:
         if not isinstance(joined, Leader):
             joined.meet({"b": 2})
             return joined.follow(Runner())

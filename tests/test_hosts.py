@@ -65,7 +65,7 @@ def asked(url):
 
 def test_two_processes_and_then_four(folder, config, alone):
     """They answer several requests at once, reuse prefixes, end when one is lost, and go on from the disk."""
-    flags = f"--kv_dir={folder / 'kv'}", "--silence_timeout=8"
+    flags = [f"--kv_dir={folder / 'kv'}"]
     with group(folder) as two:
         two.serve(config(tp=2), 2, *flags)
         url = two.url()
@@ -134,6 +134,10 @@ def test_process_0_is_killed(folder):
 
 
 # ---- processes as threads --------------------------------------------------------------------------------------------
+STARTED: list[Leader | Follower] = []
+"""Those of a test, whose threads go on after it."""
+
+
 @pytest.fixture
 def ends(monkeypatch):
     """What processes say at their end, by number. They do not know JAX."""
@@ -149,10 +153,12 @@ def ends(monkeypatch):
     monkeypatch.setattr(hosts._Member, "_end", end)
     monkeypatch.setattr(hosts._Member, "_initialize_jax", lambda self, address: None)
     monkeypatch.setattr(hosts, "SUSPECTED", 0.5)
-    return found
+    yield found
+    while STARTED:  # so that none comes to the end that is no longer replaced, with all other tests
+        STARTED.pop()._over = True
 
 
-def wait_for(condition, seconds=20.0):
+def wait_for(condition, seconds=60.0):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
@@ -166,6 +172,7 @@ def run(port, number, work=lambda member: None, facts=(), patience=None, process
     def body():
         kind = Leader if number == 0 else Follower
         made.append(kind(place, {"ctx": 512, **dict(facts)}, patience or Patience(), secret))
+        STARTED.append(made[0])
         made[0].start()
         work(made[0])
 
@@ -232,10 +239,9 @@ def test_another_number_of_processes_is_named(ends):
 
 def test_the_same_number_twice(ends, caplog):
     port = free_port()
-    run(port, 0, lead, processes=3)
-    first = run(port, 1, processes=3)
-    wait_for(lambda: hasattr(first, "_connection"))
-    time.sleep(0.2)
+    leader = run(port, 0, lead, processes=3)
+    run(port, 1, processes=3)
+    wait_for(lambda: leader._others)
     run(port, 1, processes=3)
     wait_for(lambda: 1 in ends)
     assert ends == {1: f"process_id: found 1: {ends[1].split()[3]} is process 1"}
