@@ -15,7 +15,7 @@ CPUs. The secret keeps strangers out, but nothing is encrypted: use a network th
 
 If a process ends, hangs or never comes, all end with status 1 and a line that says which and why: let a supervisor
 start all of them anew. With --kv_dir, which process 0 alone uses, what was computed is then read back from disk.
-SIGTERM to any of them ends all in order.
+SIGTERM or Ctrl-C to any of them ends all in order.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
 """One server on several processes: it says what one process says, and none outlives another."""
 
+import contextlib
 import dataclasses
 import os
 import signal
@@ -248,6 +249,16 @@ def test_the_same_number_twice(ends, caplog):
     assert "found process_id 1" in caplog.text
 
 
+def test_who_comes_late_with_another_config_ends_alone(ends, monkeypatch):
+    port = free_port()
+    leader = run(port, 0, lead)
+    run(port, 1, follow(Calls(), monkeypatch))
+    wait_for(lambda: leader._deadline is None)
+    run(port, 1, facts={"ctx": 1024})
+    wait_for(lambda: ends)
+    assert list(ends) == [1] and ends[1].endswith(" is process 1")
+
+
 def test_who_never_comes_is_named(ends):
     port = free_port()
     run(port, 0, lead, patience=Patience(join=0.5), processes=3)
@@ -344,6 +355,23 @@ def test_messages_have_limits():
 def test_the_end_of_a_connection_is_no_message():
     with pytest.raises(OSError):
         over_a_socket(b"\1\0")
+
+
+def test_a_greeting_ends_in_time_whatever_comes(monkeypatch):
+    monkeypatch.setattr(channel, "GREETING", 0.3)
+    one, other = socket.socketpair()
+
+    def trickle():
+        one.sendall(messages._SIZES.pack(1000, 0))
+        with contextlib.suppress(OSError):
+            while True:
+                one.sendall(b" ")
+                time.sleep(0.02)
+
+    with one, other:
+        threading.Thread(target=trickle, daemon=True).start()
+        with pytest.raises(TimeoutError):
+            channel.answer(other, b"")
 
 
 def test_a_pipe_does_not_pass_on_the_end():

@@ -23,7 +23,8 @@ BEAT = 1.0
 """Seconds from one sign of life to the next, where nothing else is said."""
 GREETING = 5.0
 """Seconds that each step of the greeting may take."""
-_SMALL = 64 << 10  # bytes of a message before the other side is known
+SMALL = 64 << 10, 0
+"""The most bytes of JSON and of arrays in a message whose sender is not known, or says nothing large."""
 
 
 class Refused(Exception):
@@ -47,7 +48,6 @@ def _greet(sock: socket.socket, secret: bytes, asks: bool) -> None:
 
     asks: whether this side has opened the connection. Raises Refused, OSError or Malformed.
     """
-    sock.settimeout(GREETING)
     mine = secrets.token_hex(16)
     _write(sock, mine)
     theirs = _short(sock)
@@ -65,11 +65,20 @@ def _proof(secret: bytes, asks: bool, own: str, other: str) -> str:
 
 
 def _write(sock: socket.socket, value: Any) -> None:
+    sock.settimeout(GREETING)
     sock.sendall(b"".join(messages.pack(value)))
 
 
 def _short(sock: socket.socket) -> Any:
-    return messages.read(sock, _SMALL, 0)
+    deadline = time.monotonic() + GREETING
+
+    def heard() -> None:  # a byte now and then is not enough
+        if (left := deadline - time.monotonic()) <= 0:
+            raise TimeoutError("timed out")
+        sock.settimeout(left)
+
+    heard()
+    return messages.read(sock, *SMALL, heard)
 
 
 class Connection:
@@ -84,15 +93,17 @@ class Connection:
         receive: Callable[[Any], None],
         lost: Callable[[str], None],
         beat: Callable[[], Any] = lambda: None,
+        limits: tuple[int, int] = (messages.MOST_JSON, messages.MOST_DATA),
     ):
         """receive: called with every message but signs of life of None. lost: called with the reason, once, when
         nothing more will come. beat: gives what to say as a sign of life. The first two in a thread of the connection.
+        limits: the most bytes of JSON and of arrays that a message may have.
         """
         sock.settimeout(None)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.peer, self.heard, self.closed = address(sock.getpeername()), time.monotonic(), False
         self._sock, self._receive, self._lost, self._beat = sock, receive, lost, beat
-        self._busy = False
+        self._busy, self._limits = False, limits
         self._unsent: queue.SimpleQueue[list[bytes | memoryview] | None] = queue.SimpleQueue()
 
     def start(self) -> None:
@@ -126,7 +137,7 @@ class Connection:
     def _read(self) -> None:
         try:
             while True:
-                message = messages.read(self._sock, heard=self._hear)
+                message = messages.read(self._sock, *self._limits, self._hear)
                 if message is not None:
                     self._receive(message)
         except Malformed as error:

@@ -45,6 +45,8 @@ SECRET = "DS4JAX_HOSTS_SECRET"
 TICK = 0.25
 SUSPECTED = 3.0
 """Seconds from a failure to the end that it causes: if another process has died, that is the reason to name."""
+STRANGERS = 64
+"""Connections at once of which process 0 does not know yet whose they are; more have to wait."""
 SAVING = 8.0
 """Seconds in which process 0 writes prefixes to disk before it ends."""
 
@@ -226,6 +228,7 @@ class Leader(_Member):
         self.save: Callable[[], object] = lambda: None
         self._others: dict[int, _Other] = {}
         self._changed = threading.Condition()
+        self._strangers = threading.Semaphore(STRANGERS)
         self._suspected: tuple[str, int, float] | None = None  # a message, of which process, and when it came
         self._deadline: float | None = time.monotonic() + patience.join
 
@@ -270,11 +273,11 @@ class Leader(_Member):
         """End the others in order, and wait for that."""
         self._over = True
         deadline = time.monotonic() + self._patience.silence
-        for other in self._others.values():
+        for other in list(self._others.values()):  # they go from it when they have ended
             other.connection.send({"stop": True})
         with self._changed:
             self._changed.wait_for(lambda: not self._others, timeout=max(0.0, deadline - time.monotonic()))
-        for other in self._others.values():
+        for other in list(self._others.values()):
             log.warning("%s does not end", other)
 
     def leave(self, why: str) -> None:
@@ -306,47 +309,54 @@ class Leader(_Member):
     # ---- others come and go --------------------------------------------------------------------------------------
     def _accept(self) -> None:
         while True:
+            self._strangers.acquire()
             try:
                 sock, peer = self._socket.accept()
             except OSError:
+                self._strangers.release()
                 time.sleep(TICK)
                 continue
             threading.Thread(target=self._admit, args=(sock, channel.address(peer)), daemon=True).start()
 
     def _admit(self, sock: socket.socket, peer: str) -> None:
         try:
-            hello = channel.answer(sock, self._secret)
-            if isinstance(hello, dict) and hello.get("for") == "jax":
-                return channel.pipe(sock, _connect_to_jax(self._jax_port))
-            if not isinstance(hello, dict) or hello.keys() != {"number", "processes", "facts"}:
-                raise Refused("found no process of a server")
+            match channel.answer(sock, self._secret):
+                case {"for": "jax"}:
+                    return channel.pipe(sock, _connect_to_jax(self._jax_port))
+                case {"number": int(number), "processes": int(found), "facts": dict(facts)}:
+                    connection = Connection(
+                        sock, lambda x: self._receive(other, x), lambda why: self._lost(other, why),
+                        limits=channel.SMALL,
+                    )  # fmt: skip
+                case _:
+                    raise Refused("found no process of a server")
         except (Refused, Malformed, OSError) as error:
             log.warning("%s: a connection was refused: %s", peer, _one_line(error))
             return sock.close()
-        number, found = hello["number"], hello["processes"]
-        other = _Other(number, Connection(sock, lambda x: self._receive(other, x), lambda why: self._lost(other, why)))
-        other.connection.start()
+        finally:
+            self._strangers.release()
+        other = _Other(number, connection)
+        connection.start()
         problem = f"num_processes: found {found}, expected {self.place.processes} as in process 0"
-        problem = problem if found != self.place.processes else differs(hello["facts"], self._facts)
-        if problem:
-            other.connection.send({"end": f"{other}: {problem}"})
-            other.connection.close(1.0)
+        problem = problem if found != self.place.processes else differs(facts, self._facts)
+        if problem and self._deadline is not None:  # one that comes when all are there ends alone, below
+            connection.send({"end": f"{other}: {problem}"})
+            connection.close(1.0)
             self._end(f"{other}: {problem}")
         with self._changed:
             if not 0 < number < self.place.processes or number in self._others:
                 who = self._others[number].connection.peer if number in self._others else ""
                 there = f": {who} is process {number}" if who else f" of {self.place.processes} processes"
                 log.warning("%s: a connection was refused: found process_id %s%s", peer, number, there)
-                other.connection.send({"end": f"process_id: found {number}{there}"})
-                other.connection.close(1.0)
-                return
+                connection.send({"end": f"process_id: found {number}{there}"})
+                return connection.close(1.0)
             self._others[number] = other
             self._changed.notify_all()
 
     def _receive(self, other: _Other, message: Any) -> None:
         match message:
             case {"done": int(done)}:
-                while other.done < done:
+                while other.told and other.done < done:
                     other.told.popleft()
                     other.done, other.since = other.done + 1, time.monotonic()
             case {"meet": facts}:
@@ -355,7 +365,7 @@ class Leader(_Member):
                     self._changed.notify_all()
             case {"failed": str(why)}:
                 self._suspect(other.number, f"{other}: {why}")
-            case {"asked": _} if callable(signal.getsignal(signal.SIGTERM)):  # else this process ends already
+            case {"asked": _} if callable(signal.getsignal(signal.SIGTERM)):  # a server that is not stopping yet
                 os.kill(os.getpid(), signal.SIGTERM)
 
     def _lost(self, other: _Other, why: str) -> None:
@@ -459,8 +469,13 @@ class Follower(_Member):
 
     def follow(self, runner: ModelRunner) -> None:
         """Do what process 0 says, until it says that this is all."""
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # pressed for all processes of a terminal; process 0 sees to it
-        signal.signal(signal.SIGTERM, lambda *_: self._connection.send({"asked": "SIGTERM"}))
+
+        def ask() -> None:
+            self._connection.send({"asked": "to stop"})
+
+        signal.signal(signal.SIGTERM, lambda *_: ask())
+        # Ctrl-C may be for all processes of a terminal: process 0 is to hear of its own first, and need not be asked.
+        signal.signal(signal.SIGINT, lambda *_: threading.Timer(1.0, ask).start())
         while (call := self._calls.get()) is not None:
             name, args, kwargs = call
             try:
@@ -468,6 +483,9 @@ class Follower(_Member):
                 if isinstance(result, Rounds):
                     result.tokens()  # they tell how long the sequences have become
             except Exception as error:
+                if self._over:
+                    self._ending.acquire()  # where another thread ends this process, this one waits for it
+                    return  # told to stop while the call waited for a process that has ended since
                 self._connection.send({"failed": f"{name} failed: {_one_line(error)}"})
                 time.sleep(2 * SUSPECTED)  # process 0 may know a better reason
                 self._end(f"process {self.place.number}: {name} failed: {_one_line(error)}")

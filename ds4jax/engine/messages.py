@@ -21,6 +21,8 @@ from ds4jax.engine.types import Sampling
 
 MOST_JSON = 64 << 20
 """Bytes: more than the tokens of the longest chunk take."""
+MOST_DATA = 1 << 40
+"""Bytes: more than any state takes."""
 _SIZES = struct.Struct("<IQ")
 
 
@@ -59,7 +61,7 @@ def _plain(value: Any, arrays: list[np.ndarray]) -> Any:
 def read(
     sock: socket.socket,
     most_json: int = MOST_JSON,
-    most_data: int = 1 << 40,
+    most_data: int = MOST_DATA,
     heard: Callable[[], object] = lambda: None,
 ) -> Any:
     """The next message of a connection. heard: called whenever something comes.
@@ -81,7 +83,10 @@ def read(
 
 
 def _read(sock: socket.socket, size: int, heard: Callable[[], object]) -> bytearray:
-    data = bytearray(size)
+    try:
+        data = bytearray(size)
+    except MemoryError:
+        raise Malformed(f"found {size} bytes, for which there is no memory") from None
     view = memoryview(data)
     while view:
         if not (n := sock.recv_into(view)):
