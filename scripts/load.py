@@ -108,7 +108,7 @@ async def run() -> None:
     ctx = FLAGS.ctx or max(FLAGS.prompt + FLAGS.answer, FLAGS.long + 2, 4096)
     command = ["-m", "ds4jax.serve", "--port=0", f"--config={FLAGS.config}", f"--ctx={ctx}"]
     command += [f"--max_seqs={FLAGS.max_seqs or max(2, FLAGS.streams)}"]
-    command += [f"--{key}={FLAGS[key].value}" for key in ("model", "synthetic") if FLAGS[key].value]
+    command += [f"--{key}={FLAGS[key].value}" for key in ("model", "synthetic", "recipe") if FLAGS[key].value]
     async with serving.server(command, FLAGS.url) as url:
         measured = load(url, streams=FLAGS.streams, prompt=FLAGS.prompt, answer=FLAGS.answer, long=FLAGS.long)
         print(json.dumps(await measured))

@@ -9,6 +9,7 @@ from test_kernel_matmul import check
 from test_mesh import KERNEL
 
 from ds4jax import sharding
+from ds4jax.__main__ import main
 from ds4jax.engine import model_runner
 from ds4jax.engine.compiled_steps import CompiledSteps
 from ds4jax.errors import ConfigError
@@ -116,3 +117,8 @@ def test_no_file_can_have_them(tmp_path):
 def test_a_model_of_random_weights_in_these_types():
     model = model_runner.open_model(Settings("none"), "kernel", "official")
     assert isinstance(model, Synthetic) and model.recipe is OFFICIAL
+
+
+def test_a_recipe_is_of_random_weights_alone(capsys):
+    assert main(["memory", "--recipe", "official"]) == 1
+    assert "recipe=official, synthetic=None: expected --recipe beside --synthetic alone" in capsys.readouterr().err

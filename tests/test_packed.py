@@ -292,6 +292,33 @@ def test_an_interrupted_conversion_goes_on(gguf, made, tmp_path, monkeypatch, wh
     assert not (folder / packed.UNFINISHED).exists() and not (folder / "done").exists()
 
 
+def test_what_a_process_left_that_was_killed_as_it_began_or_ended(gguf, folder):
+    pack._clear(folder)
+    left = [folder / "done/model.output.json", folder / packed.UNFINISHED]
+    left[0].parent.mkdir()
+    for path in left:
+        path.write_text("{}")
+    pack.pack(open_checkpoint(gguf), folder)
+    assert not any(path.exists() for path in (*left, left[0].parent))
+    begun = folder.with_name("begun")
+    begun.mkdir()
+    (begun / f"{packed.UNFINISHED}.tmp").touch()
+    pack.pack(open_checkpoint(gguf), begun)
+    verify(begun)
+
+
+def test_a_disk_that_is_full_after_all_is_one_line(gguf, tmp_path, monkeypatch, caplog):
+    def save(*_, **__):
+        raise ValueError('RESOURCE_EXHAUSTED: "x": Failed to write 3 bytes: No space left on device\nmore')
+
+    monkeypatch.setattr(ocp.PyTreeCheckpointer, "save", save)
+    with pytest.raises(Ds4Error, match=r"cannot be written: Failed to write 3 bytes: No space left on device$"):
+        pack.pack(open_checkpoint(gguf), tmp_path / "packed")
+    monkeypatch.undo()
+    pack.pack(open_checkpoint(gguf), tmp_path / "packed")
+    verify(tmp_path / "packed")
+
+
 def test_a_group_that_was_damaged_since_is_written_again(gguf, tmp_path, monkeypatch):
     monkeypatch.setattr(Manifest, "write", lambda *_: (_ for _ in ()).throw(Killed))
     with pytest.raises(Killed):
@@ -342,6 +369,8 @@ def test_other_folders_are_refused(gguf, made, tmp_path, monkeypatch):
         open_checkpoint(tmp_path)
     with pack._alone_in(tmp_path), pytest.raises(Ds4Error, match="another process is converting to it"):
         pack.pack(open_checkpoint(gguf), tmp_path)
+    with pytest.raises(Ds4Error, match="notes.txt: found a file, expected a folder to write to"):
+        pack.pack(open_checkpoint(gguf), tmp_path / "notes.txt")
     with pytest.raises(Ds4Error, match="cannot be written: Not a directory"):
         pack.pack(open_checkpoint(gguf), tmp_path / "notes.txt/packed")
     for command in (lambda: pack.pack(open_checkpoint(made), tmp_path / "a"), lambda: _convert(made, tmp_path)):
@@ -447,4 +476,6 @@ def test_the_tool(gguf, tmp_path, capsys, monkeypatch):
     assert main(["checkpoint", str(folder), "--verify"]) == 1
     assert "cannot be read" in capsys.readouterr().err
     assert main(["checkpoint", str(folder)]) == 1
-    assert "expected either --out DIR or --verify" in capsys.readouterr().err
+    assert "found neither of --out DIR and --verify, expected one" in capsys.readouterr().err
+    assert main(["checkpoint", str(gguf), "--verify"]) == 1
+    assert f"{gguf}: found a file, expected a folder of `ds4jax checkpoint`" in capsys.readouterr().err

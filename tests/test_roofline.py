@@ -364,5 +364,6 @@ def test_sums_of_data_parallel_groups():
     (experts,) = links.exchanges(programs, 1, 4)
     assert (experts.what, experts.devices, experts.nbytes, experts.count) == ("experts", 2, 2 * 4096 * 2, 43)
     assert "43 sums of 16 KiB" in links.describe(programs, 1, 4)
+    assert "43 sums of 1,048,576 KiB" in links.describe(programs, 65536, 4)
     only_dp = compiled_steps.CompiledSteps(programs.source, Settings.load("h200", ctx=4096, dp=2), card=programs.card)
     assert links.describe(only_dp, 1, 4) == "0.00 MB in 0 messages"

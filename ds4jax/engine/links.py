@@ -79,7 +79,7 @@ def describe(programs: CompiledSteps, tokens: int, sequences: int) -> str:
     text = f"{sent / 1e6:,.2f} MB in {messages} messages"
     if not sums:
         return text
-    what = f"{sum(e.count for e in sums)} sums of {sums[0].nbytes / 2**10:,.0f} KiB"
+    what = f"{sum(e.count for e in sums)} sums of {sums[0].nbytes / 2**10:,.10g} KiB"
     times = [one for e in sums if card and (one := seconds(card, e.devices, e.nbytes)) is not None]
     if len(times) < len(sums):
         return f"{text}; the time of {what} has not been measured"

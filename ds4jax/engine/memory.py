@@ -152,8 +152,8 @@ def _within_budget(asked: CompiledSteps, sizes: Iterable[int], compiled: bool) -
     smallest = dataclasses.replace(exact, residents=least, slots=(sum(some), exact.slots[1]))
     if not smallest.fits:
         raise ConfigError(
-            f"device_budget_gb: found {found.limit / _GIB:.2f} GiB, expected at least {smallest.total / _GIB:.2f} GiB, "
-            f"with room for the experts of one token\n{smallest}"
+            f"device_budget_gb: found {found.limit / _GIB:.4g} GiB, expected at least "
+            f"{math.ceil(100 * smallest.total / _GIB) / 100:g} GiB, with room for the experts of one token\n{smallest}"
         )
     left = found.limit - exact.total
     if exact.workspace and not 0 <= left < found.limit // 50:

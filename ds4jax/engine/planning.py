@@ -45,9 +45,7 @@ def shapes(
     return checkpoint_with_drafter(source, settings.draft), origin
 
 
-def _shapes(
-    settings: Settings, synthetic: str | None, from_server: bool | None, recipe: str = "q2"
-) -> tuple[Source, str]:
+def _shapes(settings: Settings, synthetic: str | None, from_server: bool | None, recipe: str) -> tuple[Source, str]:
     if synthetic:
         return open_model(settings, synthetic, recipe), f"shapes: {synthetic}, in the types of {recipe}"
     if remote.is_url(settings.model):
@@ -62,7 +60,7 @@ def _shapes(
         if known := published(settings):
             return known, f"shapes: known of {settings.model}, which is not on this machine"
         if from_server is None and settings.hf_file:
-            return _shapes(settings, None, from_server=True)
+            return _shapes(settings, None, True, recipe)
         if settings.hf_file:
             raise Ds4Error(f"{error}, or read its header with --remote") from None
         raise

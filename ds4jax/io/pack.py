@@ -47,13 +47,15 @@ def pack(source: Checkpoint, folder: str | Path, progress: bool = False) -> Mani
     If the folder is complete and of the same files, nothing is done. progress: a bar on stderr. Raises Ds4Error if the
     folder has anything else in it or the disk has no room, or if what is read back is not what was written.
     """
-    folder = Path(folder).absolute()
+    folder = Path(folder).expanduser().absolute()
     files = {"model": source.file, "mtp": source.mtp_file, "drafter": source.drafter and source.drafter.file}
     files = {role: file for role, file in files.items() if file}
     for file in files.values():
         if isinstance(file, PackedFile):
             raise GGUFError(f"{file.path.parent}: found a folder of `ds4jax checkpoint`, expected a GGUF file")
     try:
+        if folder.is_file():
+            raise Ds4Error(f"{folder}: found a file, expected a folder to write to")
         folder.mkdir(parents=True, exist_ok=True)
         with _alone_in(folder):
             return _pack(files, folder, progress)
@@ -66,9 +68,11 @@ def _pack(files: dict[str, GGUFFile], folder: Path, progress: bool) -> Manifest:
         manifest = Manifest.read(folder)
         _check_same(folder, manifest.sources, _sources(files, progress))
         manifest.check_sizes(folder)
+        _clear(folder)
         return manifest
     begun = folder / UNFINISHED
-    if not begun.exists() and (found := sorted(p.name for p in folder.iterdir() if p.name != _LOCK)):
+    known = _LOCK, f"{UNFINISHED}.tmp"  # the latter of a process that was killed at once
+    if not begun.exists() and (found := sorted(p.name for p in folder.iterdir() if p.name not in known)):
         raise Ds4Error(f"{folder}: found {show(found[0])} in it, expected an empty folder")
     sources = _sources(files, progress)
     if begun.exists():
@@ -92,9 +96,14 @@ def _pack(files: dict[str, GGUFFile], folder: Path, progress: bool) -> Manifest:
             manifest.tensors[role].update(made["tensors"])
             manifest.files.update(made["files"])
     manifest.write(folder)
-    begun.unlink()
-    shutil.rmtree(folder / _DONE)
+    _clear(folder)
     return manifest
+
+
+def _clear(folder: Path) -> None:
+    """Remove what a complete folder no longer needs; a process may have been killed before it did."""
+    (folder / UNFINISHED).unlink(missing_ok=True)
+    shutil.rmtree(folder / _DONE, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -131,9 +140,7 @@ def _noted(begun: Path) -> Sources:
     raise GGUFError(f"{begun}: found no conversion of version {VERSION}, expected one; choose an empty folder")
 
 
-def _check_same(
-    folder: Path, found: dict[str, list[dict[str, Any]]], expected: dict[str, list[dict[str, Any]]]
-) -> None:
+def _check_same(folder: Path, found: Sources, expected: Sources) -> None:
     if found != expected:
         names = ", ".join(part["name"] for parts in found.values() for part in parts)
         wanted = ", ".join(part["name"] for parts in expected.values() for part in parts)
@@ -186,7 +193,7 @@ def _check_disk(folder: Path, need: int) -> None:
 def _write(file: GGUFFile, names: list[str], place: Path, bar: Progress) -> dict[str, Any]:
     """Write a group as an Orbax checkpoint, and compare it with what was written; → what the manifest says of it.
 
-    Raises GGUFError if it is not the same.
+    Raises GGUFError if it is not the same, and Ds4Error if it cannot be written.
     """
     import orbax.checkpoint as ocp
 
@@ -197,9 +204,13 @@ def _write(file: GGUFFile, names: list[str], place: Path, bar: Progress) -> dict
         tree[file.info(name).name] = _planes(file, name)
         bar.update(file.info(name).nbytes)
     chunks = {name: {plane: _chunks(x, ocp) for plane, x in planes.items()} for name, planes in tree.items()}
-    logging.getLogger("absl").setLevel(logging.ERROR)  # it warns of small chunks
-    with ocp.PyTreeCheckpointer(use_zarr3=True, use_compression=False) as checkpointer:
-        checkpointer.save(place, tree, save_args=chunks)
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # it warns of small chunks, and logs what is raised here
+    try:
+        with ocp.PyTreeCheckpointer(use_zarr3=True, use_compression=False) as checkpointer:
+            checkpointer.save(place, tree, save_args=chunks)
+    except ValueError as error:  # tensorstore's, with the system's words at its end
+        what = ": ".join(str(error).split("\n")[0].split(": ")[-2:])
+        raise Ds4Error(f"{place}: cannot be written: {what}") from error
     context = shared()
 
     def described(tensor: str, plane: str, written: np.ndarray) -> dict[str, Any]:

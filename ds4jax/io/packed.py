@@ -74,6 +74,8 @@ class Manifest:
             raise GGUFError(
                 f"{folder}: found no {MANIFEST}, expected a GGUF file or what `ds4jax checkpoint` makes of one"
             ) from None
+        except NotADirectoryError:
+            raise GGUFError(f"{folder}: found a file, expected a folder of `ds4jax checkpoint`") from None
         except OSError as error:
             raise GGUFError(f"{path}: cannot be read: {error.strerror}") from None
         except (ValueError, KeyError, TypeError, AttributeError):

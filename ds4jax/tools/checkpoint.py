@@ -33,7 +33,7 @@ cli.define_model(FLAGS)
 def main() -> None:
     """Run the tool as FLAGS say. Raises Ds4Error."""
     if FLAGS.verify == bool(FLAGS.out):
-        raise ConfigError("expected either --out DIR or --verify")
+        raise ConfigError(f"found {'both' if FLAGS.verify else 'neither'} of --out DIR and --verify, expected one")
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing is computed
     from ds4jax.io import packed
     from ds4jax.io.download import resolve_model

@@ -128,6 +128,12 @@ def define_synthetic(flag_values: flags.FlagValues) -> None:
     flags.DEFINE_enum("recipe", "q2", list(RANDOM_RECIPES), text, flag_values=flag_values)
     text = "Instead of a model file: random weights of this shape; full is DeepSeek-V4-Flash."
     flags.DEFINE_enum("synthetic", None, list(SHAPES), text, flag_values=flag_values)
+    flags.register_multi_flags_validator(
+        ["recipe", "synthetic"],
+        lambda given: given["synthetic"] is not None or given["recipe"] == "q2",
+        "expected --recipe beside --synthetic alone; a file has its own types",
+        flag_values=flag_values,
+    )
 
 
 def make_folder(folder: Path) -> None:
