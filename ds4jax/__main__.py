@@ -19,7 +19,7 @@ GROUPS = {
         "memory": "show what a model needs of each device's memory",
     },
     "Make a model": {
-        "checkpoint": "make a folder of a GGUF file, of which every GPU loads its part alone",
+        "checkpoint": "make a folder of a GGUF file, so that each GPU reads its part alone",
         "convert": "make a GGUF file of a Hugging Face checkpoint, or of a GGUF file of other types",
         "imatrix": "measure which columns of the weights matter, for convert",
         "synthetic": "write a GGUF file of random weights",

@@ -8,7 +8,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 
 class Unfiled(enum.IntEnum):
-    """Beside `GGMLQuantizationType`, whose numbers are smaller."""
+    """The types themselves; their numbers are larger than all of `GGMLQuantizationType`."""
 
     E4M3 = 1000
 

@@ -451,15 +451,14 @@ def experts(
     else:
         places = jnp.arange(ids.size, dtype=jnp.int32)
         made = []
-        for planes, fmt, at in zip((gate, up), fmts, first, strict=False):
-            tile = choose("down", n, k, fmt)  # of one matrix, too
+        for planes, fmt, at in zip((gate, up), fmts[:2], first[:2], strict=True):
+            tile = choose("down", n, k, fmt)  # as for any single matrix
             tiles = tile_map(routing.counts, ids.size, tile.bm, at)
-            made.append(
-                _multiply(
-                    _operand(x, fmt), tiles, routing.order // slots, places, (planes,), fmt, columns=columns,
-                    dtype=jnp.float32, config=tile, interpret=interpret,
-                )
+            product = _multiply(
+                _operand(x, fmt), tiles, routing.order // slots, places, (planes,), fmt, columns=columns,
+                dtype=jnp.float32, config=tile, interpret=interpret,
             )  # fmt: skip
+            made.append(product)
         h = (swiglu(made[0], made[1], clamp) * weight.reshape(-1)[routing.order][:, None]).astype(dtype)
     return down(
         h, ids, routing, down_, fmt=fmts[2], first=first[2], config=choose("down", k, n, fmts[2]), interpret=interpret

@@ -340,7 +340,7 @@ def test_devices_that_are_not_here_are_counted(capsys):
 
 
 def test_times_of_sums_are_the_medians_that_were_measured():
-    """Of four runs of what by now is one way."""
+    """Those in links.json are of the four runs in its source."""
     table = json.loads(links.PATH.read_text())
     lines = (links.PATH.parent.parent / table["source"]).read_text()
     found = defaultdict(list)

@@ -28,7 +28,8 @@ PATH = CONFIG_DIR / "links.json"
 class Exchange:
     """One kind of exchange in a step.
 
-    what: of whose results. devices: that take part. nbytes: of what each has at the end. count: how often.
+    what: whose results are exchanged. devices: number of those that take part. nbytes: size of the result on each.
+    count: how often in a step.
     """
 
     what: Literal["attention", "experts", "logits"]
@@ -38,7 +39,7 @@ class Exchange:
 
     @property
     def is_sum(self) -> bool:
-        """Whether the devices' parts are added, or else put together."""
+        """Whether the devices' parts are added; else they are put side by side."""
         return self.what != "logits"
 
     @property
@@ -48,7 +49,10 @@ class Exchange:
 
 
 def exchanges(programs: CompiledSteps, tokens: int, sequences: int) -> list[Exchange]:
-    """What a step exchanges that appends `tokens` to each of `sequences`, of which `dp` groups have their shares."""
+    """What the devices exchange in a step that appends `tokens` to each of `sequences`.
+
+    Each of the mesh's `dp` groups has its share of the sequences, or all of them if they do not divide evenly.
+    """
     cfg, mesh = programs.cfg, programs.compute.mesh
     if sequences % (dp := parts(mesh, "sequences")) == 0:
         sequences //= dp

@@ -56,8 +56,8 @@ def lookup(path: Path, status: os.stat_result) -> str | None:
 def sample(path: Path, status: os.stat_result) -> str:
     """A hash of the size and of SAMPLES evenly spaced blocks of the file at `path`, first and last ones among them.
 
-    Two files of one size that differ between the blocks have the same. status: of the file as it was opened. Raises
-    Changed if another file is there, and OSError if it cannot be read.
+    Two files of one size that differ only between the blocks have the same. status: of the file as it was opened.
+    Raises Changed if another file is there, and OSError if it cannot be read.
     """
     _check(path, status)
     digest, last = hashlib.sha256(str(status.st_size).encode()), max(0, status.st_size - BLOCK)

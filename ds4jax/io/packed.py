@@ -130,10 +130,10 @@ def verify(folder: Path, progress: bool = False) -> Manifest:
 
 
 class PackedFile(GGUFFile):
-    """A GGUF file of which the header and the planes are here, in a folder.
+    """One of the GGUF files that a folder was made of: its header, and its planes instead of its bytes.
 
     path: that of the GGUF file if it were in the folder; its name tells something of the model. content: its hash.
-    roles: what else is in the folder.
+    roles: of all such files in the folder.
     """
 
     def __init__(self, folder: Path, manifest: Manifest, role: Role):

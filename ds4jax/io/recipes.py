@@ -80,7 +80,7 @@ RANDOM_RECIPES: dict[str, Callable[[TensorSpec], AnyType]] = {
     **{name: RECIPES[name] for name in ("q2", "q2-q4", "q4", "mxfp4")},
     "official": _official,
 }
-"""Those of the published files, and of the checkpoint that they were made from, which no file can have."""
+"""Recipes of random weights: the published files', and official, whose E4M3 no GGUF file can have."""
 
 
 def parse_types(pairs: Iterable[str]) -> dict[str, Type]:

@@ -62,10 +62,11 @@ def attend(
     is_ring = T <= ring.SPARE
     W = next(iter(near.values())).shape[2 if is_ring else 1] - (ring.SPARE if is_ring else T)
     if implementation != "xla":
+        nth = nth if ratio else layer  # not read with ratio 0; equal numbers are one in `layers`
         return kernel.op(
-            q, near, rows, chosen, position, layers(layer, nth if ratio else layer, sinks.nth), sinks.stack,
-            angles.cos, angles.sin, ratio=ratio, width=W, ring=is_ring, causal=causal, dtype=dtype,
-            config=tuned.tiles(kernel), interpret=implementation == "pallas_interpret",
+            q, near, rows, chosen, position, layers(layer, nth, sinks.nth), sinks.stack, angles.cos, angles.sin,
+            ratio=ratio, width=W, ring=is_ring, causal=causal, dtype=dtype, config=tuned.tiles(kernel),
+            interpret=implementation == "pallas_interpret",
         )  # fmt: skip
     assert causal or T <= QUERY_BLOCK
     window = row.decode(jax.tree.map(lambda x: x[layer], near) if is_ring else near, q.dtype)

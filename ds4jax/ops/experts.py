@@ -76,7 +76,7 @@ def experts(
         return (routed.astype(jnp.float32) + plus).astype(h.dtype)
     tiles = {"config": tuned.tiles(few), "interpret": interpret}
     if _apart(w):
-        parts = zip((gate, up), fmts, first, strict=False)
+        parts = zip((gate, up), fmts[:2], first[:2], strict=True)
         made = [_by_pair(h, ids, planes, fmt=fmt, first=layers(at), **tiles) for planes, fmt, at in parts]
         act = swiglu(made[0], made[1], clamp) * jnp.where(ids >= 0, weight, 0).reshape(-1, 1)
     else:

@@ -1,10 +1,10 @@
-"""A GGUF file → a checkpoint: a folder with its weights as the devices hold them, which any mesh loads its parts of.
+"""A GGUF file → a checkpoint: a folder with its weights as devices hold them, so that each device reads its part alone.
 
     ds4jax checkpoint FILE.gguf --out DIR
     ds4jax checkpoint DIR --verify
 
 DIR then stands for the file wherever a tool takes --model. It takes as much disk as the file, and has its tokenizer and
-drafter in it. Each GPU, and each process, reads no more than its part. The format is Orbax's.
+drafter in it. Any mesh of devices can load it. The format is Orbax's.
 
 What was written is read back and compared. An interrupted conversion goes on if the command is given again. Loading
 checks the size of every file; --verify reads and hashes them all.
