@@ -54,7 +54,7 @@ def pack(source: Checkpoint, folder: str | Path, progress: bool = False) -> Mani
         if isinstance(file, PackedFile):
             raise GGUFError(f"{file.path.parent}: found a folder of `ds4jax checkpoint`, expected a GGUF file")
     try:
-        if folder.is_file():
+        if folder.exists() and not folder.is_dir():
             raise Ds4Error(f"{folder}: found a file, expected a folder to write to")
         folder.mkdir(parents=True, exist_ok=True)
         with _alone_in(folder):
