@@ -63,7 +63,7 @@ class FakeEngine:
         self.requests: list[Request] = []
         self.running: set[Stream] = set()
         self.closed = self.failed = self.full = False
-        self.problem = ""
+        self.problem = self.hang = ""
         self.kv_store = None
         self._vocabulary = Vocabulary(TOKENIZER) if real_grammars else None
 

@@ -86,7 +86,7 @@ class Group:
     def errors(self, number: int) -> list[str]:
         """The lines of errors of a process, none of which may be of a stack trace."""
         text = self.said(number)
-        assert "Traceback" not in text and "stack trace" not in text, text
+        assert not any(sign in text for sign in ("Traceback", "stack trace", '  File "')), text
         return [line.removeprefix("error: ") for line in text.splitlines() if line.startswith("error: ")]
 
     def _everything(self) -> str:

@@ -175,8 +175,11 @@ class AsyncEngine:
     @property
     def problem(self) -> str:
         """Why nothing is answered at present: the engine has failed, stops or hangs; or "". Thread-safe."""
-        if self._refusal:
-            return str(self._refusal)
+        return str(self._refusal) if self._refusal else self.hang
+
+    @property
+    def hang(self) -> str:
+        """That a step takes far longer than it should; or "". Thread-safe."""
         began, compiling = self._step_began, self._engine.runner.steps.compiling
         limit = STALLED_COMPILING if compiling else max(STALLED, 10 * self._longest_step)
         seconds = 0.0 if began is None else time.perf_counter() - began

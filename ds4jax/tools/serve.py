@@ -255,9 +255,9 @@ async def _watch(engine: AsyncEngine, server: Server) -> None:
     hung = False
     while not engine.failed:
         await asyncio.sleep(0.5)
-        hangs = bool(engine.problem) and not (server.should_exit or engine.failed)
+        hangs = bool(engine.hang) and not (server.should_exit or engine.failed)
         if hangs and not hung:
-            logging.error("the engine hangs: %s, at\n%s", engine.problem, engine.stack())
+            logging.error("the engine hangs: %s, at\n%s", engine.hang, engine.stack())
         elif hung and not hangs:
             logging.warning("the engine goes on")
         hung = hangs
