@@ -64,6 +64,7 @@ def asked(url):
         return [text for text, _ in pool.map(lambda prompt: complete(url, prompt), PROMPTS)]
 
 
+@pytest.mark.slow  # a minute
 def test_two_processes_and_then_four(folder, config, alone):
     """They answer several requests at once, reuse prefixes, end when one is lost, and go on from the disk."""
     flags = [f"--kv_dir={folder / 'kv'}"]
