@@ -26,6 +26,9 @@ from ds4jax.settings import Settings
 from ds4jax.tools import generate, serve
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "scripts"))
+import serve_sharded  # noqa: E402
+
 PATH = "/v1/chat/completions"
 HI = {"messages": [{"role": "user", "content": "Hi"}]}
 KEYS = Keys.of([("anna", "key-of-anna"), ("ben", "key-of-ben")])
@@ -348,4 +351,4 @@ def test_flags_that_are_written_of_are_there(path):
     if path.name == "README.md":
         text = text.partition("## Chat and serve")[2].partition("### Agents")[0]
     written = set(re.findall(r"--([a-z]+_[a-z_]+)", text))
-    assert written and written <= set(serve.FLAGS)
+    assert written and written <= {*serve.FLAGS, *serve_sharded.FLAGS}
