@@ -61,6 +61,12 @@ def parts(mesh: Mesh | AbstractMesh | None, *axes: str | None) -> int:
     return 1 if mesh is None else math.prod(mesh.shape[a] for axis in axes for a in RULES.get(axis or "", ()))
 
 
+def share(mesh: Mesh | AbstractMesh | None, sequences: int) -> int:
+    """How many of some sequences a device computes: its part of them, or all where they cannot be shared out evenly."""
+    n = parts(mesh, "sequences")
+    return sequences if sequences % n else sequences // n
+
+
 def named_sharding(
     mesh: Mesh | AbstractMesh, axes: tuple[str | None, ...], shape: tuple[int, ...], name: str
 ) -> NamedSharding:

@@ -5,9 +5,9 @@ first, as the method's name and arguments (`model_runner.TOGETHER`), and they ca
 processes run the same programs in the same order. What the programs return for the host is the same on all devices, and
 only process 0 reads it. It alone has the prefixes and their folder; a state that is put back travels in the call.
 
-The messages take a channel of its own (`channel`), beside that of the devices' sums. JAX's coordination service listens
-at loopback alone: the others reach it through connections to the channel's port. It is not closed to them when process
-0 dies, as JAX would end them with a stack trace.
+Messages have TCP connections of their own (`channel`), apart from the devices' sums. JAX's coordination service listens
+at loopback alone; the others reach it through more connections to the same port. If process 0 dies, theirs to that
+service stay open, since JAX would otherwise end them with a stack trace.
 
 Whatever ends one of the processes, or keeps it from going on, ends all of them, with one line that says which and why.
 A program that waits for a dead process cannot be stopped, so they end with `os._exit`.
@@ -46,7 +46,7 @@ TICK = 0.25
 SUSPECTED = 3.0
 """Seconds from a failure to the end that it causes: if another process has died, that is the reason to name."""
 STRANGERS = 64
-"""Connections at once of which process 0 does not know yet whose they are; more have to wait."""
+"""The most connections at once whose owners process 0 does not know yet; more have to wait."""
 SAVING = 8.0
 """Seconds in which process 0 writes prefixes to disk before it ends."""
 
@@ -189,8 +189,11 @@ def _wait_for_ever() -> NoReturn:
 # ---- process 0 -------------------------------------------------------------------------------------------------------
 @dataclasses.dataclass
 class _Other:
-    """What process 0 knows of another. told: name and time of the calls that it has not finished. done: how many it
-    has; since: when it finished the last. facts: what it has come to `meet` with, if it waits there."""
+    """What process 0 knows of another.
+
+    told: name and time of the calls that it has not finished. done: how many calls it has finished. since: when it
+    finished the last of these. facts: what it has called `meet` with, while it waits there; else None.
+    """
 
     number: int
     connection: Connection

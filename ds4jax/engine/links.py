@@ -16,7 +16,7 @@ import numpy as np
 
 from ds4jax.engine import cards
 from ds4jax.settings import CONFIG_DIR
-from ds4jax.sharding import parts
+from ds4jax.sharding import parts, share
 
 if TYPE_CHECKING:
     from ds4jax.engine.compiled_steps import CompiledSteps
@@ -51,11 +51,10 @@ class Exchange:
 def exchanges(programs: CompiledSteps, tokens: int, sequences: int) -> list[Exchange]:
     """What the devices exchange in a step that appends `tokens` to each of `sequences`.
 
-    Each of the mesh's `dp` groups has its share of the sequences, or all of them if they do not divide evenly.
+    Each of the mesh's `dp` groups has its `share` of the sequences.
     """
     cfg, mesh = programs.cfg, programs.compute.mesh
-    if sequences % (dp := parts(mesh, "sequences")) == 0:
-        sequences //= dp
+    sequences = share(mesh, sequences)
     rows = tokens * sequences * cfg.embed_dim * np.dtype(programs.compute.dtype).itemsize
     tp = parts(mesh, "heads")
     found = [

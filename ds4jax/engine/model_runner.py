@@ -120,10 +120,12 @@ def serving_runner(
     record: Record | None = None,
     loaded: Callable[[ModelRunner], object] = lambda runner: None,
 ) -> ModelRunner:
-    """A model with what a server runs compiled; on GPUs, which take long, but for smaller chunks, which come later.
+    """A model, loaded, with the programs of a server compiled.
 
-    Several processes compile all at the start. loaded: called before the first program runs on several devices, for
-    which those of other processes would wait in vain for a while. The other arguments are those of `ModelRunner`.
+    On a GPU, where that takes long, programs for smaller chunks than the largest are compiled in the background; several
+    processes compile all of them at the start. loaded: called with the model before the first program that needs the
+    devices of all processes, which wait for each other there, but not for long. The other arguments are those of
+    `ModelRunner`.
     """
     compile_cache.keep_compilations()
     sizes = serving_sizes(settings)

@@ -15,7 +15,7 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from ds4jax.config import ModelConfig
 from ds4jax.model import weights
 from ds4jax.model.cache import Cache
-from ds4jax.sharding import partition_spec, parts
+from ds4jax.sharding import partition_spec, parts, share
 
 WHOLE = PartitionSpec()
 FIRST, SECOND, THIRD = (partition_spec((*[None] * i, "sequences")) for i in range(3))
@@ -69,7 +69,7 @@ def holder(cache: Cache, slot: int, mesh: Mesh | None) -> tuple[Cache, int]:
     """
     if mesh is None:
         return cache, slot
-    held = cache.batch // (parts(mesh, "sequences") if _split(cache, mesh) else 1)
+    held = share(mesh, cache.batch)
     device = next(d for d in mesh.devices[slot // held].flat if d.process_index == jax.process_index())
 
     def here(x: jax.Array) -> jax.Array:

@@ -12,7 +12,6 @@ import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -126,16 +125,12 @@ def _multiply(x: Array, m: Weight, groups: int, dtype) -> Array:
     return y.reshape(*y.shape[:-2], -1)
 
 
+@functools.partial(jax.jit, static_argnames=("groups", "dtype"))  # traced once for all layers of a shape
 def decoded_whole(x: Float[Array, "S *groups K"], m: Weight, groups: int, dtype) -> Float[Array, "S n"]:
     """The product of many rows, by XLA, with the whole matrix decoded to x's dtype first."""
-    return _decoded_whole(x, m.stack, jnp.int32(m.nth), groups, dtype)
-
-
-@functools.partial(jax.jit, static_argnums=(3, 4))  # traced once for all layers of a shape
-def _decoded_whole(x: Array, stack: Any, layer: Array, groups: int, dtype) -> Array:
     # Not before x is there: XLA would decode the matrices of all layers first, and keep them.
-    x, layer = lax.optimization_barrier((x, layer))
-    return _multiply(x, Weight(stack, layer), groups, dtype)
+    x, layer = lax.optimization_barrier((x, jnp.int32(m.nth)))
+    return _multiply(x, Weight(m.stack, layer), groups, dtype)
 
 
 def _many(x: Array, asked: Product, groups: int, interpret: bool) -> Array:

@@ -152,11 +152,10 @@ def count(programs: CompiledSteps, context: int, tokens: int, sequences: int) ->
     device sends: for sums, which a ring of the devices makes, and for the logits.
     """
     from ds4jax.engine import links
-    from ds4jax.sharding import parts
+    from ds4jax.sharding import share
 
     sent = [Work(e.what, "links", e.sent) for e in links.exchanges(programs, tokens, sequences) for _ in range(e.count)]
-    if sequences % (dp := parts(programs.compute.mesh, "sequences")) == 0:
-        sequences //= dp
+    sequences = share(programs.compute.mesh, sequences)
     return [*_weights(programs, tokens, sequences), *_cache(programs, context, tokens, sequences), *sent]
 
 
