@@ -122,7 +122,7 @@ def serving_runner(
 ) -> ModelRunner:
     """A model, loaded, with the programs of a server compiled.
 
-    On a GPU, where that takes long, programs for smaller chunks than the largest are compiled in the background; several
+    On a GPU, where that takes long, programs for all chunks but the largest are compiled in the background; several
     processes compile all of them at the start. loaded: called with the model before the first program that needs the
     devices of all processes, which wait for each other there, but not for long. The other arguments are those of
     `ModelRunner`.
